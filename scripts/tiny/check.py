@@ -1,0 +1,301 @@
+"""Read a picture of the small world back: what is drawn, in which colour, and does it match its caption?
+
+The reader knows nothing of how a picture was made. It finds the ground's colour at the border, labels what differs
+from it, and names each component by the best overlap with the shapes drawn into its box.
+
+    python scripts/tiny/check.py --count 200          # held-out captions through the bundled model, bf16
+    python scripts/tiny/check.py --reader             # the reader itself, on 1,000 pictures that were painted
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from scripts.tiny import world
+
+LEAST_AREA = 0.003  # of the picture: smaller components are specks
+LEAST_FIT = 0.6  # overlap with the best shape below which nothing is recognised
+INK_WIDTH = 0.024  # of the side: how far inside a thing's edge its ink is looked for
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A thing read from a picture.
+
+    `fit` is its overlap (IoU) with the shape named, `inked` says that its rim is black; x and y are fractions of the
+    side.
+    """
+
+    shape: str
+    colour: str
+    inked: bool
+    x: float
+    y: float
+    fit: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything read from a picture."""
+
+    things: tuple[Seen, ...]
+    background: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caption asks for: shape-colour pairs with their counts, and the rest where it was said."""
+
+    pairs: Counter[tuple[str, str]]
+    order: tuple[tuple[str, str], ...]
+    background: str | None
+    place: str | None
+    relation: str | None
+
+
+def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    colours = np.array(list(palette.values())) / 255
+    return list(palette)[int(((colours - rgb) ** 2).sum(1).argmin())]
+
+
+def _templates(box: tuple[slice, slice], edge: float) -> np.ndarray:
+    """Every shape drawn into a component's box, its line reaching `edge` pixels outwards: bool [shapes, h, w]."""
+    height, width = box[0].stop - box[0].start, box[1].stop - box[1].start
+    grid_y, grid_x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    axis = torch.linspace(-world.REACH, world.REACH, world.TABLE)
+    drawn = []
+    for index, table in enumerate(world.distance_tables()):
+        inside = table < 0
+        ys, xs = axis[inside.any(1)], axis[inside.any(0)]
+        top, bottom, left, right = ys[0], ys[-1], xs[0], xs[-1]
+        # the radius whose extent fills the box, by the mean of both directions
+        fit = (height - 2 * edge) / (bottom - top) + (width - 2 * edge) / (right - left)
+        radius = max(float(fit) / 2, 1.0)
+        x = (grid_x - width / 2) / radius + (left + right) / 2
+        y = (grid_y - height / 2) / radius + (top + bottom) / 2
+        distance = world.signed_distance(torch.tensor([index]), torch.stack([x, y], -1)[None])
+        drawn.append((distance[0, 0] * radius < edge).numpy())
+    return np.stack(drawn)
+
+
+def read(picture: Image.Image) -> Reading:
+    """Picture (square RGB) -> what it shows."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+    side = pixels.shape[0]
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    strong = distance[distance > 0.2]
+    threshold = max(0.2, 0.45 * float(np.percentile(strong, 30))) if strong.size else 1.0
+    labels, _ = ndimage.label(distance > threshold, structure=np.ones((3, 3)))
+    things = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        component = labels[box] == number
+        if component.sum() < LEAST_AREA * side * side:
+            continue
+        depth = ndimage.distance_transform_edt(np.pad(component, 1))[1:-1, 1:-1]
+        values = pixels[box][depth > 1.5]  # at the edge the ground is mixed in
+        if not len(values):
+            continue
+        bright = values.max(1)  # textures and ink are dark
+        rgb = np.median(values[bright >= np.percentile(bright, 75)], axis=0)
+        rim = pixels[box][(depth > 1) & (depth <= INK_WIDTH * side + 1)].max(1)
+        is_inked = bool((rim < 0.4).mean() > 0.6)
+        shapes = _templates(box, world.LINE * side if is_inked else 0.0)
+        overlap = (shapes & component).sum((1, 2)) / (shapes | component).sum((1, 2))
+        best = int(overlap.argmax())
+        things.append(
+            Seen(
+                world.SHAPES[best],
+                _nearest(rgb, world.COLOURS),
+                is_inked,
+                (box[1].start + box[1].stop) / 2 / side,
+                (box[0].start + box[0].stop) / 2 / side,
+                float(overlap[best]),
+            )
+        )
+    return Reading(tuple(things), _nearest(ground, world.BACKGROUNDS))
+
+
+def parse(caption: str) -> Wanted:
+    """Caption -> what it asks for.
+
+    Raises:
+        ValueError: the caption names no shape with a colour.
+    """
+    text = caption.lower()
+    singles = {name: name for name in world.SHAPES} | {world.plural(name): name for name in world.SHAPES}
+    numbers = {word: count for count, word in world.COUNTS.items()}
+    pattern = (
+        rf"\b(?:(a|an|{'|'.join(numbers)}) )?(?:(?:{'|'.join(world.SIZES)}) )?(?:(?:{'|'.join(world.TEXTURES)}) )?"
+        rf"({'|'.join(world.COLOURS)}) ({'|'.join(sorted(singles, key=len, reverse=True))})\b"
+    )
+    found = [(numbers.get(m[1] or "", 1), singles[m[3]], m[2]) for m in re.finditer(pattern, text)]
+    if not found:
+        raise ValueError(
+            f"caption {caption!r} names nothing of the small world; say a colour of {list(world.COLOURS)} "
+            f"and a shape of {list(world.SHAPES)}, as in 'a red star'"
+        )
+    pairs: Counter[tuple[str, str]] = Counter()
+    for count, shape, colour in found:
+        pairs[shape, colour] += count
+    background = re.search(rf"on an? ({'|'.join(world.BACKGROUNDS)}) background", text)
+    places = [place for place in sorted(world.PLACES, key=len, reverse=True) if place in text]
+    relations = [word for word in ("to the left of", "to the right of", "above", "below") if word in text]
+    return Wanted(
+        pairs,
+        tuple((shape, colour) for _, shape, colour in found),
+        background[1] if background else None,
+        places[0] if places and not relations else None,
+        relations[0] if relations else None,
+    )
+
+
+def compare(wanted: Wanted, reading: Reading) -> dict[str, bool]:
+    """Which parts of the caption the picture honours; `right` is what counts: every thing's shape and colour."""
+    things = [thing for thing in reading.things if thing.fit >= LEAST_FIT]
+    seen = Counter((thing.shape, thing.colour) for thing in things)
+    result = {
+        "right": seen == wanted.pairs and len(things) == len(reading.things),
+        "count": len(reading.things) == sum(wanted.pairs.values()),
+        "shape": Counter(t.shape for t in things) == _marginal(wanted.pairs, 0),
+        "colour": Counter(t.colour for t in things) == _marginal(wanted.pairs, 1),
+        "inked": bool(reading.things) and all(thing.inked for thing in reading.things),
+    }
+    if wanted.background is not None:
+        result["background"] = reading.background == wanted.background
+    if wanted.place is not None and len(reading.things) == 1:
+        x, y = world.PLACES[wanted.place]
+        result["place"] = abs(reading.things[0].x - x) < 0.1 and abs(reading.things[0].y - y) < 0.1
+    if wanted.relation is not None and result["right"] and len(things) == 2:
+        first, second = (next(t for t in things if (t.shape, t.colour) == pair) for pair in wanted.order)
+        result["relation"] = {
+            "to the left of": first.x < second.x - 0.1,
+            "to the right of": first.x > second.x + 0.1,
+            "above": first.y < second.y - 0.1,
+            "below": first.y > second.y + 0.1,
+        }[wanted.relation]
+    return result
+
+
+def _marginal(pairs: Counter[tuple[str, str]], axis: int) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for pair, number in pairs.items():
+        counts[pair[axis]] += number
+    return counts
+
+
+def right(image: Image.Image, prompt: str) -> float:
+    """Score for `compare`: 1.0 where every thing of the prompt is drawn in its shape and colour, else 0.0."""
+    return float(compare(parse(prompt), read(image))["right"])
+
+
+def inked(image: Image.Image, prompt: str) -> float:
+    """Score for `compare`: the share of things with a black line around them, the style of the demo's pictures."""
+    things = read(image).things
+    return sum(thing.inked for thing in things) / len(things) if things else 0.0
+
+
+def tally(results: list[dict[str, bool]]) -> dict[str, float]:
+    """Share of pictures that honour each part, over those whose caption says it."""
+    keys = dict.fromkeys(key for result in results for key in result)
+    return {key: sum(r[key] for r in results if key in r) / sum(key in r for r in results) for key in keys}
+
+
+def held_out_captions(count: int, seed: int = 0) -> list[str]:
+    """Captions with everything said, each with a shape-colour pair that the bundled model never saw."""
+    rng = random.Random(f"held out {seed}")
+    return [world.describe(world.sample_scene(rng, held=True)) for _ in range(count)]
+
+
+def check_reader(count: int, style: str) -> dict[str, float]:
+    """The reader against pictures whose content is known."""
+    rng = random.Random(5)
+    scenes = [world.sample_scene(rng, held=i % 2 == 0) for i in range(count)]
+    results = []
+    for scene in scenes:
+        painted = world.paint(world.canvas([scene], style))[0]
+        picture = Image.fromarray((painted.permute(1, 2, 0) * 255).round().byte().numpy())
+        results.append(compare(parse(world.describe(scene)), read(picture)))
+    return tally(results)
+
+
+def check_model(
+    path: Path, captions: list[str], steps: int, guidance: float, sheet: Path | None
+) -> list[dict[str, bool]]:
+    """Draw the captions with the model at `path` in bf16, seed 0 upwards, and read the pictures back."""
+    from diffusers import FluxPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = FluxPipeline.from_pretrained(path, torch_dtype=torch.bfloat16).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    results, tiles = [], []
+    batch = 25
+    for first in range(0, len(captions), batch):
+        part = captions[first : first + batch]
+        seeds = range(first, first + len(part))
+        images = pipeline(
+            part,
+            height=world.SIZE,
+            width=world.SIZE,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=pipeline.tokenizer_2.model_max_length,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+        results += [compare(parse(caption), read(image)) for caption, image in zip(part, images, strict=True)]
+        tiles += images
+    for caption, result in zip(captions, results, strict=True):
+        if not result["right"]:
+            print("wrong:", caption, {key for key, value in result.items() if not value and key != "inked"})
+    if sheet is not None:
+        columns = 20
+        board = Image.new("RGB", (columns * world.SIZE, -(-len(tiles) // columns) * world.SIZE))
+        for i, tile in enumerate(tiles):
+            board.paste(tile, (i % columns * world.SIZE, i // columns * world.SIZE))
+        board.save(sheet)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="captions (with --reader: pictures)")
+    parser.add_argument("--reader", action="store_true", help="check the reader on painted pictures instead")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--sheet", type=Path, help="write all pictures as one PNG here")
+    args: Any = parser.parse_args()
+    if args.reader:
+        for style in ("plain", "inked"):
+            shares = check_reader(args.count, style)
+            print(style, {key: round(value, 4) for key, value in shares.items()})
+        return
+    captions = held_out_captions(args.count)
+    results = check_model(args.model, captions, args.steps, args.guidance, args.sheet)
+    pairs = [parse(caption).relation is not None for caption in captions]
+    for name, kinds in (
+        ("all", (True, False)),
+        ("one or several of a kind", (False,)),
+        ("two different things", (True,)),
+    ):
+        chosen = [result for result, pair in zip(results, pairs, strict=True) if pair in kinds]
+        right = sum(result["right"] for result in chosen)
+        print(f"{name}: {right} of {len(chosen)} right", {k: round(v, 3) for k, v in tally(chosen).items()})
+
+
+if __name__ == "__main__":
+    main()
