@@ -1,0 +1,246 @@
+"""Draw the same prompts and seeds at several precisions, without and with an adapter, and say what each one costs.
+
+The experiment of the Hugging Face guide "Quantize Your Diffusion Models with diffusers", measured stage by stage:
+
+    python infer/compare.py model=tiny
+    python infer/compare.py model=dev adapter.path=runs/mine/adapter run=mine 'only=[bf16,nf4]'
+
+Writes results.json, comparison.png, report.md and report.html to runs/<run>/compare/.
+"""
+
+import math
+import os
+import platform
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from PIL import Image
+from tqdm import tqdm
+
+from infer import report
+from infer.adapters import find_adapter, load_adapter
+from infer.command import check_run_name, pick_device, run_command
+from infer.encode import Text, decode, release, text_encoder
+from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
+from infer.generate import Sampling, draw
+from infer.measure import measure
+from infer.quantize import Precision, stored_bytes
+from infer.scores import Score, distance, find_scores, open_picture
+
+
+@dataclass
+class Trained:
+    """A trained adapter."""
+
+    path: str | None = None
+    """A LoRA file or its folder; null compares the base model alone."""
+    name: str | None = None
+    """Its name in the report; null takes the run's."""
+
+
+@dataclass
+class Compare:
+    """One comparison."""
+
+    model: Model = field(default_factory=Model)
+    precisions: dict[str, Precision] = field(default_factory=dict)
+    """By the names that the report shows; the one of kind bf16 is what the others are compared with."""
+    only: list[str] | None = None
+    """Names of the precisions to run; null runs all."""
+    adapter: Trained = field(default_factory=Trained)
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    sampling: Sampling = field(default_factory=Sampling)
+    text_length: int | None = None
+    """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    scores: dict[str, str] = field(default_factory=dict)
+    """More scores: a name and the dotted path of a function (picture, prompt) -> number."""
+    run: str = "compare"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.seeds:
+            raise ValueError(
+                "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"
+            )
+        unknown = set(self.only or []) - set(self.precisions)
+        if unknown or not self.precisions or self.only == []:
+            raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")
+
+
+Row = dict[str, Any]
+
+
+def draw_precision(
+    options: Compare, name: str, adapter: tuple[str, str] | None, folder: Path, device: torch.device, bar: "tqdm[Any]"
+) -> list[Row]:
+    """All pictures of one precision, without and then with the adapter (its name and path); frees everything after."""
+    model, precision = options.model, options.precisions[name]
+    size = options.sampling.size(own_size(model))
+    bar.set_postfix_str(f"{name}: prompts")
+    with ExitStack() as stack:
+        with measure(device) as load_text:
+            encoder = stack.enter_context(text_encoder(model, precision, device, options.text_length))
+        with measure(device) as encode:
+            texts: list[Text] = encoder(options.prompts)
+        for prompt in encoder.truncated(options.prompts):
+            bar.write(f"T5 sees only the first {encoder.length} tokens of {prompt!r}")
+        text_bytes = encoder.weights_bytes
+    bar.set_postfix_str(f"{name}: loading")
+    with measure(device) as load_rest:
+        transformer = load_transformer(model, precision, device)
+        vae = load_vae(model, device)
+    scheduler = load_scheduler(model)
+    load = {
+        "seconds": load_text.seconds + load_rest.seconds,
+        "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
+    }
+    if load_rest.peak_reserved_bytes is not None:
+        load["peak_reserved_bytes"] = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
+    rows = []
+    for variant in (None, adapter) if adapter else (None,):
+        if variant:
+            load_adapter(transformer, variant[1], variant[0])
+        weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
+        # the first forward pass of a process loads kernels: not a picture's cost
+        warm = Sampling(steps=1, guidance=options.sampling.guidance)
+        decode(vae, draw(transformer, scheduler, texts[0], 0, warm, size, device), *size)
+        for i, prompt in enumerate(options.prompts):
+            for seed in options.seeds:
+                bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")
+                with measure(device) as denoising:
+                    latents = draw(transformer, scheduler, texts[i], seed, options.sampling, size, device)
+                with measure(device) as decoding:
+                    picture = decode(vae, latents, *size)
+                image = f"images/{name}{'-adapter' if variant else ''}-{i:03d}-{seed}.png"
+                picture.save(folder / image)
+                stages = {
+                    "load": load,
+                    "encode": encode.to_dict(),
+                    "denoise": denoising.to_dict(),
+                    "decode": decoding.to_dict(),
+                }
+                rows.append(
+                    {
+                        "precision": name,
+                        "adapter": variant[0] if variant else None,
+                        "prompt": prompt,
+                        "seed": seed,
+                        "image": image,
+                        "seconds": denoising.seconds + decoding.seconds,
+                        "seconds_per_step": denoising.seconds / options.sampling.steps,
+                        "weights_bytes": weights,
+                        "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
+                        "scores": {},
+                        "stages": stages,
+                    }
+                )
+                bar.update()
+    del transformer, vae
+    release(device)
+    return rows
+
+
+def score_rows(rows: list[Row], folder: Path, reference: str | None, own: dict[str, Score]) -> None:
+    """Fill in each row's scores: distance from the reference precision and from the picture without the adapter."""
+    pictures = {(r["precision"], r["adapter"], r["prompt"], r["seed"]): folder / r["image"] for r in rows}
+    for row in rows:
+        picture = open_picture(folder / row["image"])
+        same = (row["prompt"], row["seed"])
+        others = {
+            f"_{reference}": pictures.get((reference, row["adapter"], *same))
+            if row["precision"] != reference
+            else None,
+            "_base": pictures[row["precision"], None, *same] if row["adapter"] else None,
+        }
+        if reference is None:
+            others.pop("_None")
+        if not any(r["adapter"] for r in rows):
+            others.pop("_base")
+        for suffix, other in others.items():
+            figures = distance(picture, open_picture(other)) if other else {"psnr": None, "ssim": None}
+            row["scores"].update({name + suffix: value for name, value in figures.items()})
+        row["scores"].update({name: float(score(picture, row["prompt"])) for name, score in own.items()})
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1] for line in _cpuinfo() if line.startswith("model name")]
+    return f"cpu: {names[0].strip() if names else platform.processor() or platform.machine()}"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def compare(options: Compare) -> Path:
+    """Run the comparison; returns its folder, which appears whole or not at all."""
+    device = pick_device(options.device)
+    run = check_run_name(options.run)
+    check_model(options.model)
+    own = find_scores(options.scores)
+    adapter = None
+    if options.adapter.path is not None:
+        find_adapter(options.adapter.path)
+        adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
+    names = [name for name in options.precisions if options.only is None or name in options.only]
+    for name, score in own.items():  # before an hour of drawing, not after it
+        for prompt in options.prompts:
+            if not math.isfinite(score(Image.new("RGB", (128, 128)), prompt)):
+                raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
+    target, partial = run / "compare", run / f"compare.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    try:
+        rows: list[Row] = []
+        pictures = len(names) * len(options.prompts) * len(options.seeds) * (2 if adapter else 1)
+        with tqdm(total=pictures, unit="picture", desc="compare") as bar:
+            for name in names:
+                rows += draw_precision(options, name, adapter, partial, device, bar)
+        reference = next((n for n in names if options.precisions[n].kind == "bf16"), None)
+        score_rows(rows, partial, reference, own)
+        height, width = options.sampling.size(own_size(options.model))
+        libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
+        report.write(
+            {
+                "model": options.model.path,
+                "device": describe_device(device),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+                "sampling": {
+                    "steps": options.sampling.steps,
+                    "guidance": options.sampling.guidance,
+                    "height": height,
+                    "width": width,
+                },
+                "rows": rows,
+            },
+            partial,
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not any(run.iterdir()):
+            run.rmdir()
+    print(report.table(report.summarise(rows)))
+    print(f"report: {target / 'report.html'}")
+    return target
+
+
+if __name__ == "__main__":
+    run_command("compare", Compare, compare)

@@ -1,0 +1,227 @@
+"""A FLUX.1 checkpoint in the diffusers folder format, on disk or on the Hub, loaded part by part.
+
+Parts are loaded one at a time so that T5, the autoencoder and the transformer need not sit in memory together.
+The bundled model and FLUX.1-dev differ by their path alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+from infer.quantize import Precision, check_quantized, keep_layout, quantization_config, quantizing_on
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+
+
+@dataclass
+class Model:
+    """Where a FLUX.1 checkpoint is."""
+
+    path: str = "scripts/tiny/model"
+    """A folder in the diffusers format, or a Hub id such as black-forest-labs/FLUX.1-dev."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("model.path is empty; give a diffusers folder or a Hub id")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if the path is one."""
+        folder = Path(self.path)
+        return folder if folder.is_dir() else None
+
+
+def check_model(model: Model) -> None:
+    """Look at a local checkpoint before anything is loaded.
+
+    Raises:
+        ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX.1 model.
+    """
+    folder = model.local
+    if folder is None:
+        if Path(model.path).is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+            raise ValueError(
+                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); check the spelling"
+            )
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{folder} holds no model_index.json, so it is no diffusers checkpoint; a single-file checkpoint "
+            "is turned into one with FluxPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    name = json.loads(index.read_text()).get("_class_name")
+    if name != "FluxPipeline":
+        raise ValueError(f"{index} is of a {name}, not a FluxPipeline; this toolkit reads FLUX.1 checkpoints")
+    absent = [part for part in PARTS if not (folder / part).is_dir()]
+    if absent:
+        raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
+
+
+@contextmanager
+def _loading(model: Model, part: str) -> Iterator[None]:
+    """Turn the many ways in which a checkpoint can be absent into one message with its mend."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{model.path} is gated: accept its licence on its Hub page, then log in with `hf auth login` "
+            "(or set HF_TOKEN), or set model.path to a local folder that holds it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hub has no model {model.path!r} (or it is private): check the name, log in with `hf auth login`, "
+            "or set model.path to a local folder"
+        ) from error
+    except (OSError, HfHubHTTPError) as error:
+        # both libraries raise OSError for absent files, broken files, and for a Hub that cannot be reached
+        if "gated" in str(error):
+            mend = "accept its licence on its Hub page, then log in with `hf auth login`"
+        elif model.local is not None:
+            mend = "copy the checkpoint again, or name another folder as model.path"
+        else:
+            mend = "check the network, or download it elsewhere and set model.path to the local folder"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load the {part} of {model.path}: {reason}; {mend}") from error
+
+
+def read_config(model: Model, part: str) -> dict[str, Any]:
+    """A part's config.json."""
+    with _loading(model, part):
+        config: dict[str, Any] = json.loads(_config_file(model, part).read_text())
+    return config
+
+
+def _config_file(model: Model, part: str) -> Path:
+    if model.local is not None:
+        return model.local / part / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model.path, f"{part}/config.json", revision=model.revision))
+
+
+def _load(model: Model, part: str, cls: Any, library: Any, precision: Precision, device: torch.device) -> Any:
+    """One part at a precision on a device, its quantized layers checked.
+
+    A checkpoint that was saved quantized brings its own configuration.
+    """
+    stored = read_config(model, part).get("quantization_config")
+    config = None if stored else quantization_config(precision, library)
+    if stored:
+        _check_stored(model, stored, precision)
+    with _loading(model, part), quantizing_on(device if config or stored else torch.device("cpu")):
+        loaded = cls.from_pretrained(
+            model.path,
+            subfolder=part,
+            revision=model.revision,
+            quantization_config=config,
+            device_map={"": device},
+            **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
+        )
+    # T5 keeps these in the compute dtype itself: they overflow fp16 (transformers, _keep_in_fp32_modules)
+    check_quantized(loaded, precision, tuple(getattr(loaded, "_keep_in_fp32_modules", None) or ()))
+    keep_layout(loaded)
+    return loaded.eval().requires_grad_(False)
+
+
+def _check_stored(model: Model, stored: dict[str, Any], precision: Precision) -> None:
+    """What a quantized checkpoint was saved with cannot be changed by loading it: refuse what says otherwise."""
+    asked = {
+        "bnb_4bit_use_double_quant": ("double_quant", precision.double_quant, ("nf4", "fp4")),
+        "bnb_4bit_compute_dtype": ("compute_dtype", str(precision.dtype).removeprefix("torch."), ("nf4", "fp4")),
+        "llm_int8_threshold": ("outlier_threshold", precision.outlier_threshold, ("int8",)),
+    }
+    for key, (name, value, kinds) in asked.items():
+        if precision.kind in kinds and key in stored and stored[key] != value:
+            raise ValueError(
+                f"{model.path} was quantized with {key}={stored[key]}, but precision.{name} asks for {value}; "
+                f"set precision.{name} to what it was saved with, or load the unquantized checkpoint"
+            )
+
+
+def load_transformer(model: Model, precision: Precision, device: torch.device) -> FluxTransformer2DModel:
+    """The transformer, frozen, in eval mode."""
+    import diffusers
+
+    return _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device)
+
+
+def load_text_parts(model: Model, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """Both text encoders with their tokenizers, by their names in a FluxPipeline; T5 at the precision's `t5`."""
+    import transformers
+
+    t5_precision = precision.for_t5()
+    parts = {
+        "text_encoder": _load(
+            model, "text_encoder", transformers.CLIPTextModel, transformers, Precision("bf16"), device
+        ),
+        "text_encoder_2": _load(
+            model, "text_encoder_2", transformers.T5EncoderModel, transformers, t5_precision, device
+        ),
+    }
+    for name in ("tokenizer", "tokenizer_2"):
+        with _loading(model, name):
+            parts[name] = transformers.AutoTokenizer.from_pretrained(
+                model.path, subfolder=name, revision=model.revision
+            )
+    return parts
+
+
+def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
+    """The autoencoder, frozen."""
+    with _loading(model, "vae"):
+        vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", revision=model.revision, torch_dtype=dtype)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
+    with _loading(model, "scheduler"):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(
+            model.path, subfolder="scheduler", revision=model.revision
+        )
+
+
+def own_size(model: Model) -> int:
+    """Pixels a side that the checkpoint was made for: what its autoencoder's config says (1024 for FLUX.1-dev)."""
+    return int(read_config(model, "vae")["sample_size"])
+
+
+def part_folder(model: Model, part: str) -> Path:
+    """The folder of a part, downloaded if the model is on the Hub and not here yet."""
+    if model.local is not None:
+        return model.local / part
+    from huggingface_hub import snapshot_download
+
+    with _loading(model, part):
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=[f"{part}/*"])) / part
+
+
+def fingerprint(model: Model, part: str) -> str:
+    """A hash of a part's weights and config: what a cache or an adapter made with it depends on.
+
+    Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them.
+    """
+    folder = part_folder(model, part)
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".safetensors", ".json", ".model", ".txt"):
+            continue
+        blob = file.resolve().name
+        digest.update(file.name.encode())
+        if len(blob) == 64 and file.is_symlink():
+            digest.update(blob.encode())
+            continue
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""(prompt, seed) -> picture. The noise of a seed is the same for every precision, dtype and adapter."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from infer.encode import FACTOR, Text, pack
+
+
+@dataclass
+class Sampling:
+    """How pictures are drawn."""
+
+    steps: int = 28
+    guidance: float = 3.5
+    """The distilled guidance of FLUX.1-dev; without effect on schnell."""
+    height: int | None = None
+    """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps is {self.steps}; it must be 1 or more")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and (value < 16 or value % 16):
+                near = max(16, round(value / 16) * 16)
+                raise ValueError(f"sampling.{name} is {value}; FLUX draws multiples of 16, such as {near}")
+
+    def size(self, own: int) -> tuple[int, int]:
+        """Height and width in pixels for a checkpoint made for `own`."""
+        return self.height or own, self.width or own
+
+
+def noise(seed: int, height: int, width: int, channels: int) -> Tensor:
+    """Packed noise [1, tokens, channels * 4] of a picture of height x width pixels, drawn in fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return pack(torch.randn((1, channels, height // FACTOR, width // FACTOR), generator=generator))
+
+
+def draw(
+    transformer: FluxTransformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    text: Text,
+    seed: int,
+    sampling: Sampling,
+    size: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels."""
+    pipeline = FluxPipeline(
+        scheduler=scheduler,
+        transformer=transformer,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    dtype = transformer.dtype
+    height, width = size
+    with torch.no_grad():
+        latents: Tensor = pipeline(
+            prompt_embeds=text.t5[None].to(device, dtype),
+            pooled_prompt_embeds=text.pooled[None].to(device, dtype),
+            latents=noise(seed, height, width, transformer.config.in_channels // 4).to(device, dtype),
+            height=height,
+            width=width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            output_type="latent",
+        ).images
+    return latents

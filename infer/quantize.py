@@ -1,0 +1,208 @@
+"""Precisions: which bitsandbytes format a model's linear layers are stored in, and what that costs in bytes.
+
+The libraries do the work, through `from_pretrained(quantization_config=...)`; this file says every field out loud,
+lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards that what was asked for happened.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Precision:
+    """How the transformer's linear layers, and those of T5, are stored and multiplied."""
+
+    kind: str = "nf4"
+    """fp32, bf16 (not quantized), int8 (LLM.int8, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023)."""
+    compute_dtype: str = "bf16"
+    """bf16, fp16 or fp32: the matrix products of 4-bit layers and whatever stays unquantized. LLM.int8 multiplies
+    in fp16 whatever this says. Kinds fp32 and bf16 are their own compute dtype."""
+    double_quant: bool = False
+    """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
+    outlier_threshold: float = 6.0
+    """int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
+    skip_modules: list[str] = field(default_factory=list)
+    """Names (or ends of names) of transformer layers to leave in `compute_dtype`."""
+    t5: str = "same"
+    """T5's kind; `same` follows `kind` with these settings."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"precision.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.t5 not in ("same", *KINDS):
+            raise ValueError(f"precision.t5 is {self.t5!r}; choose same or one of {', '.join(KINDS)}")
+        if self.compute_dtype not in DTYPES:
+            raise ValueError(f"precision.compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.outlier_threshold < 0:
+            raise ValueError(f"precision.outlier_threshold is {self.outlier_threshold}; it must be 0 or more")
+
+    @property
+    def quantized(self) -> bool:
+        return self.kind in ("int8", "fp4", "nf4")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything that is not quantized, and of the 4-bit products."""
+        return DTYPES[self.compute_dtype if self.quantized else self.kind]
+
+    def for_t5(self) -> "Precision":
+        """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
+        kind = self.kind if self.t5 == "same" else self.t5
+        return Precision(kind, self.compute_dtype, self.double_quant, self.outlier_threshold)
+
+
+def quantization_config(precision: Precision, library: Any) -> Any | None:
+    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized."""
+    if not precision.quantized:
+        return None
+    if precision.kind == "int8":
+        return library.BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=precision.outlier_threshold,
+            llm_int8_skip_modules=list(precision.skip_modules),
+            llm_int8_has_fp16_weight=False,
+        )
+    return library.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision.kind,
+        bnb_4bit_compute_dtype=precision.dtype,
+        bnb_4bit_use_double_quant=precision.double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=list(precision.skip_modules),
+    )
+
+
+@contextmanager
+def quantizing_on(device: torch.device) -> Iterator[None]:
+    """Within, diffusers quantizes on `device`. On a CPU its two quantizers refuse before bitsandbytes is asked.
+
+    Raises:
+        ValueError: the device is neither CUDA nor CPU.
+    """
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"int8, fp4 and nf4 need a CUDA device or a CPU, not {device}: set precision=bf16 or device=cpu"
+        )
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+
+    quantizers: tuple[Any, Any] = (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)
+    kept = [(q, q.validate_environment, q.update_device_map) for q in quantizers]
+    for quantizer in quantizers:
+        if device.type == "cpu":
+            quantizer.validate_environment = lambda self, *args, **kwargs: None
+        quantizer.update_device_map = lambda self, device_map: device_map or {"": device}
+    try:
+        yield
+    finally:
+        for quantizer, validate, update in kept:
+            quantizer.validate_environment, quantizer.update_device_map = validate, update
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer by name, quantized ones included (they are subclasses)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """`int8`, `fp4` or `nf4` for a quantized layer, else None."""
+    import bitsandbytes as bnb
+
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return "int8"
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return str(layer.weight.quant_type)
+    return None
+
+
+def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...] = ()) -> int:
+    """The number of quantized layers, after comparing each layer with what was asked.
+
+    `kept` names ends of layer names that the library itself leaves alone.
+
+    Raises:
+        ValueError: a layer is stored otherwise than asked, or a name in `skip_modules` matches none.
+    """
+    layers = linear_layers(model)
+    skipped = [*precision.skip_modules, *kept]
+    for name in precision.skip_modules:
+        if not any(_names(name, layer) for layer in layers):
+            raise ValueError(
+                f"precision.skip_modules names {name!r}, but no linear layer of the model has that name; "
+                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
+            )
+    wrong = []
+    count = 0
+    for name, layer in layers.items():
+        asked = precision.kind if precision.quantized and not any(_names(s, name) for s in skipped) else None
+        found = kind_of(layer)
+        count += found is not None
+        if found != asked:
+            wrong.append(f"{name} ({found or 'not quantized'} instead of {asked or 'not quantized'})")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(layers)} linear layers are not stored as precision={precision.kind} asks: "
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. Choose the precision of the checkpoint, or "
+            "load an unquantized one."
+        )
+    return count
+
+
+def _names(skip: str, layer: str) -> bool:
+    return f".{skip}." in f".{layer}."
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were quantized, on a CPU with AVX512-BF16 too.
+
+    There bitsandbytes repacks them at the first forward pass in eval mode, and cannot undo it: absmax stays transposed
+    and in bf16 (0.50.2, functional._convert_weight_packed_for_cpu_inverse), so that a state_dict or an adapter that
+    comes later reads garbage. Without it a forward pass of the bundled model takes 34 ms in place of 26.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers as they lie in memory, quantization constants included."""
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        total += tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            total += sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
+            state = state.state2
+        scales = getattr(tensor, "SCB", None)
+        if isinstance(scales, Tensor):
+            total += scales.numel() * scales.element_size()
+    return total
+
+
+def dequantized(layer: nn.Linear) -> Tensor:
+    """A layer's weight [out, in] as it takes part in products, in fp32; any kind."""
+    import bitsandbytes as bnb
+
+    weight: Any = layer.weight
+    rows: Tensor
+    kind = kind_of(layer)
+    if kind == "int8":
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
+        rows = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+        return rows.float()
+    if kind is not None:
+        rows = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return rows.float()
+    rows = weight.detach()
+    return rows.float()

@@ -1,0 +1,39 @@
+"""Silence the libraries' notices that every run would print and nobody can act on, each by its text, and no others."""
+
+import logging
+import warnings
+
+NOISE = (
+    "requires torchvision",  # transformers: image processors that nobody uses here
+    "gemm_4bit_forward",  # bitsandbytes: an optional kernel package
+    "MatMul8bitLt: inputs will be cast",  # bitsandbytes: LLM.int8 is defined in fp16
+    "No LoRA keys associated to",  # diffusers: the text encoders have no adapter
+    "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that T5 cuts are named by us
+    "`torch_dtype` is deprecated",  # diffusers 0.42 renames an argument that older ones need
+)
+
+
+def quieten() -> None:
+    """Call before diffusers is imported: some notices come at import. Progress bars of loading go too."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger()
+    for text in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(text in message for text in NOISE)
+
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(wanted)
+    # bitsandbytes has no handler of its own: the filter sits at the loggers that speak
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(wanted)
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.get_logger()
+    for handler in logging.getLogger("diffusers").handlers:
+        handler.addFilter(wanted)

@@ -1,0 +1,70 @@
+"""Save a checkpoint with its transformer and T5 quantized: a folder that loads faster and fits a smaller disk.
+
+python infer/save.py model=dev precision=nf4 out=models/dev-nf4
+python infer/compare.py model.path=models/dev-nf4 'only=[nf4]'
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+import diffusers
+
+from infer.command import pick_device, run_command
+from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
+from infer.quantize import Precision
+
+
+@dataclass
+class Save:
+    """What to save, and where."""
+
+    model: Model = field(default_factory=Model)
+    precision: Precision = field(default_factory=Precision)
+    out: str = ""
+    """A folder that does not exist yet."""
+    device: str = "auto"
+
+
+def save(options: Save) -> Path:
+    """Write the folder, whole or not at all.
+
+    Raises:
+        ValueError: `out` is empty or exists.
+    """
+    if not options.out or Path(options.out).exists():
+        raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
+    check_model(options.model)
+    device = pick_device(options.device)
+    out = Path(options.out)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        load_transformer(options.model, options.precision, device).save_pretrained(partial / "transformer")
+        parts = load_text_parts(options.model, options.precision, device)
+        parts["text_encoder_2"].save_pretrained(partial / "text_encoder_2")
+        for part in PARTS:
+            if part not in ("transformer", "text_encoder_2"):
+                shutil.copytree(part_folder(options.model, part), partial / part)
+        index = diffusers.FluxPipeline.load_config(options.model.path, revision=options.model.revision)
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{options.precision.kind} checkpoint of {size / 2**20:,.1f} MiB in {out}")
+    return out
+
+
+if __name__ == "__main__":
+    run_command("save", Save, save)
