@@ -1,0 +1,249 @@
+"""Every shipped YAML file through Hydra, and every wrong value through the message that it gives."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from infer.adapters import Adapter
+from infer.command import ROOT, check_run_name
+from infer.compare import Compare
+from infer.flux import Model
+from infer.generate import Sampling
+from infer.quantize import KINDS, Precision
+from infer.save import Save
+from train.config import Train
+from train.data import Data
+from train.flow import Flow
+from train.optim import Optim
+from train.track import Track
+from train.train import claim
+
+CONFIGS = ROOT / "configs"
+ROOTS: dict[str, Any] = {"train": Train, "compare": Compare, "save": Save}
+GROUPS: dict[str, Any] = {
+    "adapter": Adapter,
+    "data": Data,
+    "flow": Flow,
+    "model": Model,
+    "optim": Optim,
+    "precision": Precision,
+    "sampling": Sampling,
+    "track": Track,
+}
+FILES = [(file.parent.name, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def groups_of(root: str) -> set[str]:
+    """What a root's defaults list names."""
+    parts = yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())["defaults"]
+    return {key for part in parts if isinstance(part, dict) for key in part}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    for name, schema in ROOTS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def made(root: str, *overrides: str) -> Any:
+    options = OmegaConf.to_object(compose(root, list(overrides)))
+    assert type(options) is ROOTS[root]
+    return options
+
+
+def read(group: str, name: str) -> dict[str, Any]:
+    text = (CONFIGS / group / f"{name}.yaml").read_text().replace("${root:}", str(ROOT))
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+def test_every_folder_is_tested() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ROOTS)
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {*GROUPS, "accelerate", "experiment"}
+
+
+@pytest.mark.parametrize(
+    "root, group, name",
+    [(root, *file) for root in ROOTS for file in FILES if {file[0], f"{file[0]}@precisions.nf4"} & groups_of(root)],
+)
+def test_every_file_becomes_its_dataclass(root: str, group: str, name: str) -> None:
+    if root == "compare" and group == "precision":
+        options = made(root, f"+precision@precisions.own={name}")
+        chosen = options.precisions["own"]
+        assert {**options.precisions, "own": None} == {**made(root).precisions, "own": None}
+    else:
+        chosen = getattr(made(root, f"{group}={name}"), group)
+    assert type(chosen) is GROUPS[group]
+    assert asdict(chosen) == asdict(GROUPS[group]()) | read(group, name)
+
+
+@pytest.mark.parametrize("group, name", FILES)
+def test_groups_say_every_field(group: str, name: str) -> None:
+    optional = {"revision"} if group == "model" else set()  # a local folder has none
+    assert read(group, name).keys() | optional == {field.name for field in fields(GROUPS[group])}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_roots_say_every_field(root: str) -> None:
+    own = yaml.safe_load((CONFIGS / f"{root}.yaml").read_text()).keys() - {"defaults", "hydra"}
+    grouped = {key.split("@")[-1].split(".")[0] for key in groups_of(root)} & {*GROUPS, "precisions"}
+    assert own | grouped == {field.name for field in fields(ROOTS[root])}
+
+
+def differences(a: Any, b: Any, name: str = "") -> set[str]:
+    if not is_dataclass(a):
+        return set() if a == b else {name}
+    return {
+        d for f in fields(a) for d in differences(getattr(a, f.name), getattr(b, f.name), f"{name}.{f.name}".strip("."))
+    }
+
+
+def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
+    assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
+    assert differences(made("save"), Save()) == {"model.path"}
+    comparison = made("compare")
+    assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
+    others = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
+    assert differences(comparison, others) == {"model.path"}
+    assert [Precision(kind).kind for kind in KINDS] == [made("train", f"precision={k}").precision.kind for k in KINDS]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(name: str) -> None:
+    options = made("compare" if name.endswith("_compare") else "train", f"experiment={name}")
+    text = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
+
+    def holds(part: Any, wanted: Any) -> None:
+        for key, value in wanted.items():
+            there = part[key] if isinstance(part, dict) else getattr(part, key)
+            if isinstance(value, dict):
+                holds(there, value)
+            else:
+                assert there == (float(value) if isinstance(there, float) else value)
+
+    holds(options, {key: value for key, value in text.items() if key != "defaults"})
+    assert made("compare" if name.endswith("_compare") else "train", f"experiment={name}", "run=x").run == "x"
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_its_files(file: Path) -> None:
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "no"  # the loop casts by itself
+    kinds = {"cpu": ("NO", 1, True), "one_gpu": ("NO", 1, False), "ddp": ("MULTI_GPU", 2, False)}
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == kinds[file.stem]
+
+
+WRONG = [
+    ("train", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of .*nf4"),
+    ("train", "precision.t5=nf5", "precision.t5 is 'nf5'; choose same or"),
+    ("train", "precision.compute_dtype=half", "precision.compute_dtype is 'half'; choose one of bf16"),
+    ("train", "precision.compute_dtype=fp16", "precision.compute_dtype=fp16 gives NaN.*set it to bf16"),
+    ("train", "precision.outlier_threshold=-1", "precision.outlier_threshold is -1.0; it must be 0 or more"),
+    ("train", "adapter.rank=0", "adapter.rank is 0; it must be 1 or more"),
+    ("train", "adapter.alpha=0", "adapter.alpha is 0.0; it must be above 0"),
+    ("train", "adapter.alpha=nan", "adapter.alpha is nan; it must be above 0"),
+    ("train", "adapter.dropout=1", "adapter.dropout is 1.0; it must be .*below 1"),
+    ("train", "adapter.init=zero", "adapter.init is 'zero'; choose one of default"),
+    ("train", "adapter.init=orthogonal adapter.rank=5", "adapter.rank is 5; orthogonal .*even"),
+    ("train", "adapter.targets='attn(['", r"adapter.targets 'attn\(\[' is neither a preset \(attention.*expression"),
+    ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
+    ("train", "flow.weighting=all", "flow.weighting is 'all'; choose one of none"),
+    ("train", "flow.logit_std=0", "flow.logit_std is 0.0; it must be above 0"),
+    ("train", "optim.name=sgd", "optim.name is 'sgd'; choose one of adamw"),
+    ("train", "optim.schedule=step", "optim.schedule is 'step'; choose one of constant"),
+    ("train", "optim.lr=0", "optim.lr is 0.0; it must be above 0"),
+    ("train", "optim.warmup=-1", "optim.warmup is -1; it must be 0 or more"),
+    ("train", "optim.clip=-0.5", "optim.clip is -0.5; it must be 0 or more"),
+    ("train", "data.resolution=100", "data.resolution is 100; .*multiples of 16, such as 96"),
+    ("train", "data.resolution=0", "data.resolution is 0; .*multiples of 16, such as 16"),
+    ("train", "data.batch_size=0", "data.batch_size is 0; it must be 1 or more"),
+    ("train", "data.validation=1", "data.validation is 1.0; .*below 1"),
+    ("train", "data.text_length=0", "data.text_length is 0; it must be 1 or more, or null"),
+    ("train", "track.kind=csv", "track.kind is 'csv'; choose one of none, wandb"),
+    ("train", "track.mode=on", "track.mode is 'on'; choose one of auto"),
+    ("train", "sampling.steps=0", "sampling.steps is 0; it must be 1 or more"),
+    ("train", "sampling.height=250", "sampling.height is 250; .*multiples of 16, such as 256"),
+    ("train", "model.path=''", "model.path is empty; give a diffusers folder"),
+    *[
+        ("train", f"{name}=0", f"{name} is 0; it must be 1 or more")
+        for name in ("steps", "accumulation", "keep", "validation_levels")
+    ],
+    *[
+        ("train", f"{name}=-1", f"{name} is -1; it must be 0")
+        for name in ("save_every", "validate_every", "preview_every")
+    ],
+    ("compare", "prompts=[]", "compare needs at least one of prompts.*as in 'prompts="),
+    ("compare", "seeds=[]", "compare needs at least one of prompts and of seeds"),
+    ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),
+    ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
+    ("save", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of"),
+]
+
+
+@pytest.mark.parametrize("root, override, message", WRONG, ids=lambda value: value if "=" in value else "")
+def test_wrong_values(root: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(root, *override.split())
+
+
+OUTSIDE = ["", " ", "x ", ".", "..", "../x", "x/../../y", "/tmp/x", "//x", "~/../x", ".a", "a:b", "a\\b", "a\nb", "a*"]
+
+
+@pytest.mark.parametrize("run", OUTSIDE)
+def test_runs_stay_in_their_folder(run: str) -> None:
+    with pytest.raises(ValueError, match=r"^run is ") as caught:
+        check_run_name(run)
+    assert repr(run) in str(caught.value)
+
+
+@pytest.mark.parametrize("run", ["demo", "neon-nf4_2", "set/neon", "ñ 日本", "v1.5"])
+def test_plain_runs_pass(run: str) -> None:
+    assert check_run_name(run) == Path("runs", *run.split("/"))
+
+
+CLAIMED = ["run=mine", "data.trigger='ß: {a}'", "previews=['a #1, \"b\"', '日本 🦩']", "optim.lr=1.7e-9"]
+
+
+def test_a_run_is_claimed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    claim(made("train", *CLAIMED, "adapter.rank=3"), folder, 1)
+    claim(made("train", *CLAIMED), folder, 1)  # nothing was trained yet: a corrected config takes its place
+    written = (folder / "config.yaml").read_bytes()
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    (folder / "checkpoints" / "step-000200").mkdir(parents=True)
+    for same in (
+        [],
+        ["track=wandb", "track.project=other"],
+        ["device=cpu"],
+        ["previews=[x]", "save_every=7", "keep=9"],
+    ):
+        claim(made("train", *CLAIMED, *same), folder, 1)
+    for override, was, now in (
+        ("seed=1", "seed was 0", "is 1"),
+        ("steps=999", "steps was 1000", "is 999"),
+        ("precision=fp4", "precision.kind was 'nf4'", "is 'fp4'"),
+        ("optim.lr=1.8e-9", "optim.lr was 1.7e-09", "is 1.8e-09"),
+        ("data.trigger=x", "data.trigger was 'ß: {a}'", "is 'x'"),
+        ("adapter.targets=all", "adapter.targets was 'attention'", "is 'all'"),
+    ):
+        with pytest.raises(ValueError, match=r"run 'mine' exists with another config .*run=.*or delete") as caught:
+            claim(made("train", *CLAIMED, override), folder, 1)
+        assert f"({was}" in str(caught.value) and f"{now})" in str(caught.value)
+    with pytest.raises(ValueError, match=r"\(adapter.rank was 16, is 3; .*\.\.\.\); choose"):  # the first five of more
+        claim(made("train", "run=mine", "data.resolution=64", "seed=1", "adapter.rank=3", "steps=5"), folder, 1)
+    with pytest.raises(ValueError, match="processes was 1, is 2"):
+        claim(made("train", *CLAIMED), folder, 2)
+    assert (folder / "config.yaml").read_bytes() == written

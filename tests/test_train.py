@@ -1,0 +1,284 @@
+"""Training on the bundled model: what is learned, and that neither a crash nor the number of ranks changes it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infer.adapters import FILE, Adapter
+from infer.command import ROOT
+from infer.flux import Model
+from infer.quantize import Precision
+from scripts.tiny.make_style import make_style
+from train.config import Train
+from train.data import Data
+from train.optim import Optim
+from train.track import Track
+from train.train import train
+
+LOOP = sys.modules["train.loop"]
+SIDE = 64  # 16 packed tokens
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    make_style(folder, 11, seed=1)
+    return folder
+
+
+@pytest.fixture
+def job(
+    pictures: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tiny: Model
+) -> Train:
+    """A short run in a folder of its own; the cache is shared by all tests."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    return Train(
+        model=Model(str(Path(ROOT, "scripts/tiny/model"))),
+        precision=Precision("nf4"),
+        adapter=Adapter(rank=4, alpha=6, dropout=0.1),
+        data=Data(str(pictures), SIDE, 2, "zelk style", 0.2, cache=str(pictures.parent / "cache")),
+        optim=Optim(lr=1e-3, schedule="linear"),
+        run="short",
+        steps=6,
+        accumulation=2,
+        save_every=2,
+        validate_every=3,
+        validation_levels=2,
+        device="cpu",
+    )
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / FILE)
+
+
+def metrics(run: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path("runs", run, "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    job: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = replace(job, optim=replace(job.optim, name=optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3))
+    whole = adapter(train(replace(job, run="whole")))
+
+    original, calls = train_batch_counter(monkeypatch, stop_at=2 * 5 + 1)  # in the middle of the sixth update
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(job, run="killed"))
+    monkeypatch.setattr(LOOP, "training_batch", original)
+    assert calls[0] == 11
+    assert not Path("runs/killed/adapter").exists()
+    resumed = adapter(train(replace(job, run="killed")))
+    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    assert same(whole, resumed)
+
+    def events(run: str) -> list[dict[str, float]]:
+        return [{k: v for k, v in event.items() if k not in ("seconds", "memory_gib")} for event in metrics(run)]
+
+    assert events("whole") == events("killed")
+    # the same command once more trains nothing
+    monkeypatch.setattr(sys.modules["train.train"], "fit", None)
+    assert same(whole, adapter(train(replace(job, run="killed"))))
+    assert "is finished" in capsys.readouterr().out
+
+
+def train_batch_counter(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> tuple[Any, list[int]]:
+    original, calls = LOOP.training_batch, [0]
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(LOOP, "training_batch", counted)
+    return original, calls
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(job: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = adapter(train(replace(job, run="damaged")))
+    run = Path("runs/damaged")
+    (run / "adapter" / FILE).unlink()
+    last = run / "checkpoints/step-000006/adapter.safetensors"
+    content = bytearray(last.read_bytes())
+    content[-5] ^= 1
+    last.write_bytes(content)
+    assert same(whole, adapter(train(replace(job, run="damaged"))))
+    out = capsys.readouterr().out
+    assert "step-000006 is damaged" in out and "resuming at step 4 of 6" in out
+
+
+def test_another_config_under_the_same_name_is_refused(job: Train) -> None:
+    train(replace(job, steps=1))
+    with pytest.raises(ValueError, match=r"run 'short' exists with another config \(.*adapter.rank was 4, is 8"):
+        train(replace(job, steps=1, adapter=replace(job.adapter, rank=8)))
+
+
+def test_changed_pictures_are_not_resumed_on(job: Train, monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    original, _ = train_batch_counter(monkeypatch, stop_at=9)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(job, run="changed"))
+    monkeypatch.setattr(LOOP, "training_batch", original)
+    metadata = pictures / "metadata.jsonl"
+    before = metadata.read_text()
+    metadata.write_text(before.replace('"text": "', '"text": "now ', 1))
+    try:
+        with pytest.raises(ValueError, match=r"the pictures, captions .* have changed since the last checkpoint"):
+            train(replace(job, run="changed"))
+    finally:
+        metadata.write_text(before)
+
+
+def test_checkpointing_changes_memory_not_the_adapter(job: Train) -> None:
+    job = replace(job, precision=Precision("fp32", compute_dtype="fp32"), steps=2)
+    kept = adapter(train(replace(job, run="kept", checkpointing=False)))
+    again = adapter(train(replace(job, run="again", checkpointing=True)))
+    for key, value in kept.items():
+        torch.testing.assert_close(value, again[key], rtol=1e-4, atol=1e-6)
+
+
+def test_validation_is_held_out_fixed_and_falls(job: Train) -> None:
+    job = replace(
+        job,
+        run="falls",
+        steps=24,
+        accumulation=1,
+        validate_every=12,
+        checkpointing=False,
+        optim=Optim(lr=5e-3, schedule="linear"),
+        data=replace(job.data, batch_size=4),
+    )
+    train(job)
+    losses = {event["step"]: event["validation_loss"] for event in metrics("falls") if "validation_loss" in event}
+    assert list(losses) == [0, 12, 24]
+    assert losses[24] < 0.8 * losses[0]
+    # step 0 depends on nothing that is trained: another optimizer and batch size give the same figure
+    other = replace(job, run="other", steps=1, optim=Optim(lr=1e-6), data=replace(job.data, batch_size=1))
+    train(other)
+    assert metrics("other")[0]["validation_loss"] == pytest.approx(losses[0], rel=2e-3)  # bf16 in other batches
+
+
+def test_nothing_learned_is_an_error(job: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(ValueError, match="nothing was learned"):
+        train(replace(job, run="nothing", steps=1))
+    assert not Path("runs/nothing/adapter").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job: Train) -> None:
+    with pytest.raises(ValueError, match="training stopped, the last checkpoint"):
+        train(replace(job, run="wild", optim=Optim(lr=1e30), steps=4))
+
+
+def test_a_target_that_matches_nothing_says_what_there_is(job: Train) -> None:
+    with pytest.raises(ValueError, match=r"'to_x' matches no linear layer.*transformer_blocks\.\*\.attn\.to_q"):
+        train(replace(job, run="none", adapter=replace(job.adapter, targets="to_x")))
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of W&B's offline file: LevelDB's log format after a header of 7 bytes (checksum, length, type)."""
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_wandb_offline_gets_figures_config_and_previews(job: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    from wandb.proto import wandb_internal_pb2
+
+    sampling = replace(job.sampling, steps=1, height=SIDE, width=SIDE)
+    train(
+        replace(
+            job,
+            run="tracked",
+            steps=2,
+            track=Track("wandb", mode="offline"),
+            previews=["a red star"],
+            sampling=sampling,
+        )
+    )
+    (file,) = Path("runs/tracked/wandb").glob("offline-run-*/run-*.wandb")
+    figures, config = [], {}
+    for data in wandb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            figures.append((item.key or "/".join(item.nested_key), item.value_json))
+        for item in record.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+    losses = [float(value) for key, value in figures if key == "loss"]
+    assert losses == [event["loss"] for event in metrics("tracked") if "loss" in event]
+    assert any(key.startswith("preview") for key, _ in figures)
+    assert config["adapter"]["rank"] == 4 and config["precision"]["kind"] == "nf4"
+    assert Path("runs/tracked/previews/step-000002.png").is_file()
+
+
+def launch(command: list[str], cwd: Path) -> None:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_two_ranks_equal_one_with_twice_the_batch(kind: str, pictures: Path, tmp_path: Path) -> None:
+    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter."""
+    script = str(ROOT / "train/train.py")
+    options = [
+        f"precision={kind}", f"data.path={pictures}", f"data.resolution={SIDE}", f"data.cache={tmp_path / 'cache'}",
+        "data.validation=0.2", "adapter.rank=4", "optim.lr=1e-3", "steps=3", "validation_levels=2", "device=cpu",
+        "accumulation=2",
+    ]  # fmt: skip
+    scripts = Path(sys.executable).parent
+    single = [
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launch([str(scripts / "accelerate"), "launch", *single, script, "run=one", "data.batch_size=4", *options], tmp_path)
+    double = ["--nproc_per_node", "2", "--master_port", "29511"]
+    launch([str(scripts / "torchrun"), *double, script, "run=two", "data.batch_size=2", *options], tmp_path)
+    one, two = adapter(tmp_path / "runs/one/adapter"), adapter(tmp_path / "runs/two/adapter")
+    difference = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5
+    moved = sum(float(value.square().sum()) for key, value in one.items() if "lora_B" in key) ** 0.5
+    assert moved > 0
+    # Adam divides by small second moments: rounding of a sum grows by it; bf16 rounds far more
+    assert difference < (1e-3 if kind == "fp32" else 0.1) * moved, difference / moved
+    histories = [
+        [
+            json.loads(line).get("validation_loss")
+            for line in (tmp_path / f"runs/{run}/metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("one", "two")
+    ]
+    values = [[value for value in history if value is not None] for history in histories]
+    assert len(values[0]) == 2 and values[0] == pytest.approx(values[1], rel=1e-5 if kind == "fp32" else 1e-2)

@@ -1,0 +1,299 @@
+"""The training loop: validate, draw previews, save, stop, learn, log.
+
+Every random number is drawn for a place (train/seeds.py): a sample's noise belongs to its position in the endless
+shuffled stream of samples, whatever the number of ranks, and a run that resumes at step k goes on as if it had never
+stopped.
+"""
+
+import hashlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from infer.adapters import adapter_state, set_adapter_state
+from infer.encode import Text
+from train.cache import Cache
+from train.checkpoint import optimizer_to, read_latest, save_checkpoint
+from train.config import Train
+from train.flow import losses, noised, predict, sample_sigma
+from train.optim import make_optimizer, make_schedule
+from train.preview import preview
+from train.seeds import derive, generator
+from train.track import Tracker
+
+
+@dataclass
+class Samples:
+    """What is trained on and what is held out: indices into the cache's pictures, and every picture's caption."""
+
+    train: list[int]
+    validation: list[int]
+    captions: list[str]
+
+    def fingerprint(self, cache: Cache) -> str:
+        """A hash of what is trained on and what is held out, in their order."""
+        parts = [[[cache.pictures[i], self.captions[i]] for i in chosen] for chosen in (self.train, self.validation)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def order(seed: int, first: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(position, index) for `count` positions of an endless stream that shuffles `size` samples anew each epoch."""
+    epoch, shuffled = -1, torch.empty(0)
+    for position in range(first, first + count):
+        if position // size != epoch:
+            epoch = position // size
+            shuffled = torch.randperm(size, generator=generator(seed, "epoch", epoch))
+        yield position, int(shuffled[position % size])
+
+
+@dataclass
+class Batch:
+    """Encoded samples, noised; b samples of one size."""
+
+    x0: Tensor  # latents [b, channels, height, width]
+    noise: Tensor  # like x0
+    sigma: Tensor  # [b]
+    t5: Tensor  # [b, text tokens, width]
+    pooled: Tensor  # [b, width]
+
+
+def _stack(parts: list[tuple[Tensor, Tensor, Tensor, Text]], device: torch.device) -> Batch:
+    return Batch(
+        torch.stack([x0 for x0, _, _, _ in parts]).to(device),
+        torch.stack([noise for _, noise, _, _ in parts]).to(device),
+        torch.stack([sigma for _, _, sigma, _ in parts]).to(device),
+        torch.stack([text.t5 for _, _, _, text in parts]).to(device),
+        torch.stack([text.pooled for _, _, _, text in parts]).to(device),
+    )
+
+
+def training_batch(job: Train, cache: Cache, samples: Samples, first: int, device: torch.device) -> Batch:
+    """The batch that starts at stream position `first`."""
+    parts = []
+    for position, place in order(job.seed, first, job.data.batch_size, len(samples.train)):
+        index = samples.train[place]
+        mean, deviation = cache.picture(index)
+        own = generator(job.seed, "sample", position)
+        x0 = mean + deviation * torch.randn(mean.shape, generator=own)
+        noise = torch.randn(mean.shape, generator=own)
+        tokens = mean.shape[1] * mean.shape[2] // 4
+        sigma = sample_sigma(job.flow, 1, tokens, own)[0]
+        parts.append((x0, noise, sigma, cache.text(samples.captions[index])))
+    return _stack(parts, device)
+
+
+def validation_batches(
+    job: Train, cache: Cache, samples: Samples, rank: int, ranks: int, device: torch.device
+) -> Iterator[Batch]:
+    """Held-out pictures at fixed noise and evenly spaced noise levels, this rank's share of them."""
+    items = [(i, level) for i in samples.validation for level in range(job.validation_levels)][rank::ranks]
+    for first in range(0, len(items), job.data.batch_size):
+        parts = []
+        for index, level in items[first : first + job.data.batch_size]:
+            mean, _ = cache.picture(index)
+            noise = torch.randn(mean.shape, generator=generator(job.seed, "validation", cache.pictures[index], level))
+            sigma = torch.tensor((level + 0.5) / job.validation_levels)
+            parts.append((mean, noise, sigma, cache.text(samples.captions[index])))
+        yield _stack(parts, device)
+
+
+def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
+    """The objective of each sample, [b], in fp32."""
+    x = noised(batch.x0, batch.noise, batch.sigma)
+    dtype = job.precision.dtype
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting)
+
+
+def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
+    """The mean unweighted objective over the held-out pictures; None if none is held out."""
+    if not samples.validation:
+        return None
+    transformer.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    share = accelerator.process_index, accelerator.num_processes
+    with torch.no_grad():
+        for batch in validation_batches(job, cache, samples, *share, accelerator.device):
+            values = batch_losses(transformer, batch, job, "none")
+            total += torch.tensor([values.double().sum().item(), len(values)], dtype=torch.float64, device=total.device)
+    transformer.train()
+    summed: Any = accelerator.reduce(total, "sum")
+    return float(summed[0] / summed[1])
+
+
+def start_memory(device: torch.device) -> None:
+    """Forget the peak of what came before the training itself."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The peak so far. CUDA: of what torch allocated. CPU: of the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Journal:
+    """metrics.jsonl: one line an event. A resumed run drops the lines beyond its checkpoint first."""
+
+    def __init__(self, file: Path, step: int, write: bool) -> None:
+        self.file = file if write else None
+        if write and file.is_file():
+            lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(partial, file)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        if self.file is not None:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line torn by a crash
+
+
+def fit(
+    job: Train,
+    accelerator: Accelerator,
+    transformer: FluxTransformer2DModel,
+    parameters: list[nn.Parameter],
+    cache: Cache,
+    samples: Samples,
+    previews: dict[str, Text],
+    size: tuple[int, int],
+    tracker: Tracker,
+    folder: Path,
+) -> dict[str, float]:
+    """Train to the last step; returns the validation loss by step, as text keys.
+
+    parameters: the adapter's. previews: prompts with their embeddings; size: their height and width.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    device, main = accelerator.device, accelerator.is_main_process
+    optimizer = make_optimizer(job.optim, parameters)
+    schedule = make_schedule(job.optim, optimizer, job.steps)
+    step, history = 0, {}
+    latest = read_latest(folder / "checkpoints", accelerator.print)
+    if latest is not None:
+        adapter, optimizer_state, state = latest
+        if state["samples"] != samples.fingerprint(cache):
+            raise ValueError(
+                "the pictures, captions or the held-out share have changed since the last checkpoint in "
+                f"{folder / 'checkpoints'}; choose another name with run=..., or delete {folder} to start over"
+            )
+        set_adapter_state(transformer, adapter)
+        optimizer.load_state_dict(optimizer_to(optimizer_state, device))
+        schedule.load_state_dict(state["schedule"])
+        step, history = state["step"], state["validation"]
+        accelerator.print(f"resuming at step {step} of {job.steps}")
+    resumed = latest is not None
+    model: Any = accelerator.prepare_model(transformer)
+    model.train()
+    journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
+    group = job.data.batch_size * accelerator.num_processes
+    start_memory(device)
+    bar = tqdm(total=job.steps, initial=step, unit="step", desc="train", disable=not main)
+
+    while True:
+        last = step == job.steps
+        due = step == 0 or last or (job.validate_every > 0 and step % job.validate_every == 0)
+        if due and not resumed:
+            value = validate(job, accelerator, model, cache, samples)
+            if value is not None:
+                history[str(step)] = value
+                if main:
+                    bar.write(f"step {step}: validation loss {value:.4f}")
+                journal.log(step, {"validation_loss": value})
+                tracker.log(step, {"validation_loss": value})
+
+        if previews and not resumed and (last or (job.preview_every > 0 and step % job.preview_every == 0)):
+            if main:
+                bar.set_postfix_str("drawing previews")
+                file = folder / "previews" / f"step-{step:06d}.png"
+                transformer.eval()
+                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file)
+                transformer.train()
+                start_memory(device)
+                tracker.picture(step, file, " | ".join(previews))
+            accelerator.wait_for_everyone()
+
+        if not resumed and step > 0 and (last or (job.save_every > 0 and step % job.save_every == 0)):
+            if main:
+                rest = {
+                    "schedule": schedule.state_dict(),
+                    "validation": history,
+                    "samples": samples.fingerprint(cache),
+                }
+                state_now = optimizer.state_dict()
+                save_checkpoint(folder / "checkpoints", step, adapter_state(transformer), state_now, rest, job.keep)
+            accelerator.wait_for_everyone()
+
+        resumed = False
+        if last:
+            break
+
+        start = time.perf_counter()
+        total = 0.0
+        for micro in range(job.accumulation):
+            first = (step * job.accumulation + micro) * group + accelerator.process_index * job.data.batch_size
+            batch = training_batch(job, cache, samples, first, device)
+            torch.manual_seed(derive(job.seed, "dropout", step, micro, accelerator.process_index))
+            with accelerator.no_sync(model) if micro < job.accumulation - 1 else nullcontext():
+                loss = batch_losses(model, batch, job, job.flow.weighting).mean() / job.accumulation
+                accelerator.backward(loss)
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf)
+        if not math.isfinite(total) or not torch.isfinite(norm):
+            raise ValueError(
+                f"the loss is {total} and the gradient's norm {norm.item()} at step {step}: training stopped, the last "
+                f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr or raise optim.warmup"
+            )
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        step += 1
+
+        seconds = time.perf_counter() - start
+        gigabytes = memory_bytes(device) / 2**30
+        averaged: Any = accelerator.reduce(torch.tensor(total, device=device), "mean")
+        figures: dict[str, float] = {
+            "loss": float(averaged),
+            "lr": float(rate),
+            "gradient_norm": float(norm),
+            "seconds": seconds,
+            "memory_gib": gigabytes,
+        }
+        journal.log(step, figures)
+        tracker.log(step, figures)
+        bar.set_postfix_str(
+            f"loss {figures['loss']:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False
+        )
+        bar.update()
+
+    bar.close()
+    return history

@@ -1,0 +1,78 @@
+"""The optimizer of an adapter and its learning rate over the steps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class Optim:
+    """How the adapter learns."""
+
+    name: str = "adamw"
+    """adamw (fused on CUDA), adamw8bit and paged_adamw8bit (bitsandbytes), or prodigy (finds its own rate; lr=1)."""
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    schedule: str = "constant"
+    """constant, linear or cosine (both fall to 0 at the last step)."""
+    warmup: int = 0
+    """Steps during which the rate rises from 0."""
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"optim.name is {self.name!r}; choose one of {', '.join(NAMES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}; it must be above 0")
+        for name in ("warmup", "clip", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's parameters.
+
+    Raises:
+        ValueError: Prodigy is asked for and not installed.
+    """
+    parameters = list(parameters)
+    common: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.name == "adamw":
+        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **common)
+    if optim.name == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise ValueError("optim.name=prodigy needs a package of its own: pip install prodigyopt") from error
+        return Prodigy(parameters, safeguard_warmup=optim.warmup > 0, use_bias_correction=True, **common)  # type: ignore[no-any-return]
+    import bitsandbytes as bnb
+
+    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    return kinds[optim.name](parameters, **common)  # type: ignore[no-any-return]
+
+
+def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate, one call of `step` an update."""
+    name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=optim.warmup, num_training_steps=steps
+    )
+    return schedule

@@ -1,0 +1,190 @@
+"""Train a LoRA adapter on a quantized FLUX.1 transformer.
+
+    accelerate launch train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
+
+Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
+which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from infer.adapters import attach, read_notes, save_adapter, strengths, update_norm
+from infer.command import check_run_name, pick_device, run_command
+from infer.encode import release
+from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
+from train.cache import build
+from train.checkpoint import list_checkpoints
+from train.config import Train
+from train.data import read_samples, split
+from train.loop import Samples, fit
+from train.track import make_tracker
+
+
+def claim(job: Train, folder: Path, processes: int) -> None:
+    """Write the run's config, or once it has a checkpoint compare it with the one that is there.
+
+    Raises:
+        ValueError: the run exists with another config.
+    """
+    own = asdict(job) | {"processes": processes}
+    # these change nothing about what is learned
+    for aside in ("track", "device", "save_every", "keep", "validate_every", "preview_every", "previews", "sampling"):
+        own.pop(aside)
+    own["data"].pop("cache")
+    file = folder / "config.yaml"
+    begun = list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()
+    if begun and file.is_file():
+        there = yaml.safe_load(file.read_text())
+        other = _differences(there, own)
+        if other:
+            raise ValueError(
+                f"run {job.run!r} exists with another config ({'; '.join(other[:5])}{', ...' if other[5:] else ''}); "
+                f"choose another name with run=..., or delete {folder} to start over"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
+    os.replace(partial, file)
+
+
+def _differences(a: Any, b: Any, name: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = dict.fromkeys([*a, *b])
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
+
+
+def make_accelerator(job: Train) -> Accelerator:
+    """Mixed precision is the loop's own business, so that previews and validation see the plain model.
+
+    Raises:
+        ValueError: the launcher's settings are not what the config asks for, or not supported.
+    """
+    wanted = None if job.device == "auto" else pick_device(job.device)
+    if wanted is not None and wanted.index is not None:
+        raise ValueError(f"device is {job.device!r}; set device=cuda and choose the card by CUDA_VISIBLE_DEVICES")
+    accelerator = Accelerator(
+        cpu=wanted is not None and wanted.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[
+            # rank 0 may encode a large data set while the others wait
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    if wanted is not None and accelerator.device.type != wanted.type:
+        raise ValueError(
+            f"accelerate was launched for {accelerator.device}, but device={job.device} asks for {wanted}; "
+            "set device=auto to follow the launcher"
+        )
+    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"accelerate was launched for {accelerator.distributed_type.value}, which is not supported; use one "
+            "process or DistributedDataParallel (configs/accelerate/ddp.yaml)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate was launched with gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
+            "set it to 1 there and use accumulation=... here"
+        )
+    if accelerator.device.type == "cuda":
+        # its backward reads beyond its bounds under autocast (torch 2.11 on Hopper); flash is safe
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return accelerator
+
+
+def train(job: Train) -> Path:
+    """The whole run; returns the adapter's folder."""
+    folder = check_run_name(job.run)
+    check_model(job.model)
+    samples = read_samples(job.data)
+    accelerator = make_accelerator(job)
+    main, say = accelerator.is_main_process, accelerator.print
+    if main:
+        claim(job, folder, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    finished = folder / "adapter" / "pytorch_lora_weights.safetensors"
+    if finished.is_file() and read_notes(finished).get("step") == job.steps:
+        say(f"run {job.run!r} is finished: {finished}")
+        return finished.parent
+    if not read_config(job.model, "transformer").get("guidance_embeds"):
+        say(
+            f"note: {job.model.path} has no guidance embedding (schnell and its kin): an adapter trained on it undoes "
+            "the few-step distillation with time; train few steps, or on FLUX.1-dev"
+        )
+
+    # pictures and texts are encoded and their encoders freed before the transformer is loaded
+    with accelerator.main_process_first():
+        cache = build(job.data, samples, job.previews, job.model, job.precision, accelerator.device, write=main)
+    train_on, held_out = split(cache.pictures, job.data.validation, job.seed)
+    say(f"{len(train_on)} pictures to train on, {len(held_out)} held out; {len(cache.texts)} texts")
+
+    transformer = load_transformer(job.model, job.precision, accelerator.device).train()
+    parameters = attach(transformer, job.adapter, job.seed)
+    say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
+    if job.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    previews = {prompt: cache.text(prompt) for prompt in job.previews}
+    tracker = make_tracker(job.track if main else type(job.track)("none"), job.run, folder, asdict(job))
+    try:
+        history = fit(
+            job,
+            accelerator,
+            transformer,
+            parameters,
+            cache,
+            Samples(train_on, held_out, [sample.caption for sample in samples]),
+            previews,
+            job.sampling.size(own_size(job.model)),
+            tracker,
+            folder,
+        )
+    finally:
+        tracker.finish()
+
+    norm = update_norm(transformer)
+    if not norm > 0:  # NaN too
+        raise ValueError(f"the adapter's norm is {norm} after {job.steps} steps: nothing was learned; raise optim.lr")
+    learned = f"learned: adapter norm {norm:.3f}"
+    if history:
+        before, after = history["0"], history[str(job.steps)]
+        learned += f", validation loss {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
+    if main:
+        notes = {
+            "step": job.steps,
+            "adapter": asdict(job.adapter),
+            "precision": asdict(job.precision),
+            "base": fingerprint(job.model, "transformer"),
+            "trigger": job.data.trigger,
+            "validation": history,
+        }
+        save_adapter(transformer, folder / "adapter", notes)
+    say(f"{learned}\nadapter: {finished}")
+    accelerator.wait_for_everyone()
+    del transformer
+    release(accelerator.device)
+    accelerator.end_training()
+    return finished.parent
+
+
+if __name__ == "__main__":
+    run_command("train", Train, train)
