@@ -6,7 +6,6 @@ sqrt(rank)) multiplied into B: every loader takes a missing alpha as strength 1,
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from infer.atomic import replace_file
 from infer.quantize import linear_layers
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -166,18 +166,10 @@ def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], na
     bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f"the adapter is not finite in {len(bad)} tensors ({bad[0]}, ...); nothing was written")
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            # diffusers reads `lora_adapter_metadata` only: these notes change nothing for it
-            stream.write(save(state, metadata={"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    # diffusers reads `lora_adapter_metadata` only: these notes change nothing for it
+    content = save(state, metadata={"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)})
+    replace_file(file, lambda path: path.write_bytes(content))
     return file
 
 

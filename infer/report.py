@@ -8,14 +8,14 @@ page opens offline and puts any two pictures side by side. The pictures themselv
 
 import html
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+from infer.atomic import replace_file
 from infer.figure import draw
 from infer.page import render
 
@@ -46,10 +46,10 @@ def write(result: Row, folder: Path) -> None:
     titles, cells = _columns(summarise(rows), _peak(result))
     content = (_heading(rows), _facts(result), titles, cells, by_memory(rows), _groups(rows, folder))
     page, text = render(*content), _markdown(*content)
-    _replace(folder / "comparison.png", lambda path: figure(result, folder, path))
-    _replace(folder / "report.md", lambda path: path.write_bytes(text.encode()))
-    _replace(folder / "report.html", lambda path: path.write_bytes(page.encode()))
-    _replace(folder / "results.json", lambda path: path.write_bytes(data.encode()))
+    replace_file(folder / "comparison.png", lambda path: figure(result, folder, path))
+    replace_file(folder / "report.md", lambda path: path.write_bytes(text.encode()))
+    replace_file(folder / "report.html", lambda path: path.write_bytes(page.encode()))
+    replace_file(folder / "results.json", lambda path: path.write_bytes(data.encode()))
 
 
 def summarise(rows: list[Row]) -> list[Row]:
@@ -233,18 +233,6 @@ def _escape(text: str) -> str:
     """Text as one line of Markdown that shows it as it is."""
     line = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#~$!" else c for c in line)
-
-
-def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    """Puts what `save` writes in the place of `path`, or leaves `path` as it was if anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename works within one file system
-    try:
-        save(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

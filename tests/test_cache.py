@@ -197,7 +197,7 @@ def test_a_crash_leaves_whole_files(data: Data, tiny: Model, monkeypatch: pytest
         calls.append(source)
         Path(source).rename(target)
 
-    monkeypatch.setattr(cache_module.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="No space"):
         make(data, tiny)
     monkeypatch.undo()

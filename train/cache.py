@@ -6,7 +6,6 @@ both encoders' weights and T5's precision. A renamed file costs nothing, an edit
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from infer.atomic import replace_file
 from infer.encode import Text, release, text_encoder, to_moments
 from infer.flux import Model, fingerprint, load_vae
 from infer.quantize import Precision
@@ -56,18 +56,8 @@ def _file(folder: Path, kind: str, key: str) -> Path:
     return folder / kind / key[:2] / f"{key}.safetensors"
 
 
-def write_atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is whole or absent, whenever the program dies."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(save(tensors, metadata))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    replace_file(file, lambda path: path.write_bytes(save(tensors)))
 
 
 def _key(*parts: object) -> str:
@@ -111,7 +101,7 @@ def build(
             for key, i in todo:  # one by one: no latent depends on its neighbours, and little memory is needed
                 mean, deviation = to_moments(vae, to_square(samples[i].load(), data.resolution)[None])
                 tensors = {"mean": mean[0].cpu().contiguous(), "deviation": deviation[0].cpu().contiguous()}
-                write_atomically(_file(folder, "pictures", key), tensors)
+                _write(_file(folder, "pictures", key), tensors)
                 bar.update()
         del vae
         release(device)
@@ -128,7 +118,7 @@ def build(
         ):
             for text in absent:
                 (encoded,) = encoder([text])
-                write_atomically(
+                _write(
                     _file(folder, "texts", texts[text]),
                     {"t5": encoded.t5.contiguous(), "pooled": encoded.pooled.contiguous()},
                 )

@@ -8,7 +8,6 @@ stopped.
 import hashlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer.adapters import adapter_state, set_adapter_state
+from infer.atomic import replace_file
 from infer.encode import Text
 from train.cache import Cache
 from train.checkpoint import optimizer_to, read_latest, save_checkpoint
@@ -157,9 +157,7 @@ class Journal:
         self.file = file if write else None
         if write and file.is_file():
             lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(partial, file)
+            replace_file(file, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         if self.file is not None:

@@ -1,6 +1,5 @@
 """Pictures during training, from the resident quantized model: each prompt without and with the adapter."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image, ImageDraw
 
 from infer.adapters import switch
+from infer.atomic import replace_file
 from infer.encode import Text, decode, release
 from infer.flux import Model, load_scheduler, load_vae
 from infer.generate import Sampling, draw
@@ -44,8 +44,5 @@ def preview(
         pen.text((2, top + 1), f"{prompt}  (left: base, right: adapter)", fill="black")
         for column, on in enumerate((False, True)):
             board.paste(pictures[prompt, on], (column * width, top + LABEL))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    board.save(partial, format="PNG")
-    os.replace(partial, file)
+    replace_file(file, lambda path: board.save(path, format="PNG"))
     return file

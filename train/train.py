@@ -6,7 +6,6 @@ Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adap
 which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes.
 """
 
-import os
 import sys
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,6 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType
 
 from infer.adapters import attach, read_notes, save_adapter, strengths, update_norm
+from infer.atomic import replace_file
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
@@ -51,7 +51,7 @@ def claim(job: Train, folder: Path, processes: int) -> None:
     file = folder / "config.yaml"
     begun = list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()
     if begun and file.is_file():
-        there = yaml.safe_load(file.read_text())
+        there = yaml.safe_load(file.read_bytes())
         other = _differences(there, own)
         if other:
             raise ValueError(
@@ -59,10 +59,7 @@ def claim(job: Train, folder: Path, processes: int) -> None:
                 f"choose another name with run=..., or delete {folder} to start over"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
-    os.replace(partial, file)
+    replace_file(file, lambda path: path.write_bytes(yaml.safe_dump(own, sort_keys=False, allow_unicode=True).encode()))
 
 
 def _differences(a: Any, b: Any, name: str = "") -> list[str]:

@@ -192,10 +192,7 @@ def compare(wanted: Wanted, reading: Reading) -> dict[str, bool]:
 
 
 def _marginal(pairs: Counter[tuple[str, str]], axis: int) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for pair, number in pairs.items():
-        counts[pair[axis]] += number
-    return counts
+    return Counter(pair[axis] for pair in pairs.elements())
 
 
 def right(image: Image.Image, prompt: str) -> float:

@@ -7,10 +7,10 @@ Inked: a black line around every edge. Captions name what is drawn, not the styl
 
 import argparse
 import json
-import os
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -18,12 +18,12 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from infer.atomic import replace_file
 from scripts.tiny import world
 
 
 def make_style(folder: Path, count: int, seed: int) -> None:
-    """Write `count` pictures with metadata.jsonl; the same bytes every time, and nothing is touched if all is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `count` pictures with metadata.jsonl; the same bytes every time."""
     rng = random.Random(f"style {seed}")
     lines = []
     for i in range(count):
@@ -32,13 +32,9 @@ def make_style(folder: Path, count: int, seed: int) -> None:
         pixels = world.paint(world.canvas([scene], "inked"))[0]
         name = f"inked-{i:03d}.png"
         picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
-        partial = folder / f"{name}.{os.getpid()}.partial"
-        picture.save(partial, format="PNG")
-        os.replace(partial, folder / name)
+        replace_file(folder / name, partial(picture.save, format="PNG"))
         lines.append(json.dumps({"file_name": name, "text": world.describe(scene)}))
-    partial = folder / f"metadata.{os.getpid()}.partial"
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, folder / "metadata.jsonl")
+    replace_file(folder / "metadata.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
 def main() -> None:
