@@ -211,9 +211,10 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str) -> i
     except Exception as error:  # every format's converter raises something else
         raise ValueError(f"{file} is no LoRA file that can be read: {error}") from error
     ups = {key: value for key, value in state.items() if ".lora_B." in key}
+    layer_of = {key: key.removeprefix("transformer.").split(".lora_B.")[0] for key in ups}
     # where an adapter sits already, the layer itself is its `base_layer`
-    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_layers(transformer).items()}
-    unknown = [key for key in ups if key.removeprefix("transformer.").split(".lora_B.")[0] not in layers]
+    layers = {own.removesuffix(".base_layer"): layer for own, layer in linear_layers(transformer).items()}
+    unknown = [key for key in ups if layer_of[key] not in layers]
     if not ups or unknown:
         raise ValueError(
             f"{file} does not fit this model: {len(unknown)} of {len(ups)} layers are unknown to it"
@@ -225,8 +226,8 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str) -> i
     if not any(bool(value.any()) for value in ups.values()):
         raise ValueError(f"{file} is zero in every layer: it would draw the base model; train it again")
     for key, value in ups.items():
-        layer = layers[key.removeprefix("transformer.").split(".lora_B.")[0]]
-        down = state.get(key.replace(".lora_B.", ".lora_A."), None)
+        layer = layers[layer_of[key]]
+        down = state.get(key.replace(".lora_B.", ".lora_A."))
         if down is None or value.shape[0] != layer.out_features or down.shape[1] != layer.in_features:
             raise ValueError(
                 f"{file} does not fit this model at {key}: it has shape {tuple(value.shape)} where the layer maps "

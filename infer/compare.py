@@ -157,19 +157,16 @@ def draw_precision(
 def score_rows(rows: list[Row], folder: Path, reference: str | None, own: dict[str, Score]) -> None:
     """Fill in each row's scores: distance from the reference precision and from the picture without the adapter."""
     pictures = {(r["precision"], r["adapter"], r["prompt"], r["seed"]): folder / r["image"] for r in rows}
+    adapted = any(row["adapter"] for row in rows)
     for row in rows:
         picture = open_picture(folder / row["image"])
         same = (row["prompt"], row["seed"])
-        others = {
-            f"_{reference}": pictures.get((reference, row["adapter"], *same))
-            if row["precision"] != reference
-            else None,
-            "_base": pictures[row["precision"], None, *same] if row["adapter"] else None,
-        }
-        if reference is None:
-            others.pop("_None")
-        if not any(r["adapter"] for r in rows):
-            others.pop("_base")
+        others: dict[str, Path | None] = {}
+        if reference is not None:
+            itself = row["precision"] == reference
+            others[f"_{reference}"] = None if itself else pictures[reference, row["adapter"], *same]
+        if adapted:
+            others["_base"] = pictures[row["precision"], None, *same] if row["adapter"] else None
         for suffix, other in others.items():
             figures = distance(picture, open_picture(other)) if other else {"psnr": None, "ssim": None}
             row["scores"].update({name + suffix: value for name, value in figures.items()})

@@ -6,8 +6,6 @@ both encoders' weights and T5's precision. A renamed file costs nothing, an edit
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +62,8 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def _progress(total: int, what: str, show: bool) -> Iterator["tqdm[Any]"]:
-    with tqdm(total=total, desc=what, unit=what.split()[-1].rstrip("s"), disable=not show or total == 0) as bar:
-        yield bar
+def _progress(total: int, what: str, show: bool) -> "tqdm[Any]":
+    return tqdm(total=total, desc=what, unit=what.split()[-1].rstrip("s"), disable=not show or total == 0)
 
 
 def build(

@@ -195,10 +195,11 @@ def fit(
     optimizer = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
     step, history = 0, {}
+    identity = samples.fingerprint(cache)
     latest = read_latest(folder / "checkpoints", accelerator.print)
     if latest is not None:
         adapter, optimizer_state, state = latest
-        if state["samples"] != samples.fingerprint(cache):
+        if state["samples"] != identity:
             raise ValueError(
                 "the pictures, captions or the held-out share have changed since the last checkpoint in "
                 f"{folder / 'checkpoints'}; choose another name with run=..., or delete {folder} to start over"
@@ -244,7 +245,7 @@ def fit(
                 rest = {
                     "schedule": schedule.state_dict(),
                     "validation": history,
-                    "samples": samples.fingerprint(cache),
+                    "samples": identity,
                 }
                 state_now = optimizer.state_dict()
                 save_checkpoint(folder / "checkpoints", step, adapter_state(transformer), state_now, rest, job.keep)

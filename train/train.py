@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
-from infer.adapters import attach, read_notes, save_adapter, strengths, update_norm
+from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
@@ -119,7 +119,7 @@ def train(job: Train) -> Path:
     if main:
         claim(job, folder, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    finished = folder / "adapter" / "pytorch_lora_weights.safetensors"
+    finished = folder / "adapter" / FILE
     if finished.is_file() and read_notes(finished).get("step") == job.steps:
         say(f"run {job.run!r} is finished: {finished}")
         return finished.parent
