@@ -5,6 +5,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,8 +102,9 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     return latents
 
 
+@lru_cache
 def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]."""
+    """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]; do not write to them."""
     ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, dtype)
     return ids
 

@@ -7,7 +7,7 @@ The bundled model and FLUX.1-dev differ by their path alone.
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from infer.quantize import Precision, check_quantized, keep_layout, quantization_config, quantizing_on
+from infer.quantize import (
+    Precision,
+    check_quantized,
+    keep_layout,
+    multiply_plainly,
+    quantization_config,
+    quantizing_on,
+)
+from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
@@ -28,10 +36,23 @@ class Model:
     """A folder in the diffusers format, or a Hub id such as black-forest-labs/FLUX.1-dev."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    weights: str = "checkpoint"
+    """checkpoint, or random: the architecture of FLUX.1-dev or schnell at full size with random weights, to measure
+    memory and speed on a machine that holds no checkpoint."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("model.path is empty; give a diffusers folder or a Hub id")
+        if self.weights not in ("checkpoint", "random"):
+            raise ValueError(f"model.weights is {self.weights!r}; choose checkpoint or random")
+        if self.random and self.path not in SHAPES:
+            raise ValueError(
+                f"model.weights=random knows the sizes of {', '.join(SHAPES)}, not of {self.path!r}; set model=dev"
+            )
+
+    @property
+    def random(self) -> bool:
+        return self.weights == "random"
 
     @property
     def local(self) -> Path | None:
@@ -47,6 +68,8 @@ def check_model(model: Model) -> None:
         ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX.1 model.
     """
     folder = model.local
+    if model.random:
+        return
     if folder is None:
         if Path(model.path).is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
             raise ValueError(
@@ -98,6 +121,8 @@ def _loading(model: Model, part: str) -> Iterator[None]:
 
 def read_config(model: Model, part: str) -> dict[str, Any]:
     """A part's config.json."""
+    if model.random:
+        return shape_config(model.path, part)
     with _loading(model, part):
         config: dict[str, Any] = json.loads(_config_file(model, part).read_text())
     return config
@@ -111,24 +136,44 @@ def _config_file(model: Model, part: str) -> Path:
     return Path(hf_hub_download(model.path, f"{part}/config.json", revision=model.revision))
 
 
-def _load(model: Model, part: str, cls: Any, library: Any, precision: Precision, device: torch.device) -> Any:
-    """One part at a precision on a device, its quantized layers checked.
+def _load(
+    model: Model,
+    part: str,
+    cls: Any,
+    library: Any,
+    precision: Precision,
+    device: torch.device,
+    hold: torch.device | None = None,
+) -> Any:
+    """One part at a precision, quantized on a device and held there or on `hold`, its quantized layers checked.
 
     A checkpoint that was saved quantized brings its own configuration.
     """
+    hold = hold or device
+    if model.random:
+        loaded = random_part(model.path, part, precision, device, hold)
+        return _checked(loaded, precision)
     stored = read_config(model, part).get("quantization_config")
     config = None if stored else quantization_config(precision, library)
     if stored:
         _check_stored(model, stored, precision)
-    with _loading(model, part), quantizing_on(device if config or stored else torch.device("cpu")):
+    with _loading(model, part), _quantizing(config or stored, device, hold):
         loaded = cls.from_pretrained(
             model.path,
             subfolder=part,
             revision=model.revision,
             quantization_config=config,
-            device_map={"": device},
+            device_map={"": hold},
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
+    return _checked(loaded, precision)
+
+
+def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
+    return quantizing_on(device, hold) if wanted else nullcontext()
+
+
+def _checked(loaded: Any, precision: Precision) -> Any:
     # T5 keeps these in the compute dtype itself: they overflow fp16 (transformers, _keep_in_fp32_modules)
     check_quantized(loaded, precision, tuple(getattr(loaded, "_keep_in_fp32_modules", None) or ()))
     keep_layout(loaded)
@@ -150,11 +195,16 @@ def _check_stored(model: Model, stored: dict[str, Any], precision: Precision) ->
             )
 
 
-def load_transformer(model: Model, precision: Precision, device: torch.device) -> FluxTransformer2DModel:
-    """The transformer, frozen, in eval mode."""
+def load_transformer(
+    model: Model, precision: Precision, device: torch.device, hold: torch.device | None = None
+) -> FluxTransformer2DModel:
+    """The transformer, frozen, in eval mode, on `device`, or on `hold` (the CPU, for `infer/stream.py`)."""
     import diffusers
 
-    return _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device)
+    transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
+    if precision.kind == "int8" and not precision.llm_int8:
+        multiply_plainly(transformer)
+    return transformer
 
 
 def load_text_parts(model: Model, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -171,6 +221,9 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
         ),
     }
     for name in ("tokenizer", "tokenizer_2"):
+        if model.random:
+            parts[name] = shape_tokenizer(model.path, name)
+            continue
         with _loading(model, name):
             parts[name] = transformers.AutoTokenizer.from_pretrained(
                 model.path, subfolder=name, revision=model.revision
@@ -180,12 +233,17 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
 
 def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
     """The autoencoder, frozen."""
+    if model.random:
+        kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
     with _loading(model, "vae"):
         vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", revision=model.revision, torch_dtype=dtype)
     return vae.to(device).eval().requires_grad_(False)
 
 
 def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
+    if model.random:
+        return shape_scheduler(model.path)
     with _loading(model, "scheduler"):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.path, subfolder="scheduler", revision=model.revision
@@ -212,6 +270,8 @@ def fingerprint(model: Model, part: str) -> str:
 
     Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them.
     """
+    if model.random:
+        return shape_fingerprint(model.path, part)
     folder = part_folder(model, part)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Precision:
-    """How the transformer's linear layers, and those of T5, are stored and multiplied."""
+    """How the transformer's linear layers, and those of T5, are stored and multiplied.
+
+    4-bit weights, and int8 ones of the transformer, are dequantized for each product, which runs in `compute_dtype`.
+    """
 
     kind: str = "nf4"
-    """fp32, bf16 (not quantized), int8 (LLM.int8, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023)."""
+    """fp32, bf16 (not quantized), int8 (a scale a row, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023)."""
     compute_dtype: str = "bf16"
-    """bf16, fp16 or fp32: the matrix products of 4-bit layers and whatever stays unquantized. LLM.int8 multiplies
-    in fp16 whatever this says. Kinds fp32 and bf16 are their own compute dtype."""
+    """bf16, fp16 or fp32: the matrix products, and whatever stays unquantized. LLM.int8 multiplies in fp16 whatever
+    this says. Kinds fp32 and bf16 are their own compute dtype."""
     double_quant: bool = False
     """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
+    llm_int8: bool = False
+    """int8 only: quantize the activations too and multiply in int8, as bitsandbytes does by itself (T5 always does)."""
     outlier_threshold: float = 6.0
-    """int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
+    """LLM.int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
     skip_modules: list[str] = field(default_factory=list)
     """Names (or ends of names) of transformer layers to leave in `compute_dtype`."""
     t5: str = "same"
@@ -44,6 +50,8 @@ class Precision:
             raise ValueError(f"precision.compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.outlier_threshold < 0:
             raise ValueError(f"precision.outlier_threshold is {self.outlier_threshold}; it must be 0 or more")
+        if self.llm_int8 and self.kind != "int8":
+            raise ValueError(f"precision.llm_int8 is a way to multiply int8 weights, not {self.kind}; set it to false")
 
     @property
     def quantized(self) -> bool:
@@ -57,7 +65,7 @@ class Precision:
     def for_t5(self) -> "Precision":
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
         kind = self.kind if self.t5 == "same" else self.t5
-        return Precision(kind, self.compute_dtype, self.double_quant, self.outlier_threshold)
+        return Precision(kind, self.compute_dtype, self.double_quant, outlier_threshold=self.outlier_threshold)
 
 
 def quantization_config(precision: Precision, library: Any) -> Any | None:
@@ -82,8 +90,9 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
 
 
 @contextmanager
-def quantizing_on(device: torch.device) -> Iterator[None]:
-    """Within, diffusers quantizes on `device`. On a CPU its two quantizers refuse before bitsandbytes is asked.
+def quantizing_on(device: torch.device, hold: torch.device) -> Iterator[None]:
+    """Within, diffusers quantizes on `device`, layer by layer, and keeps each on `hold`. On a CPU its two quantizers
+    refuse before bitsandbytes is asked.
 
     Raises:
         ValueError: the device is neither CUDA nor CPU.
@@ -95,16 +104,30 @@ def quantizing_on(device: torch.device) -> Iterator[None]:
     from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
     quantizers: tuple[Any, Any] = (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)
-    kept = [(q, q.validate_environment, q.update_device_map) for q in quantizers]
-    for quantizer in quantizers:
-        if device.type == "cpu":
-            quantizer.validate_environment = lambda self, *args, **kwargs: None
-        quantizer.update_device_map = lambda self, device_map: device_map or {"": device}
+    names = ("validate_environment", "update_device_map", "create_quantized_param")
+    own = [(quantizer, name, getattr(quantizer, name)) for quantizer in quantizers for name in names]
+    for quantizer, name, method in own:
+        if name == "validate_environment" and hold.type == "cpu":
+            setattr(quantizer, name, lambda self, *args, **kwargs: None)
+        if name == "update_device_map":
+            setattr(quantizer, name, lambda self, device_map: device_map or {"": hold})
+        if name == "create_quantized_param" and hold != device:
+            setattr(quantizer, name, _quantize_then_hold(method, device, hold))
     try:
         yield
     finally:
-        for quantizer, validate, update in kept:
-            quantizer.validate_environment, quantizer.update_device_map = validate, update
+        for quantizer, name, method in own:
+            setattr(quantizer, name, method)
+
+
+def _quantize_then_hold(method: Any, device: torch.device, hold: torch.device) -> Any:
+    def create(self: Any, model: nn.Module, value: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, model, value, name, device, *args, **kwargs)
+        module, _, tensor = name.rpartition(".")
+        layer = model.get_submodule(module)
+        setattr(layer, tensor, getattr(layer, tensor).to(hold))
+
+    return create
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -117,9 +140,9 @@ def kind_of(layer: nn.Module) -> str | None:
     import bitsandbytes as bnb
 
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        return "int8"
+        return "int8" if layer.weight.dtype == torch.int8 else None
     if isinstance(layer, bnb.nn.Linear4bit):
-        return str(layer.weight.quant_type)
+        return str(layer.weight.quant_type) if layer.weight.quant_state is not None else None
     return None
 
 
@@ -174,6 +197,29 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def multiply_plainly(model: nn.Module) -> None:
+    """Have int8 layers dequantize their weights and multiply in the activations' own dtype.
+
+    LLM.int8 quantizes the activations too and takes its outliers apart: 2.4 times slower than NF4 in training and in
+    sampling at 4,608 tokens (H200), where the product is what costs and not the reading of weights.
+    """
+    for module in model.modules():
+        if kind_of(module) == "int8":
+            module.forward = partial(_plain_int8, module)
+
+
+def _plain_int8(layer: Any, x: Tensor) -> Tensor:
+    scales = _scales(layer)
+    weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
+    return nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def _scales(layer: Any) -> Tensor:
+    """An int8 layer's absmax of each row [out]; the first forward pass moves it."""
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers as they lie in memory, quantization constants included."""
     total = 0
@@ -184,8 +230,9 @@ def stored_bytes(model: nn.Module) -> int:
             parts = (state.absmax, state.code, state.offset)
             total += sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
             state = state.state2
-        scales = getattr(tensor, "SCB", None)
-        if isinstance(scales, Tensor):
+    for module in model.modules():
+        if kind_of(module) == "int8":
+            scales = _scales(module)
             total += scales.numel() * scales.element_size()
     return total
 
@@ -198,8 +245,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
     rows: Tensor
     kind = kind_of(layer)
     if kind == "int8":
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
-        rows = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+        rows = bnb.functional.int8_vectorwise_dequant(weight.data, _scales(layer))
         return rows.float()
     if kind is not None:
         rows = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)

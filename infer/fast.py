@@ -1,0 +1,210 @@
+"""The fast path of `infer/fused.py` in the place of a transformer's blocks, compiled once for each kind of block.
+
+What the backward pass needs is computed again, block by block, except for what `keep` names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from infer.fused import Double, Single, double_block, modulation, single_block
+from infer.stack import Linear, Stack, adapters_of, share, stack
+from infer.stream import Stream
+
+BACKEND = "inductor"
+KEEP = ("nothing", "attention", "products", "everything")
+
+aten = torch.ops.aten
+ATTENTION = [
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+PRODUCTS = [aten.mm.default, aten.addmm.default]
+
+
+def _policy(keep: str, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if (keep != "nothing" and op in ATTENTION) or (keep == "products" and op in PRODUCTS):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(keep: str) -> Any:
+    return create_selective_checkpoint_contexts(partial(_policy, keep))
+
+
+def _again(keep: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The function's value; in a backward pass it is computed again, but for what is kept."""
+    if keep == "everything" or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, keep)
+    )
+
+
+def _double(keep: str, block: Double, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    condition = functional.silu(temb)
+    mods = [modulation(condition, layer) for layer in block.mod]
+    return _again(keep, double_block, block, txt, img, *mods, cos, sin)
+
+
+def _single(keep: str, block: Single, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return _again(keep, single_block, block, txt, img, modulation(functional.silu(temb), block.mod), cos, sin)
+
+
+@dataclass
+class Memory:
+    """How time is traded for memory: what a block keeps for its backward pass, and where its weights are."""
+
+    keep: str = "attention"
+    """What a block keeps for its backward pass: nothing (all is computed again from its input), attention (all but the
+    attention is), products (all but the matrix products is) or everything."""
+    fused: bool = True
+    """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
+    compile: bool | None = None
+    """torch.compile the blocks; null does so on CUDA."""
+    graph: bool | None = None
+    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
+    budget_gib: float | None = None
+    """Memory on the device that the run may take: blocks beyond it stay in host memory and are copied when their turn
+    comes. null keeps all on the device."""
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
+        if not self.fused:
+            if self.keep not in ("nothing", "everything"):
+                raise ValueError(
+                    f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
+                )
+            asked = [name for name in ("compile", "graph", "budget_gib") if getattr(self, name)]
+            if asked:
+                raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
+        if self.budget_gib is not None and not self.budget_gib > 0:
+            raise ValueError(f"memory.budget_gib is {self.budget_gib}; it must be above 0, or null for no bound")
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
+
+
+class Group:
+    """Layers that read one input, by name, and their stacked weights.
+
+    By name, because an adapter that is attached or taken off puts another module in a layer's place.
+    """
+
+    def __init__(self, block: nn.Module, *names: str) -> None:
+        self.block, self.names = block, names
+        self.put(stack(self._layers()))
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.block.get_submodule(name) for name in self.names]
+
+    def _layers(self) -> list[Any]:
+        return [getattr(module, "base_layer", module) for module in self._modules()]
+
+    def put(self, frozen: Stack) -> None:
+        """Take these weights, and have the layers share them."""
+        self.frozen = frozen
+        share(self._layers(), frozen)
+
+    def linear(self) -> Linear:
+        return Linear(self.frozen, tuple(adapters_of(module) for module in self._modules()))
+
+
+def _double_parts(block: Any) -> tuple[list[Group], Callable[[int], Double]]:
+    attn = block.attn
+    mod = Group(block, "norm1_context.linear"), Group(block, "norm1.linear")
+    txt_qkv = Group(block, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    qkv = txt_qkv, Group(block, "attn.to_q", "attn.to_k", "attn.to_v")
+    out = Group(block, "attn.to_add_out"), Group(block, "attn.to_out.0")
+    up = Group(block, "ff_context.net.0.proj"), Group(block, "ff.net.0.proj")
+    down = Group(block, "ff_context.net.2"), Group(block, "ff.net.2")
+    pairs = mod, qkv, out, up, down
+
+    def parts(heads: int) -> Double:
+        norms = attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_q.weight, attn.norm_k.weight
+        return Double(heads, norms, *((a.linear(), b.linear()) for a, b in pairs))
+
+    return [group for pair in pairs for group in pair], parts
+
+
+def _single_parts(block: Any) -> tuple[list[Group], Callable[[int], Single]]:
+    attn = block.attn
+    mod, down = Group(block, "norm.linear"), Group(block, "proj_out")
+    qkv_up = Group(block, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+
+    def parts(heads: int) -> Single:
+        return Single(heads, (attn.norm_q.weight, attn.norm_k.weight), mod.linear(), qkv_up.linear(), down.linear())
+
+    return [mod, qkv_up, down], parts
+
+
+def install(
+    transformer: FluxTransformer2DModel, memory: Memory, device: torch.device, keep: str | None = None
+) -> Stream | None:
+    """Replace every block's forward; returns the stream of the blocks where a budget asks for one.
+
+    Raises:
+        ValueError: the layers cannot be stacked.
+    """
+    keep = keep or memory.keep
+    torch._dynamo.config.recompile_limit = 64  # one a shape, and a form of adapter
+    heads = transformer.config.num_attention_heads
+    wrap: Any = partial(torch.compile, fullgraph=True, dynamic=False, backend=BACKEND)
+    if not memory.compiles(device):
+        wrap = _as_it_is
+    runs = wrap(partial(_double, keep)), wrap(partial(_single, keep))
+    modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    doubles = len(transformer.transformer_blocks)
+    built = [_double_parts(m) if i < doubles else _single_parts(m) for i, m in enumerate(modules)]
+    for group in (group for groups, _ in built for group in groups):
+        group.frozen = group.frozen._replace(shared=keep != "nothing" or group.frozen.kind not in ("nf4", "fp4"))
+    stream = None
+    if memory.budget_gib is not None:
+        stream = Stream([groups for groups, _ in built], device)
+        nn.Module.to(transformer, device)  # what is not streamed; diffusers' own `to` refuses int8
+
+    def forward_of(i: int) -> Callable[..., Any]:
+        run, parts = runs[i >= doubles], built[i][1]
+
+        def forward(
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            temb: Tensor,
+            image_rotary_emb: tuple[Tensor, Tensor],
+            joint_attention_kwargs: dict[str, Any] | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            txt, img = encoder_hidden_states, hidden_states
+            if torch.is_grad_enabled():
+                # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
+                txt, img = (x if x.requires_grad else x.detach().requires_grad_() for x in (txt, img))
+            if stream is None:
+                return run(parts(heads), txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
+            txt, img = stream.before(i, txt, img)
+            txt, img = run(parts(heads), txt, img, temb, *image_rotary_emb)
+            return stream.after(i, txt, img)
+
+        return forward
+
+    for i, module in enumerate(modules):
+        module.forward = forward_of(i)
+    return stream
+
+
+def uninstall(transformer: FluxTransformer2DModel) -> None:
+    """diffusers' own blocks again."""
+    for module in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        module.__dict__.pop("forward", None)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function

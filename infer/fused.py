@@ -1,0 +1,208 @@
+"""FLUX's blocks as functions of plain tensors: the fast path of training and sampling.
+
+diffusers' blocks call one layer after another. Here, the layers of a block that read the same input are one matrix
+product (`infer/stack.py`); LoRA's thin products read that input once; and the whole block, recomputation in the
+backward pass included, is one function that torch.compile can fuse.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from infer.stack import Linear, Lora, Stack, dequantize
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias with frozen 4-bit weights that are not kept from the forward to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: Stack) -> Tensor:
+        ctx.frozen = frozen
+        bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+        return functional.linear(x, dequantize(frozen, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
+        return gradient @ dequantize(ctx.frozen, gradient.dtype, turn=1), None
+
+
+def linear(x: Tensor, layers: Linear) -> list[Tensor]:
+    """Each layer's output [..., out] for x [..., in], adapters included."""
+    frozen = layers.frozen
+    dora = any(lora.magnitude is not None for adapters in layers.adapters for lora in adapters)
+    weights = dequantize(frozen, x.dtype) if frozen.shared or dora else None
+    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+    y = functional.linear(x, weights, bias) if frozen.shared else _Product.apply(x, frozen)  # type: ignore[arg-type]
+    outputs = list(y.split(frozen.widths, dim=-1))
+    downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
+    if not downs:
+        return outputs
+    thin = functional.linear(x, torch.cat(downs).to(x.dtype)).split([down.shape[0] for down in downs], dim=-1)
+    taken = row = 0
+    for i, adapters in enumerate(layers.adapters):
+        width = frozen.widths[i]
+        for lora in adapters:
+            update = functional.linear(thin[taken], _even(lora.up * lora.strength, 1).to(x.dtype))
+            taken += 1
+            if lora.magnitude is None:
+                outputs[i] = outputs[i] + update
+                continue
+            assert weights is not None
+            base = outputs[i] if bias is None else outputs[i] - bias[row : row + width]
+            gain = (lora.magnitude / _norms(weights[row : row + width], lora)).to(x.dtype)
+            outputs[i] = outputs[i] + (gain - 1) * base + gain * update
+        row += width
+    return outputs
+
+
+def _even(thin: Tensor, dimension: int) -> Tensor:
+    """A or B with its rank filled with zeros to a multiple of 8, without which products fall to slow kernels."""
+    missing = -thin.shape[dimension] % 8
+    if not missing or not thin.is_cuda:
+        return thin
+    return functional.pad(thin, (0, missing) if dimension else (0, 0, 0, missing))
+
+
+def modulation(x: Tensor, layers: Linear) -> Tensor:
+    """One layer's output [batch, out] for x [batch, in] of few rows: weights are read as they are stored."""
+    frozen = layers.frozen
+    if (
+        x.requires_grad
+        or frozen.kind == "plain"
+        or len(x) > 8
+        or any(lora.magnitude is not None for lora in layers.adapters[0])
+    ):
+        return linear(x, layers)[0]
+    assert frozen.scale is not None
+    if frozen.kind == "int8":
+        rows = [(frozen.stored.float() * row.float()).sum(1) for row in x]
+        y = torch.stack(rows) * (frozen.scale / 127.0)
+        y = (y if frozen.bias is None else y + frozen.bias).to(x.dtype)
+    else:
+        y = _few_rows_4bit(x, frozen)
+    for lora in layers.adapters[0]:
+        y = y + functional.linear(functional.linear(x, lora.down.to(x.dtype)), (lora.up * lora.strength).to(x.dtype))
+    return y
+
+
+def _few_rows_4bit(x: Tensor, frozen: Stack) -> Tensor:
+    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+    multiply = torch.ops.bitsandbytes.gemm_4bit
+    if frozen.nested is None:
+        y: Tensor = multiply(x, frozen.stored, list(frozen.shape), frozen.scale, 64, frozen.kind, bias)
+        return y
+    outer, code, offsets = frozen.nested
+    y = multiply(x, frozen.stored, list(frozen.shape), outer, 64, frozen.kind, bias, frozen.scale, code, offsets[0])
+    return y
+
+
+def _norms(weights: Tensor, lora: Lora) -> Tensor:
+    """Norms [out] of the rows of W + s B A, without forming B A; constants to the gradient (Liu et al. 2024, 4.3)."""
+    down, up = lora.down.detach(), (lora.up * lora.strength).detach()
+    cross = functional.linear(down, weights.float()).T  # W A^T
+    return (weights.float().square().sum(1) + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)).sqrt()
+
+
+class _WholeGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    cuDNN's backward plan is found again by the strides of q, k and v alone (torch 2.11, MHA.cpp): a gradient that is a
+    slice, as after a concatenation, is then read with the strides of another block's, out of bounds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]."""
+    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    whole: Tensor = _WholeGradient.apply(out.transpose(1, 2).flatten(2))
+    return whole
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As diffusers' RMSNorm, over the last dimension."""
+    y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return y.to(weight.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x [batch, tokens, heads, width]; cos and sin [tokens, width]."""
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-imaginary, real), dim=-1).flatten(-2)
+    return (x.float() * cos[None, :, None] + turned.float() * sin[None, :, None]).to(x.dtype)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Double(NamedTuple):
+    """A block of two streams; txt before img as in the joint attention."""
+
+    heads: int
+    norms: tuple[Tensor, Tensor, Tensor, Tensor]  # of txt's q and k, of img's q and k
+    mod: tuple[Linear, Linear]
+    qkv: tuple[Linear, Linear]
+    out: tuple[Linear, Linear]
+    up: tuple[Linear, Linear]
+    down: tuple[Linear, Linear]
+
+
+def double_block(
+    block: Double, txt: Tensor, img: Tensor, txt_mod: Tensor, img_mod: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """txt and img [batch, tokens, width]; each stream's modulation [batch, 6 * width]."""
+    mods = [mod.chunk(6, dim=-1) for mod in (txt_mod, img_mod)]
+    streams = [txt, img]
+    parts = []
+    for i, x in enumerate(streams):
+        q, k, v = linear(modulated(x, mods[i][0], mods[i][1]), block.qkv[i])
+        q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
+        parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
+        _, _, gate, shift, scale, gate_mlp = mods[i]
+        x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
+        hidden = functional.gelu(linear(modulated(x, shift, scale), block.up[i])[0], approximate="tanh")
+        streams[i] = _bounded(x + gate_mlp[:, None] * linear(hidden, block.down[i])[0])
+    return streams[0], streams[1]
+
+
+class Single(NamedTuple):
+    """A block of one stream, txt and img behind each other."""
+
+    heads: int
+    norms: tuple[Tensor, Tensor]  # of q and k
+    mod: Linear
+    qkv_up: Linear
+    down: Linear
+
+
+def single_block(
+    block: Single, txt: Tensor, img: Tensor, mod: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """txt and img [batch, tokens, width]; their common modulation [batch, 3 * width]."""
+    x = torch.cat([txt, img], dim=1)
+    shift, scale, gate = mod.chunk(3, dim=-1)
+    q, k, v, hidden = linear(modulated(x, shift, scale), block.qkv_up)
+    q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
+    q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
+    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
+    txt, img = _bounded(x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
+    return txt.contiguous(), img.contiguous()
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -1,0 +1,225 @@
+"""Blocks whose stored weights stay in host memory and are copied to the device when their turn comes.
+
+A few slots on the device hold the blocks that are needed next. While one block computes, the next ones are copied
+from pinned memory on a stream of their own; a slot is filled again once its block is done. The backward pass goes
+through the same slots in the other order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infer.stack import Stack
+
+SLOTS = 3
+ALIGN = 256  # bytes: what kernels may ask of a tensor's address
+
+
+def _tensors(frozen: Stack) -> list[Tensor]:
+    """What is copied: all but biases and code books, which are small."""
+    parts = [frozen.stored, frozen.scale, frozen.nested[0] if frozen.nested else None]
+    return [part for part in parts if part is not None]
+
+
+def _with(frozen: Stack, tensors: list[Tensor]) -> Stack:
+    stored, *rest = tensors
+    frozen = frozen._replace(stored=stored)
+    if rest:
+        frozen = frozen._replace(scale=rest[0])
+    if len(rest) > 1:
+        assert frozen.nested is not None
+        frozen = frozen._replace(nested=(rest[1], *frozen.nested[1:]))
+    return frozen
+
+
+def bytes_of(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """A view of a buffer of bytes as a tensor of the type and shape of another."""
+    size = like.numel() * like.element_size()
+    return buffer[start : start + size].view(like.dtype).view(like.shape)
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
+
+
+def _moved(frozen: Stack, device: torch.device) -> Stack:
+    """What stays on the device of a streamed block: biases, code books and offsets."""
+    bias = None if frozen.bias is None else frozen.bias.to(device)
+    frozen = frozen._replace(bias=bias)
+    if frozen.nested is None:
+        return frozen
+    outer, code, offsets = frozen.nested
+    return frozen._replace(nested=(outer, code.to(device), offsets.to(device)))
+
+
+class Stream:
+    """The streamed blocks of a transformer: where each lies on the host, and which slot it is computed from."""
+
+    def __init__(self, blocks: list[list[Any]], device: torch.device) -> None:
+        """blocks: each block's groups (infer/fast.py), in the order of computation; they may lie on the host."""
+        self.blocks, self.device = blocks, device
+        cuda = device.type == "cuda"
+        self.host: list[Tensor] = []
+        for groups in blocks:
+            size = sum(_padded(tensor) for group in groups for tensor in _tensors(group.frozen))
+            buffer, start = torch.empty(size, dtype=torch.uint8, pin_memory=cuda), 0
+            for group in groups:
+                for tensor in _tensors(group.frozen):
+                    bytes_of(buffer, start, tensor).copy_(tensor.contiguous())
+                    start += _padded(tensor)
+                group.put(_moved(group.frozen, device))
+            self.host.append(buffer)
+        self.copies = torch.cuda.Stream(device) if cuda else None
+        self.keep(0)
+
+    def keep(self, resident: int) -> None:
+        """Have so many blocks stay on the device, spread evenly so that the copies have their time too."""
+        count = len(self.blocks) - resident
+        assert 0 <= count <= len(self.blocks), f"there are {len(self.blocks)} blocks, not {resident}"
+        self.streamed = [i * len(self.blocks) // count for i in range(count)]
+        self.place = {block: number for number, block in enumerate(self.streamed)}
+        self.slots: list[Tensor] = []  # what was there before is freed first
+        largest = max((self.host[i].numel() for i in self.streamed), default=0)
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(min(SLOTS, count))]
+        self.arriving: list[torch.cuda.Event | None] = [None] * len(self.slots)
+        self.holds: list[int | None] = [None] * len(self.slots)
+        for i, groups in enumerate(self.blocks):
+            streamed = i in self.place
+            home = self.slots[self.place[i] % len(self.slots)] if streamed else self.host[i].to(self.device)
+            start = 0
+            for group in groups:
+                views = []
+                for tensor in _tensors(group.frozen):
+                    views.append(bytes_of(home, start, tensor))
+                    start += _padded(tensor)
+                group.put(_with(group.frozen, views))
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory: every block has its place on the host, resident ones too."""
+        return sum(buffer.numel() for buffer in self.host)
+
+    def _fetch(self, number: int) -> None:
+        """Copy a block into its slot, once all that was queued so far is done with the slot."""
+        slot = number % len(self.slots)
+        if self.holds[slot] == number:
+            return
+        self.holds[slot] = number
+        target = self.slots[slot].data  # a version counter of its own: autograd keeps views of the slot
+        buffer = self.host[self.streamed[number]]
+        if self.copies is None:
+            target[: buffer.numel()].copy_(buffer)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copies):
+            target[: buffer.numel()].copy_(buffer, non_blocking=True)
+            self.arriving[slot] = self.copies.record_event()
+
+    def need(self, block: int) -> None:
+        """Wait until a block's weights are on the device."""
+        if block not in self.place:
+            return
+        number = self.place[block]
+        self._fetch(number)
+        slot = number % len(self.slots)
+        event, self.arriving[slot] = self.arriving[slot], None
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def rewind(self) -> None:
+        """Have the first blocks in the slots, as a training step finds and leaves them: a captured one relies on it."""
+        for number in range(len(self.slots)):
+            self.need(self.streamed[number])
+
+    def join(self) -> None:
+        """Wait for what is still being copied."""
+        if self.copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+            self.arriving = [None] * len(self.slots)
+
+    def fit(self, budget_gib: float, work: Callable[[], object]) -> int:
+        """Have as many blocks stay on the device as a budget allows beside `work`, which is run to see what it takes;
+        returns their number.
+
+        Raises:
+            ValueError: the work does not fit with every block streamed.
+        """
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        taken = torch.cuda.max_memory_reserved(self.device)
+        spare = int(budget_gib * 2**30) - taken
+        if spare < 0:
+            raise ValueError(
+                f"memory.budget_gib is {budget_gib}, but with every block in host memory the work itself takes "
+                f"{taken / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or batch_size"
+            )
+        resident = 0
+        while resident < len(self.blocks) and sum(self.resident_bytes(resident + 1)) <= spare:
+            resident += 1
+        self.keep(resident)
+        torch.cuda.empty_cache()
+        return resident
+
+    def resident_bytes(self, resident: int) -> list[int]:
+        """What each block would take that stays on the device."""
+        count = len(self.blocks) - resident
+        streamed = {i * len(self.blocks) // count for i in range(count)}
+        return [buffer.numel() for i, buffer in enumerate(self.host) if i not in streamed]
+
+    def done(self, block: int, backwards: bool) -> None:
+        """A block is computed: fetch the one that takes its slot next."""
+        if block not in self.place:
+            return
+        count, ahead = len(self.streamed), len(self.slots)
+        following = self.place[block] + (-ahead if backwards else ahead)
+        if 0 <= following < count:
+            self._fetch(following)
+        elif not backwards and not torch.is_grad_enabled():
+            self._fetch(self.place[block] % ahead)  # sampling begins again with the first blocks
+
+    def before(self, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+        self.need(block)
+        if not torch.is_grad_enabled():
+            return txt, img
+        pair: tuple[Tensor, Tensor] = _Leave.apply(self, block, txt, img)
+        return pair
+
+    def after(self, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+        self.done(block, backwards=False)
+        if not torch.is_grad_enabled():
+            return txt, img
+        pair: tuple[Tensor, Tensor] = _Enter.apply(self, block, txt, img)
+        return pair
+
+
+class _Enter(torch.autograd.Function):
+    """The identity at a block's end: its backward pass is about to begin."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Stream, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.stream, ctx.block = stream, block
+        return txt.view_as(txt), img.view_as(img)
+
+    @staticmethod
+    def backward(ctx: Any, txt: Tensor, img: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        ctx.stream.need(ctx.block)
+        return None, None, txt, img
+
+
+class _Leave(torch.autograd.Function):
+    """The identity at a block's start: its backward pass is done."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Stream, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.stream, ctx.block = stream, block
+        return txt.view_as(txt), img.view_as(img)
+
+    @staticmethod
+    def backward(ctx: Any, txt: Tensor, img: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        ctx.stream.done(ctx.block, backwards=True)
+        return None, None, txt, img

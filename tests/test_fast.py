@@ -1,0 +1,259 @@
+"""The fast path against diffusers' and PEFT's own layers: outputs, gradients, switches, streaming, full-size shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from infer import fast, shapes
+from infer.adapters import Adapter, adapter_state, attach, load_adapter, save_adapter, switch
+from infer.dequantize import dequantize_4bit
+from infer.encode import text_encoder
+from infer.fast import KEEP, Memory, install, uninstall
+from infer.flux import Model, load_scheduler, load_transformer, load_vae
+from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
+from infer.stack import obstacle
+from train.flow import predict
+
+CPU = torch.device("cpu")
+ADAPTERS = {
+    "lora": Adapter(rank=4, targets="attention+mlp"),
+    "rslora": Adapter(rank=3, alpha=5.0, rslora=True),
+    "dora": Adapter(rank=4, dora=True, targets="attention+mlp"),
+    "all layers": Adapter(rank=4, targets="all"),
+}
+
+
+def make(precision: Precision, adapter: Adapter, tiny: Model) -> tuple[FluxTransformer2DModel, list[Tensor]]:
+    transformer = load_transformer(tiny, precision, CPU).train()
+    parameters: list[Tensor] = list(attach(transformer, adapter, 0))
+    noise = torch.Generator().manual_seed(1)
+    for parameter in parameters:  # B starts as zero: its layer would learn nothing about A
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+    return transformer, parameters
+
+
+def step(transformer: FluxTransformer2DModel, parameters: list[Tensor], precision: Precision) -> list[Tensor]:
+    """The output and the gradient of every adapter parameter, at two pictures of other than square size."""
+    config, noise = transformer.config, torch.Generator().manual_seed(2)
+    x = torch.randn(2, config.in_channels // 4, 12, 16, generator=noise)
+    t5 = torch.randn(2, 20, config.joint_attention_dim, generator=noise)
+    pooled = torch.randn(2, config.pooled_projection_dim, generator=noise)
+    for parameter in parameters:
+        parameter.grad = None
+    out = predict(transformer, x, t5, pooled, torch.rand(2, generator=noise), 1.0, precision.dtype)
+    out.square().mean().backward()
+    gradients = [parameter.grad for parameter in parameters]
+    assert all(gradient is not None for gradient in gradients)
+    return [out.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def overall(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The relative error of all gradients together."""
+    a, b = (torch.cat([x.flatten() for x in part[1:]]) for part in (found, expected))
+    return float((a - b).norm() / b.norm())
+
+
+def exact(kind: str, **options: Any) -> Precision:
+    """Products in fp32: what remains is the order of sums."""
+    return Precision(kind, compute_dtype="fp32", **options)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "fp4", "nf4", "double"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: str, tiny: Model) -> None:
+    precision = exact("nf4", double_quant=True) if kind == "double" else exact(kind)
+    transformer, parameters = make(precision, ADAPTERS[adapter], tiny)
+    expected = step(transformer, parameters, precision)
+    for keep in KEEP:
+        install(transformer, Memory(keep=keep), CPU)
+        assert error(step(transformer, parameters, precision), expected) < 1e-5, keep
+    uninstall(transformer)
+    assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
+
+
+def test_bf16_gradients_are_no_further_from_fp32_than_the_plain_layers_are(tiny: Model) -> None:
+    transformer, parameters = make(Precision("fp32"), ADAPTERS["lora"], tiny)
+    truth = step(transformer, parameters, Precision("fp32"))
+    precision = Precision("bf16")
+    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    with torch.autocast("cpu", torch.bfloat16):  # as PEFT's fp32 adapters are trained beside bf16 layers
+        plain = overall(step(transformer, parameters, precision), truth)
+    install(transformer, Memory(), CPU)
+    assert overall(step(transformer, parameters, precision), truth) < min(0.01, 1.3 * plain)
+
+
+def test_compiled_is_the_same(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # traced, differentiated and partitioned as on a GPU, but not lowered to kernels
+    monkeypatch.setattr(fast, "BACKEND", "aot_eager")
+    precision = exact("nf4", double_quant=True)
+    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    expected = step(transformer, parameters, precision)
+    install(transformer, Memory(keep="nothing", compile=True), CPU)
+    assert error(step(transformer, parameters, precision), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "nf4"])
+def test_stacked_weights_are_stored_once_and_stay_the_layers_own(kind: str, tiny: Model) -> None:
+    transformer = load_transformer(tiny, exact(kind), CPU)
+    before, plain = stored_bytes(transformer), load_transformer(tiny, exact(kind), CPU)
+    install(transformer, Memory(), CPU)
+    assert stored_bytes(transformer) == before
+    block: Any = transformer.single_transformer_blocks[0]
+    q, k = (layer.weight.untyped_storage().data_ptr() for layer in (block.attn.to_q, block.attn.to_k))
+    assert q == k  # one storage for layers that read one input
+    mine, own = transformer.state_dict(), plain.state_dict()
+    assert mine.keys() == own.keys()
+    assert all(torch.equal(mine[key].reshape(-1), own[key].reshape(-1)) for key in own)
+
+
+def test_adapters_attached_and_switched_after_installing_count(tiny: Model, tmp_path: Any) -> None:
+    precision = exact("nf4")
+    source, _ = make(precision, ADAPTERS["lora"], tiny)
+    save_adapter(source, tmp_path, {})
+    transformer = load_transformer(tiny, precision, CPU)
+    install(transformer, Memory(), CPU)
+
+    def draw(model: FluxTransformer2DModel) -> Tensor:
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(3)
+            t5 = torch.randn(1, 20, model.config.joint_attention_dim, generator=noise)
+            pooled = torch.randn(1, model.config.pooled_projection_dim, generator=noise)
+            x = torch.randn(1, model.config.in_channels // 4, 8, 8, generator=noise)
+            return predict(model, x, t5, pooled, torch.tensor([0.5]), 1.0, precision.dtype)
+
+    base = draw(transformer)
+    load_adapter(transformer, str(tmp_path), "mine")
+    adapted, expected = draw(transformer), draw(source)
+    assert error([adapted], [expected]) < 1e-5 and error([base], [expected]) > 1e-2
+    switch(transformer, False)
+    assert torch.equal(draw(transformer), base)
+    switch(transformer, True)
+    transformer.set_adapters("mine", 0.5)
+    assert not torch.allclose(draw(transformer), adapted)
+    assert adapter_state(transformer, "mine").keys() == adapter_state(source).keys()
+
+
+@pytest.mark.parametrize(("kind", "resident"), [("nf4", 0), ("double", 3), ("int8", 1), ("bf16", 6)])
+def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, resident: int, tiny: Model) -> None:
+    precision = Precision("nf4", double_quant=True) if kind == "double" else Precision(kind)
+    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    install(transformer, Memory(), CPU)
+    expected = step(transformer, parameters, precision)
+    stream = install(transformer, Memory(budget_gib=1), CPU)
+    assert stream is not None and len(stream.blocks) == 6
+    assert stream.host_bytes > 0.4 * stored_bytes(transformer)
+    stream.keep(resident)
+    assert len(stream.streamed) == 6 - resident
+    for _ in range(2):  # the second finds the slots as the first left them
+        assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
+    with torch.no_grad():  # sampling goes round and round instead of forth and back
+        for slot in stream.slots:
+            slot.fill_(255)  # what is not copied when needed would show
+        stream.holds = [None] * len(stream.slots)
+    assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantizing_a_stack_is_dequantizing_each_layer(kind: str, nested: bool) -> None:
+    parts = [torch.randn(rows, 256) for rows in (64, 64, 128, 320)]
+    packed = [bnb.quantize_4bit(part, quant_type=kind, compress_statistics=nested, blocksize=64) for part in parts]
+    states = [state for _, state in packed]
+    extra: tuple[Any, Any, Any] = (None, None, None)
+    if nested:
+        outer = torch.cat([state.state2.absmax for state in states])
+        extra = outer, states[0].state2.code, torch.stack([state.offset for state in states])
+    stored, scale = torch.cat([codes for codes, _ in packed]), torch.cat([state.absmax for state in states])
+    ends = [256, 512, 1024, 2304]
+    found = dequantize_4bit(stored, scale, *extra, ends, kind, [576, 256], torch.bfloat16, 0)
+    expected = torch.cat([bnb.dequantize_4bit(codes, state) for codes, state in packed]).bfloat16()
+    assert torch.equal(found, expected)
+
+
+def test_what_the_fast_path_does_not_cover_is_named(tiny: Model) -> None:
+    for adapter, reason in ((Adapter(rank=4), None), (Adapter(rank=4, dropout=0.1), "adapter.dropout is above 0")):
+        transformer = load_transformer(tiny, Precision("bf16"), CPU)
+        attach(transformer, adapter, 0)
+        assert obstacle(transformer) == reason
+    transformer = load_transformer(tiny, Precision("bf16"), CPU)
+    attach(transformer, Adapter(rank=4), 0)
+    transformer.fuse_lora()
+    assert "merged" in str(obstacle(transformer))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"keep": "all"}, "memory.keep is 'all'"),
+        ({"fused": False}, "memory.keep is attention"),
+        ({"fused": False, "keep": "nothing", "graph": True}, "memory.graph=True needs"),
+        ({"budget_gib": 0.0}, "memory.budget_gib is 0.0"),
+    ],
+)
+def test_memory_settings_that_cannot_be_are_refused(options: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        Memory(**options)
+
+
+SMALL = {
+    "transformer": shapes.DEV["transformer"]
+    | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64},
+    "vae": shapes.DEV["vae"] | {"block_out_channels": [32, 32, 32, 32], "sample_size": 64},
+    "text_encoder": shapes.DEV["text_encoder"] | {"num_hidden_layers": 1},
+    "text_encoder_2": shapes.DEV["text_encoder_2"] | {"d_model": 64, "d_ff": 128, "num_layers": 1, "num_heads": 1},
+    "scheduler": shapes.DEV["scheduler"],
+}
+
+
+@pytest.fixture
+def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
+    """FLUX.1-dev's code paths at a small size."""
+    monkeypatch.setitem(shapes.SHAPES, "black-forest-labs/FLUX.1-dev", SMALL)
+    return Model("black-forest-labs/FLUX.1-dev", weights="random")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_at_every_precision(kind: str, random_model: Model) -> None:
+    precision = Precision(kind)
+    transformer = load_transformer(random_model, precision, CPU)
+    layers = linear_layers(transformer)
+    assert check_quantized(transformer, precision) == (len(layers) if precision.quantized else 0)
+    again = load_transformer(random_model, precision, CPU).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in transformer.state_dict().items())
+    parameters: list[Tensor] = list(attach(transformer, Adapter(rank=4), 0))
+    install(transformer, Memory(), CPU)
+    found = step(transformer, parameters, precision)
+    assert all(x.isfinite().all() for x in found) and 0.1 < float(found[0].std()) < 10
+
+
+def test_every_part_of_a_random_model_works(random_model: Model) -> None:
+    precision = Precision("nf4")
+    with text_encoder(random_model, precision, CPU, None) as encoder:
+        first, second = encoder(["a red star", "a blue heart"])
+        assert first.t5.shape == (512, 64) and first.pooled.shape == (768,)
+        assert not torch.equal(first.t5, second.t5) and not torch.equal(first.pooled, second.pooled)
+    vae = load_vae(random_model, CPU)
+    with torch.no_grad():
+        latents = vae.encode(torch.rand(1, 3, 64, 64).bfloat16()).latent_dist.mean
+        assert latents.shape == (1, 16, 8, 8) and latents.isfinite().all()
+        assert vae.decode(latents).sample.isfinite().all()
+    assert load_scheduler(random_model).config.use_dynamic_shifting
+
+
+def test_full_size_shapes_are_flux_dev() -> None:
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**shapes.DEV["transformer"])
+    assert sum(p.numel() for p in transformer.parameters()) == 11_901_408_320  # black-forest-labs/FLUX.1-dev
+
+
+def test_random_weights_of_an_unknown_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights=random knows the sizes of .*FLUX.1-dev"):
+        Model("someone/else", weights="random")
