@@ -9,6 +9,7 @@ holds none and writes text, never markup; the content policy forbids whatever wo
 
 import base64
 import io
+from collections.abc import Collection
 from html import escape
 from typing import Any
 
@@ -171,7 +172,7 @@ def render(
         columns: names of the precisions, from left to right.
         groups: for each prompt its seeds; for each seed, adapter and column a picture (see `infer.report`) or None.
     """
-    parts = [f"<h1>{escape(heading)}</h1>", facts_list(facts), "<h2>Summary</h2>", table(titles, cells, 2)]
+    parts = [f"<h1>{escape(heading)}</h1>", facts_list(facts), "<h2>Summary</h2>", table(titles, cells, (0, 1))]
     parts += ["<p>Times and scores are means over the pictures.", HINT, "</p>"]
     for number, (prompt, seeds) in enumerate(groups, start=1):
         parts.append(f'<h2>Prompt {number}</h2><p class="prompt">{escape(prompt)}</p>')
@@ -205,9 +206,9 @@ def facts_list(facts: dict[str, str]) -> str:
     return f"<dl>{''.join(pairs)}</dl>"
 
 
-def table(titles: list[str], cells: list[list[Cell]], texts: int) -> str:
-    """A table that sorts by a click on its titles; the first `texts` columns hold text, the rest numbers."""
-    marks = [" data-text" if i < texts else "" for i in range(len(titles))]
+def table(titles: list[str], cells: list[list[Cell]], texts: Collection[int]) -> str:
+    """A table that sorts by a click on its titles; the columns `texts` hold text, the rest numbers."""
+    marks = [" data-text" if i in texts else "" for i in range(len(titles))]
     parts = [SCROLL, '<table class="summary"><thead><tr>']
     parts += [
         f'<th scope="col" aria-sort="none"{mark}><button>{escape(title)}</button></th>'
