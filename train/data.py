@@ -1,26 +1,19 @@
-"""A folder of pictures with captions -> samples.
-
-Captions come from metadata.jsonl (datasets' imagefolder: `file_name` and `text` a line) or from one .txt file beside
-each picture. A Hub data set or a local parquet file is read through `datasets`.
-"""
+"""The training set: what it is made of, and how its pictures and captions are used."""
 
 import hashlib
-import json
-import re
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageColor, ImageOps
-from torch import Tensor
+from PIL import ImageColor
 
-from train.picture import MOST_PIXELS, SUFFIXES, decode, pixel_hash
-from train.source import POLICIES, Sample, Skipped, Source
+from train.folder import read_folder
+from train.picture import MOST_PIXELS
+from train.source import POLICIES, Faults, Sample, Skipped, Source
+from train.table import is_table, read_table
 
-__all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "pixel_hash", "read_samples", "split"]
+__all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
 
 
 @dataclass
@@ -162,155 +155,84 @@ class Data:
         return list(self.resolution) if isinstance(self.resolution, list | tuple) else [self.resolution]
 
 
-def read_samples(data: Data) -> list[Sample]:
-    """Every sample in a fixed order.
+def sources_of(data: Data) -> list[Source]:
+    """What a sample's `source` counts: data.path as one, or data.sources; last prior preservation's, if there is one."""
+    sources = list(data.sources) if data.sources or not data.path else [Source(data.path, data.masks)]
+    prior = data.prior
+    if prior.path or prior.count:
+        path = prior.path or f"{prior.count} pictures drawn by the base"
+        sources.append(Source(path, weight=prior.weight, caption=prior.prompt or None, prior=True))
+    return sources
+
+
+def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
+    """Every sample in a fixed order, and under data.on_error=skip what is left out; pictures are not decoded yet.
+
+    Pictures that the base draws for prior preservation are not among them: see train/prior.py.
 
     Raises:
-        ValueError: the folder or a picture is missing, a caption is missing or empty, or nothing is found.
+        ValueError: a source cannot be read at all; or, under data.on_error=raise, anything is wrong with a sample.
     """
-    if not data.path:
+    if not data.path and not data.sources:
         raise ValueError("data.path is empty; set it to a folder of pictures with captions")
-    folder = Path(data.path)
-    if folder.is_dir():
-        samples = _read_folder(folder, data.caption_column)
-    elif folder.suffix == ".parquet" or (data.path.count("/") == 1 and not folder.is_absolute()):
-        samples = _read_dataset(data)
-    else:
-        raise ValueError(f"data.path {data.path!r} does not exist; set it to a folder of pictures with captions")
-    for i, sample in enumerate(samples):
-        if not sample.caption.strip():
-            raise ValueError(f"{sample.name} has an empty caption; write one, or take the picture out")
-        if data.trigger and not re.search(rf"(?<!\w){re.escape(data.trigger)}(?!\w)", sample.caption):
-            samples[i] = replace(sample, captions=(f"{data.trigger}, {sample.caption}",))
-    if len(samples) < 2 and data.validation > 0:
-        raise ValueError(f"{data.path} holds {len(samples)} pictures, too few to hold one out; set data.validation=0")
-    return samples
-
-
-def _read_folder(folder: Path, column: str) -> list[Sample]:
-    metadata = folder / "metadata.jsonl"
-    captions = _read_metadata(metadata, column) if metadata.is_file() else None
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not pictures:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); set data.path to the folder that does")
+    faults = Faults(data.on_error)
     samples = []
-    for picture in pictures:
-        name = picture.relative_to(folder).as_posix()
-        if captions is None:
-            sidecar = picture.with_suffix(".txt")
-            if not sidecar.is_file():
-                raise ValueError(
-                    f"{picture} has no caption: write {sidecar.name} beside it, or a metadata.jsonl for all"
-                )
-            caption = _text(sidecar)
-        elif name in captions:
-            caption = captions.pop(name)
+    sources = sources_of(data)
+    for index, source in enumerate(sources[:-1] if data.prior.count else sources):
+        column = source.caption_column or data.caption_column
+        if is_table(source.path):
+            image_column = source.image_column or data.image_column
+            samples += read_table(source, index, image_column, column, Path(data.cache), faults)
+        elif Path(source.path).is_dir():
+            samples += read_folder(source, index, column, data.caption_lines, faults)
         else:
-            raise ValueError(f'{picture} has no line in {metadata}; add one with "file_name": {json.dumps(name)}')
-        samples.append(Sample(str(picture), (caption.strip(),), 0, picture.read_bytes))
-    if captions:
+            what = "data.path" if data.path == source.path else "a source's path"
+            raise ValueError(f"{what} {source.path!r} does not exist; set it to a folder of pictures with captions")
+    return samples, faults.skipped
+
+
+def check_left(data: Data, samples: list[Sample], skipped: list[Skipped]) -> None:
+    """See that enough is left to train on.
+
+    Raises:
+        ValueError: less than data.least, nothing at all, or too few to hold one out.
+    """
+    sources = sources_of(data)
+    kept = sum(not sources[sample.source].prior for sample in samples)
+    said = f"; the first: {skipped[0].name} {skipped[0].reason}" if skipped else ""
+    if kept == 0:
+        raise ValueError(f"nothing is left to train on ({len(skipped)} skipped{said}); mend the pictures or captions")
+    if len(samples) < data.least * (len(samples) + len(skipped)):
         raise ValueError(
-            f"{metadata} names {next(iter(captions))!r}, which is not in {folder}; add it or take the line out"
+            f"{len(skipped)} of {len(samples) + len(skipped)} samples are skipped, and data.least={data.least} of them "
+            f"must be left; mend them, or lower data.least{said}"
         )
-    return samples
-
-
-def _read_metadata(file: Path, column: str) -> dict[str, str]:
-    captions: dict[str, str] = {}
-    for number, line in enumerate(_text(file).split("\n"), start=1):  # splitlines would split within captions
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, caption = entry["file_name"], entry[column]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file} line {number} is not an object with file_name and {column} ({error!r}); "
-                f'write {{"file_name": "a.png", "{column}": "a caption"}}, or set data.caption_column'
-            ) from error
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise ValueError(f"{file} line {number}: file_name and {column} must be text")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{file} line {number} names {name!r}, outside its folder; name pictures within it")
-        if Path(name).as_posix() in captions:
-            raise ValueError(f"{file} line {number} names {name!r} a second time; keep one line a picture")
-        captions[Path(name).as_posix()] = caption
-    return captions
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a caption
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def _read_dataset(data: Data) -> list[Sample]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"data.path {data.path!r} is read by `datasets`, which is not installed here: pip install datasets"
-        ) from error
-    try:
-        if data.path.endswith(".parquet"):
-            table = datasets.load_dataset("parquet", data_files=data.path, split="train")
-        else:
-            table = datasets.load_dataset(data.path, split="train")
-    except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike
-        raise ValueError(
-            f"data.path {data.path!r} is no folder here, and datasets cannot load it: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; "
-            "check the spelling, or download it and give the local folder"
-        ) from error
-    for column in (data.image_column, data.caption_column):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{data.path} has no column {column!r}, only {', '.join(table.column_names)}; "
-                "set data.image_column and data.caption_column"
-            )
-
-    try:
-        pictures = table.cast_column(data.image_column, datasets.Image(decode=False))  # plain bytes and paths too
-    except Exception as error:  # Arrow has a kind of its own for each type
-        raise ValueError(
-            f"column {data.image_column!r} of {data.path} holds no pictures ({error}); set data.image_column"
-        ) from error
-
-    def read(index: int) -> bytes:
-        stored = pictures[index][data.image_column]
-        try:
-            content: bytes = stored["bytes"] or Path(stored["path"]).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{data.path}[{index}] cannot be read as a picture ({error})") from error
-        return content
-
-    samples = []
-    for i, caption in enumerate(table[data.caption_column]):
-        if not isinstance(caption, str):
-            raise ValueError(
-                f"{data.path}[{i}] has {caption!r} as {data.caption_column}, not text; "
-                "mend it, or set data.caption_column"
-            )
-        samples.append(Sample(f"{data.path}[{i}]", (caption.strip(),), 0, partial(read, i)))
-    return samples
-
-
-def read_picture(file: Path) -> Image.Image:
-    return decode(file.read_bytes(), str(file))
-
-
-def to_square(picture: Image.Image, resolution: int) -> Tensor:
-    """Scale and crop to the centre square: [3, resolution, resolution] in [-1, 1]."""
-    square = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    if kept < 2 and data.validation > 0:
+        raise ValueError(f"there are {kept} pictures, too few to hold one out; set data.validation=0")
 
 
 def split(keys: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation. Depends on each sample's key and the seed, not on the order."""
+    """Indices for training and for validation. Depends on each sample's key and the seed, not on the order.
+
+    Samples of the same key stay together, so that nothing that is trained is held out; so the share is met within the
+    largest group of them.
+
+    Raises:
+        ValueError: all have the same key.
+    """
     if share == 0:
         return list(range(len(keys))), []
-    order = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(f"{seed}/{keys[i]}".encode()).digest(), i))
-    count = min(max(1, round(share * len(keys))), len(keys) - 1)
-    held = set(order[:count])
-    return [i for i in range(len(keys)) if i not in held], sorted(held)
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    if len(groups) < 2:
+        raise ValueError(f"all {len(keys)} pictures are the same, so none can be held out; set data.validation=0")
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    wanted = max(1, round(share * len(keys)))
+    held: list[int] = []
+    for key in order[:-1]:  # the last is trained on in any case
+        if len(held) + len(groups[key]) <= wanted:
+            held += groups[key]
+    held = held or min((groups[key] for key in order), key=len)
+    there = set(held)
+    return [i for i in range(len(keys)) if i not in there], sorted(held)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 POLICIES = ("raise", "skip")
 
@@ -58,15 +57,6 @@ class Sample:
     read_mask: Callable[[], bytes] | None = None
     """The mask file's bytes."""
 
-    @property
-    def caption(self) -> str:
-        return self.captions[0]
-
-    def load(self) -> Any:
-        from train.picture import decode
-
-        return decode(self.read(), self.name)
-
 
 @dataclass(frozen=True)
 class Skipped:
@@ -92,3 +82,17 @@ class Faults:
         if self.on_error == "raise":
             raise ValueError(f"{name} {reason}")
         self.skipped.append(Skipped(name, reason))
+
+
+def clean(found: list[str] | None, fallback: str | None, missing: str) -> tuple[str, ...]:
+    """Captions stripped; the fallback where there are none.
+
+    Raises:
+        ValueError: there are none at all (`missing` says so), or one is empty; the message follows the picture's name.
+    """
+    captions = tuple(caption.strip() for caption in found or ([] if fallback is None else [fallback]))
+    if not captions:
+        raise ValueError(f"has {missing}")
+    if not all(captions):
+        raise ValueError("has an empty caption; write one, or take the picture out")
+    return captions
