@@ -156,7 +156,7 @@ class Data:
 
 
 def sources_of(data: Data) -> list[Source]:
-    """What a sample's `source` counts: data.path as one, or data.sources; last prior preservation's, if there is one."""
+    """What a sample's `source` counts: data.path as one, or data.sources; and last prior preservation's, if any."""
     sources = list(data.sources) if data.sources or not data.path else [Source(data.path, data.masks)]
     prior = data.prior
     if prior.path or prior.count:

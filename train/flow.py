@@ -101,8 +101,8 @@ def losses(
 ) -> Tensor:
     """The weighted squared error of each sample, [batch]. velocity is packed, x0 and noise are not.
 
-    mask: what the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None counts all. The mean is over
-    all latents, so a sample of which less counts, counts less.
+    mask: what the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None counts all. The mean is
+    over all latents, so a sample of which less counts, counts less.
     """
     error = (velocity - pack(noise - x0)).square()
     if mask is not None:

@@ -199,9 +199,11 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
     rows = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         for row in rows:
-            yield rows.line_num, {key: value for key, value in row.items() if value is not None}  # None: cells too few
+            # None stands for cells that are not there
+            yield rows.line_num, {key: value for key, value in row.items() if value is not None}
     except csv.Error as error:  # from there on nothing is sure
-        raise ValueError(f"{file} line {rows.reader.line_num} is no CSV ({error}); mend it, or use metadata.jsonl") from error
+        line = rows.reader.line_num
+        raise ValueError(f"{file} line {line} is no CSV ({error}); mend it, or use metadata.jsonl") from error
 
 
 def _text(file: Path) -> str:
