@@ -96,11 +96,11 @@ def messy(folder: Path) -> Path:
     put(folder / "blank.png", smooth(4, 64, 64), " \n")
     put(folder / "thin.png", smooth(5, 64, 9), "sks, nine pixels high")
     put(folder / "torn.png", smooth(6, 64, 64), "sks, torn")
-    (folder / "torn.png").write_bytes((folder / "torn.png").read_bytes()[:200])
+    (folder / "torn.png").write_bytes((folder / "torn.png").read_bytes()[5:])
     return folder
 
 
-BROKEN = {"bare.png": "no caption", "blank.png": "empty", "thin.png": "64x9", "torn.png": "cannot be read"}
+BROKEN = {"bare.png": "no caption", "blank.png": "empty", "thin.png": "64x9", "torn.png": "no known format"}
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])

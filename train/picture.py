@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # files of these are read; of animated ones the first frame
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2")
@@ -23,6 +23,10 @@ def _readable(name: str) -> Iterator[None]:
             yield
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large ({error}); scale it down") from error
+    except UnidentifiedImageError as error:  # whose text holds an address in memory, another each time
+        raise ValueError(
+            f"{name} cannot be read as a picture (it is of no known format); save it again or take it out"
+        ) from error
     except Exception as error:  # each format's decoder raises other kinds on broken files
         raise ValueError(f"{name} cannot be read as a picture ({error}); save it again or take it out") from error
 
