@@ -201,7 +201,7 @@ def look(options: Look) -> None:
     if absent:
         print(absent)
     print(f"page: {page}")
-    print("training can start" if why_not is None else f"training cannot start: {why_not}")
+    print("training can start on this data" if why_not is None else f"training cannot start: {why_not}")
     print(json.dumps({"can_start": why_not is None, **numbers, "page": str(page)}, ensure_ascii=False), flush=True)
     if why_not is not None:
         sys.exit(2)

@@ -76,7 +76,7 @@ def render(
     gate: Gate,
 ) -> str:
     """The whole page. refusal: why training could not start; shown: pictures whose crops are drawn."""
-    verdict = '<p class="verdict good">Training can start.</p>'
+    verdict = '<p class="verdict good">Training can start on this data.</p>'
     if refusal is not None:
         verdict = f'<p class="verdict bad"><strong>Training cannot start:</strong> {escape(refusal)}</p>'
     sections = [
