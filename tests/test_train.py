@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from infer.adapters import FILE, Adapter
@@ -243,14 +245,34 @@ def launch(command: list[str], cwd: Path) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
-def test_two_ranks_equal_one_with_twice_the_batch(kind: str, pictures: Path, tmp_path: Path) -> None:
-    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter."""
+@pytest.fixture(scope="module")
+def mixed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in three shapes, and beside them a mask for each."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "masks").mkdir()
+    for i, file in enumerate(sorted(pictures.glob("*.png"))):
+        shape = ((128, 128), (128, 80), (80, 128))[i % 3]
+        with Image.open(file) as picture:
+            picture.crop((0, 0, *shape)).save(folder / file.name)
+        Image.new("L", shape, 40 + 20 * i).save(folder / "masks" / file.name)
+    shutil.copy(pictures / "metadata.jsonl", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind, shapes", [("fp32", "squares"), ("nf4", "squares"), ("fp32", "mixed")])
+def test_two_ranks_equal_one_with_twice_the_batch(
+    kind: str, shapes: str, pictures: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter; with
+    mixed shapes most batches are short, some with nothing for the second rank."""
     script = str(ROOT / "train/train.py")
+    if shapes == "mixed":
+        pictures = mixed
     options = [
         f"precision={kind}", f"data.path={pictures}", f"data.resolution={SIDE}", f"data.cache={tmp_path / 'cache'}",
         "data.validation=0.2", "adapter.rank=4", "optim.lr=1e-3", "steps=3", "validation_levels=2", "device=cpu",
         "accumulation=2",
+        *(["data.resolution=[64,48]", f"data.masks={mixed / 'masks'}"] if shapes == "mixed" else []),
     ]  # fmt: skip
     scripts = Path(sys.executable).parent
     single = [
@@ -265,7 +287,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(kind: str, pictures: Path, tmp
         "no",
     ]
     launch([str(scripts / "accelerate"), "launch", *single, script, "run=one", "data.batch_size=4", *options], tmp_path)
-    double = ["--nproc_per_node", "2", "--master_port", "29511"]
+    double = ["--standalone", "--nproc_per_node", "2"]
     launch([str(scripts / "torchrun"), *double, script, "run=two", "data.batch_size=2", *options], tmp_path)
     one, two = adapter(tmp_path / "runs/one/adapter"), adapter(tmp_path / "runs/two/adapter")
     difference = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5
