@@ -186,6 +186,8 @@ def test_folders_are_refused(tmp_path: Path) -> None:
     refused(r"data.path is empty; set it to a folder", "")
     refused(r"data.path '/gone/away' does not exist; set it to a folder", "/gone/away")
     refused(r"a source's path '/gone/away' does not exist", "", sources=[Source("/gone/away")])
+    for option in ({"subset": "x"}, {"split": "test"}, {"image_column": "x"}):
+        refused(f"{next(iter(option))} of .* that is a folder", "", sources=[Source(str(tmp_path), **option)])  # type: ignore[arg-type]
     refused(r"holds no pictures \(.png.*set its path")
     put(tmp_path / "a.png")
     refused(r"a.png has no caption: write a.txt beside it")

@@ -121,6 +121,13 @@ def test_paths_in_a_table_stay_in_its_folder(tmp_path: Path, data: dict[str, Any
         samples[5].read()
 
 
+def test_pictures_beside_tables_are_not_left_out(tmp_path: Path, data: dict[str, Any]) -> None:
+    write(tmp_path / "set.parquet", "bytes", ["a"], [content(0)])
+    (tmp_path / "a.png").write_bytes(content(1))
+    with pytest.raises(ValueError, match="it holds pictures beside tables: put them in folders of their own"):
+        read(tmp_path, data)
+
+
 def test_tables_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     file = tmp_path / "set.parquet"
 

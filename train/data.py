@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ class Prior:
             raise ValueError("data.prior has both a path and a count to draw; give one of them")
         if self.count and not self.prompt.strip():
             raise ValueError("data.prior.prompt is empty; say what the base draws, as in 'a photo of a dog'")
-        if self.prompt and not (self.path or self.count):
-            raise ValueError("data.prior has a prompt, but no pictures; give data.prior.path, or data.prior.count")
+        changed = [f"data.prior.{each.name}" for each in fields(self) if getattr(self, each.name) != each.default]
+        if changed and not (self.path or self.count):
+            raise ValueError(
+                f"{changed[0]} is set, but there are no pictures; give data.prior.path, or data.prior.count"
+            )
         for name in ("weight", "ratio"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"data.prior.{name} is {getattr(self, name)}; it must be above 0")
@@ -76,7 +79,7 @@ class Data:
     background: str = "white"
     """What shows through transparent pictures: a name or #rrggbb."""
     most_pixels: int = MOST_PIXELS
-    """Pictures with more are refused before they are decoded; decoding takes about 12 bytes a pixel."""
+    """Pictures with more are refused before they are decoded; decoding takes 8 to 20 bytes a pixel."""
     aspect: float = 2.0
     """Longest side of a bucket over its shortest; what is longer is cropped. 1 trains squares."""
     bucket_step: int = 16

@@ -8,7 +8,6 @@ absolute name, nor by a link. Files and folders whose names begin with a dot are
 import csv
 import io
 import json
-import mimetypes
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from train.picture import SUFFIXES
+from train.picture import SUFFIXES, UNREAD
 from train.source import Faults, Sample, Source, clean
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -31,6 +30,11 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
     Raises:
         ValueError: it holds no pictures, its metadata cannot be read, or its masks' folder is not there.
     """
+    for option, value in (("image_column", source.image_column), ("subset", source.subset)):
+        if value is not None:
+            raise ValueError(f"{option} of {source.path} is {value!r}, but that is a folder of pictures; leave it out")
+    if source.split != "train":
+        raise ValueError(f"split of {source.path} is {source.split!r}, but that is a folder of pictures; leave it out")
     folder = Path(source.path)
     masks = None if source.masks is None else Path(source.masks)
     if masks is not None and not masks.is_dir():
@@ -89,9 +93,8 @@ def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
     root = folder.resolve()
     found = []
     for name, entry in _walk(folder, "", None if aside is None else aside.resolve()):
-        kind = mimetypes.guess_type(name)[0] or ""
         readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or name in METADATA
-        if not readable and not kind.startswith("image/") and not entry.is_dir():
+        if not readable and _suffix(name) not in UNREAD and not entry.is_dir():
             continue
         if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
             faults.add(entry.path, f"is a link out of {folder}; put the file itself there, or take the link out")

@@ -45,7 +45,7 @@ def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, 
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean unweighted objective over the held-out pictures; None if none is held out."""
+    """The mean objective over the held-out pictures, by their masks but by no weights; None if none is held out."""
     if not samples.validation:
         return None
     transformer.eval()

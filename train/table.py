@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from train.picture import SUFFIXES
 from train.source import Faults, Sample, Source, clean
 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -84,7 +85,9 @@ def read_table(
 
 def _saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote it."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
 
 
 def _files(place: Path) -> list[str]:
@@ -109,6 +112,8 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
             table = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             return table, [place]
         files = _files(place)
+        if place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.iterdir()):
+            raise ValueError("it holds pictures beside tables: put them in folders of their own")
         if files:
             digest = hashlib.sha256()
             for name in files:

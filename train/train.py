@@ -139,7 +139,7 @@ def train(job: Train) -> Path:
     # pictures and texts are encoded and their encoders freed before the transformer is loaded
     samples += prior_samples(job.data, job.model, job.precision, accelerator.device, rank, ranks)
     accelerator.wait_for_everyone()
-    texts = [*all_texts(samples, job.data), *job.previews]
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
     place = accelerator.device, rank, ranks, gather_object
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *place)
     for one in skipped + cache.skipped:
