@@ -37,8 +37,8 @@ def test_duplicates_are_never_on_both_sides(kinds: list[int], share: float, seed
     train, held = split(keys, share, seed)
     assert sorted(train + held) == list(range(len(keys))) and train and held
     assert not {keys[i] for i in train} & {keys[i] for i in held}
-    # no further from the share than half the largest group could bring it, and one for the rounding
-    assert len(held) - share * len(keys) <= max(keys.count(key) for key in keys) + 1
+    # never more than the share, unless even the smallest group is
+    assert len(held) <= max(1, round(share * len(keys)), min(keys.count(key) for key in keys))
 
 
 def sample(source: int = 0) -> Sample:
