@@ -21,7 +21,7 @@ from infer.flux import Model
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
 from train.config import Train
-from train.data import Data
+from train.data import Data, Source
 from train.optim import Optim
 from train.track import Track
 from train.train import train
@@ -34,6 +34,20 @@ SIDE = 64  # 16 packed tokens
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     make_style(folder, 11, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in three shapes, and beside them a mask for each."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "masks").mkdir()
+    for i, file in enumerate(sorted(pictures.glob("*.png"))):
+        shape = ((128, 128), (128, 80), (80, 128))[i % 3]
+        with Image.open(file) as picture:
+            picture.crop((0, 0, *shape)).save(folder / file.name)
+        Image.new("L", shape, 40 + 20 * i).save(folder / "masks" / file.name)
+    shutil.copy(pictures / "metadata.jsonl", folder)
     return folder
 
 
@@ -71,11 +85,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+@pytest.mark.parametrize(
+    "optimizer, all_at_once", [("adamw", False), ("adamw", True), ("adamw8bit", False), ("prodigy", False)]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    job: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Train,
+    mixed: Path,
+    optimizer: str,
+    all_at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = replace(job, optim=replace(job.optim, name=optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3))
+    if all_at_once:
+        sources = [Source(str(mixed), str(mixed / "masks"), repeats=0.5), Source(job.data.path, weight=0.3)]
+        data = replace(job.data, path="", sources=sources, resolution=[64, 48], flip=True, caption_dropout=0.3)
+        job = replace(job, data=data)
     whole = adapter(train(replace(job, run="whole")))
 
     original, calls = train_batch_counter(monkeypatch, stop_at=2 * 5 + 1)  # in the middle of the sixth update
@@ -243,20 +268,6 @@ def launch(command: list[str], cwd: Path) -> None:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def mixed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures in three shapes, and beside them a mask for each."""
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "masks").mkdir()
-    for i, file in enumerate(sorted(pictures.glob("*.png"))):
-        shape = ((128, 128), (128, 80), (80, 128))[i % 3]
-        with Image.open(file) as picture:
-            picture.crop((0, 0, *shape)).save(folder / file.name)
-        Image.new("L", shape, 40 + 20 * i).save(folder / "masks" / file.name)
-    shutil.copy(pictures / "metadata.jsonl", folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind, shapes", [("fp32", "squares"), ("nf4", "squares"), ("fp32", "mixed")])
