@@ -45,10 +45,13 @@ class TextEncoder:
                 texts.append(Text(t5[0].cpu(), pooled[0].cpu()))
         return texts
 
+    def tokens(self, prompt: str) -> int:
+        """T5 tokens that the whole prompt has."""
+        return len(self.pipeline.tokenizer_2(prompt).input_ids)
+
     def truncated(self, prompts: Iterable[str]) -> list[str]:
         """Prompts whose end T5 does not see at this length."""
-        tokenize = self.pipeline.tokenizer_2
-        return [prompt for prompt in prompts if len(tokenize(prompt).input_ids) > self.length]
+        return [prompt for prompt in prompts if self.tokens(prompt) > self.length]
 
 
 @contextmanager
@@ -81,13 +84,24 @@ def release(device: torch.device) -> None:
             trim(0)
 
 
+def to_posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels [batch, 3, height, width] in [-1, 1] -> the posterior's mean and deviation, each
+    [batch, channels, height / 8, width / 8], as the autoencoder gives them."""
+    with torch.no_grad():
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def normalise(mean: Tensor, deviation: Tensor, shift: float, scale: float) -> tuple[Tensor, Tensor]:
+    """A posterior's mean and deviation as the transformer expects them, in fp32. `shift` and `scale` stand in the
+    autoencoder's config."""
+    return (mean.float() - shift) * scale, deviation.float() * scale
+
+
 def to_moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [batch, 3, height, width] in [-1, 1] -> the posterior's mean and deviation, each
     [batch, channels, height / 8, width / 8] in fp32, normalised as the transformer expects them."""
-    with torch.no_grad():
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+    return normalise(*to_posterior(vae, pixels), vae.config.shift_factor, vae.config.scaling_factor)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ holds none and writes text, never markup; the content policy forbids whatever wo
 
 import base64
 import io
+from collections.abc import Collection
 from html import escape
 from typing import Any
 
 from PIL import Image
 
+Cell = tuple[str, str | float | None, float | None]  # text, value to sort by, length of the bar behind it (0 to 1)
 THUMBNAIL = 512  # pixels: longest side of an embedded picture
 SHOWN = 256  # CSS pixels: about the longest side of a picture in the grid
 
@@ -37,7 +39,7 @@ table { border-collapse: collapse; }
 .summary { width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .summary td { padding: .6rem .75rem; border-top: 1px solid var(--line); text-align: right; }
 .summary th { padding: 0; text-align: right; }
-.summary :is(th, td):nth-child(-n+2) { text-align: left; } .summary td:first-child { font-weight: 600; }
+.summary [data-text] { text-align: left; } .summary td:first-child { font-weight: 600; }
 .summary td[style] { background: linear-gradient(var(--accent) 0 0) no-repeat left bottom -4px / var(--share) 3px;
   background-origin: content-box; }
 .summary th button { all: unset; cursor: pointer; padding: .6rem .75rem; color: var(--soft); font-weight: 600; }
@@ -74,23 +76,26 @@ dialog input { width: 100%; margin: .75rem 0 0; accent-color: var(--accent); bor
   box-shadow: 0 0 3px #000; }
 """
 
-SCRIPT = """
+SORT = """
 "use strict";
 const value = (row, i) => row.cells[i].dataset.value;
 for (const button of document.querySelectorAll(".summary th button")) {
   button.addEventListener("click", () => {
     const head = button.parentElement, i = head.cellIndex, body = head.closest("table").tBodies[0];
-    const sign = head.ariaSort === "ascending" ? -1 : 1;
+    const sign = head.ariaSort === "ascending" ? -1 : 1, words = "text" in head.dataset;
     for (const other of head.parentElement.cells) other.ariaSort = "none";
     head.ariaSort = sign > 0 ? "ascending" : "descending";
     const compare = (a, b) => {
       const x = value(a, i), y = value(b, i);
       if (x === "" || y === "") return (x === "") - (y === "");  // what is not defined stays last
-      return sign * (i < 2 ? x.localeCompare(y) : x - y);
+      return sign * (words ? x.localeCompare(y, undefined, {numeric: true}) : x - y);
     };
     body.append(...[...body.rows].sort(compare));
   });
 }
+"""
+
+SCRIPT = """
 const dialog = document.querySelector("dialog"), stage = dialog.querySelector(".stage");
 const [lower, upper] = stage.querySelectorAll("img");
 const range = dialog.querySelector("input"), select = dialog.querySelector("select");
@@ -153,7 +158,7 @@ def render(
     heading: str,
     facts: dict[str, str],
     titles: list[str],
-    cells: list[list[tuple[str, str | float | None, float | None]]],
+    cells: list[list[Cell]],
     columns: list[str],
     groups: list[tuple[str, list[tuple[int, list[tuple[str, list[dict[str, Any] | None]]]]]]],
 ) -> str:
@@ -163,17 +168,12 @@ def render(
         heading: the page's title.
         facts: what the comparison ran on, by name.
         titles: of the summary's columns; the first two hold text, the rest numbers.
-        cells: lines of the summary: text, value to sort by, and length of the bar behind it (0 to 1, or None).
+        cells: lines of the summary.
         columns: names of the precisions, from left to right.
         groups: for each prompt its seeds; for each seed, adapter and column a picture (see `infer.report`) or None.
     """
-    parts = [f"<h1>{escape(heading)}</h1>", "<dl>"]
-    parts += [f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items()]
-    parts += ["</dl>", "<h2>Summary</h2>", SCROLL, '<table class="summary"><thead><tr>']
-    parts += [f'<th scope="col" aria-sort="none"><button>{escape(title)}</button></th>' for title in titles]
-    parts.append("</tr></thead><tbody>")
-    parts += [f"<tr>{''.join(_cell(*cell) for cell in line)}</tr>" for line in cells]
-    parts += ["</tbody></table></div>", "<p>Times and scores are means over the pictures.", HINT, "</p>"]
+    parts = [f"<h1>{escape(heading)}</h1>", facts_list(facts), "<h2>Summary</h2>", table(titles, cells, (0, 1))]
+    parts += ["<p>Times and scores are means over the pictures.", HINT, "</p>"]
     for number, (prompt, seeds) in enumerate(groups, start=1):
         parts.append(f'<h2>Prompt {number}</h2><p class="prompt">{escape(prompt)}</p>')
         for seed, grid in seeds:
@@ -185,19 +185,44 @@ def render(
                 parts += [f"<td>{_picture(picture, name) if picture else ''}</td>" for picture in pictures]
                 parts.append("</tr>")
             parts.append("</tbody></table></div>")
+    return document(heading, parts, STYLE, SORT + SCRIPT, DIALOG)
+
+
+def document(heading: str, parts: list[str], style: str, script: str, after: str = "") -> str:
+    """A whole page that opens offline; `parts` and `after` are markup, `heading` is text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(heading)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(heading)}</title>\n<style>{style}</style></head>\n<body><main>\n"
         + "\n".join(parts)
-        + f"\n</main>\n{DIALOG}\n<script>{SCRIPT}</script></body></html>\n"
+        + f"\n</main>\n{after}\n<script>{script}</script></body></html>\n"
     )
 
 
-def _cell(text: str, value: str | float | None, share: float | None) -> str:
+def facts_list(facts: dict[str, str]) -> str:
+    """Names and values."""
+    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def table(titles: list[str], cells: list[list[Cell]], texts: Collection[int]) -> str:
+    """A table that sorts by a click on its titles; the columns `texts` hold text, the rest numbers."""
+    marks = [" data-text" if i in texts else "" for i in range(len(titles))]
+    parts = [SCROLL, '<table class="summary"><thead><tr>']
+    parts += [
+        f'<th scope="col" aria-sort="none"{mark}><button>{escape(title)}</button></th>'
+        for title, mark in zip(titles, marks, strict=True)
+    ]
+    parts.append("</tr></thead><tbody>")
+    parts += [f"<tr>{''.join(map(_cell, line, marks))}</tr>" for line in cells]
+    return "".join([*parts, "</tbody></table></div>"])
+
+
+def _cell(cell: Cell, mark: str) -> str:
+    text, value, share = cell
     bar = "" if share is None else f' style="--share: {share:.1%}"'
-    return f'<td data-value="{"" if value is None else escape(str(value))}"{bar}>{escape(text)}</td>'
+    return f'<td{mark} data-value="{"" if value is None else escape(str(value))}"{bar}>{escape(text)}</td>'
 
 
 def _picture(picture: dict[str, Any], line: str) -> str:

@@ -17,10 +17,9 @@ from urllib.parse import quote
 
 from infer.atomic import replace_file
 from infer.figure import draw
-from infer.page import render
+from infer.page import Cell, render
 
 Row = dict[str, Any]
-Cell = tuple[str, str | float | None, float | None]  # text, value to sort by, share of the column's largest value
 Grid = list[tuple[str, list[Row | None]]]  # for each adapter its name and, for each precision, a picture or None
 
 

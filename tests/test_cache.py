@@ -1,8 +1,16 @@
 """Cached samples against diffusers' own autoencoder and pipeline; keys against every way to take one for another."""
 
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +18,39 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from infer.command import ROOT
 from infer.flux import Model
 from infer.quantize import Precision
 from train import cache as cache_module
-from train.cache import Cache, build
-from train.data import Data, Sample, read_samples
+from train.bucket import View
+from train.cache import build, prune_cache
+from train.caption import all_texts
+from train.data import Data, read_samples
+from train.encoding import Encode
+from train.index import Index, identify
+from train.keys import Keys, make_keys
+from train.picture import pixel_hash
+from train.shards import list_shards, read_keys
+from train.source import Sample
+from train.store import Cache
+from train.workers import Gate
 
 CPU = torch.device("cpu")
 BF16 = Precision("bf16")
+FAST = Encode(workers=2)
 CAPTIONS = {"a.png": "a red star", "a.jpg": "a red star", "b c.png": "two blue hearts", "d.png": "a very green circle"}
+SIZES = {"a.png": (40, 36), "a.jpg": (40, 36), "b c.png": (36, 70), "d.png": (64, 64)}
 
 
-def picture(seed: int) -> Image.Image:
+def picture(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
     """Smooth, so that no two are alike to the autoencoder."""
     small = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), np.uint8)
-    return Image.fromarray(small).resize((40, 36), Image.Resampling.BICUBIC)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -35,14 +58,16 @@ def data(tmp_path: Path) -> Data:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, (name, caption) in enumerate(CAPTIONS.items()):
-        picture(i).save(folder / name)
+        picture(i, SIZES[name]).save(folder / name)
         (folder / name).with_suffix(".txt").write_text(caption)
     return Data(str(folder), resolution=32, cache=str(tmp_path / "cache"))
 
 
 def make(data: Data, model: Model, samples: list[Sample] | None = None, **options: Any) -> Cache:
-    rest: dict[str, Any] = {"extra_texts": ["a prompt"], "precision": BF16, "write": True} | options
-    return build(data, read_samples(data) if samples is None else samples, model=model, device=CPU, **rest)
+    samples = read_samples(data)[0] if samples is None else samples
+    texts = [*all_texts(samples, data), *options.pop("more", ["a prompt"])]
+    rest: dict[str, Any] = {"precision": BF16, "encode": FAST, "device": CPU} | options
+    return build(data, samples, texts, model, **rest)
 
 
 def files(data: Data) -> dict[str, int]:
@@ -51,102 +76,170 @@ def files(data: Data) -> dict[str, int]:
     return {p.relative_to(root).as_posix(): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
 
 
-def by_name(cache: Cache, samples: list[Sample]) -> dict[str, str]:
-    return {Path(s.name).name: key for s, key in zip(samples, cache.pictures, strict=True)}
+def name_of(sample: Sample) -> str:
+    return Path(sample.name).name
 
 
-def test_samples_are_what_diffusers_encodes(data: Data, tiny: Model) -> None:
-    samples = read_samples(data)
-    make(data, tiny, samples)
-    random.Random(3).shuffle(samples)
-    cache = make(data, tiny, samples)
+def misses(cache: Cache) -> tuple[int, int]:
+    return cache.counts["pictures_misses"], cache.counts["texts_misses"]
 
-    vae: Any = AutoencoderKL.from_pretrained(tiny.path, subfolder="vae", torch_dtype=torch.bfloat16)
-    means = []
-    for i, sample in enumerate(samples):
-        square = Image.open(sample.name).resize((32, 32), Image.Resampling.LANCZOS, box=(2, 0, 38, 36))
-        pixels = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None] / 255 * 2 - 1
+
+def reference_vae(model: Model) -> Any:
+    return AutoencoderKL.from_pretrained(model.path, subfolder="vae", torch_dtype=torch.bfloat16)
+
+
+def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """A view's latents by Pillow, NumPy and diffusers alone, one by one."""
+    square = Image.open(file).convert("RGB")
+    pixels = np.asarray(square.resize((view.width, view.height), Image.Resampling.LANCZOS, box=view.box))
+    pixels = pixels[:, ::-1].copy() if view.flip else pixels
+    batch = torch.tensor(pixels).permute(2, 0, 1)[None] / 255 * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(batch.bfloat16()).latent_dist
+    mean = (posterior.mean[0].float() - vae.config.shift_factor) * vae.config.scaling_factor
+    return mean, posterior.std[0].float() * vae.config.scaling_factor
+
+
+def check(cache: Cache, samples: list[Sample], model: Model) -> list[torch.Tensor]:
+    """Every view of every sample is diffusers' encoding of its own picture, and its captions' of its own captions."""
+    vae = reference_vae(model)
+    pipeline = FluxPipeline.from_pretrained(model.path, transformer=None, vae=None, torch_dtype=torch.bfloat16)
+    means = {}
+    for i, kept in enumerate(cache.kept):
+        for views in cache.views(i):
+            for view in views:
+                mean, deviation = cache.picture(i, view)
+                assert mean.dtype == deviation.dtype == torch.float32
+                expected = by_hand(vae, Path(samples[kept].name), view)
+                torch.testing.assert_close((mean, deviation), expected, rtol=1e-5, atol=1e-5)
+                means[cache.identity(i), view] = mean
+        caption = CAPTIONS[name_of(samples[kept])]
+        assert samples[kept].captions == (caption,)
+        text = cache.text(caption)
         with torch.no_grad():
-            posterior = vae.encode(pixels.bfloat16()).latent_dist
-        mean, deviation = cache.picture(i)
-        assert mean.dtype == deviation.dtype == torch.float32
-        factor, shift = vae.config.scaling_factor, vae.config.shift_factor
-        torch.testing.assert_close(mean / factor + shift, posterior.mean[0].float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(deviation / factor, posterior.std[0].float(), rtol=1e-5, atol=1e-5)
-        means.append(mean)
-    apart = [(a - b).abs().max() for i, a in enumerate(means) for b in means[:i]]
-    assert min(apart) > 0.2  # so the tolerance above tells them from each other
-
-    pipeline = FluxPipeline.from_pretrained(tiny.path, transformer=None, vae=None, torch_dtype=torch.bfloat16)
-    length = pipeline.tokenizer_2.model_max_length
-    found = {Path(sample.name).name: cache.text(sample.caption) for sample in samples}
-    for name, caption in {**CAPTIONS, "": "a prompt"}.items():
-        text = found[name] if name else cache.text(caption)
-        with torch.no_grad():
-            t5, pooled, _ = pipeline.encode_prompt(caption, None, max_sequence_length=length)
+            t5, pooled, _ = pipeline.encode_prompt(caption, None, max_sequence_length=len(text.t5))
         assert torch.equal(text.t5, t5[0]) and torch.equal(text.pooled, pooled[0])
-    assert (found["a.png"].t5 - found["d.png"].t5).abs().max() > 0.1
+    return list(means.values())
+
+
+def test_samples_are_what_diffusers_encodes_after_any_shuffle(data: Data, tiny: Model) -> None:
+    data = replace(data, resolution=[32, 48], flip=True, crops=2)
+    samples, _ = read_samples(data)
+    make(data, tiny, samples)
+    for seed in (3, 4):
+        random.Random(seed).shuffle(samples)
+        cache = make(data, tiny, samples)
+        assert misses(cache) == (0, 0)
+        means = check(cache, samples, tiny)
+    assert len(means) > 4 * 2 * 2 and len({mean.shape for mean in means}) > 2
+    apart = [(a - b).abs().max() for i, a in enumerate(means) for b in means[:i] if a.shape == b.shape]
+    assert min(apart) > 0.02  # so the tolerance tells them from each other, mirrored ones too
 
 
 def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(data, tiny)
     before = files(data)
-    assert len(before) == 4 + 4  # pictures, and three captions with a prompt: two share one
+    assert misses(first) == (4, 4)  # of texts three captions and a prompt: two share one
 
     def never(*args: object, **options: object) -> None:
         raise AssertionError("something is encoded")
 
     monkeypatch.setattr(cache_module, "load_vae", never)
     monkeypatch.setattr(cache_module, "text_encoder", never)
+    monkeypatch.setattr("train.index.decode", never)
     second = make(data, tiny)
-    assert (second.pictures, second.texts) == (first.pictures, first.texts)
+    assert misses(second) == (0, 0) and second.counts["pictures_hits"] == second.counts["texts_hits"] == 4
     assert files(data) == before
     with pytest.raises(AssertionError, match="something is encoded"):
-        make(data, tiny, extra_texts=["another"])
-    other = make(data, tiny, extra_texts=["another"], write=False)  # another rank: it works out keys alone
-    assert other.pictures == first.pictures and files(data) == before
+        make(data, tiny, more=["another"])
 
 
 def test_renaming_costs_nothing_and_an_edit_is_seen(data: Data, tiny: Model) -> None:
     folder = Path(data.path)
-    picture(0).save(folder / "d.bmp")  # a.png again, under another format: encoded once
-    samples = read_samples(data)
-    keys = by_name(make(data, tiny, samples), samples)
-    assert keys["d.bmp"] == keys["a.png"]
-    assert len(set(keys.values())) == 4  # a.png and a.jpg differ
+    picture(0).save(folder / "e.bmp")  # a.png again, under another format: encoded once
+    (folder / "e.txt").write_text("a red star")
+    samples, _ = read_samples(data)
+    cache = make(data, tiny, samples)
+    names = {name_of(sample): cache.identity(i) for i, sample in enumerate(samples)}
+    assert misses(cache) == (4, 4) and names["e.bmp"] == names["a.png"] != names["a.jpg"]
     before = files(data)
 
     (folder / "a.png").rename(folder / "d e.png")
     (folder / "a.txt").rename(folder / "d e.txt")
     (folder / "a.jpg").unlink()
-    samples = read_samples(data)
-    assert by_name(make(data, tiny, samples), samples)["d e.png"] == keys["a.png"]
-    assert files(data) == before
+    samples, _ = read_samples(data)
+    cache = make(data, tiny, samples)
+    assert misses(cache) == (0, 0) and files(data) == before
+    place = [name_of(sample) for sample in samples].index("d e.png")
+    assert cache.identity(place) == names["a.png"]
 
-    bitmap = folder / "d.bmp"  # not compressed: the same bytes for any content
+    bitmap = folder / "e.bmp"  # not compressed: the same length for any content
     status = bitmap.stat()
     picture(9).save(bitmap)
     os.utime(bitmap, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (bitmap.stat().st_size, bitmap.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    samples = read_samples(data)
+    samples, _ = read_samples(data)
+    place = [name_of(sample) for sample in samples].index("e.bmp")
     cache = make(data, tiny, samples)
-    edited = by_name(cache, samples)["d.bmp"]
-    assert edited not in keys.values()
-    assert set(files(data)) - set(before) == {f"pictures/{edited[:2]}/{edited}.safetensors"}
-    place = cache.pictures.index(edited)
-    old = load_file(Path(data.cache, "pictures", keys["d.bmp"][:2], f"{keys['d.bmp']}.safetensors"))["mean"]
-    assert (cache.picture(place)[0] - old).abs().max() > 0.2
+    assert misses(cache) == (1, 0) and cache.identity(place) not in names.values()
+    (view,) = cache.views(place)[0]
+    expected = by_hand(reference_vae(tiny), bitmap, view)
+    torch.testing.assert_close(cache.picture(place, view), expected, rtol=1e-5, atol=1e-5)
+
+    (folder / "e.txt").write_text("a red ring")
+    assert misses(make(data, tiny)) == (0, 1)
+    (folder / "d.png").rename(folder / "swap")  # two pictures trade their names: their captions stay with the names
+    (folder / "b c.png").rename(folder / "d.png")
+    (folder / "swap").rename(folder / "b c.png")
+    samples, _ = read_samples(data)
+    cache = make(data, tiny, samples)
+    assert misses(cache) == (0, 0)
+    place = [name_of(sample) for sample in samples].index("d.png")
+    assert samples[place].captions == ("a very green circle",) and cache.pictures[place][1:3] == SIZES["b c.png"]
 
 
 def perturbed(model: Model, part: str, folder: Path) -> Model:
     """A copy of a checkpoint with one number of one tensor changed."""
     shutil.copytree(Path(model.path).resolve(), folder)
+    if part == "tokenizer":
+        settings = folder / "tokenizer_2" / "tokenizer_config.json"
+        settings.write_text(settings.read_text().replace("{", '{"note": 1,', 1))
+        return Model(str(folder))
     file = next((folder / part).glob("*.safetensors"))
     tensors = load_file(file)
-    name = next(iter(tensors))
-    tensors[name].view(-1)[0] += 1
+    tensors[next(iter(tensors))].view(-1)[0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     return Model(str(folder))
+
+
+def test_only_what_changed_is_encoded_again(data: Data, tiny: Model, tmp_path: Path) -> None:
+    make(data, tiny)
+    t5 = Precision("bf16", t5="int8")
+    assert misses(make(data, tiny, precision=t5)) == (0, 4)
+    assert misses(make(data, tiny, precision=t5)) == (0, 0)
+    other = perturbed(tiny, "vae", tmp_path / "copy")
+    samples, _ = read_samples(data)
+    cache = make(data, other, samples)
+    assert misses(cache) == (4, 0)
+    check(cache, samples, other)
+    old, samples = make(data, tiny), read_samples(data)[0]  # the old encodings are still there, and still right
+    assert misses(old) == (0, 0)
+    check(old, samples, tiny)
+    assert misses(make(replace(data, resolution=[32, 16]), tiny)) == (4, 0)
+    assert misses(make(replace(data, text_length=7), tiny)) == (0, 4)
+    assert misses(make(replace(data, batch_size=3, validation=0.5, trigger=None), tiny)) == (0, 0)
+
+
+def keys_of(data: Data, model: Model, precision: Precision, encode: Encode) -> tuple[list[str], list[str]]:
+    """All keys, with nothing encoded."""
+    keys = make_keys(model, precision, data.text_length, encode.tile)
+    samples, _ = read_samples(data)
+    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
+    found: Any = identify(samples, data, index)
+    with Path(os.devnull).open("rb") as nothing:
+        cache = Cache(data, keys, 0, 1, nothing, pictures=found)
+    pictures = [key for i in range(len(samples)) for key in cache.entries("pictures", i)]
+    return pictures, [keys.text(text) for text in all_texts(samples, data)]
 
 
 @pytest.mark.parametrize(
@@ -158,53 +251,375 @@ def perturbed(model: Model, part: str, folder: Path) -> Model:
         ("transformer", False, False),
         ("tokenizer", False, True),
         ({"resolution": 48}, True, False),
+        ({"crops": 2}, True, False),
         ({"text_length": 7}, False, True),
+        ({"background": "black"}, False, False),
         (Precision("nf4"), False, True),
         (Precision("bf16", t5="int8"), False, True),
         (Precision("nf4", t5="bf16", skip_modules=["proj_out"]), False, False),
         ({"batch_size": 3, "validation": 0.5}, False, False),
+        (Encode(tile=1024, batch_pixels=9, workers=1, shard_mib=1), False, False),
     ],
 )
 def test_what_changes_a_key(data: Data, tiny: Model, tmp_path: Path, change: Any, pictures: bool, texts: bool) -> None:
-    samples = read_samples(data)
-    before = make(data, tiny, samples, write=False)
-    model, precision = tiny, BF16
+    shutil.copy(Path(data.path, "b c.png"), Path(data.path, "only wide.png"))
+    for name in CAPTIONS:
+        Path(data.path, name).unlink()
+    Path(data.path, "only wide.txt").write_text("a wide one")
+    before = keys_of(data, tiny, BF16, FAST)
+    model, precision, encode = tiny, BF16, FAST
     if isinstance(change, Precision):
         precision = change
+    elif isinstance(change, Encode):
+        encode = change
     elif isinstance(change, dict):
-        for name, value in change.items():
-            setattr(data, name, value)
-    elif change == "tokenizer":
-        shutil.copytree(Path(tiny.path).resolve(), tmp_path / "copy")
-        file = tmp_path / "copy" / "tokenizer_2" / "tokenizer_config.json"
-        file.write_text(file.read_text().replace("{", '{"note": 1,', 1))
-        model = Model(str(tmp_path / "copy"))
+        data = replace(data, **change)
     else:
         model = perturbed(tiny, change, tmp_path / "copy")
-    after = make(data, model, samples, precision=precision, write=False)
-    assert [a != b for a, b in zip(before.pictures, after.pictures, strict=True)] == [pictures] * 4
-    assert {a for a in before.texts if before.texts[a] != after.texts[a]} == (set(before.texts) if texts else set())
-    assert not files(data)
+    after = keys_of(data, model, precision, encode)
+    assert (not set(before[0]) & set(after[0])) == pictures and (set(before[0]) == set(after[0])) != pictures
+    assert (not set(before[1]) & set(after[1])) == texts and (set(before[1]) == set(after[1])) != texts
 
 
-@pytest.mark.parametrize("dies_at", [2, 5])
-def test_a_crash_leaves_whole_files(data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
-    calls: list[Path] = []
+VIEWS = st.builds(
+    View,
+    st.integers(1, 9).map(lambda n: 16 * n),
+    st.integers(1, 9).map(lambda n: 16 * n),
+    st.tuples(*[st.floats(0, 100, allow_nan=False)] * 4),
+    st.booleans(),
+)
 
-    def replace(source: Path, target: Path) -> None:
-        if len(calls) == dies_at:
-            raise OSError(28, "No space left on device")
-        calls.append(source)
-        Path(source).rename(target)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="No space"):
-        make(data, tiny)
-    monkeypatch.undo()
-    there = files(data)
-    assert len(there) == dies_at and all(name.endswith(".safetensors") for name in there)
-    for name in there:
-        assert load_file(Path(data.cache, name))
-    cache = make(data, tiny)
-    assert len(files(data)) == 8 and {name: files(data)[name] for name in there} == there
-    assert all(cache.picture(i)[0].isfinite().all() for i in range(4)) and cache.text("a prompt")
+@given(st.lists(st.tuples(st.sampled_from(["x", "y"]), VIEWS), min_size=2, max_size=6), st.sampled_from([0, 64]))
+def test_keys_are_equal_only_for_equal_things(items: list[tuple[str, View]], tile: int) -> None:
+    keys = Keys("vae", tile, "encoders")
+    other = Keys("another", tile, "others")
+    for kind in (keys.picture, keys.mask):
+        made = [kind(*item) for item in items]
+        assert [[a == b for b in made] for a in made] == [[a == b for b in items] for a in items]
+    assert not {keys.picture(*item) for item in items} & {other.picture(*item) for item in items}
+    assert {keys.mask(*item) for item in items} == {other.mask(*item) for item in items}
+    tiled = Keys("vae", 32, "encoders")
+    for identity, view in items:
+        whole = max(view.height, view.width) <= 32
+        assert (tiled.picture(identity, view) == Keys("vae", 0, "encoders").picture(identity, view)) == whole
+
+
+@given(st.lists(st.text(), min_size=2, max_size=6))
+def test_text_keys_are_equal_only_for_equal_texts(texts: list[str]) -> None:
+    keys = [Keys("vae", 0, "encoders").text(text) for text in texts]
+    assert [[a == b for b in keys] for a in keys] == [[a == b for b in texts] for a in texts]
+    assert not {Keys("vae", 0, "others").text(text) for text in texts} & set(keys)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([1, 7, 255]))
+def test_identity_is_of_the_pixels_alone(width: int, height: int, seed: int, place: int, change: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    own = pixel_hash(Image.fromarray(pixels))
+    edited = pixels.copy()
+    edited.reshape(-1)[place % edited.size] ^= change
+    assert pixel_hash(Image.fromarray(edited)) != own == pixel_hash(Image.fromarray(pixels.copy()))
+    turned = pixels.reshape(width, height, 3)
+    assert (pixel_hash(Image.fromarray(turned)) == own) == (width == height)
+
+
+def test_batches_are_equal_within_the_rounding_of_bf16(data: Data, tiny: Model) -> None:
+    """A batch sums in another order; bf16 keeps 8 bits, so that a number may come out one step of 2^-7 apart."""
+    data = replace(data, resolution=[32, 64], flip=True, crops=2)
+    one = make(data, tiny)
+    many = make(replace(data, cache=data.cache + "2"), tiny, encode=replace(FAST, batch_pixels=4 * 64 * 64))
+    compared = 0
+    for i in range(len(one.pictures)):
+        for views in one.views(i):
+            for view in views:
+                for a, b in zip(one.picture(i, view), many.picture(i, view), strict=True):
+                    assert (a - b).abs().max() <= 2**-7 * (a.abs().max() + 0.1)
+                    assert (a - b).abs().mean() <= 2**-9 * a.abs().mean() + 1e-5
+                    compared += 1
+    assert compared >= 2 * 4 * 2 * 2
+
+
+def test_large_pictures_are_encoded_in_tiles(data: Data, tiny: Model) -> None:
+    data = replace(data, resolution=[32, 96], upscale=True)
+    samples, _ = read_samples(data)
+    whole = make(data, tiny, samples)
+    tiled = make(data, tiny, samples, encode=replace(FAST, tile=64))
+    large = sum(max(view.height, view.width) > 64 for i in range(4) for views in whole.views(i) for view in views)
+    assert large == 4 and misses(tiled) == (4, 0)
+    vae = reference_vae(tiny)
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    for i, sample in enumerate(samples):
+        for (view,) in whole.views(i):
+            expected = by_hand(vae, Path(sample.name), view)
+            torch.testing.assert_close(tiled.picture(i, view), expected, rtol=1e-5, atol=1e-5)
+            differs = not torch.equal(whole.picture(i, view)[0], tiled.picture(i, view)[0])
+            assert differs == (max(view.height, view.width) > 64)
+
+
+def test_truncated_and_empty_texts(data: Data, tiny: Model) -> None:
+    data = replace(data, caption_dropout=0.1, text_length=4)
+    long = "a very green circle and more words than four"
+    Path(data.path, "d.txt").write_text(long)
+    samples, _ = read_samples(data)
+    for _ in range(2):  # encoded, and found
+        cache = make(data, tiny, samples, more=["", "a prompt"])
+        assert long in cache.truncated and "" not in cache.truncated
+        tokenize = FluxPipeline.from_pretrained(tiny.path, transformer=None, vae=None).tokenizer_2
+        texts = {*all_texts(samples, data), "a prompt"}
+        assert set(cache.truncated) == {text for text in texts if len(tokenize(text).input_ids) > 4}
+    assert cache.counts["texts_hits"] == len(texts) and "" in texts  # the empty one once
+    assert cache.text("").t5.shape[0] == 4
+
+
+def grey(seed: int, size: tuple[int, int]) -> Image.Image:
+    return picture(seed, size).convert("L")
+
+
+def test_masks_are_their_own(data: Data, tiny: Model, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i, name in enumerate(("b c.png", "d.png")):
+        grey(20 + i, SIZES[name]).save(masks / name)
+    data = replace(data, masks=str(masks), flip=True)
+    samples, _ = read_samples(replace(data, masks=None))
+    with_masks = {"b c.png": masks / "b c.png", "d.png": masks / "d.png"}
+    samples = [
+        replace(sample, read_mask=with_masks[name_of(sample)].read_bytes) if name_of(sample) in with_masks else sample
+        for sample in samples
+    ]
+    cache = make(data, tiny, samples)
+    assert cache.counts["masks_misses"] == 2 * 2
+    for i, sample in enumerate(samples):
+        for view in cache.views(i)[0]:
+            mask = cache.mask(i, view)
+            if name_of(sample) not in with_masks:
+                assert mask is None
+                continue
+            whole = Image.open(with_masks[name_of(sample)])
+            small = whole.resize((view.width // 8, view.height // 8), Image.Resampling.BOX, box=view.box)
+            expected = np.asarray(small)[:, ::-1] if view.flip else np.asarray(small)
+            assert mask is not None and np.array_equal((mask * 255).round().numpy(), expected)
+    grey(30, SIZES["d.png"]).save(masks / "d.png")
+    again = make(data, tiny, samples)
+    assert (again.counts["masks_hits"], again.counts["masks_misses"]) == (2, 2) and misses(again) == (0, 0)
+    grey(31, (SIZES["d.png"][0], 9)).save(masks / "d.png")
+    with pytest.raises(ValueError, match=r"d.png its mask is 64x9.*give both the same shape"):
+        make(data, tiny, samples)
+
+
+def test_what_cannot_be_used_is_named(data: Data, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    samples, _ = read_samples(data)
+    Path(data.path, "a.jpg").write_bytes(b"no picture")
+    picture(7, (9, 40)).save(Path(data.path, "b c.png"))
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read as a picture"):
+        make(data, tiny, samples)
+    skip = replace(data, on_error="skip")
+    cache = make(skip, tiny, samples)
+    assert [(Path(s.name).name, s.reason.split(",")[0].split(" (")[0]) for s in cache.skipped] == [
+        ("a.jpg", "cannot be read as a picture"),
+        ("b c.png", "is 9x40"),
+    ]
+    assert cache.kept == [i for i, sample in enumerate(samples) if name_of(sample) in ("a.png", "d.png")]
+    check(cache, samples, tiny)
+    Path(data.path, "a.png").unlink()
+    Path(data.path, "d.png").unlink()
+    with pytest.raises(ValueError, match=r"none of 4 samples can be used: .*a.jpg cannot be read"):
+        make(skip, tiny, samples)
+
+
+def test_a_picture_that_changes_meanwhile_is_not_believed(data: Data, tiny: Model) -> None:
+    samples, _ = read_samples(data)
+    place = next(i for i, sample in enumerate(samples) if name_of(sample) == "d.png")
+
+    def changing(times: int) -> list[Sample]:
+        """d.png is another picture after so many reads."""
+        reads = Counter[str]()
+
+        def read() -> bytes:
+            reads["d.png"] += 1
+            return Path(data.path, "d.png" if reads["d.png"] <= times else "a.png").read_bytes()
+
+        return [replace(sample, read=read) if i == place else sample for i, sample in enumerate(samples)]
+
+    with pytest.raises(ValueError, match=r"d.png changed while it was being read"):
+        make(data, tiny, changing(1))
+    with pytest.raises(ValueError, match=r"d.png changed while it was being encoded"):
+        make(data, tiny, changing(2))
+    check(make(data, tiny, samples), samples, tiny)
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_shard_is_encoded_again(data: Data, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    samples, _ = read_samples(data)
+    make(data, tiny, samples)
+    for kind, expected in (("pictures", (4, 0)), ("texts", (0, 4)), ("index", (0, 0))):
+        (file,) = list_shards(Path(data.cache, kind))
+        damage(file)
+        capsys.readouterr()
+        cache = make(data, tiny, samples)
+        assert misses(cache) == expected
+        err = capsys.readouterr().err
+        assert err.count(file.name) == 1 and "is damaged (the checksum of" in err
+        assert misses(make(data, tiny, samples)) == (0, 0) and file.name not in capsys.readouterr().err
+        check(cache, samples, tiny)
+
+    (file,) = list_shards(Path(data.cache, "pictures"))
+    damage(file)
+    cache = make(data, tiny, samples, encode=replace(FAST, verify=False))  # found only when it is met
+    assert misses(cache) == (0, 0)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*start again"):
+        for i in range(4):
+            cache.picture(i, cache.views(i)[0][0])
+    assert misses(make(data, tiny, samples)) == (4, 0)
+
+
+def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
+    make(replace(data, resolution=48), tiny, more=["no longer asked"])
+    samples, _ = read_samples(data)
+    used = [sample for sample in samples if name_of(sample) != "d.png"]
+    training, cache = make(data, tiny, samples), make(data, tiny, used)
+    before = files(data)
+    with pytest.raises(ValueError, match=r"cache is in use by another process"):
+        prune_cache(cache)
+    assert files(data) == before
+    training.close()
+    prune_cache(cache)
+    for kind, count in (("pictures", 3), ("texts", 3), ("index", 1)):
+        held = [key for file in list_shards(Path(data.cache, kind)) for key in read_keys(file)]
+        assert len(held) == len(set(held)) == count
+    again = make(data, tiny, used)
+    assert misses(again) == (0, 0)
+    check(again, used, tiny)
+    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
+    identify(samples, data, index)
+    assert len(index.rows) == 4 and len(list_shards(index.folder)) == 2  # d.png alone was decoded again
+
+
+class Ranks:
+    """Ranks as threads, with a gather that waits for all; between gathers one at a time, as torch loads models."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.turn = count, threading.Barrier(count, timeout=60), threading.Lock()
+        self.slots: list[list[Any]] = [[] for _ in range(count)]
+
+    def gather(self, rank: int) -> Callable[[list[Any]], list[Any]]:
+        def own(items: list[Any]) -> list[Any]:
+            self.slots[rank] = items
+            self.turn.release()
+            self.barrier.wait()
+            everything = [item for slot in self.slots for item in slot]
+            self.barrier.wait()
+            self.turn.acquire()
+            return everything
+
+        return own
+
+    def build(self, data: Data, model: Model, samples: list[Sample]) -> list[Any]:
+        results: list[Any] = [None] * self.count
+
+        def work(rank: int) -> None:
+            with self.turn:
+                try:
+                    results[rank] = make(data, model, samples, rank=rank, ranks=self.count, gather=self.gather(rank))
+                except ValueError as error:
+                    results[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def test_ranks_share_the_work(data: Data, tiny: Model) -> None:
+    samples, _ = read_samples(data)
+    caches = Ranks(2).build(data, tiny, samples)
+    written = [len(read_keys(file)) for file in list_shards(Path(data.cache, "pictures"))]
+    assert written == [2, 2]  # each its own half, none twice
+    for cache in caches:
+        assert cache.counts == caches[0].counts and misses(cache) == (4, 4)
+        check(cache, samples, tiny)
+    damage(list_shards(Path(data.cache, "pictures"))[1])  # whoever finds it, it counts as absent for both
+    for cache in Ranks(2).build(data, tiny, samples):
+        assert misses(cache) == (2, 0)
+        check(cache, samples, tiny)
+    Path(data.path, "d.png").write_bytes(b"")
+    errors = Ranks(2).build(data, tiny, samples)
+    assert all("d.png cannot be read" in str(error) for error in errors)  # no rank waits for one that stopped
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from train.encoding import Writer
+add, count = Writer.add, [0]
+def add_or_die(self, key, item):
+    add(self, key, item)
+    count[0] += 1
+    if count[0] == 3:
+        self._wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+Writer.add = add_or_die
+from tests.test_cache import *
+make(Data(sys.argv[1], resolution=32, cache=sys.argv[2], flip=True), Model(sys.argv[3]), encode=Encode(flush_seconds=0))
+"""
+
+
+def test_processes_build_together_and_a_killed_one_is_continued(data: Data, tiny: Model) -> None:
+    data = replace(data, flip=True)
+    killed = [sys.executable, "-c", KILLED, data.path, data.cache, tiny.path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(killed, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    alone = replace(data, cache=data.cache + " of it alone")
+    second = subprocess.Popen([*killed[:4], alone.cache, tiny.path], cwd=ROOT, env=environment, stderr=-3)
+    command = [sys.executable, str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
+    options = [
+        "data.resolution=32",
+        "data.flip=true",
+        "precision=bf16",
+        "previews=[a prompt]",
+        "device=cpu",
+        "prune=true",
+    ]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    assert first.wait() == second.wait() == -9
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    counts = {name: figures.pop(name) for name in ("image_hits", "image_misses", "text_hits", "text_misses", "bytes")}
+    assert figures == {"samples": 4, "mask_hits": 0, "mask_misses": 0, "skipped": 0, "truncated": 0}
+    assert counts["image_hits"] + counts["image_misses"] == 8 and counts["text_hits"] + counts["text_misses"] == 4
+    samples, _ = read_samples(data)
+    cache = make(data, tiny, samples)
+    assert misses(cache) == (0, 0)
+    check(cache, samples, tiny)
+
+    there = [key for file in list_shards(Path(alone.cache, "pictures")) for key in read_keys(file)]
+    assert len(there) == 3
+    cache = make(alone, tiny, samples)
+    assert misses(cache) == (5, 4)  # only what was not written
+    check(cache, samples, tiny)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_pixels": 0}, "encode.batch_pixels is 0; it must be 1 or more, or null"),
+        ({"tile": 100}, "encode.tile is 100; give a multiple of 32"),
+        ({"tile": -32}, "encode.tile is -32"),
+        ({"workers": 0}, "encode.workers is 0; it must be 1"),
+        ({"decode_pixels": 0}, "encode.decode_pixels is 0"),
+        ({"shard_mib": 0}, "encode.shard_mib is 0"),
+        ({"flush_seconds": float("nan")}, "encode.flush_seconds is nan; it must be 0 or more"),
+    ],
+)
+def test_encode_is_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encode(**options)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from train.checkpoint import list_checkpoints, optimizer_to, read_checkpoint, read_latest, save_checkpoint
-from train.loop import Journal, order
+from train.loop import Journal
 from train.optim import NAMES, Optim, make_optimizer, make_schedule
 from train.seeds import derive, generator
 
@@ -201,40 +201,6 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
         start = 0 if file.suffix == ".json" else 8
         length = len(content) if file.suffix == ".json" else int.from_bytes(content[:8], "little")
         assert isinstance(json.loads(content[start : start + length]), dict)
-
-
-STREAMS = {
-    "size": st.integers(1, 13),
-    "batch": st.integers(1, 5),
-    "ranks": st.integers(1, 4),
-    "first_step": st.integers(0, 30),
-    "steps": st.integers(1, 12),
-    "seed": st.integers(0, 2**40),
-}
-
-
-@given(**STREAMS)
-def test_order_is_the_epochs_one_after_another(
-    size: int, batch: int, ranks: int, first_step: int, steps: int, seed: int
-) -> None:
-    end = (first_step + steps) * batch * ranks
-    naive = [
-        i for e in range(end // size + 1) for i in torch.randperm(size, generator=generator(seed, "epoch", e)).tolist()
-    ]
-    epochs = [naive[at : at + size] for at in range(0, len(naive), size)]
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-    drawn: list[tuple[int, int]] = []
-    for step in range(first_step, first_step + steps):  # a run that resumed at first_step, rank by rank
-        for rank in range(ranks):
-            drawn += order(seed, (step * ranks + rank) * batch, batch, size)
-    begin = first_step * batch * ranks
-    assert drawn == list(enumerate(naive))[begin:end]
-    assert drawn == list(order(seed, begin, end - begin, size))
-
-
-def test_epochs_differ() -> None:
-    orders = {tuple(i for _, i in order(0, 20 * epoch, 20, 20)) for epoch in range(5)}
-    assert len(orders | {tuple(i for _, i in order(1, 0, 20, 20))}) == 6
 
 
 PLACES = st.tuples(st.integers(0, 99), st.sampled_from("ab"), st.integers(0, 99), st.integers(0, 9))

@@ -20,18 +20,22 @@ from infer.flux import Model
 from infer.generate import Sampling
 from infer.quantize import KINDS, Precision
 from infer.save import Save
+from train.cache import Fill
 from train.config import Train
 from train.data import Data
+from train.encoding import Encode
 from train.flow import Flow
+from train.look import Look
 from train.optim import Optim
 from train.track import Track
 from train.train import claim
 
 CONFIGS = ROOT / "configs"
-ROOTS: dict[str, Any] = {"train": Train, "compare": Compare, "save": Save}
+ROOTS: dict[str, Any] = {"train": Train, "cache": Fill, "look": Look, "compare": Compare, "save": Save}
 GROUPS: dict[str, Any] = {
     "adapter": Adapter,
     "data": Data,
+    "encode": Encode,
     "flow": Flow,
     "model": Model,
     "optim": Optim,
@@ -113,7 +117,8 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
-    assert differences(made("save"), Save()) == {"model.path"}
+    for root in ("cache", "look", "save"):
+        assert differences(made(root), ROOTS[root]()) == {"model.path"}
     comparison = made("compare")
     assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
     others = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
@@ -171,6 +176,35 @@ WRONG = [
     ("train", "data.resolution=0", "data.resolution is 0; .*multiples of 16, such as 16"),
     ("train", "data.batch_size=0", "data.batch_size is 0; it must be 1 or more"),
     ("train", "data.validation=1", "data.validation is 1.0; .*below 1"),
+    ("train", "data.resolution=[]", r"data.resolution is \[\]; give a number, or several"),
+    ("train", "data.resolution=big", "data.resolution is 'big'; give a number, or several"),
+    ("train", "data.resolution=512.5", "data.resolution is 512.5; give a number, or several"),
+    ("train", "data.resolution=[512,100]", r"data.resolution is \[512, 100\]; .*multiples of 16, such as 96"),
+    ("train", "data.resolution=[512,512]", r"data.resolution is \[512, 512\]; name each once"),
+    ("train", "data.path=a data.sources=[{path:b}]", "data.path and data.sources are both given; put the path among"),
+    ("train", "data.sources=[{}]", "a source has no path; set it"),
+    ("train", "data.sources=[{path:b,repeats:0}]", "repeats of b is 0.0; it must be above 0"),
+    ("train", "data.sources=[{path:b,weight:-1}]", "weight of b is -1.0; it must be above 0"),
+    ("train", "data.sources=[{path:b,caption:''}]", "caption of b is empty; write one, or set it to null"),
+    ("train", "data.masks=m", "data.masks belongs to data.path; give each of data.sources its own"),
+    ("train", "data.prior.count=-1", "data.prior.count is -1; it must be 0"),
+    ("train", "data.prior.count=3", "data.prior.prompt is empty; say what the base draws"),
+    ("train", "data.prior.prompt=dog", "data.prior.prompt is set, but there are no pictures; give data.prior.path, or"),
+    ("train", "data.prior.count=3 data.prior.path=a", "data.prior has both a path and a count"),
+    ("train", "data.prior.weight=0 data.prior.path=a", "data.prior.weight is 0.0; it must be above 0"),
+    ("train", "data.prior.ratio=0 data.prior.path=a", "data.prior.ratio is 0.0; it must be above 0"),
+    ("train", "data.prior.steps=0 data.prior.path=a", "data.prior.steps is 0; it must be 1 or more"),
+    ("train", "data.background=blank", "data.background is 'blank'; give a name such as white, or #rrggbb"),
+    ("train", "data.most_pixels=0", "data.most_pixels is 0; it must be from 1 to Pillow's own 178956970"),
+    ("train", "data.aspect=0.5", r"data.aspect is 0.5; it must be 1 \(squares\) or more"),
+    ("train", "data.bucket_step=24", "data.bucket_step is 24; it must be a multiple of 16 up to the resolution"),
+    ("train", "data.bucket_step=64 data.resolution=48", "data.bucket_step is 64; it must be a multiple of 16"),
+    ("train", "data.crops=0", "data.crops is 0; it must be 1 or more"),
+    ("train", "data.tag_orders=0", "data.tag_orders is 0; it must be 1 or more"),
+    ("train", "data.keep_tags=2", "data.keep_tags is 2, but tags stay as written; set data.tag_orders too"),
+    ("train", "data.caption_dropout=1", "data.caption_dropout is 1.0; .*below 1"),
+    ("train", "data.on_error=ignore", "data.on_error is 'ignore'; choose one of raise, skip"),
+    ("train", "data.least=2", "data.least is 2.0; it is a share, from 0 to 1"),
     ("train", "data.text_length=0", "data.text_length is 0; it must be 1 or more, or null"),
     ("train", "track.kind=csv", "track.kind is 'csv'; choose one of none, wandb"),
     ("train", "track.mode=on", "track.mode is 'on'; choose one of auto"),

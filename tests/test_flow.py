@@ -45,6 +45,23 @@ def test_noised_and_loss_by_hand() -> None:
             assert float(values[i]) == pytest.approx(weight(level) * total / (16 * 4 * 4), rel=1e-4)
 
 
+def test_a_mask_weighs_each_latent() -> None:
+    x0, noise, velocity = torch.randn(2, 16, 4, 6), torch.randn(2, 16, 4, 6), torch.randn(2, 16, 4, 6)
+    sigma, mask = torch.tensor([0.2, 0.6]), torch.rand(2, 1, 4, 6)
+    values = losses(pack(velocity), x0, noise, sigma, "sigma_sqrt", mask)
+    for i in range(2):
+        total = sum(
+            float(mask[i, 0, y, x] * (velocity - noise + x0)[i, c, y, x] ** 2)
+            for c in range(16)
+            for y in range(4)
+            for x in range(6)
+        )
+        assert float(values[i]) == pytest.approx(total / (16 * 4 * 6) / float(sigma[i]) ** 2, rel=1e-4)
+    whole = losses(pack(velocity), x0, noise, sigma, "none")
+    assert torch.equal(losses(pack(velocity), x0, noise, sigma, "none", torch.ones(2, 1, 4, 6)), whole)
+    assert losses(pack(velocity), x0, noise, sigma, "none", torch.zeros(2, 1, 4, 6)).tolist() == [0, 0]
+
+
 def test_a_step_along_the_true_velocity_recovers_the_picture() -> None:
     x0, noise = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
     sigma = torch.tensor([0.7])

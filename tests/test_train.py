@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from infer.adapters import FILE, Adapter
@@ -19,7 +21,7 @@ from infer.flux import Model
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
 from train.config import Train
-from train.data import Data
+from train.data import Data, Source
 from train.optim import Optim
 from train.track import Track
 from train.train import train
@@ -32,6 +34,20 @@ SIDE = 64  # 16 packed tokens
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     make_style(folder, 11, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in three shapes, and beside them a mask for each."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "masks").mkdir()
+    for i, file in enumerate(sorted(pictures.glob("*.png"))):
+        shape = ((128, 128), (128, 80), (80, 128))[i % 3]
+        with Image.open(file) as picture:
+            picture.crop((0, 0, *shape)).save(folder / file.name)
+        Image.new("L", shape, 40 + 20 * i).save(folder / "masks" / file.name)
+    shutil.copy(pictures / "metadata.jsonl", folder)
     return folder
 
 
@@ -69,11 +85,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+@pytest.mark.parametrize(
+    "optimizer, all_at_once", [("adamw", False), ("adamw", True), ("adamw8bit", False), ("prodigy", False)]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    job: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Train,
+    mixed: Path,
+    optimizer: str,
+    all_at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = replace(job, optim=replace(job.optim, name=optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3))
+    if all_at_once:
+        sources = [Source(str(mixed), str(mixed / "masks"), repeats=0.5), Source(job.data.path, weight=0.3)]
+        data = replace(job.data, path="", sources=sources, resolution=[64, 48], flip=True, caption_dropout=0.3)
+        job = replace(job, data=data)
     whole = adapter(train(replace(job, run="whole")))
 
     original, calls = train_batch_counter(monkeypatch, stop_at=2 * 5 + 1)  # in the middle of the sixth update
@@ -243,14 +270,20 @@ def launch(command: list[str], cwd: Path) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
-def test_two_ranks_equal_one_with_twice_the_batch(kind: str, pictures: Path, tmp_path: Path) -> None:
-    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter."""
+@pytest.mark.parametrize("kind, shapes", [("fp32", "squares"), ("nf4", "squares"), ("fp32", "mixed")])
+def test_two_ranks_equal_one_with_twice_the_batch(
+    kind: str, shapes: str, pictures: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter; with
+    mixed shapes most batches are short, some with nothing for the second rank."""
     script = str(ROOT / "train/train.py")
+    if shapes == "mixed":
+        pictures = mixed
     options = [
         f"precision={kind}", f"data.path={pictures}", f"data.resolution={SIDE}", f"data.cache={tmp_path / 'cache'}",
         "data.validation=0.2", "adapter.rank=4", "optim.lr=1e-3", "steps=3", "validation_levels=2", "device=cpu",
         "accumulation=2",
+        *(["data.resolution=[64,48]", f"data.masks={mixed / 'masks'}"] if shapes == "mixed" else []),
     ]  # fmt: skip
     scripts = Path(sys.executable).parent
     single = [
@@ -265,7 +298,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(kind: str, pictures: Path, tmp
         "no",
     ]
     launch([str(scripts / "accelerate"), "launch", *single, script, "run=one", "data.batch_size=4", *options], tmp_path)
-    double = ["--nproc_per_node", "2", "--master_port", "29511"]
+    double = ["--standalone", "--nproc_per_node", "2"]
     launch([str(scripts / "torchrun"), *double, script, "run=two", "data.batch_size=2", *options], tmp_path)
     one, two = adapter(tmp_path / "runs/one/adapter"), adapter(tmp_path / "runs/two/adapter")
     difference = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5

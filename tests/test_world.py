@@ -12,6 +12,7 @@ from infer.flux import Model
 from scripts.tiny import check, world
 from scripts.tiny.make_style import make_style
 from train.data import Data, read_samples
+from train.picture import decode
 
 
 @pytest.mark.parametrize("style", ["plain", "inked"])
@@ -72,8 +73,9 @@ def test_the_style_set_is_the_same_every_time(tmp_path: Path) -> None:
         make_style(tmp_path / name, 4, seed=2)
     first, second = (sorted((tmp_path / name).iterdir()) for name in ("a", "b"))
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
-    for sample in read_samples(Data(str(tmp_path / "a"), 128)):
-        assert check.inked(sample.load(), sample.caption) == 1
+    samples, _ = read_samples(Data(str(tmp_path / "a"), 128))
+    for sample in samples:
+        assert check.inked(decode(sample.read(), sample.name), sample.captions[0]) == 1
 
 
 def test_the_bundled_model_draws_captions_it_never_saw(tiny: Model) -> None:

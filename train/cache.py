@@ -1,124 +1,279 @@
 """Samples -> encoded samples, each encoded once and found by what it is.
 
-The key of a picture is its pixels, the transform and the autoencoder's weights; of a text its words, the T5 length,
-both encoders' weights and T5's precision. A renamed file costs nothing, an edited one is never taken for the old one.
+    python train/cache.py model=dev precision=nf4 data.path=my_pictures data.resolution=512
+
+encodes ahead of time what training would encode at its start; several GPUs share the work under `accelerate launch`,
+and prune=true then removes all else. Its last line is one JSON object.
+
+The key of a picture is its decoded pixels, the crop and the autoencoder's weights; of a mask its pixels and the crop;
+of a text its words, the T5 length, both encoders' weights and T5's precision (train/keys.py). So a renamed file costs
+nothing, and an edited one is never taken for the old one. Runs and processes share one folder (train/shards.py).
 """
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 from tqdm import tqdm
 
-from infer.atomic import replace_file
-from infer.encode import Text, release, text_encoder, to_moments
-from infer.flux import Model, fingerprint, load_vae
+from infer.command import pick_device, run_command
+from infer.encode import release, text_encoder
+from infer.flux import Model, check_model, load_vae, read_config
 from infer.quantize import Precision
-from train.data import Data, Sample, pixel_hash, to_square
+from train.caption import all_texts
+from train.data import Data, check_left, read_samples
+from train.encoding import Encode, Todo, Writer, encode_masks, encode_pictures, encode_texts
+from train.index import Fault, Index, Picture, identify, prune_index
+from train.keys import make_keys
+from train.prior import prior_samples
+from train.shards import DamagedError, Shelf, hold, prune, read_part, verify
+from train.source import Faults, Sample
+from train.store import Cache
+from train.workers import Gate, work_ahead
 
-
-@dataclass
-class Cache:
-    """Where encoded pictures and texts lie."""
-
-    folder: Path
-    pictures: list[str]
-    """The key of each sample's picture."""
-    texts: dict[str, str]
-    """The key of each text."""
-
-    def picture(self, index: int) -> tuple[Tensor, Tensor]:
-        """A sample's latents: mean and deviation of the autoencoder's posterior, [channels, height, width] each."""
-        tensors = _read(_file(self.folder, "pictures", self.pictures[index]))
-        return tensors["mean"], tensors["deviation"]
-
-    def text(self, text: str) -> Text:
-        tensors = _read(_file(self.folder, "texts", self.texts[text]))
-        return Text(tensors["t5"], tensors["pooled"])
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the cached {file} cannot be read ({error}); delete it and start the run again") from error
-
-
-def _file(folder: Path, kind: str, key: str) -> Path:
-    return folder / kind / key[:2] / f"{key}.safetensors"
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    replace_file(file, lambda path: path.write_bytes(save(tensors)))
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _progress(total: int, what: str, show: bool) -> "tqdm[Any]":
-    return tqdm(total=total, desc=what, unit=what.split()[-1].rstrip("s"), disable=not show or total == 0)
+Gather = Callable[[list[Any]], list[Any]]
+"""Waits for all ranks and gives each the lists of all, one after another: accelerate's gather_object."""
 
 
 def build(
     data: Data,
     samples: list[Sample],
-    extra_texts: list[str],
+    texts: list[str],
     model: Model,
     precision: Precision,
+    encode: Encode,
     device: torch.device,
-    write: bool,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Gather = list,
 ) -> Cache:
-    """Encode what is not in the cache yet: pictures with the autoencoder, then texts with CLIP and T5; both are freed.
+    """Encode what is not in the cache yet: pictures with the autoencoder, then masks, then texts with CLIP and T5. Each
+    model is loaded only if there is something to encode, and freed; each rank does its share; all share data.cache.
 
-    write: whether this process encodes (rank 0); others only work out the keys.
+    Batches, as other hardware, change latents within the rounding of bf16: what has a key is the same up to that.
+
+    Raises:
+        ValueError: a sample cannot be used and data.on_error is raise, or none can.
     """
-    folder = Path(data.cache)
-    transform = ["centre square", data.resolution]
-    vae_print = fingerprint(model, "vae")
-    keys, missing = [], {}
-    with _progress(len(samples), "reading pictures", write) as bar:
-        for i, sample in enumerate(samples):
-            key = _key("picture", pixel_hash(sample.load()), transform, vae_print)
-            keys.append(key)
-            if not _file(folder, "pictures", key).is_file():
-                missing[key] = i
-            bar.update()
-    if missing and write:
+    folder, main = Path(data.cache), rank == 0
+    held = hold(folder)
+    warn = partial(tqdm.write, file=sys.stderr)
+    gate = Gate(encode.decode_pixels)
+    (keys,) = gather([make_keys(model, precision, data.text_length, encode.tile)] if main else [])
+    config = read_config(model, "vae")
+    cache = Cache(data, keys, config["shift_factor"], config["scaling_factor"], held)
+    index = Index(folder / "index", encode.flush_seconds, encode.threads, gate, warn, main)
+    mine = range(rank, len(samples), ranks)
+    known = gather(list(zip(mine, identify([samples[i] for i in mine], data, index), strict=True)))
+    del index
+    admit(cache, samples, dict(known))
+
+    units: dict[str, list[Any]] = {
+        "pictures": _first([picture.identity for picture in cache.pictures]),
+        "masks": _first([picture.mask for picture in cache.pictures]),
+        "texts": list(dict.fromkeys(texts)),
+    }
+    counts, todo = {}, {}
+    for kind in units:
+        shelf = Shelf(folder / kind, {key for unit in units[kind] for key in cache.entries(kind, unit)}, warn)
+        cache.shelves[kind] = shelf
+        own = units[kind][rank::ranks]
+        used = shelf.wanted if ranks == 1 else {key for unit in own for key in cache.entries(kind, unit)}
+        check(shelf, used, encode, gather)
+        absent = used - shelf.found.keys()
+        counts[f"{kind}_hits"], counts[f"{kind}_misses"] = len(used) - len(absent), len(absent)
+        todo[kind] = [unit for unit in own if absent and not absent.isdisjoint(cache.entries(kind, unit))]
+
+    def writer(kind: str) -> Writer:
+        return Writer(cache.shelves[kind], encode)
+
+    def sampled(kind: str) -> Iterator[Todo]:
+        for i in sorted(todo[kind], key=lambda i: cache.views(i)[0][0].width):  # so that batches come together
+            yield Todo(samples[cache.kept[i]], cache.pictures[i], cache.entries(kind, i))
+
+    if todo["pictures"]:
         vae = load_vae(model, device)
-        todo = list(missing.items())
-        with _progress(len(todo), "encoding pictures", write) as bar:
-            for key, i in todo:  # one by one: no latent depends on its neighbours, and little memory is needed
-                mean, deviation = to_moments(vae, to_square(samples[i].load(), data.resolution)[None])
-                tensors = {"mean": mean[0].cpu().contiguous(), "deviation": deviation[0].cpu().contiguous()}
-                _write(_file(folder, "pictures", key), tensors)
-                bar.update()
+        with writer("pictures") as shards:
+            encode_pictures(vae, sampled("pictures"), len(todo["pictures"]), data, encode, gate, shards, main)
         del vae
         release(device)
+    if todo["masks"]:
+        with writer("masks") as shards:
+            encode_masks(sampled("masks"), len(todo["masks"]), data, encode, gate, shards, main)
+    if todo["texts"]:
+        with text_encoder(model, precision, device, data.text_length) as encoder, writer("texts") as shards:
+            encode_texts(encoder, {keys.text(text): text for text in todo["texts"]}, shards, main)
 
-    t5 = asdict(precision.for_t5())
-    prints = [fingerprint(model, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
-    wanted = dict.fromkeys([*(sample.caption for sample in samples), *extra_texts])
-    texts = {text: _key("text", text, data.text_length, prints, t5) for text in wanted}
-    absent = [text for text, key in texts.items() if not _file(folder, "texts", key).is_file()]
-    if absent and write:
-        with (
-            text_encoder(model, precision, device, data.text_length) as encoder,
-            _progress(len(absent), "encoding texts", write) as bar,
-        ):
-            for text in absent:
-                (encoded,) = encoder([text])
-                _write(
-                    _file(folder, "texts", texts[text]),
-                    {"t5": encoded.t5.contiguous(), "pooled": encoded.pooled.contiguous()},
-                )
-                bar.update()
-            for text in encoder.truncated(absent):
-                bar.write(f"T5 sees only the first {encoder.length} tokens of {text!r}")
-    return Cache(folder, keys, texts)
+    for own_counts in gather([counts]):  # here all wait for all
+        for name, count in own_counts.items():
+            cache.counts[name] = cache.counts.get(name, 0) + count
+    for shelf in cache.shelves.values():
+        shelf.refresh()
+        if shelf.wanted - shelf.found.keys():
+            raise ValueError(
+                f"{shelf.folder} lacks what another rank has encoded, or it was removed meanwhile; "
+                "set data.cache to one folder that all ranks share, and start again"
+            )
+        shelf.wanted = set()
+    cache.truncated = gather(cut_texts(cache, units["texts"][rank::ranks]))
+    return cache
+
+
+def _first(names: list[Any]) -> list[int]:
+    """The first place of each distinct name; None is none."""
+    first: dict[Any, int] = {}
+    for place, name in enumerate(names):
+        if name is not None:
+            first.setdefault(name, place)
+    return list(first.values())
+
+
+def admit(cache: Cache, samples: list[Sample], known: dict[int, Picture | Fault]) -> None:
+    """Take into the cache the samples that can be used, by data.on_error.
+
+    Raises:
+        ValueError: one cannot, and the policy is to stop; or none can.
+    """
+    faults = Faults(cache.data.on_error)
+    for i, sample in enumerate(samples):
+        picture = known[i]
+        try:
+            if isinstance(picture, Fault):
+                raise ValueError(picture.reason)
+            cache.views_of(picture.width, picture.height)
+        except ValueError as error:
+            faults.add(sample.name, str(error))
+        else:
+            cache.kept.append(i)
+            cache.pictures.append(picture)
+    cache.skipped = faults.skipped
+    if not cache.pictures:
+        said = "; ".join(f"{skipped.name} {skipped.reason}" for skipped in faults.skipped[:3])
+        raise ValueError(f"none of {len(samples)} samples can be used: {said}")
+
+
+def check(shelf: Shelf, used: Collection[str], encode: Encode, gather: Gather) -> None:
+    """Find what is there, compared with its checksums if encode.verify; a shard that any rank finds damaged counts for
+    all as absent."""
+
+    def compare(group: tuple[Path, list[str]]) -> DamagedError | None:
+        try:
+            verify(group[0], set(group[1]))
+        except DamagedError as damage:
+            return damage
+        return None
+
+    while True:
+        damaged = [str(damage.file) for damage in shelf.refresh()]
+        groups = shelf.by_shard(used).items() if encode.verify else []
+        for damage in work_ahead(compare, groups, encode.threads):
+            if damage:
+                shelf.distrust(damage)
+                damaged.append(str(damage.file))
+        if not gather(damaged):
+            return
+        shelf.forget()
+
+
+def cut_texts(cache: Cache, texts: list[str]) -> list[str]:
+    """Those of the texts whose end T5 does not see."""
+    names = {cache.keys.text(text): text for text in texts}
+    cut = []
+    for file, keys in cache.shelves["texts"].by_shard(names).items():
+        for key, (tokens, seen) in read_part(file, keys, "tokens").items():
+            if tokens > seen:
+                cut.append(names[key])
+    return cut
+
+
+def prune_cache(cache: Cache) -> None:
+    """Remove all that this cache does not use; it is closed by that.
+
+    Raises:
+        ValueError: another process uses the folder, and may need what would be removed.
+    """
+    folder = Path(cache.data.cache)
+    cache.close()
+    with hold(folder, alone=True):
+        for kind, shelf in cache.shelves.items():
+            prune(folder / kind, shelf.found.keys())
+        pixels = {name for picture in cache.pictures for name in (picture.identity, picture.mask) if name}
+        prune_index(folder / "index", pixels, shelf.warn)
+
+
+@dataclass
+class Fill:
+    """What to encode ahead of training, and whether to remove the rest."""
+
+    model: Model = field(default_factory=Model)
+    precision: Precision = field(default_factory=Precision)
+    data: Data = field(default_factory=Data)
+    encode: Encode = field(default_factory=Encode)
+    previews: list[str] = field(default_factory=list)
+    """Further texts: the prompts of the run's previews."""
+    prune: bool = False
+    """Remove what this config does not use, while nobody else uses the cache."""
+    device: str = "auto"
+
+
+def fill(options: Fill) -> dict[str, int]:
+    """Build, prune if asked, and print what there is; the last line is one JSON object."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    check_model(options.model)
+    data = options.data
+    samples, skipped = read_samples(data)
+    device = pick_device(options.device)
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes > 1:
+        device = state.device
+    rank, ranks, main = state.process_index, state.num_processes, state.is_main_process
+    samples += prior_samples(data, options.model, options.precision, device, rank, ranks)
+    state.wait_for_everyone()
+    texts = [*all_texts(samples, data), *options.previews]
+    place = device, rank, ranks, gather_object
+    cache = build(data, samples, texts, options.model, options.precision, options.encode, *place)
+    skipped += cache.skipped
+    check_left(data, [samples[i] for i in cache.kept], skipped)
+    counts = dict(cache.counts)
+    cache.close()
+    state.wait_for_everyone()
+    if options.prune and main:
+        prune_cache(cache)
+    state.wait_for_everyone()
+    figures = {
+        "samples": len(cache.kept),
+        "image_hits": counts["pictures_hits"],
+        "image_misses": counts["pictures_misses"],
+        "text_hits": counts["texts_hits"],
+        "text_misses": counts["texts_misses"],
+        "mask_hits": counts["masks_hits"],
+        "mask_misses": counts["masks_misses"],
+        "bytes": sum(file.stat().st_size for file in Path(data.cache).rglob("*") if file.is_file()),
+        "skipped": len(skipped),
+        "truncated": len(cache.truncated),
+    }
+    if main:
+        for one in skipped:
+            print(f"skipped: {one.name} {one.reason}")
+        for text in cache.truncated:
+            print(f"T5 does not see the end of {text!r}")
+        print(json.dumps(figures))
+    state.destroy_process_group()
+    return figures
+
+
+if __name__ == "__main__":
+    run_command("cache", Fill, fill)

@@ -7,6 +7,7 @@ from infer.flux import Model
 from infer.generate import Sampling
 from infer.quantize import Precision
 from train.data import Data
+from train.encoding import Encode
 from train.flow import Flow
 from train.optim import Optim
 from train.track import Track
@@ -20,6 +21,7 @@ class Train:
     precision: Precision = field(default_factory=Precision)
     adapter: Adapter = field(default_factory=Adapter)
     data: Data = field(default_factory=Data)
+    encode: Encode = field(default_factory=Encode)
     flow: Flow = field(default_factory=Flow)
     optim: Optim = field(default_factory=Optim)
     sampling: Sampling = field(default_factory=Sampling)

@@ -96,9 +96,17 @@ def predict(
     return velocity.float()
 
 
-def losses(velocity: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor, weighting: str) -> Tensor:
-    """The weighted squared error of each sample, [batch]. velocity is packed, x0 and noise are not."""
-    error = (velocity - pack(noise - x0)).square().flatten(1).mean(1)
+def losses(
+    velocity: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor, weighting: str, mask: Tensor | None = None
+) -> Tensor:
+    """The weighted squared error of each sample, [batch]. velocity is packed, x0 and noise are not.
+
+    mask: what the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None counts all. The mean is
+    over all latents, so a sample of which less counts, counts less.
+    """
+    error = (velocity - pack(noise - x0)).square()
+    if mask is not None:
+        error = error * pack(mask.expand_as(x0))
     weight = compute_loss_weighting_for_sd3(weighting, sigma)
-    weighted: Tensor = error * weight
+    weighted: Tensor = error.flatten(1).mean(1) * weight
     return weighted

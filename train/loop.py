@@ -1,19 +1,16 @@
 """The training loop: validate, draw previews, save, stop, learn, log.
 
 Every random number is drawn for a place (train/seeds.py): a sample's noise belongs to its position in the endless
-shuffled stream of samples, whatever the number of ranks, and a run that resumes at step k goes on as if it had never
-stopped.
+shuffled stream of samples (train/sampler.py), whatever the number of ranks, and a run that resumes at step k goes on as
+if it had never stopped.
 """
 
-import hashlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,89 +23,16 @@ from tqdm import tqdm
 from infer.adapters import adapter_state, set_adapter_state
 from infer.atomic import replace_file
 from infer.encode import Text
+from train.batch import Batch, Samples, make_stream, training_batch, validation_batches
 from train.cache import Cache
 from train.checkpoint import optimizer_to, read_latest, save_checkpoint
 from train.config import Train
-from train.flow import losses, noised, predict, sample_sigma
+from train.flow import losses, noised, predict
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
-from train.seeds import derive, generator
+from train.sampler import batches_from, share
+from train.seeds import derive
 from train.track import Tracker
-
-
-@dataclass
-class Samples:
-    """What is trained on and what is held out: indices into the cache's pictures, and every picture's caption."""
-
-    train: list[int]
-    validation: list[int]
-    captions: list[str]
-
-    def fingerprint(self, cache: Cache) -> str:
-        """A hash of what is trained on and what is held out, in their order."""
-        parts = [[[cache.pictures[i], self.captions[i]] for i in chosen] for chosen in (self.train, self.validation)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def order(seed: int, first: int, count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(position, index) for `count` positions of an endless stream that shuffles `size` samples anew each epoch."""
-    epoch, shuffled = -1, torch.empty(0)
-    for position in range(first, first + count):
-        if position // size != epoch:
-            epoch = position // size
-            shuffled = torch.randperm(size, generator=generator(seed, "epoch", epoch))
-        yield position, int(shuffled[position % size])
-
-
-@dataclass
-class Batch:
-    """Encoded samples, noised; b samples of one size."""
-
-    x0: Tensor  # latents [b, channels, height, width]
-    noise: Tensor  # like x0
-    sigma: Tensor  # [b]
-    t5: Tensor  # [b, text tokens, width]
-    pooled: Tensor  # [b, width]
-
-
-def _stack(parts: list[tuple[Tensor, Tensor, Tensor, Text]], device: torch.device) -> Batch:
-    return Batch(
-        torch.stack([x0 for x0, _, _, _ in parts]).to(device),
-        torch.stack([noise for _, noise, _, _ in parts]).to(device),
-        torch.stack([sigma for _, _, sigma, _ in parts]).to(device),
-        torch.stack([text.t5 for _, _, _, text in parts]).to(device),
-        torch.stack([text.pooled for _, _, _, text in parts]).to(device),
-    )
-
-
-def training_batch(job: Train, cache: Cache, samples: Samples, first: int, device: torch.device) -> Batch:
-    """The batch that starts at stream position `first`."""
-    parts = []
-    for position, place in order(job.seed, first, job.data.batch_size, len(samples.train)):
-        index = samples.train[place]
-        mean, deviation = cache.picture(index)
-        own = generator(job.seed, "sample", position)
-        x0 = mean + deviation * torch.randn(mean.shape, generator=own)
-        noise = torch.randn(mean.shape, generator=own)
-        tokens = mean.shape[1] * mean.shape[2] // 4
-        sigma = sample_sigma(job.flow, 1, tokens, own)[0]
-        parts.append((x0, noise, sigma, cache.text(samples.captions[index])))
-    return _stack(parts, device)
-
-
-def validation_batches(
-    job: Train, cache: Cache, samples: Samples, rank: int, ranks: int, device: torch.device
-) -> Iterator[Batch]:
-    """Held-out pictures at fixed noise and evenly spaced noise levels, this rank's share of them."""
-    items = [(i, level) for i in samples.validation for level in range(job.validation_levels)][rank::ranks]
-    for first in range(0, len(items), job.data.batch_size):
-        parts = []
-        for index, level in items[first : first + job.data.batch_size]:
-            mean, _ = cache.picture(index)
-            noise = torch.randn(mean.shape, generator=generator(job.seed, "validation", cache.pictures[index], level))
-            sigma = torch.tensor((level + 0.5) / job.validation_levels)
-            parts.append((mean, noise, sigma, cache.text(samples.captions[index])))
-        yield _stack(parts, device)
 
 
 def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
@@ -117,11 +41,11 @@ def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, 
     dtype = job.precision.dtype
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
-    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting)
+    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean unweighted objective over the held-out pictures; None if none is held out."""
+    """The mean objective over the held-out pictures, by their masks but by no weights; None if none is held out."""
     if not samples.validation:
         return None
     transformer.eval()
@@ -192,6 +116,7 @@ def fit(
         ValueError: the loss is not finite.
     """
     device, main = accelerator.device, accelerator.is_main_process
+    place = accelerator.process_index, accelerator.num_processes
     optimizer = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
     step, history = 0, {}
@@ -213,7 +138,8 @@ def fit(
     model: Any = accelerator.prepare_model(transformer)
     model.train()
     journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
-    group = job.data.batch_size * accelerator.num_processes
+    stream = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
+    batches = batches_from(stream, step * job.accumulation)
     start_memory(device)
     bar = tqdm(total=job.steps, initial=step, unit="step", desc="train", disable=not main)
 
@@ -258,11 +184,11 @@ def fit(
         start = time.perf_counter()
         total = 0.0
         for micro in range(job.accumulation):
-            first = (step * job.accumulation + micro) * group + accelerator.process_index * job.data.batch_size
-            batch = training_batch(job, cache, samples, first, device)
+            places, weight = share(next(batches), *place, job.data.batch_size)
+            batch = training_batch(job, cache, samples, places, weight, device)
             torch.manual_seed(derive(job.seed, "dropout", step, micro, accelerator.process_index))
             with accelerator.no_sync(model) if micro < job.accumulation - 1 else nullcontext():
-                loss = batch_losses(model, batch, job, job.flow.weighting).mean() / job.accumulation
+                loss = (batch_losses(model, batch, job, job.flow.weighting) * batch.weight).sum() / job.accumulation
                 accelerator.backward(loss)
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf)

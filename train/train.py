@@ -22,18 +22,21 @@ if __name__ == "__main__":
     quieten()
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
+from train.batch import choose
 from train.cache import build
+from train.caption import all_texts
 from train.checkpoint import list_checkpoints
 from train.config import Train
-from train.data import read_samples, split
-from train.loop import Samples, fit
+from train.data import check_left, read_samples
+from train.loop import fit
+from train.prior import prior_samples
 from train.track import make_tracker
 
 
@@ -47,7 +50,9 @@ def claim(job: Train, folder: Path, processes: int) -> None:
     # these change nothing about what is learned
     for aside in ("track", "device", "save_every", "keep", "validate_every", "preview_every", "previews", "sampling"):
         own.pop(aside)
-    own["data"].pop("cache")
+    for aside in ("cache", "on_error", "least"):
+        own["data"].pop(aside)
+    own["encode"] = {"tile": job.encode.tile}
     file = folder / "config.yaml"
     begun = list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()
     if begun and file.is_file():
@@ -113,9 +118,11 @@ def train(job: Train) -> Path:
     """The whole run; returns the adapter's folder."""
     folder = check_run_name(job.run)
     check_model(job.model)
-    samples = read_samples(job.data)
+    samples, skipped = read_samples(job.data)
+    check_left(job.data, samples, skipped)
     accelerator = make_accelerator(job)
     main, say = accelerator.is_main_process, accelerator.print
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     if main:
         claim(job, folder, accelerator.num_processes)
     accelerator.wait_for_everyone()
@@ -130,10 +137,19 @@ def train(job: Train) -> Path:
         )
 
     # pictures and texts are encoded and their encoders freed before the transformer is loaded
-    with accelerator.main_process_first():
-        cache = build(job.data, samples, job.previews, job.model, job.precision, accelerator.device, write=main)
-    train_on, held_out = split(cache.pictures, job.data.validation, job.seed)
-    say(f"{len(train_on)} pictures to train on, {len(held_out)} held out; {len(cache.texts)} texts")
+    samples += prior_samples(job.data, job.model, job.precision, accelerator.device, rank, ranks)
+    accelerator.wait_for_everyone()
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
+    place = accelerator.device, rank, ranks, gather_object
+    cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *place)
+    for one in skipped + cache.skipped:
+        say(f"skipped: {one.name} {one.reason}")
+    for text in cache.truncated:
+        say(f"T5 does not see the end of {text!r}")
+    samples = [samples[i] for i in cache.kept]
+    check_left(job.data, samples, skipped + cache.skipped)
+    chosen = choose(samples, cache, job.data, job.seed)
+    say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
 
     transformer = load_transformer(job.model, job.precision, accelerator.device).train()
     parameters = attach(transformer, job.adapter, job.seed)
@@ -149,7 +165,7 @@ def train(job: Train) -> Path:
             transformer,
             parameters,
             cache,
-            Samples(train_on, held_out, [sample.caption for sample in samples]),
+            chosen,
             previews,
             job.sampling.size(own_size(job.model)),
             tracker,

@@ -1,0 +1,211 @@
+"""A look at the data before training: what is there, what is broken, and every crop as the trainer will see it.
+
+    python train/look.py model=dev data.path=my_pictures data.resolution=512 run=mine
+
+Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline. The last line is
+one JSON object with the counts. Exit code 0: training could start; 2: it could not, and the text says what to mend.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from tqdm import tqdm
+
+from infer.atomic import replace_file
+from infer.command import check_run_name, run_command
+from infer.flux import Model, check_model, part_folder
+from train.data import Data, check_left, read_samples, sources_of, split
+from train.sheet import render
+from train.survey import Survey, reasons, sources, survey
+from train.workers import Gate
+
+WIDTH = 160  # characters of a line in the terminal
+LINES = 20  # of each list in the terminal; the page has them all
+CHUNK = 1000  # texts tokenized at once
+
+
+@dataclass
+class Look:
+    """What to look at."""
+
+    model: Model = field(default_factory=Model)
+    """Its T5 tokenizer counts the captions' tokens; nothing else of it is needed."""
+    data: Data = field(default_factory=Data)
+    run: str = "train"
+    """The page is runs/<run>/data.html."""
+    shown: int = 120
+    """Pictures whose crops are on the page; the table has all."""
+    workers: int | None = None
+    """Threads that decode; null takes one a core."""
+    decode_pixels: int = 2**26
+    """Pixels decoded at the same time by all threads, at about 12 bytes each; a larger picture is decoded alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("shown", "decode_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be 1 or more, or null")
+
+
+def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
+    """What counts the T5 tokens of texts, the end mark included, and the checkpoint's own length.
+
+    Raises:
+        ValueError: the tokenizer is not here and cannot be downloaded.
+    """
+    from transformers import AutoTokenizer
+
+    check_model(model)
+    folder = part_folder(model, "tokenizer_2")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+
+    def count(texts: list[str]) -> list[int]:
+        chunks = (texts[first : first + CHUNK] for first in range(0, len(texts), CHUNK))
+        return [len(ids) for chunk in chunks for ids in tokenizer(chunk, verbose=False)["input_ids"]]
+
+    return count, int(tokenizer.model_max_length)
+
+
+def refusal(found: Survey, data: Data) -> str | None:
+    """Why training could not start on this, and the mend; None if it could."""
+    if found.skipped and data.on_error == "raise":
+        total = len(found.usable) + len(found.skipped)
+        return (
+            f"{len(found.skipped)} of {total} samples cannot be used, each for a reason of its own; mend them, or set "
+            "data.on_error=skip to train without them"
+        )
+    usable = [found.samples[place] for place in found.usable]
+    given = sources_of(data)
+    keys = [
+        p.pixels
+        for sample, p in zip(found.samples, found.pictures, strict=True)
+        if p and not given[sample.source].prior
+    ]
+    try:
+        check_left(data, usable, found.skipped)
+        split(keys, data.validation, 0)  # any seed: whether it can be split depends on the pictures alone
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def counts(found: Survey) -> dict[str, Any]:
+    """The survey in numbers, as JSON has them."""
+    buckets = found.buckets()
+    fits = [fits for place in found.usable if (fits := found.fits[place])]
+    return {
+        "samples": len(found.usable),
+        "skipped": len(found.skipped),
+        "reasons": reasons(found),
+        "masks": sum(masks for _, _, masks in sources(found)),
+        "buckets": {f"{resolution}: {w}x{h}": len(inside) for (resolution, w, h), inside in buckets.items()},
+        "smaller": sum(any(fit.smaller for fit in of_one) for of_one in fits),
+        "enlarged": sum(any(fit.scale > 1 for fit in of_one) for of_one in fits),
+        "exact_duplicates": sum(len(group) - 1 for group in found.copies),
+        "near_duplicates": sum(len(group) - 1 for group in found.near.groups),
+        "texts": len({text for place in found.usable for text in found.texts[place]}),
+        "truncated": None if found.lengths is None else len(found.truncated),
+        "without_trigger": len(found.untriggered),
+        "shared_captions": len(found.shared),
+    }
+
+
+def _plain(text: str) -> str:
+    """Text as one short line that does nothing to the terminal."""
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= WIDTH else f"{shown[: WIDTH - 3]}..."
+
+
+def summary(found: Survey, numbers: dict[str, Any]) -> str:
+    """The survey as text for the terminal."""
+    lines = [f"{numbers['samples']:,} pictures to train with, {numbers['skipped']:,} left out"]
+
+    def listed(title: str, entries: list[str]) -> None:
+        if entries:
+            lines.append(title)
+            lines.extend(f"  {_plain(entry)}" for entry in entries[:LINES])
+            if len(entries) > LINES:
+                lines.append(f"  and {len(entries) - LINES:,} more, on the page")
+
+    listed("left out:", [f"{skipped.name} {skipped.reason}" for skipped in found.skipped])
+    rows = []
+    for (resolution, width, height), fits in found.buckets().items():
+        cut = sum(fit.cut for fit in fits) / len(fits)
+        size, count = f"{width} x {height}", f"{len(fits):,}"
+        rows.append(f"{size:>11}  {count:>7}  at {resolution}, {100 * cut:.1f} % cut away in the mean")
+    listed("buckets, width x height, and their pictures:", rows)
+    names = [sample.name for sample in found.samples]
+    listed("same pixels:", [", ".join(names[place] for place in group) for group in found.copies])
+    listed("nearly the same:", [", ".join(names[place] for place in group) for group in found.near.groups])
+    if found.near.looked_at < found.near.candidates:
+        lines.append(f"{found.near.looked_at:,} of {found.near.candidates:,} pairs that are alike were compared")
+    for key, what in (
+        ("masks", "with a mask"),
+        ("smaller", "smaller than asked, trained at their own size"),
+        ("enlarged", "enlarged"),
+        ("without_trigger", "without the trigger, which is put before their captions"),
+    ):
+        if numbers[key]:
+            lines.append(f"{numbers[key]:,} {what}")
+    if numbers["shared_captions"]:
+        lines.append(f"{numbers['shared_captions']:,} captions stand for several pictures")
+    if found.lengths:
+        most = max(found.lengths.values())
+        lines.append(f"{numbers['texts']:,} texts of up to {most:,} T5 tokens, of which {found.length:,} are seen")
+        listed("truncated:", [f"{found.lengths[text]:,} tokens: {text}" for text in found.truncated])
+    return "\n".join(lines)
+
+
+def look(options: Look) -> None:
+    """Print the summary, write the page, and leave with exit code 2 if training could not start."""
+    data = options.data
+    page = check_run_name(options.run) / "data.html"
+    count_tokens, length, absent = None, None, ""
+    try:
+        count_tokens, length = token_counter(options.model)
+        length = data.text_length or length
+    except ValueError as error:
+        absent = f"T5 tokens are not counted: {error}"
+    # all that is broken is listed, whatever training does at the first of it
+    samples, skipped = read_samples(replace(data, on_error="skip"))
+    workers, gate = options.workers or os.cpu_count() or 1, Gate(options.decode_pixels)
+    with tqdm(total=len(samples), desc="reading pictures", unit="picture") as bar:
+        found = survey(data, samples, skipped, count_tokens, length, workers, gate, bar.update)
+    why_not, numbers = refusal(found, data), counts(found)
+    facts = {
+        "data": ", ".join(source.path for source in sources_of(data) if source.path),
+        "pictures": f"{numbers['samples']:,} to train with, {numbers['skipped']:,} left out",
+        "resolution": ", ".join(map(str, data.resolutions)),
+        "T5 tokens": absent or f"{length} are seen of each text, by the tokenizer of {options.model.path}",
+    }
+    if data.prior.count:
+        facts["prior preservation"] = f"{data.prior.count} pictures that the base draws are not here yet"
+    content = render(f"Data of {options.run}", facts, why_not, found, data, options.shown, workers, gate)
+    replace_file(page, lambda path: path.write_bytes(content.encode()))
+    print(summary(found, numbers))
+    if absent:
+        print(absent)
+    print(f"page: {page}")
+    print("training can start on this data" if why_not is None else f"training cannot start: {why_not}")
+    print(json.dumps({"can_start": why_not is None, **numbers, "page": str(page)}, ensure_ascii=False), flush=True)
+    if why_not is not None:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_command("look", Look, look)

@@ -1,0 +1,134 @@
+"""A data set that `datasets` reads -> samples: a parquet or arrow file, a folder of them, or a data set on the Hub."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.picture import SUFFIXES
+from train.source import Faults, Sample, Source, clean
+
+KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+def is_table(path: str) -> bool:
+    """Whether a source's path is for `datasets`: a file or a folder of its kinds, or a name such as owner/name."""
+    place = Path(path)
+    if place.is_dir():
+        return _saved(place) or any(_files(place))
+    return place.suffix in KINDS or (path.count("/") == 1 and not place.is_absolute() and not path.startswith("."))
+
+
+def read_table(
+    source: Source, index: int, image_column: str, caption_column: str, cache: Path, faults: Faults
+) -> list[Sample]:
+    """The samples of a source that is a data set, in its order.
+
+    index: of the source. cache: what `datasets` unpacks of local files goes below it.
+
+    Raises:
+        ValueError: it cannot be loaded, or a column is not there.
+    """
+    if source.masks is not None:
+        raise ValueError(f"masks of {source.path} is {source.masks!r}; only the pictures of a folder can have masks")
+    table, roots = _load(source, cache)
+    for column in (image_column, caption_column):
+        if column not in table.column_names and not (column == caption_column and source.caption):
+            raise ValueError(
+                f"{source.path} has no column {column!r}, only {', '.join(table.column_names)}; "
+                "set data.image_column and data.caption_column"
+            )
+    import datasets
+
+    try:
+        # as bytes or paths: whatever the column holds
+        pictures = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except Exception as error:  # Arrow has a kind of its own for each type
+        raise ValueError(
+            f"column {image_column!r} of {source.path} holds no pictures ({error}); set data.image_column"
+        ) from error
+
+    def read(row: int) -> bytes:
+        name = f"{source.path}[{row}]"
+        stored = pictures[row][image_column] or {}
+        content: bytes = stored.get("bytes") or b""
+        if content:
+            return content
+        if not stored.get("path"):
+            raise ValueError(f"{name} cannot be read as a picture (there is none); take it out")
+        try:
+            file = (roots[0] / stored["path"]).resolve()
+            if not any(file.is_relative_to(root.resolve()) for root in roots):
+                raise ValueError(f"{name} names {stored['path']!r}, outside its folder; put the bytes in the table")
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read as a picture ({error}); mend that, or take it out") from error
+        return content
+
+    captions = table[caption_column][:] if caption_column in table.column_names else [None] * len(table)
+    samples = []
+    for row, found in enumerate(captions):
+        name = f"{source.path}[{row}]"
+        texts = found if isinstance(found, list) else [found]
+        missing = found is None and source.caption is not None
+        if not missing and not all(isinstance(text, str) for text in texts):
+            faults.add(name, f"has {found!r} as {caption_column}, not text; mend it, or set data.caption_column")
+            continue
+        try:
+            own = clean(None if missing else texts, source.caption, "no caption; write one, or take the picture out")
+        except ValueError as error:
+            faults.add(name, str(error))
+        else:
+            samples.append(Sample(name, own, index, partial(read, row)))
+    return samples
+
+
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _files(place: Path) -> list[str]:
+    """The files of a local table."""
+    if place.is_file():
+        return [str(place)]
+    return sorted(str(file) for suffix in KINDS for file in place.glob(f"*{suffix}"))
+
+
+def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
+    """The table, and the folders that its pictures may be in where it holds paths; relative ones are in the first."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source.path!r} is read by `datasets`, which is not installed here: pip install datasets"
+        ) from error
+    place = Path(source.path)
+    try:
+        if place.is_dir() and _saved(place):
+            loaded = datasets.load_from_disk(source.path)
+            table = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            return table, [place]
+        files = _files(place)
+        if place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.iterdir()):
+            raise ValueError("it holds pictures beside tables: put them in folders of their own")
+        if files:
+            digest = hashlib.sha256()
+            for name in files:
+                with Path(name).open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            # by content: datasets itself takes a file of the same name and time for the same
+            folder = cache / "tables" / digest.hexdigest()[:32]
+            kind = KINDS[Path(files[0]).suffix]
+            table = datasets.load_dataset(kind, data_files=files, split=source.split, cache_dir=str(folder))
+            return table, [place if place.is_dir() else place.parent]
+        table = datasets.load_dataset(source.path, source.subset, split=source.split)
+        return table, [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
+    except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike
+        raise ValueError(
+            f"{source.path!r} is no folder of pictures here, and datasets cannot load it: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; "
+            "check the spelling, or download it and give the local folder"
+        ) from error
