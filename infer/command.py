@@ -38,7 +38,7 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
             mend = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
             refuse(ValueError(f"{error.strerror}: {error.filename or 'writing a file'}; {mend}"))
         except torch.OutOfMemoryError as error:
-            mend = "choose precision=nf4, a smaller resolution or batch_size, checkpointing=true, or fewer precisions"
+            mend = "choose precision=nf4, memory=lean or memory.budget_gib=..., or a smaller resolution or batch_size"
             refuse(ValueError(f"the GPU ran out of memory ({str(error).split('.')[0]}); {mend}"))
 
     main()

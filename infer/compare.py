@@ -15,6 +15,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ if __name__ == "__main__":
 
     quieten()
 
+from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
@@ -34,11 +36,14 @@ from infer import report
 from infer.adapters import find_adapter, load_adapter
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
+from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
 from infer.generate import Sampling, draw
+from infer.graph import Sampler
 from infer.measure import measure
 from infer.quantize import Precision, stored_bytes
 from infer.scores import Score, distance, find_scores, open_picture
+from infer.stack import obstacle
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Compare:
     prompts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     sampling: Sampling = field(default_factory=Sampling)
+    memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
     """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
     scores: dict[str, str] = field(default_factory=dict)
@@ -84,6 +90,10 @@ class Compare:
 Row = dict[str, Any]
 
 
+def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
+    decode(vae, draw(*place), *place[-2])
+
+
 def draw_precision(
     options: Compare, name: str, adapter: tuple[str, str] | None, folder: Path, device: torch.device, bar: "tqdm[Any]"
 ) -> list[Row]:
@@ -101,9 +111,18 @@ def draw_precision(
         text_bytes = encoder.weights_bytes
     bar.set_postfix_str(f"{name}: loading")
     with measure(device) as load_rest:
-        transformer = load_transformer(model, precision, device)
+        transformer = load_transformer(model, precision, device, hold_of(options.memory))
         vae = load_vae(model, device)
+        path, stream = choose_path(transformer, options.memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
+    one_step = Sampling(steps=1, guidance=options.sampling.guidance)
+    warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
+    if stream is not None:
+        assert options.memory.budget_gib is not None
+        resident = stream.fit(options.memory.budget_gib, warm_up)
+        bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
+    if path.graphs(device):
+        Sampler(transformer, stream)
     load = {
         "seconds": load_text.seconds + load_rest.seconds,
         "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
@@ -114,10 +133,13 @@ def draw_precision(
     for variant in (None, adapter) if adapter else (None,):
         if variant:
             load_adapter(transformer, variant[1], variant[0])
+            reason = obstacle(transformer)
+            if path.fused and reason:
+                raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
-        # the first forward pass of a process loads kernels: not a picture's cost
-        warm = Sampling(steps=1, guidance=options.sampling.guidance)
-        decode(vae, draw(transformer, scheduler, texts[0], 0, warm, size, device), *size)
+        # loading kernels, compiling and capturing are not a picture's cost
+        for _ in range(2 if path.graphs(device) else 1):
+            warm_up()
         for i, prompt in enumerate(options.prompts):
             for seed in options.seeds:
                 bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")
@@ -149,7 +171,7 @@ def draw_precision(
                     }
                 )
                 bar.update()
-    del transformer, vae
+    del transformer, vae, warm_up
     release(device)
     return rows
 

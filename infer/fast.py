@@ -15,11 +15,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fused import Double, Single, double_block, modulation, single_block
-from infer.stack import Linear, Stack, adapters_of, share, stack
+from infer.quantize import Precision, kind_of
+from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack
 from infer.stream import Stream
 
 BACKEND = "inductor"
 KEEP = ("nothing", "attention", "products", "everything")
+NEEDS_FUSED = ("compile", "graph", "budget_gib")
 
 aten = torch.ops.aten
 ATTENTION = [
@@ -85,7 +87,7 @@ class Memory:
                 raise ValueError(
                     f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
                 )
-            asked = [name for name in ("compile", "graph", "budget_gib") if getattr(self, name)]
+            asked = [name for name in NEEDS_FUSED if getattr(self, name)]
             if asked:
                 raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
         if self.budget_gib is not None and not self.budget_gib > 0:
@@ -93,6 +95,10 @@ class Memory:
 
     def compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.compile is None else self.compile
+
+    def graphs(self, device: torch.device) -> bool:
+        """Whether sampling is captured."""
+        return self.fused and device.type == "cuda" and self.graph is not False
 
 
 class Group:
@@ -171,7 +177,7 @@ def install(
     stream = None
     if memory.budget_gib is not None:
         stream = Stream([groups for groups, _ in built], device)
-        nn.Module.to(transformer, device)  # what is not streamed; diffusers' own `to` refuses int8
+        _move_rest(transformer, device)
 
     def forward_of(i: int) -> Callable[..., Any]:
         run, parts = runs[i >= doubles], built[i][1]
@@ -198,6 +204,51 @@ def install(
     for i, module in enumerate(modules):
         module.forward = forward_of(i)
     return stream
+
+
+def _move_rest(transformer: FluxTransformer2DModel, device: torch.device) -> None:
+    """What is not streamed, to the device: norms, embedders, adapters."""
+    nn.Module.to(transformer, device)  # diffusers' own `to` refuses int8
+    for module in transformer.modules():
+        if kind_of(module) == "int8":  # torch moves their codes, but not the scales
+            layer: Any = module
+            for holder in (layer.weight, layer.state):
+                holder.SCB = None if holder.SCB is None else holder.SCB.to(device)
+
+
+def hold_of(memory: Memory) -> torch.device | None:
+    """Where the transformer is held after loading: on the host where blocks are streamed."""
+    return None if memory.budget_gib is None else torch.device("cpu")
+
+
+def choose_path(
+    transformer: FluxTransformer2DModel,
+    memory: Memory,
+    precision: Precision,
+    device: torch.device,
+    say: Callable[[str], object],
+) -> tuple[Memory, Stream | None]:
+    """Install the fast path, or say why not and prepare the plain one; returns what was done.
+
+    Raises:
+        ValueError: a setting that needs the fast path is asked for, and the path cannot be taken.
+    """
+    if memory.budget_gib is not None and device.type != "cuda":
+        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
+    reason = obstacle(transformer) if memory.fused else "memory.fused is false"
+    if precision.llm_int8:
+        reason = "LLM.int8 multiplies by its own kernels"
+    if reason is None:
+        return memory, install(transformer, memory, device)
+    for name in NEEDS_FUSED:
+        if getattr(memory, name):
+            raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")
+    if memory.fused:
+        say(f"note: the fast path is off: {reason}")
+    keep = "everything" if memory.keep == "everything" else "nothing"
+    if keep == "nothing":
+        transformer.enable_gradient_checkpointing()
+    return Memory(keep=keep, fused=False), None
 
 
 def uninstall(transformer: FluxTransformer2DModel) -> None:

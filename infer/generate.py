@@ -7,6 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 from infer.encode import FACTOR, Text, pack
+from infer.graph import Sampler
 
 
 @dataclass
@@ -60,6 +61,8 @@ def draw(
         tokenizer_2=None,
     )
     pipeline.set_progress_bar_config(disable=True)
+    if isinstance(transformer.forward, Sampler):
+        transformer.forward.refresh()
     dtype = transformer.dtype
     height, width = size
     with torch.no_grad():

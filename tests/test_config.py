@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from infer.adapters import Adapter
 from infer.command import ROOT, check_run_name
 from infer.compare import Compare
+from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
 from infer.quantize import KINDS, Precision
@@ -37,6 +38,7 @@ GROUPS: dict[str, Any] = {
     "data": Data,
     "encode": Encode,
     "flow": Flow,
+    "memory": Memory,
     "model": Model,
     "optim": Optim,
     "precision": Precision,
@@ -96,8 +98,7 @@ def test_every_file_becomes_its_dataclass(root: str, group: str, name: str) -> N
 
 @pytest.mark.parametrize("group, name", FILES)
 def test_groups_say_every_field(group: str, name: str) -> None:
-    optional = {"revision"} if group == "model" else set()  # a local folder has none
-    assert read(group, name).keys() | optional == {field.name for field in fields(GROUPS[group])}
+    assert read(group, name).keys() == {field.name for field in fields(GROUPS[group])}
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -149,3 +149,14 @@ def validation_batches(
                 text = cache.text(texts_of(samples.all[index], job.data)[0][0])
                 parts.append(_Part(mean, noise, sigma, text, cache.mask(index, view), 1.0))
             yield _stack(parts, device)
+
+
+def largest_batch(job: Train, cache: Cache, samples: Samples, device: torch.device) -> Batch:
+    """A batch like the largest of the run, with clean latents, to measure what it takes."""
+    views = [(view, i) for i in samples.train for views in cache.views(i) for view in views[:1]]
+    view, index = max(views, key=lambda pair: pair[0].height * pair[0].width)
+    mean, _ = cache.picture(index, view)
+    text = cache.text(texts_of(samples.all[index], job.data)[0][0])
+    mask = cache.mask(index, view)
+    part = _Part(mean, torch.zeros_like(mean), torch.tensor(0.5), text, mask, 1.0)
+    return _stack([part] * job.data.batch_size, device)

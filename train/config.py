@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from infer.adapters import Adapter
+from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
 from infer.quantize import Precision
@@ -23,6 +24,7 @@ class Train:
     data: Data = field(default_factory=Data)
     encode: Encode = field(default_factory=Encode)
     flow: Flow = field(default_factory=Flow)
+    memory: Memory = field(default_factory=Memory)
     optim: Optim = field(default_factory=Optim)
     sampling: Sampling = field(default_factory=Sampling)
     """Of the previews."""
@@ -34,8 +36,6 @@ class Train:
     """Optimizer updates."""
     accumulation: int = 1
     """Micro-batches an update."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more time."""
     save_every: int = 200
     """Steps between checkpoints; 0 keeps only the last."""
     keep: int = 2

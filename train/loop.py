@@ -17,31 +17,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from infer.adapters import adapter_state, set_adapter_state
 from infer.atomic import replace_file
 from infer.encode import Text
-from train.batch import Batch, Samples, make_stream, training_batch, validation_batches
+from infer.stream import Stream
+from train.batch import Samples, largest_batch, make_stream, training_batch, validation_batches
 from train.cache import Cache
 from train.checkpoint import optimizer_to, read_latest, save_checkpoint
 from train.config import Train
-from train.flow import losses, noised, predict
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
 from train.sampler import batches_from, share
 from train.seeds import derive
+from train.step import batch_losses, fit_budget, make_learner
 from train.track import Tracker
-
-
-def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
-    """The objective of each sample, [b], in fp32."""
-    x = noised(batch.x0, batch.noise, batch.sigma)
-    dtype = job.precision.dtype
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
-    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
@@ -103,6 +95,7 @@ def fit(
     parameters: list[nn.Parameter],
     cache: Cache,
     samples: Samples,
+    stream: Stream | None,
     previews: dict[str, Text],
     size: tuple[int, int],
     tracker: Tracker,
@@ -110,7 +103,8 @@ def fit(
 ) -> dict[str, float]:
     """Train to the last step; returns the validation loss by step, as text keys.
 
-    parameters: the adapter's. previews: prompts with their embeddings; size: their height and width.
+    parameters: the adapter's. stream: of the transformer's blocks, where memory has a budget. previews: prompts with
+    their embeddings; size: their height and width.
 
     Raises:
         ValueError: the loss is not finite.
@@ -138,8 +132,12 @@ def fit(
     model: Any = accelerator.prepare_model(transformer)
     model.train()
     journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
-    stream = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
-    batches = batches_from(stream, step * job.accumulation)
+    order = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
+    batches = batches_from(order, step * job.accumulation)
+    learn = make_learner(job, accelerator, model, parameters, stream)
+    if stream is not None:
+        resident = fit_budget(job, learn, parameters, stream, largest_batch(job, cache, samples, device))
+        accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
     start_memory(device)
     bar = tqdm(total=job.steps, initial=step, unit="step", desc="train", disable=not main)
 
@@ -188,9 +186,7 @@ def fit(
             batch = training_batch(job, cache, samples, places, weight, device)
             torch.manual_seed(derive(job.seed, "dropout", step, micro, accelerator.process_index))
             with accelerator.no_sync(model) if micro < job.accumulation - 1 else nullcontext():
-                loss = (batch_losses(model, batch, job, job.flow.weighting) * batch.weight).sum() / job.accumulation
-                accelerator.backward(loss)
-            total += loss.item()
+                total += learn(batch)
         norm = nn.utils.clip_grad_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf)
         if not math.isfinite(total) or not torch.isfinite(norm):
             raise ValueError(

@@ -28,6 +28,7 @@ from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, up
 from infer.atomic import replace_file
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
+from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
 from train.batch import choose
 from train.cache import build
@@ -48,7 +49,17 @@ def claim(job: Train, folder: Path, processes: int) -> None:
     """
     own = asdict(job) | {"processes": processes}
     # these change nothing about what is learned
-    for aside in ("track", "device", "save_every", "keep", "validate_every", "preview_every", "previews", "sampling"):
+    for aside in (
+        "track",
+        "device",
+        "memory",
+        "save_every",
+        "keep",
+        "validate_every",
+        "preview_every",
+        "previews",
+        "sampling",
+    ):
         own.pop(aside)
     for aside in ("cache", "on_error", "least"):
         own["data"].pop(aside)
@@ -108,9 +119,6 @@ def make_accelerator(job: Train) -> Accelerator:
             f"accelerate was launched with gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
             "set it to 1 there and use accumulation=... here"
         )
-    if accelerator.device.type == "cuda":
-        # its backward reads beyond its bounds under autocast (torch 2.11 on Hopper); flash is safe
-        torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
 
 
@@ -151,11 +159,12 @@ def train(job: Train) -> Path:
     chosen = choose(samples, cache, job.data, job.seed)
     say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
 
-    transformer = load_transformer(job.model, job.precision, accelerator.device).train()
+    transformer = load_transformer(job.model, job.precision, accelerator.device, hold_of(job.memory)).train()
     parameters = attach(transformer, job.adapter, job.seed)
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
-    if job.checkpointing:
-        transformer.enable_gradient_checkpointing()
+    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say)
+    # its backward reads beyond its bounds where a gradient is a slice (torch 2.11); the fast path gives it none
+    torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
     previews = {prompt: cache.text(prompt) for prompt in job.previews}
     tracker = make_tracker(job.track if main else type(job.track)("none"), job.run, folder, asdict(job))
     try:
@@ -166,6 +175,7 @@ def train(job: Train) -> Path:
             parameters,
             cache,
             chosen,
+            stream,
             previews,
             job.sampling.size(own_size(job.model)),
             tracker,

@@ -1,0 +1,113 @@
+"""One micro-step: the objective of a batch and its gradient, plain or captured as a CUDA graph."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from infer.graph import Replay
+from infer.stream import Stream
+from train.batch import Batch
+from train.config import Train
+from train.flow import losses, noised, predict
+
+
+def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
+    """The objective of each sample, [b], in fp32."""
+    x = noised(batch.x0, batch.noise, batch.sigma)
+    dtype = job.precision.dtype
+    # the fast path casts for itself; PEFT's layers, fp32 beside bf16, need autocast
+    mixed = not job.memory.fused and dtype != torch.float32
+    with torch.autocast(x.device.type, dtype, enabled=mixed):
+        velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
+
+
+def graphs(job: Train, accelerator: Accelerator) -> bool:
+    """Whether steps are captured.
+
+    Raises:
+        ValueError: they are to be and cannot.
+    """
+    wanted = job.memory.graph
+    hindrance = None
+    if accelerator.device.type != "cuda":
+        hindrance = f"the device is {accelerator.device}"
+    elif accelerator.num_processes > 1:
+        hindrance = "gradients are exchanged between processes"
+    elif not job.memory.fused:
+        hindrance = "memory.fused is false"
+    if wanted and hindrance:
+        raise ValueError(
+            f"memory.graph=true captures CUDA steps of one process, but {hindrance}; set it to false or null"
+        )
+    return hindrance is None and wanted is not False
+
+
+def make_learner(
+    job: Train, accelerator: Accelerator, model: Any, parameters: list[nn.Parameter], stream: Stream | None
+) -> Callable[[Batch], float]:
+    """A function that adds a batch's gradient to the parameters' and returns its share of the loss."""
+
+    def backward(batch: Batch) -> Tensor:
+        loss = (batch_losses(model, batch, job, job.flow.weighting) * batch.weight).sum() / job.accumulation
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and the gradient, the parameters' own left alone: what can be replayed."""
+        kept = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        loss = backward(Batch(*tensors))  # type: ignore[arg-type]
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        return loss, gradients
+
+    replay = Replay(apart, stream) if graphs(job, accelerator) else None
+    seen: set[tuple[int, ...]] = set()
+
+    def learn(batch: Batch) -> float:
+        start, form = time.perf_counter(), tuple(batch.x0.shape)
+        if replay is None:
+            loss = backward(batch)
+        else:
+            loss, gradients = replay(*vars(batch).values())
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter.grad is None:
+                    # the next replay writes to the same place
+                    parameter.grad = gradient.clone() if job.accumulation > 1 else gradient
+                else:
+                    parameter.grad += gradient
+        value = loss.item()
+        if form not in seen:
+            seen.add(form)
+            if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
+                pixels = f"{form[0]} of {form[3] * 8}x{form[2] * 8} pixels"
+                tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
+        return value
+
+    return learn
+
+
+def fit_budget(
+    job: Train, learn: Callable[[Batch], float], parameters: list[nn.Parameter], stream: Stream, largest: Batch
+) -> int:
+    """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""
+
+    def work() -> None:
+        states = [torch.empty_like(parameter) for _ in range(2) for parameter in parameters]  # Adam's, made later
+        learn(largest)
+        del states
+
+    assert job.memory.budget_gib is not None
+    resident = stream.fit(job.memory.budget_gib, work)
+    for parameter in parameters:
+        parameter.grad = None
+    return resident
