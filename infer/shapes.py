@@ -121,7 +121,7 @@ def random_part(
                 model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
             else:
                 model = transformers.T5EncoderModel(transformers.T5Config(**config))
-    model = model.to(precision.dtype)
+    model = nn.Module.to(model, precision.dtype)  # diffusers' own warns of modules that are not there
     _replace_layers(model, part, precision)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -1,0 +1,198 @@
+"""Sampling at full size: seconds and peak memory of a picture from FLUX.1-dev with random weights, against the guide.
+
+    python scripts/bench_infer.py                       # every variant; a table, and one JSON line a row
+    python scripts/bench_infer.py --only nf4 guide-nf4
+
+1024x1024, 50 steps, 512 text tokens, T5 at the transformer's precision. A picture is denoising and decoding, after one
+that warms up. The guide is "Quantize Your Diffusion Models with diffusers" (Hugging Face): its FluxPipeline with all
+parts on the device, products in fp16, nothing compiled.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from diffusers import FluxPipeline
+from torch import nn
+
+from infer.adapters import Adapter, attach
+from infer.encode import Text, decode, release, text_encoder
+from infer.fast import Memory, choose_path, hold_of
+from infer.flux import Model, load_scheduler, load_text_parts, load_transformer, load_vae
+from infer.generate import Sampling, draw
+from infer.graph import Sampler
+from infer.measure import measure as measured
+from infer.quantize import Precision
+from scripts import bench_rows
+from scripts.bench_rows import Row, make_row
+
+GIB = 2**30
+SIZE = 1024, 1024
+PROMPT = "a photo of a red fox in deep snow, late light"
+
+
+@dataclass
+class Variant:
+    """One way to draw a picture."""
+
+    precision: Precision
+    guide: bool = False
+    adapted: bool = False
+    budget_gib: float | None = None
+    steps: int = 50
+
+
+VARIANTS = {
+    "guide-nf4": Variant(Precision("nf4", compute_dtype="fp16"), guide=True),
+    "guide-int8": Variant(Precision("int8", compute_dtype="fp16", llm_int8=True), guide=True, steps=10),
+    "nf4": Variant(Precision("nf4")),
+    "nf4-adapter": Variant(Precision("nf4"), adapted=True),
+    "int8": Variant(Precision("int8")),
+    "int8-adapter": Variant(Precision("int8"), adapted=True),
+    "bf16": Variant(Precision("bf16")),
+    "nf4-8gib": Variant(Precision("nf4"), budget_gib=8.0),
+    "nf4-6gib": Variant(Precision("nf4"), budget_gib=6.0),
+}
+FASTER = [("nf4", "guide-nf4", ">= 1.4"), ("int8", "guide-int8", ">= 2.8")]
+SLOWER = [("nf4-adapter", "nf4", "<= 1.05"), ("int8-adapter", "int8", "<= 1.05")]
+MEMORY = {"nf4-8gib": "<= 8.0", "nf4-6gib": "<= 6.0"}
+
+
+def model() -> Model:
+    return Model("black-forest-labs/FLUX.1-dev", weights="random")
+
+
+def measure_guide(variant: Variant, device: torch.device) -> Row:
+    transformer = load_transformer(model(), variant.precision, device)
+    vae = nn.Module.to(load_vae(model(), device), torch.float16)
+    parts = load_text_parts(model(), variant.precision, device)
+    pipeline = FluxPipeline(scheduler=load_scheduler(model()), transformer=transformer, vae=vae, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    t5, pooled, _ = pipeline.encode_prompt(PROMPT, None, max_sequence_length=512)
+    inputs: dict[str, Any] = {"prompt_embeds": t5.half(), "pooled_prompt_embeds": pooled.half(), "output_type": "pil"}
+    inputs |= {"height": SIZE[0], "width": SIZE[1], "guidance_scale": 3.5}
+    pipeline(num_inference_steps=2, **inputs)
+    with measured(device) as found:
+        pipeline(num_inference_steps=variant.steps, generator=torch.Generator().manual_seed(0), **inputs)
+    return seen(found, variant)
+
+
+def seen(found: Any, variant: Variant, **more: Any) -> Row:
+    """Seconds are for 50 steps, whatever was drawn."""
+    return {
+        "seconds": found.seconds * 50 / variant.steps,
+        "steps": variant.steps,
+        "allocated_gib": found.peak_memory_bytes / GIB,
+        "reserved_gib": found.peak_reserved_bytes / GIB,
+        **more,
+    }
+
+
+def measure_ours(variant: Variant, device: torch.device) -> Row:
+    with text_encoder(model(), variant.precision, device, None) as encoder:
+        text: Text = encoder([PROMPT])[0]
+    memory = Memory(budget_gib=variant.budget_gib)
+    transformer = load_transformer(model(), variant.precision, device, hold_of(memory))
+    if variant.adapted:
+        for parameter in attach(transformer, Adapter(), 0):
+            parameter.requires_grad_(False).add_(0.001)
+    vae, scheduler = load_vae(model(), device), load_scheduler(model())
+    memory, stream = choose_path(transformer, memory, variant.precision, device, print)
+
+    def picture(steps: int) -> Any:
+        latents = draw(transformer, scheduler, text, 0, Sampling(steps=steps), SIZE, device)
+        decode(vae, latents, *SIZE)
+        return latents
+
+    start = time.perf_counter()
+    more: Row = {}
+    if stream is not None:
+        assert variant.budget_gib is not None
+        more["resident_blocks"] = stream.fit(variant.budget_gib, lambda: picture(1))
+        more["host_gib"] = stream.host_bytes / GIB
+    if memory.graphs(device):
+        Sampler(transformer, stream)
+    picture(2)
+    latents = picture(2)
+    more["digest"] = hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()
+    more["warm_up_seconds"] = time.perf_counter() - start
+    with measured(device) as found:
+        picture(variant.steps)
+    return seen(found, variant, **more)
+
+
+def measure(variant: Variant, device: torch.device) -> Row:
+    release(device)
+    return (measure_guide if variant.guide else measure_ours)(variant, device)
+
+
+def worker(names: list[str], out: Path) -> None:
+    device = torch.device("cuda")
+    for name in names:
+        if not bench_rows.attempt(name, out, device, lambda name=name: measure(VARIANTS[name], device)):  # type: ignore[misc]
+            sys.exit(1)
+
+
+def rows_of(results: dict[str, Row]) -> list[Row]:
+    """What was measured, against what was to be reached."""
+    rows = []
+    for name, found in results.items():
+        if "error" in found:
+            rows.append(make_row(f"sample {name}", "s", None, None, found, error=found["error"]))
+            continue
+        own = {key: value for key, value in found.items() if key not in ("card", "date", "versions", "command")}
+        rows.append(make_row(f"sample {name}", "s", found["seconds"], None, found, seen=own))
+        rows.append(make_row(f"sample {name}, peak", "GiB", found["reserved_gib"], MEMORY.get(name), found))
+    good = {name: found for name, found in results.items() if "error" not in found}
+    for name, other, target in FASTER + SLOWER:
+        if name in good and other in good:
+            a, b = good[name]["seconds"], good[other]["seconds"]
+            faster = target.startswith(">=")
+            label = f"sample {name}: {'faster' if faster else 'slower'} than {other}"
+            rows.append(make_row(label, "x", b / a if faster else a / b, target, good[name]))
+    for name in MEMORY:
+        if name in good and "nf4" in good:
+            same = float(good[name]["digest"] == good["nf4"]["digest"])
+            rows.append(make_row(f"sample {name}: equal to resident bit for bit", "", same, ">= 1", good[name]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument(
+        "--seen", type=Path, default=Path("runs/bench/infer-seen.jsonl"), help="what was seen, by variant"
+    )
+    parser.add_argument("--rows", type=Path, default=Path("runs/bench/infer.jsonl"), help="the rows")
+    parser.add_argument("--seconds", type=float, default=300, help="for one variant")
+    parser.add_argument("--report", action="store_true", help="make the rows of what was seen before; no GPU is needed")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.out)
+        return
+    if not options.report:
+        if not torch.cuda.is_available():
+            sys.exit("error: this measures a GPU, and torch sees none")
+        options.seen.unlink(missing_ok=True)
+        bench_rows.run_workers(Path(__file__), [[name] for name in options.only], options.seen, options.seconds, [])
+    bench_rows.write_rows(
+        rows_of({line["variant"]: line for line in bench_rows.read_lines(options.seen)}), options.rows
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Training at full size: seconds a step and peak memory of FLUX.1-dev with random weights, against the plain recipe.
+
+    python scripts/bench_train.py                                # every variant; a table, and one JSON line a row
+    python scripts/bench_train.py --only nf4-1024-balanced reference-nf4-1024 --out rows.jsonl
+
+Batch 1, 512 text tokens, LoRA of rank 4 on attention. The reference is the recipe of diffusers' example built from the
+libraries' own parts: NF4 base, PEFT, full checkpointing, bf16 autocast, AdamW8bit, nothing compiled. The matrix limit
+is the time of the step's matrix products at the rate that a large bf16 product reaches in the same run.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from infer.adapters import Adapter, attach
+from infer.encode import release
+from infer.fast import Memory, choose_path, hold_of, uninstall
+from infer.flux import Model, load_transformer
+from infer.quantize import Precision, stored_bytes
+from infer.shapes import DEV
+from scripts import bench_rows
+from scripts.bench_rows import Row, make_row
+from train.batch import Batch
+from train.config import Train
+from train.data import Data
+from train.flop import step_flop
+from train.flow import losses, noised, predict
+from train.optim import Optim, make_optimizer
+from train.step import fit_budget, make_learner
+
+GIB = 2**30
+RATE = "matrix rate, bf16, 8192"
+TEXT = 512  # T5 tokens
+STEPS = 6  # timed, after two that compile and capture and one that replays
+
+
+@dataclass
+class Variant:
+    """One way to take a training step."""
+
+    precision: Precision
+    resolution: int
+    memory: Memory = field(default_factory=Memory)
+    adapter: Adapter = field(default_factory=lambda: Adapter(rank=4, alpha=4.0))
+    optim: str = "adamw"
+    batch: int = 1
+    reference: bool = False
+
+    @property
+    def job(self) -> Train:
+        return Train(
+            model=Model("black-forest-labs/FLUX.1-dev", weights="random"),
+            precision=self.precision,
+            adapter=self.adapter,
+            memory=self.memory,
+            optim=Optim(name=self.optim),
+            data=Data(resolution=self.resolution, batch_size=self.batch),
+        )
+
+
+LEAN, BALANCED = Memory("nothing"), Memory("attention")
+FAST, ALL, PLAIN = Memory("products"), Memory("everything"), Memory("nothing", fused=False)
+NF4, INT8, BF16 = Precision("nf4"), Precision("int8"), Precision("bf16")
+NESTED, LLM = Precision("nf4", double_quant=True), Precision("int8", llm_int8=True)
+
+
+def _variants() -> dict[str, Variant]:
+    found: dict[str, Variant] = {}
+    for size in (1024, 512):
+        found |= {
+            f"reference-nf4-{size}": Variant(NF4, size, PLAIN, optim="adamw8bit", reference=True),
+            f"nf4-{size}-balanced": Variant(NF4, size, BALANCED),
+            f"nf4-{size}-lean": Variant(NF4, size, LEAN),
+            f"nf4-{size}-fast": Variant(NF4, size, FAST),
+            f"nf4-{size}-everything": Variant(NF4, size, ALL),
+            f"nested-{size}-lean": Variant(NESTED, size, LEAN),
+            f"nf4-{size}-dora": Variant(NF4, size, BALANCED, Adapter(rank=4, alpha=4.0, dora=True)),
+            f"int8-{size}-balanced": Variant(INT8, size, BALANCED),
+            f"llm_int8-{size}": Variant(LLM, size, PLAIN, optim="adamw8bit", reference=True),
+            f"nf4-{size}-adamw8bit": Variant(NF4, size, BALANCED, optim="adamw8bit"),
+            f"nf4-{size}-launched": Variant(NF4, size, Memory("attention", graph=False)),
+            f"nf4-{size}-uncompiled": Variant(NF4, size, Memory("attention", compile=False)),
+        }
+    found |= {
+        "bf16-1024-everything": Variant(BF16, 1024, ALL),
+        "bf16-1024-balanced": Variant(BF16, 1024, BALANCED),
+        "nf4-1024-streamed": Variant(NF4, 1024, Memory("nothing", budget_gib=4.0)),
+        "nf4-512-streamed": Variant(NF4, 512, Memory("nothing", budget_gib=2.4)),
+        "nf4-1024-budget8": Variant(NF4, 1024, Memory("attention", budget_gib=8.0)),
+    }
+    return found
+
+
+VARIANTS = _variants()
+# what a variant's seconds, and its GiB, are to be; a ratio's other side is named
+RATIOS = [
+    ("nf4-1024-balanced", "reference-nf4-1024", ">= 2.0"),
+    ("nf4-512-balanced", "reference-nf4-512", ">= 4.0"),
+    ("nf4-1024-fast", "reference-nf4-1024", ">= 2.6"),
+    ("nf4-1024-everything", "reference-nf4-1024", ">= 2.6"),
+]
+SLOWER: list[tuple[str, str, str | None]] = [
+    ("int8-1024-balanced", "nf4-1024-balanced", "<= 1.15"),
+    ("int8-512-balanced", "nf4-512-balanced", "<= 1.15"),
+    ("llm_int8-1024", "reference-nf4-1024", None),
+]
+SECONDS = {"nf4-1024-streamed": "<= 0.60", "nf4-512-streamed": "<= 0.38"}
+PROFILED = ("nf4-1024-balanced", "nf4-512-balanced", "nf4-1024-fast", "int8-1024-balanced", "reference-nf4-1024")
+MEMORY = {
+    "nf4-1024-balanced": "<= 10.8",
+    "nf4-512-balanced": "<= 7.9",
+    "nf4-1024-lean": "<= 9.0",
+    "nf4-512-lean": "<= 7.2",
+    "nf4-1024-streamed": "<= 4.0",
+    "nf4-512-streamed": "<= 2.4",
+}
+
+
+def matrix_rate(device: torch.device, size: int = 8192, times: int = 20) -> float:
+    """FLOP/s of a bf16 product of random matrices [size, size]."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        a @ b
+    end.record()
+    torch.cuda.synchronize(device)
+    seconds: float = start.elapsed_time(end) / 1000 / times
+    return 2 * size**3 / seconds
+
+
+def make_batch(variant: Variant, config: Any, device: torch.device) -> Batch:
+    noise = torch.Generator(device).manual_seed(0)
+    side, b = variant.resolution // 8, variant.batch
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise, device=device)
+
+    x0, other = (normal(b, config.in_channels // 4, side, side) for _ in range(2))
+    t5, pooled = normal(b, TEXT, config.joint_attention_dim), normal(b, config.pooled_projection_dim)
+    return Batch(
+        x0, other, torch.full((b,), 0.5, device=device), t5, pooled, None, torch.full((b,), 1 / b, device=device)
+    )
+
+
+def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], float]:
+    """The reference's micro-step: autocast, loss, backward."""
+
+    def learn(batch: Batch) -> float:
+        with torch.autocast("cuda", torch.bfloat16):
+            x = noised(batch.x0, batch.noise, batch.sigma)
+            velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, 1.0, torch.bfloat16)
+        loss = losses(velocity, batch.x0, batch.noise, batch.sigma, "none").mean()
+        loss.backward()
+        return loss.item()
+
+    return learn
+
+
+class Held:
+    """The transformer of the last variant, kept for the next one where it will do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.key, self.transformer = device, "", None
+
+    def get(self, job: Train) -> tuple[Any, list[nn.Parameter]]:
+        key = f"{job.precision} {hold_of(job.memory)}"
+        if self.transformer is None or key != self.key or job.memory.budget_gib is not None:
+            self.transformer = None
+            release(self.device)
+            self.transformer = load_transformer(job.model, job.precision, self.device, hold_of(job.memory)).train()
+            self.key = key
+        else:
+            uninstall(self.transformer)
+            self.transformer.disable_gradient_checkpointing()
+            self.transformer.unload_lora()
+        release(self.device)
+        return self.transformer, attach(self.transformer, job.adapter, job.seed)
+
+
+KERNELS = {  # the first that a kernel's name holds
+    "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
+    "dequantize": ("unpack", "kdequant", "dequantize"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
+    "copies": ("memcpy", "memset"),
+    "fused": ("triton",),
+    "optimizer": ("multi_tensor", "optimizer", "adam"),
+}
+
+
+def kernel_times(step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the device of one step, by what the kernels do."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    times = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for event in seen.key_averages():
+        kernel = event.key.lower()
+        kind = next((k for k, parts in KERNELS.items() if any(part in kernel for part in parts)), "other")
+        times[kind] += event.self_device_time_total / 1000
+    return times
+
+
+def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = "") -> Row:
+    device, job = held.device, variant.job
+    transformer, parameters = held.get(job)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    start = time.perf_counter()
+    stream = None
+    if variant.reference:
+        transformer.enable_gradient_checkpointing()
+        learn = plain_learner(transformer, job)
+    else:
+        job.memory, stream = choose_path(transformer, job.memory, job.precision, device, print)
+        torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
+        learn = make_learner(job, accelerator, transformer, parameters, stream)
+    batch = make_batch(variant, transformer.config, device)
+    optimizer = make_optimizer(job.optim, parameters)
+    result: Row = {}
+    if stream is not None:
+        torch.cuda.reset_peak_memory_stats(device)
+        result["resident_blocks"] = fit_budget(job, learn, parameters, stream, batch)
+        result["host_gib"] = stream.host_bytes / GIB
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> float:
+        loss = learn(batch)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    for _ in range(3):
+        loss = step()
+    torch.cuda.synchronize(device)
+    result["warm_up_seconds"] = time.perf_counter() - start
+    seconds = []
+    for _ in range(STEPS):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    free, total = torch.cuda.mem_get_info(device)
+    if name in PROFILED:
+        result["kernel_ms"] = kernel_times(step)
+    return result | {
+        "seconds": median(seconds),
+        "spread": [min(seconds), max(seconds)],
+        "before_gib": before / GIB,
+        "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "device_gib": (total - free) / GIB,
+        "weights_gib": stored_bytes(transformer) / GIB,
+        "adapter_parameters": sum(p.numel() for p in parameters),
+        "loss": loss,
+    }
+
+
+def worker(names: list[str], out: Path) -> None:
+    accelerator = Accelerator(mixed_precision="no")
+    held = Held(accelerator.device)
+
+    def work(name: str) -> Row:
+        if name == RATE:
+            return {"flop_per_second": matrix_rate(held.device)}
+        return measure(VARIANTS[name], held, accelerator, name)
+
+    for name in names:
+        if not bench_rows.attempt(name, out, held.device, lambda name=name: work(name)):  # type: ignore[misc]
+            sys.exit(1)
+
+
+def groups(names: list[str]) -> list[list[str]]:
+    """Variants of one precision share a process, and so its model; streamed ones have their own."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name == RATE:
+            found[name] = [name]
+            continue
+        variant = VARIANTS[name]
+        key = name if variant.memory.budget_gib is not None else str(variant.precision)
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def rows_of(results: dict[str, Row]) -> list[Row]:
+    """What was measured, against what was to be reached."""
+    rows, good = [], {}
+    for name, found in results.items():
+        if "error" in found:
+            rows.append(make_row(f"train {name}", "s/step", None, SECONDS.get(name), found, error=found["error"]))
+        elif name == RATE:
+            rows.append(make_row(name, "TFLOP/s", found["flop_per_second"] / 1e12, None, found))
+        else:
+            good[name] = found
+            own = {key: value for key, value in found.items() if key not in ("card", "date", "versions", "command")}
+            rows.append(make_row(f"train {name}", "s/step", found["seconds"], SECONDS.get(name), found, seen=own))
+            rows.append(make_row(f"train {name}, peak", "GiB", found["reserved_gib"], MEMORY.get(name), found))
+    for name, other, target in RATIOS:
+        if name in good and other in good:
+            ratio = good[other]["seconds"] / good[name]["seconds"]
+            rows.append(make_row(f"train {name}: faster than {other}", "x", ratio, target, good[name]))
+    for name, other, bound in SLOWER:
+        if name in good and other in good:
+            ratio = good[name]["seconds"] / good[other]["seconds"]
+            rows.append(make_row(f"train {name}: slower than {other}", "x", ratio, bound, good[name]))
+    rate = results.get(RATE, {}).get("flop_per_second")
+    if rate:
+        for name, kept in (("bf16-1024-everything", False), ("nf4-1024-balanced", True)):
+            if name in good:
+                flop = step_flop(DEV["transformer"], 1024**2, TEXT, recomputed=kept, kept=kept)
+                share = 100 * flop / rate / good[name]["seconds"]
+                wanted = None if kept else ">= 65"
+                rows.append(make_row(f"train {name}: of the matrix limit", "%", share, wanted, good[name]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [RATE, *VARIANTS]
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="VARIANT")
+    parser.add_argument(
+        "--seen", type=Path, default=Path("runs/bench/train-seen.jsonl"), help="what was seen, by variant"
+    )
+    parser.add_argument("--rows", type=Path, default=Path("runs/bench/train.jsonl"), help="the rows")
+    parser.add_argument("--seconds", type=float, default=300, help="for one process")
+    parser.add_argument("--report", action="store_true", help="make the rows of what was seen before; no GPU is needed")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.out)
+        return
+    if not options.report:
+        if not torch.cuda.is_available():
+            sys.exit("error: this measures a GPU, and torch sees none")
+        options.seen.unlink(missing_ok=True)
+        bench_rows.run_workers(Path(__file__), groups(options.only), options.seen, options.seconds, [])
+    bench_rows.write_rows(
+        rows_of({line["variant"]: line for line in bench_rows.read_lines(options.seen)}), options.rows
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The fast path on a GPU against diffusers' and PEFT's own layers: gradients, and loss curves of 200 steps.
+
+    python scripts/check_fast.py --gradients     # full size, NF4, 512x512: relative error of all adapter gradients
+    python scripts/check_fast.py --curves        # the bundled model: LoRA, rsLoRA and DoRA, plain and fast
+
+Both paths round to bf16 in places of their own, so each is also held against the same gradients in fp32.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from infer.adapters import Adapter
+from infer.command import ROOT
+from infer.fast import Memory, choose_path
+from infer.flux import Model
+from infer.quantize import Precision
+from scripts import bench_rows
+from scripts.bench_rows import make_row
+from scripts.bench_train import LEAN, NF4, PLAIN, Held, Variant, make_batch, plain_learner
+from scripts.tiny.make_style import make_style
+from train.config import Train
+from train.data import Data
+from train.optim import Optim
+from train.step import make_learner
+from train.train import train
+
+KINDS = {
+    "lora": Adapter(rank=8, alpha=8.0),
+    "rslora": Adapter(rank=8, alpha=8.0, rslora=True),
+    "dora": Adapter(rank=8, alpha=8.0, dora=True),
+}
+
+
+def relative(a: list[Tensor], b: list[Tensor]) -> float:
+    """||a - b|| / ||b|| over all tensors together."""
+    x, y = (torch.cat([each.double().flatten() for each in part]) for part in (a, b))
+    return float((x - y).norm() / y.norm())
+
+
+def gradients(out: Path) -> None:
+    """At full size, from one model: the plain path, the fast one eager, and the fast one compiled and captured."""
+    accelerator = Accelerator(mixed_precision="no")
+    device = accelerator.device
+    held, seen = Held(device), bench_rows.circumstances(device)
+    variant = Variant(NF4, 512, PLAIN, Adapter(rank=4, alpha=4.0))
+    transformer, parameters = held.get(variant.job)
+    noise = torch.Generator(device).manual_seed(1)
+    for parameter in parameters:  # B starts as zero, and then A has no gradient
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise, device=device)
+    batch = make_batch(variant, transformer.config, device)
+
+    def taken() -> list[Tensor]:
+        found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        assert len(found) == len(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        return found
+
+    transformer.enable_gradient_checkpointing()
+    plain_learner(transformer, variant.job)(batch)
+    plain = taken()
+    transformer.disable_gradient_checkpointing()
+    for name, memory in (
+        ("eager", Memory("nothing", compile=False, graph=False)),
+        ("compiled", Memory("nothing", graph=False)),
+        ("compiled and captured", LEAN),
+        ("compiled and captured, attention kept", Memory("attention")),
+    ):
+        job = replace(variant.job, memory=memory)
+        choose_path(transformer, memory, NF4, device, print)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        learn = make_learner(job, accelerator, transformer, parameters, None)
+        for _ in range(3):
+            learn(batch)
+            found = taken()
+        row = make_row(f"gradients, fast path {name} against plain", "", relative(found, plain), "<= 0.01", seen)
+        bench_rows.append(out, row)
+        print(bench_rows.table([row]).splitlines()[-1], flush=True)
+
+
+def curves(out: Path, steps: int) -> None:
+    """Losses by step of the bundled model, plain and fast; each run is a real one of train/train.py."""
+    pictures = Path("runs/check-fast-pictures")
+    if not (pictures / "metadata.jsonl").is_file():
+        make_style(pictures, 36, 0)
+    seen = bench_rows.circumstances(torch.device("cuda"))
+    for name, adapter in KINDS.items():
+        series = {}
+        for path, memory in (("plain", PLAIN), ("fast", Memory())):
+            job = Train(
+                model=Model(str(ROOT / "scripts" / "tiny" / "model")),
+                precision=Precision("nf4"),
+                adapter=adapter,
+                data=Data(path=str(pictures), resolution=128, batch_size=4),
+                optim=Optim(lr=1e-3),
+                memory=memory,
+                steps=steps,
+                validate_every=0,
+                save_every=0,
+                run=f"check-fast-{name}-{path}",
+            )
+            train(job)
+            lines = [json.loads(line) for line in Path("runs", job.run, "metrics.jsonl").read_text().splitlines()]
+            series[path] = [line["loss"] for line in lines if "loss" in line]
+            validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+            series[path + " validation"] = validation
+        a, b = torch.tensor(series["plain"]), torch.tensor(series["fast"])
+        apart = float(((a - b).abs() / a).mean())
+        first, last = (series[f"{path} validation"][-1] for path in ("plain", "fast"))
+        row = make_row(f"loss curve of {name}, mean distance", "", apart, "<= 0.02", seen, series=series)
+        bench_rows.append(out, row)
+        row = make_row(f"validation loss of {name} after {steps} steps, fast / plain", "", last / first, None, seen)
+        bench_rows.append(out, row)
+        print(name, apart, first, last, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/check.jsonl"))
+    options = parser.parse_args()
+    if not (options.gradients or options.curves):
+        parser.error("give --gradients or --curves")
+    if not torch.cuda.is_available():
+        sys.exit("error: this checks a GPU, and torch sees none")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.gradients:
+        gradients(options.out)
+    if options.curves:
+        curves(options.out, options.steps)
+
+
+if __name__ == "__main__":
+    main()
