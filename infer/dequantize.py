@@ -78,9 +78,9 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def unpack(
-        stored: Any, scale: Any, outer: Any, code: Any, offsets: Any, values: Any, out: Any, count: Any,
-        end0: Any, end1: Any, end2: Any,
+    def unpack(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+        stored, scale, outer, code, offsets, values, out, count,
+        end0, end1, end2,
         nested: tl.constexpr, size: tl.constexpr, per: tl.constexpr,
     ) -> None:  # fmt: skip
         start = tl.program_id(0).to(tl.int64) * size

@@ -239,7 +239,10 @@ def choose_path(
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
     if reason is None:
-        return memory, install(transformer, memory, device)
+        stream = install(transformer, memory, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the layers' own weights took before they were stacked
+        return memory, stream
     for name in NEEDS_FUSED:
         if getattr(memory, name):
             raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")

@@ -154,7 +154,9 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
             continue
         own = {key: value for key, value in found.items() if key not in ("card", "date", "versions", "command")}
         rows.append(make_row(f"sample {name}", "s", found["seconds"], None, found, seen=own))
-        rows.append(make_row(f"sample {name}, peak", "GiB", found["reserved_gib"], MEMORY.get(name), found))
+        peaks = f"sample {name}, peak allocated", f"sample {name}, peak reserved"
+        rows.append(make_row(peaks[0], "GiB", found["allocated_gib"], MEMORY.get(name), found))
+        rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], None, found))
     good = {name: found for name, found in results.items() if "error" not in found}
     for name, other, target in FASTER + SLOWER:
         if name in good and other in good:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from infer.atomic import replace_file
+from infer.command import ROOT
 
 Row = dict[str, Any]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")
@@ -39,7 +40,9 @@ def card(device: torch.device) -> str:
 
 def circumstances(device: torch.device) -> Row:
     """Where and when a figure comes from."""
-    command = " ".join(["python", *sys.argv]).split(" --out ")[0].split(" --worker ")[0]
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    command = " ".join(["python", name, *sys.argv[1:]]).split(" --out ")[0].split(" --worker ")[0]
     return {
         "card": card(device),
         "date": datetime.date.today().isoformat(),

@@ -320,7 +320,9 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
             good[name] = found
             own = {key: value for key, value in found.items() if key not in ("card", "date", "versions", "command")}
             rows.append(make_row(f"train {name}", "s/step", found["seconds"], SECONDS.get(name), found, seen=own))
-            rows.append(make_row(f"train {name}, peak", "GiB", found["reserved_gib"], MEMORY.get(name), found))
+            peaks = f"train {name}, peak allocated", f"train {name}, peak reserved"
+            rows.append(make_row(peaks[0], "GiB", found["allocated_gib"], MEMORY.get(name), found))
+            rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], None, found))
     for name, other, target in RATIOS:
         if name in good and other in good:
             ratio = good[other]["seconds"] / good[name]["seconds"]
