@@ -173,7 +173,9 @@ def install(
     doubles = len(transformer.transformer_blocks)
     built = [_double_parts(m) if i < doubles else _single_parts(m) for i, m in enumerate(modules)]
     for group in (group for groups, _ in built for group in groups):
-        group.frozen = group.frozen._replace(shared=keep != "nothing" or group.frozen.kind not in ("nf4", "fp4"))
+        # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
+        shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
+        group.frozen = group.frozen._replace(shared=shared)
     stream = None
     if memory.budget_gib is not None:
         stream = Stream([groups for groups, _ in built], device)

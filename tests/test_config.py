@@ -28,11 +28,12 @@ from train.encoding import Encode
 from train.flow import Flow
 from train.look import Look
 from train.optim import Optim
+from train.plan import Plan
 from train.track import Track
 from train.train import claim
 
 CONFIGS = ROOT / "configs"
-ROOTS: dict[str, Any] = {"train": Train, "cache": Fill, "look": Look, "compare": Compare, "save": Save}
+ROOTS: dict[str, Any] = {"train": Train, "cache": Fill, "look": Look, "plan": Plan, "compare": Compare, "save": Save}
 GROUPS: dict[str, Any] = {
     "adapter": Adapter,
     "data": Data,
@@ -118,7 +119,7 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
-    for root in ("cache", "look", "save"):
+    for root in ("cache", "look", "plan", "save"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     comparison = made("compare")
     assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
@@ -220,6 +221,7 @@ WRONG = [
         ("train", f"{name}=-1", f"{name} is -1; it must be 0")
         for name in ("save_every", "validate_every", "preview_every")
     ],
+    ("plan", "fit_gib=-1", "fit_gib is -1.0; it must be above 0, or null"),
     ("compare", "prompts=[]", "compare needs at least one of prompts.*as in 'prompts="),
     ("compare", "seeds=[]", "compare needs at least one of prompts and of seeds"),
     ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),

@@ -1,0 +1,126 @@
+"""Plans against what a GPU showed, and against the bundled model's own tensors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infer.adapters import Adapter, attach
+from infer.encode import text_encoder
+from infer.fast import Memory
+from infer.flux import Model, load_transformer
+from infer.quantize import KINDS, Precision, stored_bytes
+from train.config import Train
+from train.data import Data
+from train.footprint import empty_transformer, footprint, part_config, text_bytes, weights_by_module
+from train.optim import Optim, make_optimizer
+from train.pace import CARDS, seconds
+from train.plan import Plan, check_fits, overrides, plan, propose
+
+GIB = 2**30
+SEEN = [json.loads(line) for line in (Path(__file__).parent / "plan_grid.jsonl").read_text().splitlines()]
+DEV = Model("black-forest-labs/FLUX.1-dev")
+
+
+def job_of(seen: dict[str, Any]) -> Train:
+    config = seen["config"]
+    return Train(
+        model=DEV,
+        precision=Precision(**config["precision"]),
+        adapter=Adapter(**config["adapter"]),
+        memory=Memory(**config["memory"]),
+        optim=Optim(name=config["optim"]),
+        data=Data(resolution=config["resolution"], batch_size=config["batch_size"]),
+    )
+
+
+@pytest.mark.parametrize("seen", SEEN, ids=lambda seen: seen["name"])
+def test_within_5_percent_of_what_a_gpu_allocated(seen: dict[str, Any]) -> None:
+    taken = footprint(job_of(seen))
+    assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.05)
+    if seen["device_gib"] is not None:  # the only process on the card
+        assert taken.peak / GIB == pytest.approx(seen["device_gib"], rel=0.07)
+
+
+def test_some_of_them_were_not_fitted_to() -> None:
+    held_out = [seen["config"] for seen in SEEN if not seen["fitted"]]
+    assert {config["precision"]["kind"] for config in held_out} == {"int8", "nf4"}
+    assert {config["batch_size"] for config in held_out} == {1, 4}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nested"])
+def test_weights_are_the_bundled_models_own(kind: str, tiny: Model) -> None:
+    precision = Precision("nf4", double_quant=True) if kind == "nested" else Precision(kind)
+    expected = stored_bytes(load_transformer(tiny, precision, torch.device("cpu")))
+    found = sum(weights_by_module(empty_transformer(part_config(tiny, "transformer")), precision).values())
+    assert found == pytest.approx(expected, rel=1e-3)
+    with text_encoder(tiny, precision, torch.device("cpu"), None) as encoder:
+        assert text_bytes(tiny, precision) == pytest.approx(encoder.weights_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("adapter", [Adapter(rank=3), Adapter(rank=8, targets="all"), Adapter(rank=4, dora=True)])
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+def test_adapters_and_their_states_are_counted(adapter: Adapter, optim: str, tiny: Model) -> None:
+    transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
+    parameters = attach(transformer, adapter, 0)
+    taken = footprint(Train(model=tiny, precision=Precision("bf16"), adapter=adapter, optim=Optim(name=optim)))
+    assert taken.adapters == taken.gradients == sum(p.numel() * 4 for p in parameters)
+    optimizer = make_optimizer(Optim(name=optim), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [
+        value for state in optimizer.state.values() for key, value in state.items() if key.startswith(("exp", "state"))
+    ]
+    assert taken.optimizer == sum(value.numel() * value.element_size() for value in states)
+
+
+def test_less_is_kept_in_less_memory_and_more_time() -> None:
+    job = Train(model=DEV, data=Data(resolution=1024))
+    kept = [replace(job, memory=Memory(keep)) for keep in ("nothing", "attention", "products", "everything")]
+    taken = [footprint(each) for each in kept]
+    peaks = [each.peak for each in taken]
+    times = [seconds(each, own, CARDS["H100"]) for each, own in zip(kept, taken, strict=True)]
+    assert peaks == sorted(peaks) and times == sorted(times, reverse=True)
+
+
+def test_the_fastest_that_fits_is_proposed() -> None:
+    job = Train(model=DEV, data=Data(resolution=1024))
+    before = None
+    for gib in (6, 8, 12, 16, 24, 40, 80):
+        found = propose(job, gib)
+        assert found is not None and found[2].peak <= gib * GIB
+        assert before is None or found[0] <= before
+        before = found[0]
+    streamed, resident = propose(job, 6), propose(job, 40)
+    assert streamed is not None and streamed[1].memory.budget_gib is not None and streamed[2].host > 4 * GIB
+    assert resident is not None and resident[1].memory.budget_gib is None
+    assert propose(job, 2) is None
+
+
+def test_a_card_that_is_too_small_is_told_what_would_fit() -> None:
+    job = Train(model=DEV, data=Data(resolution=1024))
+    assert check_fits(job, 24).peak < 24 * GIB
+    with pytest.raises(ValueError, match=r"needs about 12\.\d GiB and the card has 10.0: add memory.*\(about"):
+        check_fits(job, 10)
+    with pytest.raises(ValueError, match=r"no memory setting makes it fit; lower data\.resolution"):
+        check_fits(job, 2)
+    changed = replace(job, memory=Memory("nothing", budget_gib=7.5), precision=Precision("nf4", double_quant=True))
+    assert overrides(job, changed) == "memory.keep=nothing memory.budget_gib=7.5 precision.double_quant=true"
+
+
+def test_the_last_line_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    returned = plan(Plan(model=DEV, data=Data(resolution=512)))
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1]) == returned
+    parts = returned["parts"]
+    assert returned["peak_memory_bytes"] == sum(parts.values()) and parts["weights"] > 6 * GIB
+    with pytest.raises(ValueError, match="nothing fits 1 GiB"):
+        plan(Plan(model=DEV, fit_gib=1))
+    with pytest.raises(ValueError, match=r"memory.budget_gib is 0.5, but .* takes about"):
+        footprint(Train(model=DEV, memory=Memory(budget_gib=0.5)))
+    with pytest.raises(ValueError, match="fit_gib is 0; it must be above 0"):
+        Plan(fit_gib=0)

@@ -1,0 +1,238 @@
+"""Device memory of training, by part, from shapes alone: no weights, no GPU.
+
+What is stored is counted; what a block's backward pass works with was measured and is proportional to the tokens. Sizes
+are in bytes. The unit of work is one activation of the transformer's width: batch x tokens x width x 2 bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from infer.adapters import match_targets
+from infer.flux import Model, read_config
+from infer.quantize import Precision, linear_layers
+from infer.shapes import SHAPES, shape_config
+from train.config import Train
+from train.flop import tokens_of
+
+# measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
+WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
+# an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
+PRODUCTS, EVERYTHING = 7.0, 15.6
+STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}  # of an optimizer, a parameter
+SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
+SLOTS = 3  # blocks on the device at once, where blocks are streamed (infer/stream.py)
+WORKSPACE = 96 * 2**20  # of the libraries' kernels
+CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
+# what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise: by kind and path
+ALLOCATOR = {"fused": {"int8": 3.6}, "plain": {"int8": 2.1, "nf4": 0.4, "fp4": 0.4}}
+ALLOCATOR_ELSE, ALLOCATOR_STREAMED = 1.4, 0.5
+
+
+@dataclass
+class Footprint:
+    """Bytes by part."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    checkpoints: int
+    """What is kept of each block from its forward to its backward pass."""
+    block: int
+    """What one block's backward pass works with."""
+    workspace: int
+    """Of cuBLAS and cuDNN."""
+    allocator: int
+    """What torch's allocator holds beyond what is allocated: holes between what was freed."""
+    context: int
+    """CUDA's own."""
+    host: int
+    """Pinned memory of streamed blocks."""
+    resident: int
+    """Blocks whose weights stay on the device."""
+    blocks: int
+    text_phase: int
+    """The text encoders, before the transformer is loaded."""
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates at the peak of a step."""
+        learned = self.adapters + self.gradients + self.optimizer
+        return self.weights + learned + self.checkpoints + self.block + self.workspace
+
+    @property
+    def peak(self) -> int:
+        """What the device must have: the larger of the phases, the allocator's holes, and CUDA's own."""
+        return max(self.allocated, self.text_phase) + self.allocator + self.context
+
+
+def part_config(model: Model, part: str) -> dict[str, Any]:
+    """A part's config: known here for FLUX.1-dev and schnell, else the checkpoint's own."""
+    if model.local is None and model.path in SHAPES:
+        return shape_config(model.path, part)
+    return read_config(model, part)
+
+
+def empty_transformer(config: dict[str, Any]) -> FluxTransformer2DModel:
+    """Of the right shapes, without memory."""
+    with torch.device("meta"):
+        own = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+        return FluxTransformer2DModel(**own)
+
+
+def layer_bytes(rows: int, columns: int, kind: str, precision: Precision) -> int:
+    """A linear layer's weight [rows, columns] as it is stored, without its bias."""
+    count = rows * columns
+    if kind == "int8":
+        return count + 4 * rows
+    if kind in ("fp4", "nf4"):
+        blocks = -(-count // 64)
+        scales = blocks + 4 * -(-blocks // 256) + 4 * 256 + 4 if precision.double_quant else 4 * blocks
+        return count // 2 + scales + 4 * 16
+    return count * precision.dtype.itemsize
+
+
+def weights_by_module(transformer: nn.Module, precision: Precision) -> dict[str, int]:
+    """Bytes of every module's own parameters as they will be stored."""
+    layers = linear_layers(transformer)
+    found = {}
+    for name, module in transformer.named_modules():
+        size = sum(p.numel() * precision.dtype.itemsize for p in module.parameters(recurse=False))
+        if name in layers:
+            layer = layers[name]
+            skipped = any(f".{skip}." in f".{name}." for skip in precision.skip_modules)
+            kind = precision.kind if precision.quantized and not skipped else "none"
+            size -= layer.in_features * layer.out_features * precision.dtype.itemsize
+            size += layer_bytes(layer.out_features, layer.in_features, kind, precision)
+        if size:
+            found[name] = size
+    return found
+
+
+def text_bytes(model: Model, precision: Precision) -> int:
+    """Of T5 and CLIP; transformers keeps T5's `wo` layers unquantized."""
+    t5, clip, own = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
+    width, inner, hidden = t5["d_model"], t5["num_heads"] * t5["d_kv"], t5["d_ff"]
+    each = 4 * layer_bytes(inner, width, own.kind, own) + 2 * layer_bytes(hidden, width, own.kind, own)
+    kept = width * hidden * (4 if own.dtype == torch.float16 else own.dtype.itemsize)
+    total = t5["num_layers"] * (each + kept) + t5["vocab_size"] * width * own.dtype.itemsize
+    width, hidden = clip["hidden_size"], clip["intermediate_size"]
+    weights = clip["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
+    weights += (clip["vocab_size"] + clip["max_position_embeddings"]) * width
+    return int(total + 2 * weights)
+
+
+def text_tokens(job: Train) -> int:
+    """T5 tokens that training sees; the checkpoint's own are 512 but for schnell's 256."""
+    if job.data.text_length is not None:
+        return job.data.text_length
+    return 256 if job.model.path.endswith("schnell") else 512
+
+
+def footprint(job: Train) -> Footprint:
+    """What training of a config takes at its largest resolution.
+
+    Raises:
+        ValueError: the adapter's targets match no layer, or the budget is too small even with every block streamed.
+    """
+    config = part_config(job.model, "transformer")
+    transformer = empty_transformer(config)
+    sizes = weights_by_module(transformer, job.precision)
+    layers = linear_layers(transformer)
+    targets = [layers[name] for name in match_targets(transformer, job.adapter.targets)]
+    tensors = [job.adapter.rank * side for layer in targets for side in (layer.in_features, layer.out_features)]
+    if job.adapter.dora:
+        tensors += [layer.out_features for layer in targets]
+    optimizer = sum((8.0 if "8bit" in job.optim.name and n < SMALL else STATES[job.optim.name]) * n for n in tensors)
+
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = config["num_layers"] + config["num_single_layers"]
+    tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job)) * job.data.batch_size
+    activation = tokens * width * 2 if job.precision.dtype.itemsize == 2 else tokens * width * 4
+    logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp
+    keep = job.memory.keep
+    kept = blocks * activation
+    if keep == "attention":
+        kept += blocks * (activation + logs)
+    elif keep == "products":
+        adapted = sum(layer.out_features / width for layer in targets) / blocks
+        kept += int(blocks * (activation * (1 + PRODUCTS + 0.75 * adapted) + logs))
+    elif keep == "everything":
+        kept += int(blocks * (activation * EVERYTHING + logs))
+    work = int(WORK["fused"] * activation)
+    groups = (
+        "single_transformer_blocks.0.attn.to_",
+        "single_transformer_blocks.0.proj_mlp",
+    )  # q, k, v and MLP: one product
+    largest = sum(each.in_features * each.out_features for name, each in layers.items() if name.startswith(groups))
+    if not job.memory.fused:
+        four = job.precision.kind in ("nf4", "fp4")
+        work = int(WORK["plain 4-bit" if four else "plain"] * activation)
+    if job.precision.quantized:
+        work += 2 * largest  # dequantized to bf16
+        if job.memory.fused and keep in ("attention", "products"):
+            work += largest  # one copy is kept from the recomputation to the gradient
+
+    by_block = [
+        sum(size for name, size in sizes.items() if name.startswith(f"{stack}.{i}."))
+        for stack, count in (
+            ("transformer_blocks", config["num_layers"]),
+            ("single_transformer_blocks", config["num_single_layers"]),
+        )
+        for i in range(count)
+    ]
+    result = Footprint(
+        weights=sum(sizes.values()),
+        adapters=4 * sum(tensors),
+        gradients=4 * sum(tensors),
+        optimizer=int(optimizer),
+        checkpoints=kept,
+        block=work,
+        workspace=WORKSPACE,
+        allocator=int(_allocator(job) * 2**30),
+        context=CONTEXT,
+        host=0,
+        resident=blocks,
+        blocks=blocks,
+        text_phase=text_bytes(job.model, job.precision),
+    )
+    if job.memory.budget_gib is not None:
+        _stream(result, by_block, job)
+    return result
+
+
+def _allocator(job: Train) -> float:
+    if job.memory.budget_gib is not None:
+        return ALLOCATOR_STREAMED
+    return ALLOCATOR["fused" if job.memory.fused else "plain"].get(job.precision.kind, ALLOCATOR_ELSE)
+
+
+def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
+    """Have as many blocks stay on the device as the budget allows; the others take turns in a few slots.
+
+    Raises:
+        ValueError: too small a budget.
+    """
+    budget = int((job.memory.budget_gib or 0) * 2**30)
+    rest = result.weights - sum(by_block)
+    fixed = rest + SLOTS * max(by_block) + result.allocated - result.weights + result.allocator
+    spare = budget - fixed
+    if spare < 0:
+        raise ValueError(
+            f"memory.budget_gib is {job.memory.budget_gib}, but with every block in host memory the work itself takes "
+            f"about {fixed / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
+            "batch_size"
+        )
+    resident = 0
+    for size in sorted(by_block):
+        if size > spare:
+            break
+        spare -= size
+        resident += 1
+    result.resident, result.host = resident, sum(by_block)
+    slots = SLOTS * max(by_block) if resident < len(by_block) else 0
+    result.weights = rest + slots + sum(sorted(by_block)[:resident])
