@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 
 from infer.quantize import (
     Precision,
+    check_device,
     check_quantized,
     keep_layout,
     multiply_plainly,
@@ -201,6 +202,7 @@ def load_transformer(
     """The transformer, frozen, in eval mode, on `device`, or on `hold` (the CPU, for `infer/stream.py`)."""
     import diffusers
 
+    check_device(precision, device)
     transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
     if precision.kind == "int8" and not precision.llm_int8:
         multiply_plainly(transformer)

@@ -89,6 +89,21 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
     )
 
 
+def check_device(precision: Precision, device: torch.device) -> None:
+    """Refuse a card that would emulate bf16, many times slower.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if device.type != "cuda" or precision.dtype != torch.bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bf16 (cards from 2020 on have: RTX 30, A10, A100 and newer); "
+            "set precision.compute_dtype=fp16 to compare, and train on a newer card"
+        )
+
+
 @contextmanager
 def quantizing_on(device: torch.device, hold: torch.device) -> Iterator[None]:
     """Within, diffusers quantizes on `device`, layer by layer, and keeps each on `hold`. On a CPU its two quantizers

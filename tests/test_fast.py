@@ -203,23 +203,6 @@ def test_memory_settings_that_cannot_be_are_refused(options: dict[str, Any], par
         Memory(**options)
 
 
-SMALL = {
-    "transformer": shapes.DEV["transformer"]
-    | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64},
-    "vae": shapes.DEV["vae"] | {"block_out_channels": [32, 32, 32, 32], "sample_size": 64},
-    "text_encoder": shapes.DEV["text_encoder"] | {"num_hidden_layers": 1},
-    "text_encoder_2": shapes.DEV["text_encoder_2"] | {"d_model": 64, "d_ff": 128, "num_layers": 1, "num_heads": 1},
-    "scheduler": shapes.DEV["scheduler"],
-}
-
-
-@pytest.fixture
-def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """FLUX.1-dev's code paths at a small size."""
-    monkeypatch.setitem(shapes.SHAPES, "black-forest-labs/FLUX.1-dev", SMALL)
-    return Model("black-forest-labs/FLUX.1-dev", weights="random")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_weights_at_every_precision(kind: str, random_model: Model) -> None:
     precision = Precision(kind)
