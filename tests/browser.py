@@ -147,7 +147,7 @@ class Browser:
         stops: list[str] = []
         name = (
             "const e = document.activeElement; return e === document.body ? '' : e.ariaLabel || e.textContent.trim()"
-            " || e.outerHTML.slice(0, 80)"
+            " || e.querySelector('img')?.alt || e.outerHTML.slice(0, 80)"
         )
         for _ in range(most):
             self.press("\ue004")
