@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ Group = tuple[str, list[tuple[int, Grid]]]  # a prompt, its seeds, and a grid fo
 SMALL = 512  # pixels: longest side of a picture that may be embedded byte for byte
 SIDES = (1024, 768, 512, 384, 256, 128)  # pixels: longest sides of the others, of which the largest that fits is taken
 BUDGET = 12 * 2**20  # bytes that all embedded pictures may have together, at any side but the last
-GUESS = 0.1  # bytes a pixel that a photograph has at least; spares trying sides that are far too large
+SAMPLE = 8  # pictures that are tried at a side before all are
 SHOWN = 256  # CSS pixels: about the longest side of a picture in the grid
 WIDE = 5  # columns that stand at that size; more are shown at half of it
 
@@ -47,20 +48,19 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Embedded]:
             sizes[path] = image.size
     if max(max(size) for size in sizes.values()) <= SMALL and sum(p.stat().st_size for p in paths) <= budget:
         return {path: Embedded(_uri(path.read_bytes()), *sizes[path], True) for path in paths}
+    most = max(max(size) for size in sizes.values())
+    fewer = [side for side in SIDES if side < most]
+    sides = [*SIDES[: len(SIDES) - len(fewer)][-1:], *fewer]  # the first keeps their own size, if one does
+    sample = paths[:: -(-len(paths) // SAMPLE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for side in SIDES:
-            pixels = sum(w * h * min(1, side / max(w, h)) ** 2 for w, h in sizes.values())
-            if pixels * GUESS > budget and side != SIDES[-1]:
+        for side in sides:
+            small = [len(data) for data in pool.map(_thumbnail, sample, repeat(side))]
+            if side != sides[-1] and sum(small) * len(paths) > budget * len(sample):
                 continue
-            small: list[bytes] = []
-            # in portions: a side that turns out too large is given up before all are made
-            for first in range(0, len(paths), 32):
-                small += pool.map(lambda path, side=side: _thumbnail(path, side), paths[first : first + 32])
-                if sum(map(len, small)) > budget and side != SIDES[-1]:
-                    break
-            else:
+            thumbnails = list(pool.map(_thumbnail, paths, repeat(side)))
+            if sum(map(len, thumbnails)) <= budget:
                 break
-    return {path: Embedded(_uri(data), *sizes[path], False) for path, data in zip(paths, small, strict=True)}
+    return {path: Embedded(_uri(data), *sizes[path], False) for path, data in zip(paths, thumbnails, strict=True)}
 
 
 def _thumbnail(path: Path, side: int) -> bytes:

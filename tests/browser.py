@@ -6,6 +6,7 @@ are skipped, except under CI=true, where its absence is a failure. On Debian and
     apt-get install -y --no-install-recommends chromium chromium-driver
 """
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -125,6 +128,18 @@ class Browser:
         answer = self.cdp("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b64decode(answer["data"]))
+
+    def pixels(self) -> np.ndarray:
+        """The window as it is seen, [height, width, 3] of uint8, in pixels of the device."""
+        png = b64decode(self.cdp("Page.captureScreenshot", format="png")["data"])
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    def touch(self, *moments: Sequence[tuple[float, float]]) -> None:
+        """Fingers go down at the first moment's points, move through the others' and leave."""
+        for i, points in enumerate(moments):
+            places = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(points)]
+            self.cdp("Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=places)
+        self.cdp("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def requests(self) -> list[str]:
         """Addresses asked for since the last call (or `open`), the page itself included, what it embeds left out."""

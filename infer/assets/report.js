@@ -105,8 +105,7 @@ const list = () => {  // this prompt's pictures first, then all others
 const partner = (picture) => {  // what a picture is compared with: the reference of its row and seed
   const all = [...picture.closest("table").querySelectorAll(".picture")].filter((other) => other !== picture);
   const row = all.filter((other) => other.dataset.line === picture.dataset.line);
-  return row.find((other) => "reference" in other.dataset) ?? all.find((other) => "reference" in other.dataset)
-    ?? row[0] ?? all[0] ?? picture;
+  return row.find((other) => "reference" in other.dataset) ?? row[0] ?? all[0] ?? picture;
 };
 const open = (picture) => {
   const other = partner(picture), first = "reference" in picture.dataset;
