@@ -124,12 +124,11 @@ def plain(cell: Cell) -> str:
     return " ".join([text, *(f"({note})" for note in notes if note)])
 
 
-def aligned(titles: list[str], cells: list[list[Cell]], names: int = 2) -> str:
-    """A table as plain text for the terminal. Its first `names` columns hold text; they are repeated before each part
-    of a table that is wider than a line."""
-    lines = [titles, *(list(map(plain, line)) for line in cells)]
+def aligned(lines: list[list[str]], names: int = 2) -> str:
+    """Cells under their titles as plain text. The first `names` columns stand left, and again before each part of a
+    table that is wider than a line."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     parts: list[list[int]] = [[]]
     for i in range(names, len(widths)):
         if parts[-1] and sum(widths[j] + 2 for j in (*range(names), *parts[-1], i)) > LINE:
@@ -140,7 +139,7 @@ def aligned(titles: list[str], cells: list[list[Cell]], names: int = 2) -> str:
         left = [line[i].ljust(widths[i]) for i in range(names)]
         return "  ".join([*left, *(line[i].rjust(widths[i]) for i in part)]).rstrip()
 
-    return "\n\n".join("\n".join(text(line, part) for line in lines) for part in parts)
+    return "\n\n".join("\n".join(text(line, part) for line in ruled) for part in parts)
 
 
 def by_memory(rows: list[Row]) -> list[str]:

@@ -25,6 +25,7 @@ from infer.cells import (
     means,
     memory,
     number,
+    plain,
     score_names,
     score_of,
     size,
@@ -39,7 +40,7 @@ from infer.gallery import Embedded, Grid, Group, embed, gallery, viewer
 from infer.markdown import markdown
 from infer.page import Cell, asset, contents, document, facts_list
 
-__all__ = ["by_memory", "differences", "figure", "render", "summarise", "table", "write"]
+__all__ = ["aligned", "by_memory", "differences", "figure", "render", "summarise", "table", "write"]
 Table = tuple[str, list[str], list[list[Cell]], tuple[int, ...]]  # title, columns, lines, columns of text
 SCORES = "Scores"
 COSTS = 7  # columns of the summary that hold no score
@@ -78,14 +79,15 @@ def write(result: Row, folder: Path) -> None:
 
 
 def table(summary: list[Row]) -> str:
-    """A summary as plain text for the terminal."""
-    return aligned(*columns(summary, "peak memory"))
+    """A summary as plain text for the terminal, in several tables where one would be too wide."""
+    titles, cells = columns(summary, "peak memory")
+    return aligned([titles, *(list(map(plain, line)) for line in cells)])
 
 
 def differences(summary: list[Row]) -> str:
     """A summary's paired differences as plain text for the terminal; empty if it has none."""
     titles, cells = differing(summary)
-    return aligned(titles, cells, 3) if cells else ""
+    return aligned([titles, *(list(map(plain, line)) for line in cells)], 3) if cells else ""
 
 
 def render(result: Row, groups: list[Group], embedded: dict[Path, Embedded]) -> str:
