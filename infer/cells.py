@@ -171,4 +171,6 @@ def number(value: float | None) -> str:
     """A number as text of about three digits."""
     if value is None:
         return "-"
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.1e}"
     return f"{value:.{next(digits for digits, above in enumerate((1000, 100, 10, 0.1, 0)) if abs(value) >= above)}f}"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer import chart, gallery, report, sections
+from infer import cells, chart, gallery, report, sections
 from infer.cells import Estimate
 
 HOSTILE = "a $x_1$ | \"b\" 'c'\n<script>alert(1)</script> </style> [l](http://x.y) & `d` \\"
@@ -314,6 +314,14 @@ def test_whatever_else_was_measured_is_shown(tmp_path: Path) -> None:
     assert shown[0].split() == ["precision", "adapter", "against", "psnr_bf16"] and len(shown) == 2 + 4
     assert shown[2].split() == ["nf4", "none", "no", "adapter", "-1.500", "(-2.000", "to", "-1.000)"]
     assert report.differences(report.summarise(result["rows"])) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0.0000"), (-2e-5, "-2.0e-05"), (0.01234, "0.0123"), (-0.5, "-0.500"), (9.87654, "9.877")],
+)
+def test_numbers_have_about_three_digits(value: float | None, text: str) -> None:
+    assert cells.number(value) == text
 
 
 def test_long_tables_are_cut_to_lines_of_the_terminal(tmp_path: Path) -> None:
