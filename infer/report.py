@@ -6,21 +6,44 @@ page opens offline and puts any two pictures side by side. The pictures themselv
     python -m infer.report runs/compare/compare    # writes the report again from its results.json
 """
 
-import html
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 from urllib.parse import quote
 
+from infer import page, sections
 from infer.atomic import replace_file
+from infer.cells import (
+    Row,
+    aligned,
+    by_memory,
+    columns,
+    estimate,
+    figure_cell,
+    means,
+    memory,
+    number,
+    plain,
+    score_names,
+    score_of,
+    size,
+    summarise,
+    summary_of,
+    variant,
+)
+from infer.cells import differences as differing
+from infer.curves import cost_charts, score_charts
 from infer.figure import draw
-from infer.page import Cell, render
+from infer.gallery import Embedded, Grid, Group, embed, gallery, viewer
+from infer.markdown import markdown
+from infer.page import Cell, asset, contents, document, facts_list
 
-Row = dict[str, Any]
-Grid = list[tuple[str, list[Row | None]]]  # for each adapter its name and, for each precision, a picture or None
+__all__ = ["aligned", "by_memory", "differences", "figure", "render", "summarise", "table", "write"]
+Table = tuple[str, list[str], list[list[Cell]], tuple[int, ...]]  # title, columns, lines, columns of text
+SCORES = "Scores"
+COSTS = 7  # columns of the summary that hold no score
 
 
 def write(result: Row, folder: Path) -> None:
@@ -28,172 +51,164 @@ def write(result: Row, folder: Path) -> None:
 
     Args:
         result: `model`, `device`, `versions`, `sampling` and `rows`; a score that is not defined is None, never NaN.
+            Perhaps also `summary` (what `summarise` gives, with `intervals` and `differences`), `drift` (rows of
+            prompts that the adapter has nothing to do with), `references` (what is known of the training pictures),
+            `absent` (what was not measured -> why) and `sections` (see `infer.sections`).
         folder: holds the pictures, at each row's `image`.
 
     Raises:
         ValueError: there are no rows, a row's picture is absent, or a number is NaN or infinite.
     """
-    rows = result["rows"]
-    if not rows:
+    rows = result["rows"] + result.get("drift", [])
+    if not result["rows"]:
         raise ValueError("A report needs rows and got none: choose at least one precision, prompt and seed.")
     for i, row in enumerate(rows):
         if not (folder / row["image"]).is_file():
-            name = f"{row['precision']}, {_variant(row['adapter'])}, seed {row['seed']}"
+            name = f"{row['precision']}, {variant(row['adapter'])}, seed {row['seed']}"
             raise ValueError(f"Row {i} ({name}) has no picture: {folder / row['image']} is absent. Generate it again.")
     # All text is made before the first file is touched: what is wrong with the input leaves an old report whole.
     data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    titles, cells = _columns(summarise(rows), _peak(result))
-    content = (_heading(rows), _facts(result), titles, cells, by_memory(rows), _groups(rows, folder))
-    page, text = render(*content), _markdown(*content)
+    groups = _groups(rows, folder)
+    html = render(result, groups, embed(folder / row["image"] for row in rows))
+    content = (_heading(rows), _facts(result), _tables(result), result.get("absent", {}), by_memory(rows))
+    text = markdown(*content, groups, result.get("sections", ()))
     replace_file(folder / "comparison.png", lambda path: figure(result, folder, path))
     replace_file(folder / "report.md", lambda path: path.write_bytes(text.encode()))
-    replace_file(folder / "report.html", lambda path: path.write_bytes(page.encode()))
+    replace_file(folder / "report.html", lambda path: path.write_bytes(html.encode()))
     replace_file(folder / "results.json", lambda path: path.write_bytes(data.encode()))
 
 
-def summarise(rows: list[Row]) -> list[Row]:
-    """One entry a (precision, adapter), in order of first appearance: means over its pictures, highest peak memory.
-
-    A score's mean is over the pictures where it is defined, and None where it is defined for none.
-    """
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["precision"], row["adapter"]), []).append(row)
-    return [
-        {
-            "precision": precision,
-            "adapter": adapter,
-            "images": len(group),
-            "weights_bytes": max(row["weights_bytes"] for row in group),
-            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in group),
-            "load_seconds": fmean(row["stages"]["load"]["seconds"] for row in group),
-            "seconds": fmean(row["seconds"] for row in group),
-            "seconds_per_step": fmean(row["seconds_per_step"] for row in group),
-            "scores": {
-                key: _mean(row["scores"].get(key) for row in group)
-                for key in dict.fromkeys(key for row in group for key in row["scores"])
-            },
-        }
-        for (precision, adapter), group in groups.items()
-    ]
-
-
 def table(summary: list[Row]) -> str:
-    """The summary as aligned plain text for the terminal."""
-    titles, cells = _columns(summary, "peak memory")
-    lines = [titles, *([text for text, _, _ in line] for line in cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if i < 2 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+    """A summary as plain text for the terminal, in several tables where one would be too wide."""
+    titles, cells = columns(summary, "peak memory")
+    return aligned([titles, *(list(map(plain, line)) for line in cells)])
+
+
+def differences(summary: list[Row]) -> str:
+    """A summary's paired differences as plain text for the terminal; empty if it has none."""
+    titles, cells = differing(summary)
+    return aligned([titles, *(list(map(plain, line)) for line in cells)], 3) if cells else ""
+
+
+def render(result: Row, groups: list[Group], embedded: dict[Path, Embedded]) -> str:
+    """The whole page: pictures, tables, charts, and whatever else was measured."""
+    rows, summary = result["rows"], summary_of(result)
+    (_, costs), *scores = ((title, page.table(titles, cells, texts)) for title, titles, cells, texts in _tables(result))
+    absent = "; ".join(f"{name} ({why})" for name, why in result.get("absent", {}).items())
+    notes = _notes(result) + (f'<p class="absent">Not measured: {escape(absent)}.</p>' if absent else "")
+    tables = "".join(f"<h3>{title}</h3>{body}" if title != SCORES else body for title, body in scores)
+    unrelated = {row["prompt"] for row in result.get("drift", ())}
+    charts = {"curves": cost_charts(rows, _peak(result)), "score-curves": score_charts(rows, summary)}
+    drawn = {name: f'<div class="charts">{"".join(those)}</div>' for name, those in charts.items() if those}
+    parts = [
+        ("pictures", "Pictures", gallery(by_memory(rows), groups, embedded, unrelated) + _index(rows, groups)),
+        ("cost", "Cost", f"{costs}<p>Times are means over the pictures.</p>"),
+        ("scores", SCORES, tables + notes),
+        ("curves", "Memory and time", drawn["curves"]),
+        ("score-curves", "Scores by precision", drawn.get("score-curves", "")),
+        *((f"more-{i}", more["title"], sections.to_html(more)) for i, more in enumerate(result.get("sections", ()))),
+    ]
+    parts = [part for part in parts if part[2]]
+    linked = not all(picture.whole for picture in embedded.values())
+    return document(
+        _heading(rows),
+        [facts_list(_facts(result)), contents([(name, title) for name, title, _ in parts])]
+        + [f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>' for name, title, body in parts],
+        asset("report.css"),
+        asset("report.js"),
+        viewer(),
+        " 'self' file:" if linked else "",  # the originals beside the page, where the viewer is asked for them
     )
-
-
-def by_memory(rows: list[Row]) -> list[str]:
-    """The precisions from the most memory to the least, then in order of appearance."""
-    most: dict[str, int] = {}
-    for row in rows:
-        most[row["precision"]] = max(most.get(row["precision"], 0), _memory(row))
-    return sorted(most, key=lambda precision: most[precision], reverse=True)
-
-
-def _memory(row: Row) -> int:
-    """The bytes that tell a row's precision from others: on CUDA its peak; on a CPU the weights, since the resident set
-    still holds what the process freed after the precisions before."""
-    measured: int = row["peak_memory_bytes" if "peak_reserved_bytes" in row["stages"]["load"] else "weights_bytes"]
-    return measured
 
 
 def figure(result: Row, folder: Path, path: Path) -> None:
     """Draws the first prompt and seed at every precision, with the memory each precision takes, as a PNG at `path`."""
     rows = result["rows"]
-    columns = by_memory(rows)
+    names = by_memory(rows)
 
     def curve(key: str) -> list[tuple[int, str]]:
-        peaks = [max(row[key] for row in rows if row["precision"] == precision) for precision in columns]
-        return [(peak, _size(peak)) for peak in peaks]
+        peaks = [max(row[key] for row in rows if row["precision"] == name) for name in names]
+        return [(peak, size(peak)) for peak in peaks]
 
     curves = [(_peak(result), curve("peak_memory_bytes")), ("weights", curve("weights_bytes"))]
     prompt, [(_, grid), *_] = _groups(rows, folder)[0]
-    draw(path, prompt, columns, grid, curves)
+    draw(path, prompt, names, grid, curves)
 
 
-def _markdown(
-    heading: str,
-    facts: dict[str, str],
-    titles: list[str],
-    cells: list[list[Cell]],
-    columns: list[str],
-    groups: list[tuple[str, list[tuple[int, Grid]]]],
-) -> str:
-    """The same content as `infer.page.render` makes a page of, as Markdown."""
-
-    def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(texts) + " |"
-
-    lines = [f"# {_escape(heading)}", ""]
-    lines += [f"- **{name}**: {_escape(value)}" for name, value in facts.items()]
-    lines += ["", line(map(_escape, titles)), line(["---", "---"] + ["---:"] * (len(titles) - 2))]
-    lines += [line(_escape(text) for text, _, _ in row) for row in cells]
-    lines += ["", "![The first prompt at each precision, and the memory it takes](comparison.png)"]
-    for number, (prompt, seeds) in enumerate(groups, start=1):
-        # The quotation marks keep a prompt such as "- a" or "1. a" from becoming a list.
-        lines += ["", f"## Prompt {number}", "", f"“{_escape(prompt)}”"]
-        for seed, grid in seeds:
-            lines += ["", f"### Seed {_escape(str(seed))}", "", line([" ", *map(_escape, columns)])]
-            lines.append(line(["---"] * (len(columns) + 1)))
-            for variant, pictures in grid:
-                shown = (p and f"![{_escape(p['name'])}]({p['link']})<br>{p['caption']}" for p in pictures)
-                lines.append(line([_escape(variant), *(cell or " " for cell in shown)]))
-    return "\n".join(lines) + "\n"
+def _tables(result: Row) -> list[Table]:
+    """Tables of costs and, where there are any, of scores and of paired differences."""
+    summary = summary_of(result)
+    titles, cells = columns(summary, _peak(result))
+    tables: list[Table] = [("Cost", titles[:COSTS], [line[:COSTS] for line in cells], (0, 1))]
+    if len(titles) > COSTS:
+        scores = [line[:2] + line[COSTS:] for line in cells]
+        tables.append((SCORES, titles[:2] + titles[COSTS:], scores, (0, 1)))
+    titles, cells = differing(summary)
+    if cells:
+        tables.append(("Differences at the same prompt and seed", titles, cells, (0, 1, 2)))
+    return tables
 
 
-def _groups(rows: list[Row], folder: Path) -> list[tuple[str, list[tuple[int, Grid]]]]:
+def _notes(result: Row) -> str:
+    """What the scores' table needs to be read."""
+    summary, known, notes = summary_of(result), result.get("references") or {}, []
+    if any((e := score_of(entry, key)) and e.interval for entry in summary for key in entry["scores"]):
+        notes.append("Below each mean its 95 % bootstrap interval over prompts and seeds.")
+    if known:
+        usual = ", ".join(f"{key} {number(value)}" for key, value in known.items() if isinstance(value, float))
+        notes.append(
+            f"Training pictures: {known['count']} in {known['folder']}{f'; among themselves {usual}' if usual else ''}."
+        )
+    return f"<p>{escape(' '.join(notes))}</p>" if notes else ""
+
+
+def _index(rows: list[Row], groups: list[Group]) -> str:
+    """Every prompt with the means of its scores, which lead to its pictures."""
+    if len(groups) < 2:
+        return ""
+    keys = score_names(rows)
+    cells: list[list[Cell]] = []
+    for i, (prompt, _) in enumerate(groups, start=1):
+        found = means(row for row in rows if row["prompt"] == prompt)
+        cells.append([(f"{i}", i, None), (prompt, prompt, None), *(figure_cell(found.get(key)) for key in keys)])
+    links = [f"#prompt-{i}" for i in range(1, len(groups) + 1)]
+    body = page.table(["prompt", "text", *keys], cells, [1], links)
+    return (
+        f'<details class="prompts"><summary>All {len(groups)} prompts with their mean scores</summary>{body}</details>'
+    )
+
+
+def _groups(rows: list[Row], folder: Path) -> list[Group]:
     """For each prompt its seeds, and for each of these the pictures, precisions ordered by memory."""
     # Rows that agree in all four hold the same picture (a prompt listed twice, say): one of them is shown.
     cells = {(row["prompt"], row["seed"], row["adapter"], row["precision"]): _picture(row, folder) for row in rows}
-    adapters, columns = list(dict.fromkeys(row["adapter"] for row in rows)), by_memory(rows)
+    adapters, names = list(dict.fromkeys(row["adapter"] for row in rows)), by_memory(rows)
     groups: dict[str, dict[int, Grid]] = {}
     for row in rows:
         prompt, seed = row["prompt"], row["seed"]
         groups.setdefault(prompt, {})[seed] = [
-            (_variant(adapter), [cells.get((prompt, seed, adapter, precision)) for precision in columns])
-            for adapter in adapters
+            (variant(adapter), [cells.get((prompt, seed, adapter, name)) for name in names]) for adapter in adapters
         ]
     return [(prompt, list(seeds.items())) for prompt, seeds in groups.items()]
 
 
 def _picture(row: Row, folder: Path) -> Row:
+    found = {key: estimate(value) for key, value in row["scores"].items()}
+    scores = [f"{key} {number(e.mean)}" for key, e in found.items() if e is not None]
+    scores += [f"nearest training picture {row['nearest']}"] if row.get("nearest") else []
     return {
         "file": folder / row["image"],
         "link": quote(row["image"]),
-        "name": f"{row['precision']}, {_variant(row['adapter'])}",
-        "caption": f"{_size(_memory(row))} · {_number(row['seconds'])} s",
-        "scores": ", ".join(f"{key} {_number(value)}" for key, value in row["scores"].items() if value is not None),
+        "name": f"{row['precision']}, {variant(row['adapter'])}",
+        "line": variant(row["adapter"]),
+        "caption": f"{size(memory(row))} · {number(row['seconds'])} s",
+        "short": " + ".join(filter(None, (row["precision"], row["adapter"]))),
+        "scores": ", ".join(scores),
         "reference": row["precision"] == "bf16",
     }
 
 
-def _columns(summary: list[Row], peak: str) -> tuple[list[str], list[list[Cell]]]:
-    """Titles and cells of the summary table; `peak` names the column of peak memory."""
-    keys = list(dict.fromkeys(key for entry in summary for key in entry["scores"]))
-    largest = {key: max(entry[key] for entry in summary) or 1 for key in ("weights_bytes", "peak_memory_bytes")}
-    titles = ["precision", "adapter", "weights", peak, "load s", "s/image", "s/step", *keys]
-    cells: list[list[Cell]] = []
-    for entry in summary:
-        names: list[Cell] = [(text, text, None) for text in (entry["precision"], entry["adapter"] or "none")]
-        sizes: list[Cell] = [(_size(entry[key]), entry[key], entry[key] / top) for key, top in largest.items()]
-        numbers = [entry["load_seconds"], entry["seconds"], entry["seconds_per_step"]]
-        numbers += [entry["scores"].get(key) for key in keys]
-        cells.append([*names, *sizes, *((_number(number), number, None) for number in numbers)])
-    return titles, cells
-
-
-def _heading(rows: list[Row]) -> str:
+def _heading(rows: Sequence[Row]) -> str:
     return "Comparison of " + ", ".join(dict.fromkeys(row["precision"] for row in rows))
 
 
@@ -208,35 +223,9 @@ def _peak(result: Row) -> str:
     return "peak resident set" if result["device"].startswith("cpu") else "peak allocated"
 
 
-def _variant(adapter: str | None) -> str:
-    return "without adapter" if adapter is None else f"with {adapter}"
-
-
-def _size(count: int) -> str:
-    value, unit = (count / 2**30, "GiB") if count >= 2**30 else (count / 2**20, "MiB")
-    return f"{value:.{0 if value >= 100 else 2}f} {unit}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{next(digits for digits, above in enumerate((1000, 100, 10, 0.1, 0)) if abs(value) >= above)}f}"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return fmean(defined) if defined else None
-
-
-def _escape(text: str) -> str:
-    """Text as one line of Markdown that shows it as it is."""
-    line = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~$!" else c for c in line)
-
-
 if __name__ == "__main__":
     report = Path(sys.argv[1])
     comparison = json.loads((report / "results.json").read_text(encoding="utf-8"))
     write(comparison, report)
-    print(table(summarise(comparison["rows"])))
+    print(table(summary_of(comparison)))
     print(f"report: {report / 'report.html'}")

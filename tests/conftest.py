@@ -1,10 +1,16 @@
 """What several tests share."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 
 from infer import shapes
 from infer.command import ROOT
 from infer.flux import Model
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +34,17 @@ def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
     """FLUX.1-dev's code paths at a small size."""
     monkeypatch.setitem(shapes.SHAPES, "black-forest-labs/FLUX.1-dev", SMALL)
     return Model("black-forest-labs/FLUX.1-dev", weights="random")
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium; see tests/browser.py."""
+    from tests.browser import IN_CI, Browser, programs
+
+    installed = programs()
+    if installed is None:
+        message = "no Chromium with its driver is installed (Debian: apt-get install chromium chromium-driver)"
+        pytest.fail(message) if IN_CI else pytest.skip(message)
+    opened = Browser(*installed)
+    yield opened
+    opened.close()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,9 @@ from infer.flux import Model
 from train.data import Data, Prior
 from train.look import Look, look
 from train.source import Source
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 HOSTILE = "sks, <script>alert(1)</script> </style> <img src=x onerror=\"alert(2)\"> & 'quoted'"
 VOID = {"img", "input", "meta", "br"}
@@ -282,3 +285,25 @@ def test_wrong_options_are_refused() -> None:
     for option in ("shown", "workers", "decode_pixels"):
         with pytest.raises(ValueError, match=f"{option} is 0"):
             Look(**{option: 0})  # type: ignore[arg-type]
+
+
+def test_page_in_a_browser(messy: Path, tiny: Model, capsys: Any, browser: "Browser") -> None:
+    _, counts, _, _ = run(capsys, Look(tiny, Data(str(messy), resolution=64, trigger="sks", on_error="skip")))
+    page = Path(counts["page"])
+    browser.open(page)
+    assert browser.requests() == [page.resolve().as_uri()]
+    rows = "return [...document.querySelectorAll('#all tbody tr')].filter((r) => r.checkVisibility()).map((r) => "
+    first = f"{rows}r.cells[arguments[0]].dataset.value)"
+    browser.find("#all th:nth-child(3) button").click()
+    sizes = [float(value) for value in browser.js(first, 2)]
+    assert sizes == sorted(sizes) and len(sizes) == 5
+    browser.find("#search").send_keys("plain caption")
+    assert sorted(browser.js(first, 0)) == [str(messy / "deep/b & <b>c</b>.png"), str(messy / "small.png")]
+    assert browser.find("#found").text == "2 crops and 2 lines of the table match"
+    dark = []
+    for theme in ("light", "dark"):  # the verdict's colour, too, follows what is chosen
+        browser.js("theme.value = arguments[0]; theme.dispatchEvent(new Event('change'))", theme)
+        dark.append(browser.js("return getComputedStyle(document.querySelector('.verdict')).borderLeftColor"))
+    assert dark == ["rgb(46, 125, 70)", "rgb(99, 193, 131)"]
+    browser.size(390, 800, phone=True)
+    assert browser.overflow() == 0 and browser.problems() == []

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from infer.page import SCROLL, SORT, STYLE, Cell, document, facts_list, table
+from infer.page import SCROLL, Cell, contents, document, facts_list, table
 from train import cards
 from train.data import Data, sources_of
 from train.survey import Survey, reasons, sources
@@ -20,10 +20,8 @@ OWN_STYLE = """
 .verdict { padding: .75rem 1rem; border-radius: .75rem; border: 1px solid var(--line); background: var(--card);
   color: var(--ink); margin: 0 0 1.25rem; font-size: 1rem; border-left: .35rem solid var(--mark);
   overflow-wrap: anywhere; }
-:root { --good: #2e7d46; --bad: #c0392b; }
-@media (prefers-color-scheme: dark) { :root { --good: #63c183; --bad: #ff8f80; } }
+:root { --good: light-dark(#2e7d46, #63c183); --bad: light-dark(#c0392b, #ff8f80); }
 .good { --mark: var(--good); } .bad { --mark: var(--bad); }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: 1.25rem 0 0; font-size: .9rem; }
 .list { width: 100%; font-size: .9rem; }
 .list :is(td, th) { padding: .45rem .75rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
@@ -34,10 +32,9 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: 1.25rem 0 0; fon
 :is(#buckets, #all) thead th { position: sticky; top: 0; background: var(--card); z-index: 1; }
 .all td[data-text] { white-space: normal; min-width: 9rem; max-width: 24rem; overflow-wrap: anywhere; }
 .tools { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: .75rem 0; font-size: .9rem; }
-.tools input[type=search] { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; padding: .4rem .7rem; width: min(100%, 24rem); }
-.tools label { display: flex; gap: .4rem; align-items: center; } [hidden] { display: none !important; }
-input[type=checkbox] { accent-color: var(--accent); width: 1rem; height: 1rem; }
+.tools input[type=search] { width: min(100%, 24rem); }
+.tools label { display: flex; gap: .4rem; align-items: center; }
+input[type=checkbox] { width: 1rem; height: 1rem; }
 summary { cursor: pointer; padding: .4rem 0; font-size: .95rem; }
 .groups, .group { display: flex; flex-wrap: wrap; gap: .75rem; }
 .group { border: 1px dashed var(--line); border-radius: 1rem; padding: .5rem; }
@@ -88,15 +85,15 @@ def render(
         ("Crops", _crops(found, data, shown, workers, gate)),
         ("All", _all(found)),
     ]
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name, body in sections if body)
-    parts = [f"<h1>{escape(heading)}</h1>", verdict, facts_list(facts), f'<nav aria-label="Sections">{links}</nav>']
+    links = contents([(name.lower(), name) for name, body in sections if body])
+    parts = [verdict, facts_list(facts), links]
     titles = {"Broken": "Broken and left out", "All": "All pictures"}
     parts += [
         f'<section id="{name.lower()}"><h2>{titles.get(name, name)}</h2>{body}</section>'
         for name, body in sections
         if body
     ]
-    return document(heading, parts, STYLE + cards.STYLE + OWN_STYLE, SORT + SCRIPT)
+    return document(heading, parts, cards.STYLE + OWN_STYLE, SCRIPT)
 
 
 def _sources(found: Survey, data: Data) -> str:
