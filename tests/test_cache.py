@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,15 +29,17 @@ from infer.flux import Model
 from infer.quantize import Precision
 from train import cache as cache_module
 from train.bucket import View
-from train.cache import build, prune_cache
+from train.cache import build
 from train.caption import all_texts
-from train.data import Data, read_samples
+from train.data import Data, Prior, read_samples
 from train.encoding import Encode
 from train.index import Index, identify
 from train.keys import Keys, make_keys
 from train.picture import pixel_hash
+from train.prior import prior_folder
+from train.prune import folders_used, prune_cache
 from train.shards import list_shards, read_keys
-from train.source import Sample
+from train.source import Sample, Source
 from train.store import Cache
 from train.workers import Gate
 
@@ -494,10 +497,10 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     training, cache = make(data, tiny, samples), make(data, tiny, used)
     before = files(data)
     with pytest.raises(ValueError, match=r"cache is in use by another process"):
-        prune_cache(cache)
+        prune_cache(cache, ())
     assert files(data) == before
     training.close()
-    prune_cache(cache)
+    prune_cache(cache, ())
     for kind, count in (("pictures", 3), ("texts", 3), ("index", 1)):
         held = [key for file in list_shards(Path(data.cache, kind)) for key in read_keys(file)]
         assert len(held) == len(set(held)) == count
@@ -507,6 +510,27 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
     identify(samples, data, index)
     assert len(index.rows) == 4 and len(list_shards(index.folder)) == 2  # d.png alone was decoded again
+
+
+def test_prune_keeps_the_tables_and_class_pictures_in_use(data: Data, tiny: Model, tmp_path: Path) -> None:
+    def table(name: str) -> str:
+        rows = {"image": [Path(data.path, "d.png").read_bytes()], "text": [name]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+        return str(tmp_path / f"{name}.parquet")
+
+    used = replace(data, path="", sources=[Source(table("used")), Source(data.path)], prior=Prior("", "a star", 2))
+    unused = replace(used, sources=[Source(table("other"))], prior=Prior("", "a heart", 2))
+    for one in (used, unused):
+        read_samples(one)
+        prior_folder(one, tiny, BF16).mkdir(parents=True)
+        (prior_folder(one, tiny, BF16) / "00000.png").write_bytes(b"drawn")
+    keep = folders_used(used, tiny, BF16)
+    kinds = [[folder for folder in Path(data.cache, kind).iterdir() if folder.is_dir()] for kind in ("tables", "prior")]
+    assert [len(folders) for folders in kinds] == [2, 2] and len(keep & {f for folders in kinds for f in folders}) == 2
+    prune_cache(make(used, tiny), keep)
+    assert {f for kind in ("tables", "prior") for f in Path(data.cache, kind).glob("*/")} == keep
+    assert (prior_folder(used, tiny, BF16) / "00000.png").read_bytes() == b"drawn"
+    assert misses(make(used, tiny)) == (0, 0)
 
 
 class Ranks:

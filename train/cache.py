@@ -35,10 +35,11 @@ from infer.quantize import Precision
 from train.caption import all_texts
 from train.data import Data, check_left, read_samples
 from train.encoding import Encode, Seen, Work, encode_masks, encode_pictures, encode_texts
-from train.index import Fault, Index, Picture, identify, prune_index
+from train.index import Fault, Index, Picture, identify
 from train.keys import make_keys
 from train.prior import prior_samples
-from train.shards import DamagedError, Shelf, hold, prune, read_part, verify
+from train.prune import folders_used, prune_cache
+from train.shards import DamagedError, Shelf, hold, read_part, verify
 from train.source import Faults, Sample
 from train.store import Cache
 from train.workers import Gate, work_ahead
@@ -206,21 +207,6 @@ def cut_texts(cache: Cache, texts: list[str]) -> list[str]:
     return cut
 
 
-def prune_cache(cache: Cache) -> None:
-    """Remove all that this cache does not use; it is closed by that.
-
-    Raises:
-        ValueError: another process uses the folder, and may need what would be removed.
-    """
-    folder = Path(cache.data.cache)
-    cache.close()
-    with hold(folder, alone=True):
-        for kind, shelf in cache.shelves.items():
-            prune(folder / kind, shelf.found.keys())
-        pixels = {name for picture in cache.pictures for name in (picture.identity, picture.mask) if name}
-        prune_index(folder / "index", pixels, shelf.warn)
-
-
 @dataclass
 class Fill:
     """What to encode ahead of training, and whether to remove the rest."""
@@ -272,7 +258,7 @@ def fill(options: Fill) -> dict[str, int]:
     cache.close()
     state.wait_for_everyone()
     if options.prune and main:
-        prune_cache(cache)
+        prune_cache(cache, folders_used(data, options.model, options.precision))
     state.wait_for_everyone()
     figures = {
         "samples": len(cache.kept),
