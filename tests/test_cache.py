@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,15 +29,17 @@ from infer.flux import Model
 from infer.quantize import Precision
 from train import cache as cache_module
 from train.bucket import View
-from train.cache import build, prune_cache
+from train.cache import build
 from train.caption import all_texts
-from train.data import Data, read_samples
+from train.data import Data, Prior, read_samples
 from train.encoding import Encode
 from train.index import Index, identify
 from train.keys import Keys, make_keys
 from train.picture import pixel_hash
+from train.prior import prior_folder
+from train.prune import folders_used, prune_cache
 from train.shards import list_shards, read_keys
-from train.source import Sample
+from train.source import Sample, Source
 from train.store import Cache
 from train.workers import Gate
 
@@ -84,8 +87,10 @@ def misses(cache: Cache) -> tuple[int, int]:
     return cache.counts["pictures_misses"], cache.counts["texts_misses"]
 
 
-def reference_vae(model: Model) -> Any:
-    return AutoencoderKL.from_pretrained(model.path, subfolder="vae", torch_dtype=torch.bfloat16)
+def reference_vae(model: Model, layout: torch.memory_format = torch.channels_last) -> Any:
+    """The layout changes the order of sums, and with it roundings."""
+    vae: Any = AutoencoderKL.from_pretrained(model.path, subfolder="vae", torch_dtype=torch.bfloat16)
+    return vae.to(memory_format=layout)
 
 
 def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,19 +330,24 @@ def test_identity_is_of_the_pixels_alone(width: int, height: int, seed: int, pla
 
 
 def test_batches_are_equal_within_the_rounding_of_bf16(data: Data, tiny: Model) -> None:
-    """A batch sums in another order; bf16 keeps 8 bits, so that a number may come out one step of 2^-7 apart."""
+    """Batches, and another layout of the weights, sum in another order; bf16 keeps 8 bits, so that a number may come
+    out one step of 2^-7 apart."""
     data = replace(data, resolution=[32, 64], flip=True, crops=2)
-    one = make(data, tiny)
-    many = make(replace(data, cache=data.cache + "2"), tiny, encode=replace(FAST, batch_pixels=4 * 64 * 64))
+    samples, _ = read_samples(data)
+    one = make(data, tiny, samples)
+    many = make(replace(data, cache=data.cache + "2"), tiny, samples, encode=replace(FAST, batch_pixels=4 * 64 * 64))
+    plain = reference_vae(tiny, torch.contiguous_format)
     compared = 0
-    for i in range(len(one.pictures)):
+    for i, sample in enumerate(samples):
         for views in one.views(i):
             for view in views:
-                for a, b in zip(one.picture(i, view), many.picture(i, view), strict=True):
-                    assert (a - b).abs().max() <= 2**-7 * (a.abs().max() + 0.1)
-                    assert (a - b).abs().mean() <= 2**-9 * a.abs().mean() + 1e-5
-                    compared += 1
-    assert compared >= 2 * 4 * 2 * 2
+                own = one.picture(i, view)
+                for other in (many.picture(i, view), by_hand(plain, Path(sample.name), view)):
+                    for a, b in zip(own, other, strict=True):
+                        assert (a - b).abs().max() <= 2**-7 * (a.abs().max() + 0.1)
+                        assert (a - b).abs().mean() <= 2**-9 * a.abs().mean() + 1e-5
+                        compared += 1
+    assert compared >= 2 * 2 * 4 * 2 * 2
 
 
 def test_large_pictures_are_encoded_in_tiles(data: Data, tiny: Model) -> None:
@@ -487,10 +497,10 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     training, cache = make(data, tiny, samples), make(data, tiny, used)
     before = files(data)
     with pytest.raises(ValueError, match=r"cache is in use by another process"):
-        prune_cache(cache)
+        prune_cache(cache, ())
     assert files(data) == before
     training.close()
-    prune_cache(cache)
+    prune_cache(cache, ())
     for kind, count in (("pictures", 3), ("texts", 3), ("index", 1)):
         held = [key for file in list_shards(Path(data.cache, kind)) for key in read_keys(file)]
         assert len(held) == len(set(held)) == count
@@ -500,6 +510,27 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
     identify(samples, data, index)
     assert len(index.rows) == 4 and len(list_shards(index.folder)) == 2  # d.png alone was decoded again
+
+
+def test_prune_keeps_the_tables_and_class_pictures_in_use(data: Data, tiny: Model, tmp_path: Path) -> None:
+    def table(name: str) -> str:
+        rows = {"image": [Path(data.path, "d.png").read_bytes()], "text": [name]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+        return str(tmp_path / f"{name}.parquet")
+
+    used = replace(data, path="", sources=[Source(table("used")), Source(data.path)], prior=Prior("", "a star", 2))
+    unused = replace(used, sources=[Source(table("other"))], prior=Prior("", "a heart", 2))
+    for one in (used, unused):
+        read_samples(one)
+        prior_folder(one, tiny, BF16).mkdir(parents=True)
+        (prior_folder(one, tiny, BF16) / "00000.png").write_bytes(b"drawn")
+    keep = folders_used(used, tiny, BF16)
+    kinds = [[folder for folder in Path(data.cache, kind).iterdir() if folder.is_dir()] for kind in ("tables", "prior")]
+    assert [len(folders) for folders in kinds] == [2, 2] and len(keep & {f for folders in kinds for f in folders}) == 2
+    prune_cache(make(used, tiny), keep)
+    assert {f for kind in ("tables", "prior") for f in Path(data.cache, kind).glob("*/")} == keep
+    assert (prior_folder(used, tiny, BF16) / "00000.png").read_bytes() == b"drawn"
+    assert misses(make(used, tiny)) == (0, 0)
 
 
 class Ranks:
@@ -556,55 +587,63 @@ def test_ranks_share_the_work(data: Data, tiny: Model) -> None:
     assert all("d.png cannot be read" in str(error) for error in errors)  # no rank waits for one that stopped
 
 
-KILLED = """
-import os, signal, sys
+TOGETHER = """
+import os, signal, sys, time
 from pathlib import Path
-from train.encoding import Writer
+from train.writer import Writer
+from tests.test_cache import *
+pictures, cache, model, own, other, most = sys.argv[1:]
 add, count = Writer.add, [0]
-def add_or_die(self, key, item):
+def add_slowly(self, key, item):
     add(self, key, item)
     count[0] += 1
-    if count[0] == 3:
+    time.sleep(0.1)
+    if count[0] == int(most):
         self._wait()
         os.kill(os.getpid(), signal.SIGKILL)
-Writer.add = add_or_die
-from tests.test_cache import *
-make(Data(sys.argv[1], resolution=32, cache=sys.argv[2], flip=True), Model(sys.argv[3]), encode=Encode(flush_seconds=0))
+Writer.add = add_slowly
+Path(own).touch()
+while not Path(other).exists():
+    time.sleep(0.01)
+make(Data(pictures, resolution=32, cache=cache, flip=True), Model(model), encode=Encode(workers=1, flush_seconds=0))
+print(count[0])
 """
 
 
-def test_processes_build_together_and_a_killed_one_is_continued(data: Data, tiny: Model) -> None:
+def test_processes_share_the_work_and_a_killed_one_is_continued(data: Data, tiny: Model, tmp_path: Path) -> None:
     data = replace(data, flip=True)
-    killed = [sys.executable, "-c", KILLED, data.path, data.cache, tiny.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(killed, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    alone = replace(data, cache=data.cache + " of it alone")
-    second = subprocess.Popen([*killed[:4], alone.cache, tiny.path], cwd=ROOT, env=environment, stderr=-3)
-    command = [sys.executable, str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
-    options = [
-        "data.resolution=32",
-        "data.flip=true",
-        "precision=bf16",
-        "previews=[a prompt]",
-        "device=cpu",
-        "prune=true",
+    marks = [str(tmp_path / "first"), str(tmp_path / "second")]
+    given = [sys.executable, "-c", TOGETHER, data.path, data.cache, tiny.path]
+    first, second = (
+        subprocess.Popen([*given, *ways, most], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=-3, text=True)
+        for ways, most in ((marks, "3"), (marks[::-1], "99"))
+    )
+    counted = second.communicate()[0]
+    assert first.wait() == -9 and second.returncode == 0
+    written = [
+        key for kind in ("pictures", "texts") for f in list_shards(Path(data.cache, kind)) for key in read_keys(f)
     ]
+    assert len(written) == len(set(written)) == 8 + 4  # nothing twice, nothing lost: three by the one that was killed
+    assert int(counted) == 9
+
+    command = [sys.executable, str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
+    options = ["data.resolution=32", "data.flip=true", "precision=bf16", "device=cpu", "prune=true"]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
-    assert first.wait() == second.wait() == -9
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    counts = {name: figures.pop(name) for name in ("image_hits", "image_misses", "text_hits", "text_misses", "bytes")}
-    assert figures == {"samples": 4, "mask_hits": 0, "mask_misses": 0, "skipped": 0, "truncated": 0}
-    assert counts["image_hits"] + counts["image_misses"] == 8 and counts["text_hits"] + counts["text_misses"] == 4
+    size = sum(file.stat().st_size for file in Path(data.cache).rglob("*") if file.is_file())
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "samples": 4,
+        "image_hits": 8,
+        "image_misses": 0,
+        "text_hits": 3,
+        "text_misses": 0,
+        "bytes": size,
+        "skipped": 0,
+    }
     samples, _ = read_samples(data)
     cache = make(data, tiny, samples)
-    assert misses(cache) == (0, 0)
-    check(cache, samples, tiny)
-
-    there = [key for file in list_shards(Path(alone.cache, "pictures")) for key in read_keys(file)]
-    assert len(there) == 3
-    cache = make(alone, tiny, samples)
-    assert misses(cache) == (5, 4)  # only what was not written
+    assert misses(cache) == (0, 1)  # the prompt was not asked for, and pruned
     check(cache, samples, tiny)
 
 

@@ -121,10 +121,46 @@ def test_paths_in_a_table_stay_in_its_folder(tmp_path: Path, data: dict[str, Any
         samples[5].read()
 
 
+def test_a_downloaded_data_set_keeps_its_splits_and_subsets(tmp_path: Path, data: dict[str, Any]) -> None:
+    """The layout of the Hub: files in folders, splits by their names, subsets by the README."""
+    for name, captions in (
+        ("data/train-00000-of-00002.parquet", ["a", "b"]),
+        ("data/train-00001-of-00002.parquet", ["c"]),
+        ("data/test-00000-of-00001.parquet", ["d"]),
+        (".cache/old.parquet", ["e"]),
+    ):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "set" / name, "bytes", captions, [content(0)] * len(captions))
+    (tmp_path / "set/README.md").write_text("---\nlicense: mit\n---\nwords\n")
+    assert [sample.captions for sample in read(tmp_path / "set", data)] == [("a",), ("b",), ("c",)]
+
+    def captions_of(**options: Any) -> list[str]:
+        samples, _ = read_samples(Data(sources=[Source(str(tmp_path / "set"), **options)], **data))
+        return [sample.captions[0] for sample in samples]
+
+    assert captions_of(split="test") == ["d"]
+    with pytest.raises(ValueError, match="datasets cannot load it: Unknown split"):
+        captions_of(split="validation")
+    (tmp_path / "set/more").mkdir()
+    write(tmp_path / "set/more/train-0.parquet", "bytes", ["f"], [content(0)])
+    subsets = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("data", "more")
+    )
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs:\n{subsets}---\n")
+    assert captions_of(subset="more") == ["f"] and captions_of(subset="data") == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="datasets cannot load it: Config name is missing"):
+        captions_of()
+
+
 def test_pictures_beside_tables_are_not_left_out(tmp_path: Path, data: dict[str, Any]) -> None:
     write(tmp_path / "set.parquet", "bytes", ["a"], [content(0)])
     (tmp_path / "a.png").write_bytes(content(1))
     with pytest.raises(ValueError, match="it holds pictures beside tables: put them in folders of their own"):
+        read(tmp_path, data)
+    (tmp_path / "a.png").unlink()
+    write(tmp_path / "other.arrow", "arrow", ["b"], [content(0)])
+    with pytest.raises(ValueError, match="it holds both parquet and arrow files: put them in folders of their own"):
         read(tmp_path, data)
 
 
@@ -141,6 +177,12 @@ def test_tables_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     refused("has no column 'text', only photo, words; set data.image_column", caption_column="text")
     refused("only the pictures of a folder can have masks", masks=str(tmp_path))
     refused("datasets cannot load it", path="", sources=[Source(str(file), split="test")])
+    refused(
+        "subset of .*set.parquet is 'small', but that has none", path="", sources=[Source(str(file), subset="small")]
+    )
+    datasets.Dataset.from_dict({"photo": ["x"], "words": ["a"]}).save_to_disk(str(tmp_path / "saved"))
+    source = Source(str(tmp_path / "saved"), split="test")
+    refused("it has no splits, but split is 'test'; leave that out", path="", sources=[source])
     pq.write_table(pa.table({"words": ["a", "b"], "number": [1, 2]}), file)
     refused("column 'number' of .*set.parquet holds no pictures.*set data.image_column", image_column="number")
     with pytest.raises(ValueError, match=r"set.parquet\[0\] cannot be read as a picture"):

@@ -13,6 +13,7 @@ nothing, and an edited one is never taken for the old one. Runs and processes sh
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,14 +34,16 @@ from infer.flux import Model, check_model, load_vae, read_config
 from infer.quantize import Precision
 from train.caption import all_texts
 from train.data import Data, check_left, read_samples
-from train.encoding import Encode, Todo, Writer, encode_masks, encode_pictures, encode_texts
-from train.index import Fault, Index, Picture, identify, prune_index
+from train.encoding import Encode, Seen, Work, encode_masks, encode_pictures, encode_texts
+from train.index import Fault, Index, Picture, identify
 from train.keys import make_keys
 from train.prior import prior_samples
-from train.shards import DamagedError, Shelf, hold, prune, read_part, verify
+from train.prune import folders_used, prune_cache
+from train.shards import DamagedError, Shelf, hold, read_part, verify
 from train.source import Faults, Sample
 from train.store import Cache
 from train.workers import Gate, work_ahead
+from train.writer import Todo, Writer
 
 Gather = Callable[[list[Any]], list[Any]]
 """Waits for all ranks and gives each the lists of all, one after another: accelerate's gather_object."""
@@ -75,7 +78,8 @@ def build(
     cache = Cache(data, keys, config["shift_factor"], config["scaling_factor"], held)
     index = Index(folder / "index", encode.flush_seconds, encode.threads, gate, warn, main)
     mine = range(rank, len(samples), ranks)
-    known = gather(list(zip(mine, identify([samples[i] for i in mine], data, index), strict=True)))
+    with cache.timed("look"):
+        known = gather(list(zip(mine, identify([samples[i] for i in mine], data, index), strict=True)))
     del index
     admit(cache, samples, dict(known))
 
@@ -90,30 +94,36 @@ def build(
         cache.shelves[kind] = shelf
         own = units[kind][rank::ranks]
         used = shelf.wanted if ranks == 1 else {key for unit in own for key in cache.entries(kind, unit)}
-        check(shelf, used, encode, gather)
+        with cache.timed("check"):
+            check(shelf, used, encode, gather)
         absent = used - shelf.found.keys()
         counts[f"{kind}_hits"], counts[f"{kind}_misses"] = len(used) - len(absent), len(absent)
         todo[kind] = [unit for unit in own if absent and not absent.isdisjoint(cache.entries(kind, unit))]
 
-    def writer(kind: str) -> Writer:
-        return Writer(cache.shelves[kind], encode)
-
-    def sampled(kind: str) -> Iterator[Todo]:
+    def entries(kind: str) -> Iterator[Todo]:
+        if kind == "texts":
+            yield from (Todo(text, cache.entries(kind, text)) for text in todo[kind])
+            return
         for i in sorted(todo[kind], key=lambda i: cache.views(i)[0][0].width):  # so that batches come together
-            yield Todo(samples[cache.kept[i]], cache.pictures[i], cache.entries(kind, i))
+            yield Todo(Seen(samples[cache.kept[i]], cache.pictures[i]), cache.entries(kind, i))
+
+    @contextmanager
+    def work(kind: str) -> Iterator[Work]:
+        with cache.timed(kind), Writer(cache.shelves[kind], encode.shard_mib * 2**20, encode.flush_seconds) as writer:
+            yield Work(writer, entries(kind), len(todo[kind]), encode, gate, main)
 
     if todo["pictures"]:
         vae = load_vae(model, device)
-        with writer("pictures") as shards:
-            encode_pictures(vae, sampled("pictures"), len(todo["pictures"]), data, encode, gate, shards, main)
+        with work("pictures") as own_pictures:
+            encode_pictures(vae, own_pictures, data)
         del vae
         release(device)
     if todo["masks"]:
-        with writer("masks") as shards:
-            encode_masks(sampled("masks"), len(todo["masks"]), data, encode, gate, shards, main)
+        with work("masks") as own_masks:
+            encode_masks(own_masks, data)
     if todo["texts"]:
-        with text_encoder(model, precision, device, data.text_length) as encoder, writer("texts") as shards:
-            encode_texts(encoder, {keys.text(text): text for text in todo["texts"]}, shards, main)
+        with text_encoder(model, precision, device, data.text_length) as encoder, work("texts") as own_texts:
+            encode_texts(encoder, own_texts)
 
     for own_counts in gather([counts]):  # here all wait for all
         for name, count in own_counts.items():
@@ -197,21 +207,6 @@ def cut_texts(cache: Cache, texts: list[str]) -> list[str]:
     return cut
 
 
-def prune_cache(cache: Cache) -> None:
-    """Remove all that this cache does not use; it is closed by that.
-
-    Raises:
-        ValueError: another process uses the folder, and may need what would be removed.
-    """
-    folder = Path(cache.data.cache)
-    cache.close()
-    with hold(folder, alone=True):
-        for kind, shelf in cache.shelves.items():
-            prune(folder / kind, shelf.found.keys())
-        pixels = {name for picture in cache.pictures for name in (picture.identity, picture.mask) if name}
-        prune_index(folder / "index", pixels, shelf.warn)
-
-
 @dataclass
 class Fill:
     """What to encode ahead of training, and whether to remove the rest."""
@@ -225,6 +220,18 @@ class Fill:
     prune: bool = False
     """Remove what this config does not use, while nobody else uses the cache."""
     device: str = "auto"
+
+
+def summary(cache: Cache) -> list[str]:
+    """What was found and what was encoded, for people: a line each."""
+    lines = []
+    for kind, what in (("pictures", "views of pictures"), ("masks", "views of masks"), ("texts", "texts")):
+        hits, misses = cache.counts[f"{kind}_hits"], cache.counts[f"{kind}_misses"]
+        if hits + misses:
+            took = f" in {cache.seconds[kind]:.1f} s" if kind in cache.seconds else ""
+            lines.append(f"{what}: {hits:,} were there, {misses:,} encoded{took}")
+    lines.append(f"texts of which T5 does not see the end: {len(cache.truncated):,}")
+    return lines
 
 
 def fill(options: Fill) -> dict[str, int]:
@@ -251,7 +258,7 @@ def fill(options: Fill) -> dict[str, int]:
     cache.close()
     state.wait_for_everyone()
     if options.prune and main:
-        prune_cache(cache)
+        prune_cache(cache, folders_used(data, options.model, options.precision))
     state.wait_for_everyone()
     figures = {
         "samples": len(cache.kept),
@@ -259,17 +266,16 @@ def fill(options: Fill) -> dict[str, int]:
         "image_misses": counts["pictures_misses"],
         "text_hits": counts["texts_hits"],
         "text_misses": counts["texts_misses"],
-        "mask_hits": counts["masks_hits"],
-        "mask_misses": counts["masks_misses"],
         "bytes": sum(file.stat().st_size for file in Path(data.cache).rglob("*") if file.is_file()),
         "skipped": len(skipped),
-        "truncated": len(cache.truncated),
     }
     if main:
         for one in skipped:
             print(f"skipped: {one.name} {one.reason}")
         for text in cache.truncated:
             print(f"T5 does not see the end of {text!r}")
+        for line in summary(cache):
+            print(line)
         print(json.dumps(figures))
     state.destroy_process_group()
     return figures

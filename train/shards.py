@@ -153,10 +153,19 @@ class Shelf:
     found: dict[str, Path] = field(default_factory=dict)
     """Key -> shard."""
     seen: set[str] = field(default_factory=set)
+    stamp: int = 0
+    """When the folder was last changed, at the last look."""
+
+    def glance(self) -> None:
+        """Look only if the folder has changed since the last look; a change within the same tick of its clock can be
+        missed."""
+        if self.folder.stat().st_mtime_ns != self.stamp:
+            self.refresh()
 
     def refresh(self) -> list[DamagedError]:
         """Look into the shards that were not there at the last look; returns what cannot be opened."""
         damaged = []
+        self.stamp = self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0
         for file in list_shards(self.folder):
             if file.name in self.seen:
                 continue

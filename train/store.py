@@ -1,5 +1,8 @@
 """Encoded samples, read from the cache's shards: pictures by view, masks, texts."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import IO, Any
@@ -34,11 +37,22 @@ class Cache:
     """Texts whose end T5 does not see."""
     counts: dict[str, int] = field(default_factory=dict)
     """What was there and what was encoded, over all ranks: distinct views, their masks, texts."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of this rank: to look at the pictures, to check what is there, to encode pictures, masks and texts."""
     shelves: dict[str, Shelf] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # pictures come in few sizes, and what is not remembered is worked out again
         self.views_of = lru_cache(maxsize=4096)(partial(views_of, data=self.data))
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time of a with-block to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     def identity(self, index: int) -> str:
         """A hash of the sample's decoded pixels."""

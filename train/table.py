@@ -1,6 +1,8 @@
 """A data set that `datasets` reads -> samples: a parquet or arrow file, a folder of them, or a data set on the Hub."""
 
 import hashlib
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,27 @@ def is_table(path: str) -> bool:
     """Whether a source's path is for `datasets`: a file or a folder of its kinds, or a name such as owner/name."""
     place = Path(path)
     if place.is_dir():
-        return _saved(place) or any(_files(place))
+        if _saved(place) or any(file.suffix in KINDS for file in place.iterdir()):
+            return True
+        kinds = {_kind(file) for file in _walk(place)}  # a downloaded data set has its files in folders
+        return "table" in kinds and "picture" not in kinds
     return place.suffix in KINDS or (path.count("/") == 1 and not place.is_absolute() and not path.startswith("."))
+
+
+def unpacked(source: Source, cache: Path) -> Path | None:
+    """Where what `datasets` unpacks of a source goes; None if that is no local table.
+
+    By content: datasets itself takes a file of the same name and time for the same.
+    """
+    place = Path(source.path)
+    if not place.exists() or _saved(place):
+        return None
+    digest = hashlib.sha256(repr(source.subset).encode())
+    for file in _tables(place):
+        digest.update(f"/{file.relative_to(place)}/".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return cache / "tables" / digest.hexdigest()[:32]
 
 
 def read_table(
@@ -90,11 +111,20 @@ def _saved(folder: Path) -> bool:
     )
 
 
-def _files(place: Path) -> list[str]:
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; what begins with a dot is no part of it."""
+    for within, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(within, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _kind(file: Path) -> str:
+    return "picture" if file.suffix.lower() in SUFFIXES else "table" if file.suffix in KINDS else ""
+
+
+def _tables(place: Path) -> list[Path]:
     """The files of a local table."""
-    if place.is_file():
-        return [str(place)]
-    return sorted(str(file) for suffix in KINDS for file in place.glob(f"*{suffix}"))
+    return [place] if place.is_file() else [file for file in _walk(place) if _kind(file) == "table"]
 
 
 def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
@@ -106,24 +136,27 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
             f"{source.path!r} is read by `datasets`, which is not installed here: pip install datasets"
         ) from error
     place = Path(source.path)
+    saved = place.is_dir() and _saved(place)
+    if source.subset is not None and (saved or place.is_file()):
+        raise ValueError(f"subset of {source.path} is {source.subset!r}, but that has none; leave it out")
     try:
-        if place.is_dir() and _saved(place):
+        if saved:
             loaded = datasets.load_from_disk(source.path)
-            table = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            return table, [place]
-        files = _files(place)
-        if place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.iterdir()):
-            raise ValueError("it holds pictures beside tables: put them in folders of their own")
-        if files:
-            digest = hashlib.sha256()
-            for name in files:
-                with Path(name).open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            # by content: datasets itself takes a file of the same name and time for the same
-            folder = cache / "tables" / digest.hexdigest()[:32]
-            kind = KINDS[Path(files[0]).suffix]
-            table = datasets.load_dataset(kind, data_files=files, split=source.split, cache_dir=str(folder))
-            return table, [place if place.is_dir() else place.parent]
+            if isinstance(loaded, datasets.DatasetDict):
+                return loaded[source.split], [place]
+            if source.split != "train":
+                raise ValueError(f"it has no splits, but split is {source.split!r}; leave that out")
+            return loaded, [place]
+        if place.exists():
+            if place.is_dir() and any(_kind(file) == "picture" for file in _walk(place)):
+                raise ValueError("it holds pictures beside tables: put them in folders of their own")
+            if place.is_dir() and len({file.suffix for file in _tables(place)}) > 1:
+                raise ValueError("it holds both parquet and arrow files: put them in folders of their own")
+            given: dict[str, Any] = {"split": source.split, "cache_dir": str(unpacked(source, cache))}
+            if place.is_file():
+                return datasets.load_dataset(KINDS[place.suffix], data_files=[str(place)], **given), [place.parent]
+            # as a data set's own folder: splits by the names of its files, subsets by its README
+            return datasets.load_dataset(str(place), source.subset, **given), [place]
         table = datasets.load_dataset(source.path, source.subset, split=source.split)
         return table, [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
     except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike
