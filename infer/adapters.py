@@ -1,39 +1,31 @@
-"""LoRA adapters on a quantized transformer: attach, measure, save for plain diffusers, load, switch.
+"""LoRA adapters on a quantized transformer: attach one to train, load others, switch them on and off."""
 
-A saved adapter is `pytorch_lora_weights.safetensors` in diffusers' keys with its strength (alpha / rank, or alpha /
-sqrt(rank)) multiplied into B: every loader takes a missing alpha as strength 1, so all of them draw the same picture.
-"""
-
-import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from infer.atomic import replace_file
-from infer.quantize import linear_layers
+from infer.attached import adapter_state as adapter_state
+from infer.attached import save_adapter as save_adapter
+from infer.attached import set_adapter_state as set_adapter_state
+from infer.attached import strengths
+from infer.attached import update_norm as update_norm
+from infer.formats import FILE as FILE
+from infer.formats import Pairs, read_pairs
+from infer.formats import find_adapter as find_adapter
+from infer.formats import read_notes as read_notes
+from infer.formats_write import lora_config
+from infer.targets import PRESETS, base_layers, match_targets
 
-FILE = "pytorch_lora_weights.safetensors"
-ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-MLP = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
-BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
-PRESETS = {
-    "attention": BLOCKS + ATTENTION,
-    "attention+mlp": f"{BLOCKS}({ATTENTION}|{MLP})",
-    "double": rf"transformer_blocks\.\d+\.({ATTENTION}|{MLP})",
-    "single": rf"single_transformer_blocks\.\d+\.({ATTENTION}|{MLP})",
-    "all": ".*",
-}
-INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+RECOVERY = "recovery"
+"""The name of the adapter that gives back what quantization took; it stays on beside every other."""
+INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "residual": True, "loftq": True}
+FROM_ERROR = ("residual", "loftq")
 
 
 @dataclass
@@ -49,9 +41,14 @@ class Adapter:
     dora: bool = False
     """Learn each weight column's magnitude apart from its direction (Liu et al. 2024); slower."""
     init: str = "default"
-    """default (Kaiming-uniform A, zero B), gaussian (normal A, zero B) or orthogonal."""
+    """default (Kaiming-uniform A, zero B), gaussian (normal A, zero B) or orthogonal; or from the quantization error
+    (infer/residual.py): residual (its best approximation of this rank) or loftq (quantized again around it)."""
     targets: str = "attention"
     """A preset (attention, attention+mlp, double, single, all) or a regular expression over whole layer names."""
+    start: str | None = None
+    """A LoRA file of any program to go on from; null starts anew. Of a higher rank or more layers, the rest is new."""
+    recovery: str | None = None
+    """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -64,6 +61,13 @@ class Adapter:
             raise ValueError(f"adapter.init is {self.init!r}; choose one of {', '.join(INITS)}")
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"adapter.rank is {self.rank}; orthogonal initialisation needs an even rank")
+        if self.init != "default" and self.start is not None:
+            raise ValueError(f"adapter.init is {self.init} and adapter.start is given; choose one of them")
+        if self.init in FROM_ERROR and (self.dora or self.recovery is not None):
+            other = "adapter.dora" if self.dora else "adapter.recovery"
+            raise ValueError(
+                f"adapter.init={self.init} is not made for {other}; set adapter.init=default, or leave it out"
+            )
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -73,30 +77,15 @@ class Adapter:
             ) from error
 
 
-def match_targets(transformer: nn.Module, targets: str) -> list[str]:
-    """Names of the linear layers that a preset or a regular expression means.
-
-    Raises:
-        ValueError: none; the message lists what there is.
-    """
-    layers = linear_layers(transformer)
-    pattern = re.compile(PRESETS.get(targets, targets))
-    found = [name for name in layers if pattern.fullmatch(name)]
-    if not found:
-        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers})
-        raise ValueError(
-            f"adapter.targets {targets!r} matches no linear layer. Presets: {', '.join(PRESETS)}. "
-            f"Layers (write a number or \\d+ for *): {', '.join(kinds)}"
-        )
-    return found
-
-
 def attach(
     transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default"
 ) -> list[nn.Parameter]:
     """Freeze the transformer, add a trainable adapter in fp32 and return its parameters.
 
     fp32 because a small update to a bf16 weight rounds to nothing (PEFT starts in bf16 beside 4-bit layers).
+
+    Raises:
+        ValueError: the targets match nothing, or what is to be started from does not fit.
     """
     targets = match_targets(transformer, adapter.targets)
     transformer.requires_grad_(False)
@@ -113,151 +102,137 @@ def attach(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=name)
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    parameters = [p for n, p in transformer.named_parameters() if f".{name}." in n and "lora_" in n]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     attached = len(strengths(transformer, name))
     assert attached == len(targets), f"{attached} layers were adapted instead of {len(targets)}"
+    if adapter.start is not None:
+        start_from(transformer, adapter, name)
+    if RECOVERY in transformer.peft_config:
+        set_adapters(transformer, {RECOVERY: 1.0, name: 1.0})
+        transformer.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     return parameters
 
 
-def adapter_state(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's own tensors under PEFT's names, on the CPU; what a checkpoint keeps."""
-    state = get_peft_model_state_dict(transformer, adapter_name=name)
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-
-
-def set_adapter_state(transformer: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
-    """Put `adapter_state` back into an attached adapter, every tensor of it and no other."""
-    from peft.utils import set_peft_model_state_dict
-
-    own = adapter_state(transformer, name)
-    if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
-        raise ValueError("the checkpoint's adapter has other layers or another rank than the run's config asks for")
-    set_peft_model_state_dict(transformer, state, adapter_name=name)
-
-
-def strengths(transformer: nn.Module, name: str = "default") -> dict[str, float]:
-    """For every adapted layer, alpha / rank (or with rsLoRA alpha / sqrt(rank))."""
-    return {
-        layer: float(module.scaling[name])
-        for layer, module in transformer.named_modules()
-        if name in getattr(module, "scaling", {})
-    }
-
-
-def portable_state(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter in diffusers' keys, strength multiplied into B."""
-    scale = strengths(transformer, name)
-    state = {}
-    for key, value in adapter_state(transformer, name).items():
-        layer = key.split(".lora_")[0]
-        state[f"transformer.{key}"] = value * scale[layer] if ".lora_B." in key else value
-    return state
-
-
-def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], name: str = "default") -> Path:
-    """Write `folder/pytorch_lora_weights.safetensors` whole or not at all; `notes` go into its header as JSON.
+def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str) -> None:
+    """Have a new adapter begin as the one in the file `adapter.start`.
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: it has layers, ranks or a kind that the new one has not.
     """
-    state = portable_state(transformer, name)
-    bad = [key for key, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"the adapter is not finite in {len(bad)} tensors ({bad[0]}, ...); nothing was written")
-    file = folder / FILE
-    # diffusers reads `lora_adapter_metadata` only: these notes change nothing for it
-    content = save(state, metadata={"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)})
-    replace_file(file, lambda path: path.write_bytes(content))
-    return file
+    assert adapter.start is not None
+    pairs = read_pairs(adapter.start)
+    check_fit(pairs, transformer, adapter.start)
+    own = strengths(transformer, name)
+    lost = sorted(pairs.keys() - own.keys())
+    if lost:
+        raise ValueError(
+            f"adapter.start {adapter.start} adapts {len(lost)} layers that adapter.targets={adapter.targets} does not "
+            f"({lost[0]}, ...); choose targets that hold them all"
+        )
+    most = max(pair.down.shape[0] for pair in pairs.values())
+    if most > adapter.rank:
+        raise ValueError(f"adapter.start {adapter.start} has rank {most}; set adapter.rank={most} or more")
+    if adapter.dora != (next(iter(pairs.values())).magnitude is not None):
+        raise ValueError(
+            f"adapter.start {adapter.start} is {'LoRA' if adapter.dora else 'DoRA'}; set adapter.dora to it"
+        )
+    for layer, pair in pairs.items():
+        module: Any = transformer.get_submodule(layer)
+        rank = pair.down.shape[0]
+        module.lora_A[name].weight.data[:rank] = pair.down
+        module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / own[layer])
+        if pair.magnitude is not None:
+            module.lora_magnitude_vector[name].weight.data.copy_(pair.magnitude)
 
 
-def find_adapter(path: str) -> Path:
-    """The adapter's file from a path to it or to its folder.
+def check_fit(pairs: Pairs, transformer: nn.Module, path: str) -> None:
+    """Compare pairs with the layers that they are for.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a layer is unknown to the transformer, or has other features.
     """
-    file = Path(path)
-    if file.is_dir():
-        candidates = [file / FILE, file / "adapter" / FILE]
-        file = next((c for c in candidates if c.is_file()), candidates[0])
-    if not file.is_file():
-        raise ValueError(f"there is no adapter at {file}; give a .safetensors file or a folder that holds {FILE}")
-    return file
+    layers = base_layers(transformer)
+    unknown = [layer for layer in pairs if layer not in layers]
+    if unknown:
+        raise ValueError(
+            f"{path} does not fit this model: {len(unknown)} of {len(pairs)} layers are unknown to it "
+            f"({unknown[0]}, ...); choose the adapter's own base model"
+        )
+    for name, pair in pairs.items():
+        wide, narrow = pair.up.shape[0], pair.down.shape[1]
+        layer = layers[name]
+        if (wide, narrow) != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"{path} does not fit this model at {name}: it maps {narrow} to {wide} features where the layer maps "
+                f"{layer.in_features} to {layer.out_features}; choose the adapter's own base model"
+            )
 
 
-def read_notes(file: Path) -> dict[str, Any]:
-    """What `save_adapter` noted in the header; empty for other programs' files."""
-    with safe_open(file, framework="pt") as reader:
-        notes: dict[str, Any] = json.loads((reader.metadata() or {}).get("flux_lora", "{}"))
-    return notes
+def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
+    """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone."""
+    with torch.random.fork_rng():
+        transformer.add_adapter(lora_config(pairs), adapter_name=name)
+    attached = strengths(transformer, name)
+    assert attached.keys() == pairs.keys(), f"{len(attached)} of {len(pairs)} layers were attached"
+    for layer, pair in pairs.items():
+        module: Any = transformer.get_submodule(layer)
+        values = {module.lora_A[name]: pair.down, module.lora_B[name]: pair.up}
+        if pair.magnitude is not None:
+            values[module.lora_magnitude_vector[name]] = pair.magnitude
+        for holder, value in values.items():
+            holder.weight.data = value.to(holder.weight.device, transformer.dtype)
+            holder.weight.requires_grad_(False)
 
 
 def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str) -> int:
-    """Load an adapter file (diffusers' keys, or others that diffusers converts) and switch it on; returns its layers.
+    """Load an adapter file of any program (infer/formats.py), on and alone; returns its layers.
 
     Raises:
-        ValueError: the file is unreadable, not finite, all zero, or does not fit this transformer.
+        ValueError: the name is taken, the file is unreadable or broken, or does not fit this transformer.
     """
     if name in getattr(transformer, "peft_config", {}):
         raise ValueError(f"there is an adapter {name!r} already; give this one another name")
-    file = find_adapter(path)
-    try:
-        state, alphas, metadata = FluxPipeline.lora_state_dict(
-            str(file), return_alphas=True, return_lora_metadata=True, use_safetensors=True
-        )
-    except Exception as error:  # every format's converter raises something else
-        raise ValueError(f"{file} is no LoRA file that can be read: {error}") from error
-    ups = {key: value for key, value in state.items() if ".lora_B." in key}
-    layer_of = {key: key.removeprefix("transformer.").split(".lora_B.")[0] for key in ups}
-    # where an adapter sits already, the layer itself is its `base_layer`
-    layers = {own.removesuffix(".base_layer"): layer for own, layer in linear_layers(transformer).items()}
-    unknown = [key for key in ups if layer_of[key] not in layers]
-    if not ups or unknown:
-        raise ValueError(
-            f"{file} does not fit this model: {len(unknown)} of {len(ups)} layers are unknown to it"
-            f"{' (' + unknown[0] + ', ...)' if unknown else ''}; choose the adapter's own base model"
-        )
-    bad = [key for key, value in state.items() if not value.float().isfinite().all()]
-    if bad:
-        raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
-    if not any(bool(value.any()) for value in ups.values()):
-        raise ValueError(f"{file} is zero in every layer: it would draw the base model; train it again")
-    for key, value in ups.items():
-        layer = layers[layer_of[key]]
-        down = state.get(key.replace(".lora_B.", ".lora_A."))
-        if down is None or value.shape[0] != layer.out_features or down.shape[1] != layer.in_features:
-            raise ValueError(
-                f"{file} does not fit this model at {key}: it has shape {tuple(value.shape)} where the layer maps "
-                f"{layer.in_features} to {layer.out_features} features; choose the adapter's own base model"
-            )
-    FluxPipeline.load_lora_into_transformer(state, alphas, transformer, adapter_name=name, metadata=metadata)
-    attached = strengths(transformer, name)
-    assert len(attached) == len(ups), f"{len(attached)} of {len(ups)} layers were attached"
-    return len(ups)
+    pairs = read_pairs(path)
+    check_fit(pairs, transformer, path)
+    put_pairs(transformer, pairs, name)
+    if RECOVERY in transformer.peft_config and name != RECOVERY:
+        set_adapters(transformer, {name: 1.0})
+    return len(pairs)
 
 
-def update_norm(transformer: nn.Module, name: str = "default") -> float:
-    """Frobenius norm of strength x B A over all layers, without forming the products.
+def set_adapters(transformer: FluxTransformer2DModel, weights: dict[str, float]) -> None:
+    """Have exactly these adapters on, each at its weight times its own strength, and the recovery adapter, if there is
+    one, beside them. None restores the base model's output bit for bit.
 
-    ||B A||_F^2 = sum((B^T B) * (A A^T)).
+    Raises:
+        ValueError: there is no such adapter (diffusers would draw the base model), or a weight is no number.
     """
-    state, scale = adapter_state(transformer, name), strengths(transformer, name)
-    total = 0.0
-    for key, up in state.items():
-        if ".lora_B." not in key:
-            continue
-        down = state[key.replace(".lora_B.", ".lora_A.")].double()
-        up = up.double()
-        total += scale[key.split(".lora_")[0]] ** 2 * float(((up.T @ up) * (down @ down.T)).sum())
-    return math.sqrt(max(total, 0.0))
+    there = getattr(transformer, "peft_config", {})
+    for name, weight in weights.items():
+        if name not in there:
+            loaded = ", ".join(there) or "none"
+            raise ValueError(f"there is no adapter {name!r}; loaded are {loaded}")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter {name!r} is {weight}; give a number")
+    if not there:
+        return
+    on = {name: weight for name, weight in ({RECOVERY: 1.0} | weights).items() if weight and name in there}
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if on:
+        transformer.enable_adapters()
+        transformer.set_adapters(list(on), list(on.values()))
+    else:
+        transformer.disable_adapters()
+    transformer.requires_grad_(False)  # PEFT has every adapter learn that is on
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def switch(transformer: FluxTransformer2DModel, on: bool) -> None:
-    """Adapters on or off; off restores the base model's output bit for bit."""
-    if on:
-        transformer.enable_adapters()
-    else:
-        transformer.disable_adapters()
+    """All adapters on at weight 1, or all but the recovery adapter off, which without one restores the base bit for
+    bit."""
+    set_adapters(transformer, dict.fromkeys(transformer.peft_config, 1.0) if on else {})

@@ -219,7 +219,8 @@ def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     elif how == "zero in every layer":
         state = {key: torch.zeros_like(value) if ".lora_B." in key else value for key, value in state.items()}
     elif how == "unknown":
-        state[first.replace("blocks.0", "blocks.77")] = state.pop(first)
+        for key in (first, first.replace(".lora_B.", ".lora_A.")):
+            state[key.replace("blocks.0", "blocks.77")] = state.pop(key)
     elif how == "does not fit":
         state[first] = torch.randn(96, state[first].shape[1])
     return state

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from infer.adapters import Adapter
 from infer.command import ROOT, check_run_name
 from infer.compare import Compare
+from infer.convert import Convert
 from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
@@ -33,7 +34,15 @@ from train.track import Track
 from train.train import claim
 
 CONFIGS = ROOT / "configs"
-ROOTS: dict[str, Any] = {"train": Train, "cache": Fill, "look": Look, "plan": Plan, "compare": Compare, "save": Save}
+ROOTS: dict[str, Any] = {
+    "train": Train,
+    "cache": Fill,
+    "look": Look,
+    "compare": Compare,
+    "save": Save,
+    "convert": Convert,
+    "plan": Plan,
+}
 GROUPS: dict[str, Any] = {
     "adapter": Adapter,
     "data": Data,
@@ -119,6 +128,7 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
+    assert not differences(made("convert"), Convert())
     for root in ("cache", "look", "plan", "save"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     comparison = made("compare")
@@ -164,6 +174,13 @@ WRONG = [
     ("train", "adapter.alpha=nan", "adapter.alpha is nan; it must be above 0"),
     ("train", "adapter.dropout=1", "adapter.dropout is 1.0; it must be .*below 1"),
     ("train", "adapter.init=zero", "adapter.init is 'zero'; choose one of default"),
+    (
+        "train",
+        "adapter.init=gaussian adapter.start=x",
+        "adapter.init is gaussian and adapter.start is given; choose one",
+    ),
+    ("train", "adapter.init=loftq adapter=dora", "adapter.init=loftq is not made for adapter.dora"),
+    ("train", "adapter.init=residual adapter.recovery=x", "adapter.init=residual is not made for adapter.recovery"),
     ("train", "adapter.init=orthogonal adapter.rank=5", "adapter.rank is 5; orthogonal .*even"),
     ("train", "adapter.targets='attn(['", r"adapter.targets 'attn\(\[' is neither a preset \(attention.*expression"),
     ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
@@ -226,6 +243,7 @@ WRONG = [
     ("compare", "seeds=[]", "compare needs at least one of prompts and of seeds"),
     ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),
     ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
+    ("convert", "to=a1111", "to is 'a1111'; choose one of diffusers, peft, kohya, comfyui"),
     ("save", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of"),
 ]
 

@@ -1,0 +1,75 @@
+"""Write an adapter file in another program's format.
+
+    python infer/convert.py adapter.path=runs/mine/adapter to=kohya out=mine-kohya.safetensors
+    python infer/convert.py adapter.path=from_the_web.safetensors to=diffusers out=adapters/from_the_web
+
+The adapter may be in any format that infer/formats.py reads; no model is loaded.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+from infer.command import run_command
+from infer.formats import FILE, find_adapter, read_notes, read_pairs
+from infer.formats_write import FORMATS, write_pairs
+
+
+@dataclass
+class Source:
+    """The adapter to read."""
+
+    path: str = ""
+    """A LoRA file or its folder."""
+
+
+@dataclass
+class Convert:
+    """Which adapter, and what it becomes."""
+
+    adapter: Source = field(default_factory=Source)
+    to: str = "diffusers"
+    """diffusers, peft, kohya (sd-scripts, and most web interfaces) or comfyui."""
+    out: str = ""
+    """A .safetensors file that does not exist yet; for PEFT a folder, for diffusers either."""
+    drop_text_encoder: bool = False
+    """Leave out what the file holds for the text encoder, which is not adapted here."""
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMATS:
+            raise ValueError(f"to is {self.to!r}; choose one of {', '.join(FORMATS)}")
+
+
+def convert(options: Convert) -> Path:
+    """Write the file; returns it.
+
+    Raises:
+        ValueError: a path is empty or taken, or the adapter cannot be read or written so.
+    """
+    path = options.adapter.path
+    if not path:
+        raise ValueError("adapter.path is empty; give a LoRA file or its folder")
+    out = Path(options.out)
+    if not options.out or out.exists():
+        raise ValueError(f"out is {options.out!r}; give a file or folder that does not exist yet")
+    file = out.suffix == ".safetensors"
+    if file if options.to == "peft" else not file and options.to != "diffusers":
+        raise ValueError(
+            f"out is {options.out!r}; to={options.to} writes a {'folder' if file else 'file named *.safetensors'}"
+        )
+    pairs = read_pairs(path, options.drop_text_encoder)
+    notes = read_notes(find_adapter(path))
+    written = write_pairs(pairs, options.to, out if file or options.to == "peft" else out / FILE, notes)
+    ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
+    print(f"{len(pairs)} layers of rank {', '.join(map(str, ranks))} as {options.to} in {written}")
+    return written
+
+
+if __name__ == "__main__":
+    run_command("convert", Convert, convert)

@@ -1,0 +1,183 @@
+"""LoRA files of any program -> pairs: diffusers', PEFT's, kohya's, ComfyUI's, Black Forest Labs' and XLabs' names.
+
+What a file holds is, for each layer, a pair A and B and a strength: the layer becomes W + strength x B A. Files differ
+in the layers' names (infer/names.py), in what they fuse, and in where the strength stands.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infer.names import halves_swapped, layers_of
+
+FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_PREFIX = re.compile(
+    r"(base_model\.model\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
+)
+_KEY = re.compile(
+    r"(?P<name>.+?)\."
+    r"((?P<down>(lora_A(\.default)?|lora_down|lora\.down|down)\.weight)"
+    r"|(?P<up>(lora_B(\.default)?|lora_up|lora\.up|up)\.weight)"
+    r"|(?P<alpha>alpha)"
+    r"|(?P<magnitude>lora_magnitude_vector(\.default)?(\.weight)?))"
+)
+_TEXT = re.compile(r"(lora_te\d?_|text_encoders?[._]|lora_te[.])")
+_STRANGERS = (
+    ("lokr_", "LoKr adapters are not LoRA"),
+    ("hada_", "LoHa adapters are not LoRA"),
+    ("dora_scale", "DoRA of kohya and ComfyUI is not read; merge it there"),
+    ("_norm.scale", "it replaces norms too, as FLUX.1's Canny and Depth adapters do, which are for another model"),
+    ("lora_B.bias", "it has biases of its own, as FLUX.1's Canny and Depth adapters do, which are for another model"),
+    ("diff", "it replaces biases or norms too"),
+)
+
+
+class Pair(NamedTuple):
+    """One layer's update: strength x up down."""
+
+    down: Tensor  # A [rank, in]
+    up: Tensor  # B [out, rank]
+    strength: float
+    magnitude: Tensor | None = None  # DoRA's [out]
+
+
+Pairs = dict[str, Pair]
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter's file from a path to it or to its folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE]
+        file = next((c for c in candidates if c.is_file()), candidates[0])
+    if not file.is_file():
+        raise ValueError(f"there is no adapter at {file}; give a .safetensors file or a folder that holds {FILE}")
+    return file
+
+
+def read_notes(file: Path) -> dict[str, Any]:
+    """What `save_adapter` noted in the header; empty for other programs' files."""
+    with safe_open(file, framework="pt") as reader:
+        notes: dict[str, Any] = json.loads((reader.metadata() or {}).get("flux_lora", "{}"))
+    return notes
+
+
+def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
+    """An adapter file of any format -> pairs by diffusers' names of the transformer's layers.
+
+    Raises:
+        ValueError: it is unreadable, not finite or zero, half a pair is absent, or a key is unknown.
+    """
+    file = find_adapter(path)
+    try:
+        with safe_open(file, framework="pt") as reader:
+            header = reader.metadata() or {}
+            state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no LoRA file that can be read: {error}") from error
+    text = [key for key in state if _TEXT.match(key)]
+    if text and not drop_text_encoder:
+        raise ValueError(
+            f"{file} adapts the text encoder too ({len(text)} tensors, such as {text[0]}), which is not done here; "
+            "infer/convert.py with drop_text_encoder=true writes a file without them"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key in state.keys() - set(text):
+        match = _KEY.fullmatch(key)
+        name = _PREFIX.sub("", match["name"], count=1) if match else ""
+        if match is None or not layers_of(name):
+            unknown.append(key)
+            continue
+        part = next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
+        if part in found.setdefault(name, {}):
+            raise ValueError(f"{file} says twice what {part} of {name} is; it mixes two formats, keep one of them")
+        found[name][part] = state[key]
+    if unknown or not found:
+        reason = next((said for mark, said in _STRANGERS if any(mark in key for key in unknown)), None)
+        raise ValueError(
+            f"{file} does not fit this model: {len(unknown)} of {len(state)} keys are unknown"
+            f"{' (' + min(unknown) + ', ...)' if unknown else ''}; {reason or 'choose a LoRA file of FLUX.1'}"
+        )
+    bad = [key for key, value in state.items() if not value.float().isfinite().all()]
+    if bad:
+        raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
+    strengths = _Strengths(file, header, state)
+    pairs: Pairs = {}
+    for name in sorted(found):
+        for layer, pair in _split(file, name, found[name], strengths).items():
+            if layer in pairs:
+                raise ValueError(f"{file} says twice what {layer} gets; it mixes two formats, keep one of them")
+            pairs[layer] = pair
+    if not any(bool(pair.up.any()) and bool(pair.down.any()) for pair in pairs.values()):
+        raise ValueError(f"{file} is zero in every layer: it would draw the base model; train it again")
+    if len({pair.magnitude is None for pair in pairs.values()}) > 1:
+        raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
+    return pairs
+
+
+class _Strengths:
+    """A layer's strength: of its alpha key, of the file's configuration, or 1."""
+
+    def __init__(self, file: Path, header: dict[str, str], state: dict[str, Tensor]) -> None:
+        self.file = file
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        self.config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        beside = file.with_name(PEFT_CONFIG)
+        own = any(key.startswith(("base_model.model.transformer_blocks", "base_model.model.single_")) for key in state)
+        if own and not any(key.endswith(".alpha") for key in state):
+            if not beside.is_file():
+                raise ValueError(f"{file} is PEFT's, whose strength stands in {PEFT_CONFIG}; put that file beside it")
+            self.config = json.loads(beside.read_text())
+
+    def __call__(self, layer: str, rank: int, alpha: Tensor | None) -> float:
+        from peft.utils.other import get_pattern_key
+
+        said = None
+        if self.config.get("lora_alpha") is not None:
+            patterns = self.config.get("alpha_pattern") or {}
+            whole = patterns.get(get_pattern_key(patterns, layer), self.config["lora_alpha"])
+            said = float(whole) / (rank**0.5 if self.config.get("use_rslora") else rank)
+        if alpha is None:
+            return 1.0 if said is None else said
+        own = float(alpha) / rank
+        if said is not None and abs(own - said) > 1e-3 * abs(own):
+            raise ValueError(f"{self.file} gives {layer} two strengths, {own} and {said}; remove one of them")
+        return own
+
+
+def _split(file: Path, name: str, parts: dict[str, Tensor], strengths: _Strengths) -> Pairs:
+    """One name's tensors -> the pairs of the layers that it means."""
+    if "down" not in parts or "up" not in parts:
+        there, absent = ("B", "A") if "up" in parts else ("A" if "down" in parts else "alpha", "B")
+        raise ValueError(f"{file} has {there} but no {absent} for {name}: half a pair; copy or train it again")
+    down, up = parts["down"], parts["up"]
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        raise ValueError(f"{file}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} are no pair of one rank")
+    layers = layers_of(name)
+    strength = strengths(layers[0], down.shape[0], parts.get("alpha"))
+    if len(layers) == 1:
+        if halves_swapped(name):
+            up = up.roll(up.shape[0] // 2, 0)
+        magnitude = parts.get("magnitude")
+        return {layers[0]: Pair(down, up, strength, None if magnitude is None else magnitude.flatten())}
+    width = down.shape[1]
+    rows = [width, width, width, up.shape[0] - 3 * width][: len(layers)]
+    if "magnitude" in parts or sum(rows) != up.shape[0] or rows[-1] <= 0:
+        raise ValueError(f"{file} does not fit this model at {name}: B has {up.shape[0]} rows for {width} features")
+    found = {}
+    for layer, part in zip(layers, up.split(rows), strict=True):
+        used = part.any(0)  # of a block-diagonal B, each layer's own columns
+        if used.any():
+            found[layer] = Pair(down[used], part[:, used].contiguous(), strength)
+    return found or {layer: Pair(down, part, strength) for layer, part in zip(layers, up.split(rows), strict=True)}
