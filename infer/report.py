@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from infer.atomic import replace_file
+from infer.errors import explained
 from infer.figure import draw
 from infer.page import Cell, render
 
@@ -234,9 +235,29 @@ def _escape(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#~$!" else c for c in line)
 
 
+def rewrite(folder: Path) -> None:
+    """Write the report of a comparison again from its results.json.
+
+    Raises:
+        ValueError: there is none, or it is not one that was written here.
+    """
+    file = folder / "results.json"
+    try:
+        comparison = json.loads(file.read_bytes())
+        if not isinstance(comparison, dict) or not isinstance(comparison["rows"], list):
+            raise TypeError("it is no object with rows")
+        write(comparison, folder)
+        print(table(summarise(comparison["rows"])))
+    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} holds no comparison that can be reported ({type(error).__name__}: {error}); give the folder that "
+            "infer/compare.py wrote, or compare again"
+        ) from error
+    print(f"report: {folder / 'report.html'}")
+
+
 if __name__ == "__main__":
-    report = Path(sys.argv[1])
-    comparison = json.loads((report / "results.json").read_text(encoding="utf-8"))
-    write(comparison, report)
-    print(table(summarise(comparison["rows"])))
-    print(f"report: {report / 'report.html'}")
+    with explained():
+        if len(sys.argv) != 2:
+            raise ValueError("give one folder, as in python -m infer.report runs/compare/compare")
+        rewrite(Path(sys.argv[1]))
