@@ -3,6 +3,7 @@
 The exit codes are those of infer/errors.py; a config is checked before any model is loaded.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from infer.credentials import check_secrets
-from infer.errors import ROOT, explained, refuse
+from infer.credentials import check_values
+from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
 from infer.setting import REFUSED, check_settings, explain
 
+__all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
 T = TypeVar("T")
 
 OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
@@ -28,13 +30,15 @@ OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema`, and do the work."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=name)
     def main(config: DictConfig) -> None:
         with explained(), _refused(schema):
             check_settings(config, schema)
             options: Any = OmegaConf.to_object(config)
-            check_secrets(options)
+            check_values(options)
         with explained(_folder(options)):
             work(options)
 

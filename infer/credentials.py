@@ -1,5 +1,6 @@
 """Tokens and keys: they are in no config, no log and no file that is written here."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -24,31 +25,39 @@ def hide(text: str) -> str:
     return SHAPED.sub("<a token>", text)
 
 
-def check_secrets(options: Any) -> None:
-    """See that no setting holds a token or key: settings are written into configs, adapters, reports and trackers.
+def check_values(options: Any) -> None:
+    """See that no setting holds a token or key: settings are written into configs, adapters, reports and trackers. And
+    none that JSON cannot hold: a number that is not finite, or text that is no Unicode.
 
     Raises:
-        ValueError: one does; it is named, and not what it holds.
+        ValueError: one does; a token is named, and not shown.
     """
-    for name, text in _texts(options, ""):
-        hidden = hide(text)
-        if hidden != text:
+    for name, value in _leaves(options, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; give a finite number")
+        if not isinstance(value, str):
+            continue
+        hidden = hide(value)
+        if hidden != value:
             raise ValueError(
                 f"{name} holds a token or key ({hidden}), and settings are written into files that you may share; take "
                 "it out: HF_TOKEN and WANDB_API_KEY are read from the environment"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{name} is {value!a}, which is no UTF-8 text; write it in UTF-8, or rename the file")
 
 
-def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield name, value
-    elif is_dataclass(value):
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every value that holds no others, by its dotted name."""
+    if is_dataclass(value):
         for each in fields(value):
-            yield from _texts(getattr(value, each.name), f"{name}.{each.name}".lstrip("."))
+            yield from _leaves(getattr(value, each.name), f"{name}.{each.name}".lstrip("."))
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _texts(str(key), name)
-            yield from _texts(item, f"{name}.{key}")
+            yield from _leaves(str(key), name)
+            yield from _leaves(item, f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _texts(item, f"{name}[{i}]")
+            yield from _leaves(item, f"{name}[{i}]")
+    else:
+        yield name, value

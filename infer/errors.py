@@ -1,6 +1,7 @@
 """What went wrong, said to people: one paragraph with the mend; a traceback only with FLUX_DEBUG=1.
 
-Exit codes: 0 done; 1 a defect of ours, whose traceback is kept in a file; 2 something that the user can mend.
+Exit codes: 0 done; 1 a defect of ours, whose traceback is kept in a file; 2 something that the user can mend; 3 stopped
+by a signal with its state saved (the same command goes on); 4 a check that found a difference.
 """
 
 import errno
@@ -21,7 +22,7 @@ from infer.atomic import replace_file
 from infer.credentials import hide
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFECT, MEND = 1, 2
+DONE, DEFECT, MEND, STOPPED, DIFFERS = range(5)
 TRACEBACK = "traceback.txt"
 MENDS = {
     errno.ENOSPC: "free some space, then start again: what was written before is whole",

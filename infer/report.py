@@ -42,7 +42,10 @@ def write(result: Row, folder: Path) -> None:
             name = f"{row['precision']}, {_variant(row['adapter'])}, seed {row['seed']}"
             raise ValueError(f"Row {i} ({name}) has no picture: {folder / row['image']} is absent. Generate it again.")
     # All text is made before the first file is touched: what is wrong with the input leaves an old report whole.
-    data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"a report's numbers must be finite ({error}); measure again") from error
     titles, cells = _columns(summarise(rows), _peak(result))
     content = (_heading(rows), _facts(result), titles, cells, by_memory(rows), _groups(rows, folder))
     page, text = render(*content), _markdown(*content)
@@ -256,8 +259,12 @@ def rewrite(folder: Path) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError("give one folder, as in python -m infer.report runs/compare/compare")
+    rewrite(Path(arguments[0]))
+
+
 if __name__ == "__main__":
     with explained():
-        if len(sys.argv) != 2:
-            raise ValueError("give one folder, as in python -m infer.report runs/compare/compare")
-        rewrite(Path(sys.argv[1]))
+        main(sys.argv[1:])

@@ -106,6 +106,8 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
             f"{source.path!r} is read by `datasets`, which is not installed here: pip install datasets"
         ) from error
     place = Path(source.path)
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken we say ourselves
     try:
         if place.is_dir() and _saved(place):
             loaded = datasets.load_from_disk(source.path)
@@ -127,8 +129,13 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         table = datasets.load_dataset(source.path, source.subset, split=source.split)
         return table, [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
     except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
         raise ValueError(
-            f"{source.path!r} is no folder of pictures here, and datasets cannot load it: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; "
-            "check the spelling, or download it and give the local folder"
+            f"{source.path!r} is no folder of pictures here, and datasets cannot load it: {reason}; check the "
+            "spelling, or download it and give the local folder"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
