@@ -49,13 +49,13 @@ from scripts.tiny.make_style import make_style
 from train import cache, config, train
 from train.checkpoint import list_checkpoints, read_checkpoint
 
-SET = ["data.path=set", "data.resolution=64", "device=cpu"]
-TRAIN = [*SET, "run=soak", "steps=6", "save_every=1", "validate_every=3", "validation_levels=1", "adapter.rank=2",
-         "data.batch_size=2", "data.validation=0.2", "data.caption_dropout=0.2", "optim.lr=1e-3", "adapter.dropout=0.1",
-         "data.cache=cache", "encode.flush_seconds=0"]  # fmt: skip
-CACHE = [*SET, "data.cache=cache", "data.crops=2", "data.flip=true", "encode.flush_seconds=0"]
-DRAW = ["run=soak", "device=cpu", "only=[bf16,nf4]", "prompts=[a red star,two blue circles]", "sampling.steps=1",
-        "sampling.height=64", "sampling.width=64"]  # fmt: skip
+SET = ["data.path=set", "data.resolution=32", "device=cpu", "precision=bf16", "data.cache=cache"]
+TRAIN = [*SET, "run=soak", "steps=4", "save_every=1", "validate_every=2", "validation_levels=1", "adapter.rank=2",
+         "accumulation=2", "data.validation=0.2", "data.caption_dropout=0.2", "optim.lr=1e-3",
+         "encode.flush_seconds=0"]  # fmt: skip
+CACHE = [*SET, "data.crops=2", "data.flip=true", "encode.flush_seconds=0"]
+DRAW = ["run=soak", "device=cpu", "only=[bf16]", "prompts=[a red star,two blue circles]", "sampling.steps=1",
+        "sampling.height=32", "sampling.width=32", "text_length=16"]  # fmt: skip
 
 
 COUNTED = ("kills", "finished", "lost", "differing", "broken", "left")
@@ -191,7 +191,7 @@ def wait(pid: int, seconds: float | None = None) -> int | None:
 
 def prepare(folder: Path) -> None:
     folder.mkdir(parents=True)
-    make_style(folder / "set", 8, seed=1)
+    make_style(folder / "set", 5, seed=1)
 
 
 def clear() -> None:
