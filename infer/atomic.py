@@ -17,5 +17,8 @@ def replace_file(path: Path, save: Callable[[Path], object]) -> None:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what an open file's write or fsync raises names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)

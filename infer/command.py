@@ -1,21 +1,27 @@
 """A command: its YAML composed by Hydra, turned into dataclasses once, and its errors said in one paragraph.
 
-Exit codes: 0 done, 1 a defect or what Hydra itself refuses, 2 something the user can mend.
+The exit codes are those of infer/errors.py; a config is checked before any model is loaded.
 """
 
-import errno
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
+from infer.credentials import check_values
+from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
+from infer.setting import REFUSED, check_settings, explain
+
+__all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
 T = TypeVar("T")
 
 OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
@@ -24,32 +30,66 @@ OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema`, and do the work."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=name)
     def main(config: DictConfig) -> None:
-        try:
+        with explained(), _refused(schema):
+            check_settings(config, schema)
             options: Any = OmegaConf.to_object(config)
+            check_values(options)
+        with explained(_folder(options)):
             work(options)
-        except ValueError as error:
-            refuse(error)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            mend = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-            refuse(ValueError(f"{error.strerror}: {error.filename or 'writing a file'}; {mend}"))
-        except torch.OutOfMemoryError as error:
-            mend = "choose precision=nf4, memory=lean or memory.budget_gib=..., or a smaller resolution or batch_size"
-            refuse(ValueError(f"the GPU ran out of memory ({str(error).split('.')[0]}); {mend}"))
 
-    main()
+    with explained(), _refused(schema), _raising():
+        _check_flags(sys.argv[1:])
+        main()
 
 
-def refuse(error: ValueError) -> None:
-    """Print what is wrong and leave with exit code 2; FLUX_DEBUG=1 shows the traceback instead."""
-    if os.environ.get("FLUX_DEBUG") == "1":
-        raise error
-    print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+@contextmanager
+def _refused(schema: Any) -> Iterator[None]:
+    """Within, what Hydra and OmegaConf refuse is said in our words."""
+    try:
+        yield
+    except REFUSED as error:
+        refuse(explain(error, schema), error)
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Within, Hydra raises what it refuses; by itself it prints that and leaves."""
+    name, before = "HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Refuse --steps 5, which other programs take and Hydra answers with its own usage alone."""
+    if nameless := [a for a in arguments if a.startswith("=")]:
+        raise ValueError(f"the argument {nameless[0]!r} has no name; write name=value")
+    unknown = [a for a in arguments if a.startswith("-") and a not in ("-", "--")]
+    known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    for argument in unknown:
+        flag, _, value = argument.partition("=")
+        if flag not in known and not any(flag.startswith(short) for short in known if len(short) == 2):
+            word = flag.lstrip("-").replace("-", "_")
+            raise ValueError(
+                f"{argument!r} is no flag; settings are written without dashes, as {word}={value or '...'}"
+            )
+
+
+def _folder(options: Any) -> Path | None:
+    """The run's folder, if the command has one and its name is right."""
+    try:
+        return check_run_name(options.run) if hasattr(options, "run") else None
+    except ValueError:
+        return None
 
 
 def pick_device(name: str) -> torch.device:

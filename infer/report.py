@@ -35,6 +35,7 @@ from infer.cells import (
 )
 from infer.cells import differences as differing
 from infer.curves import cost_charts, score_charts
+from infer.errors import explained
 from infer.figure import draw
 from infer.gallery import Embedded, Grid, Group, embed, gallery, viewer
 from infer.markdown import markdown
@@ -67,7 +68,10 @@ def write(result: Row, folder: Path) -> None:
             name = f"{row['precision']}, {variant(row['adapter'])}, seed {row['seed']}"
             raise ValueError(f"Row {i} ({name}) has no picture: {folder / row['image']} is absent. Generate it again.")
     # All text is made before the first file is touched: what is wrong with the input leaves an old report whole.
-    data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"a report's numbers must be finite ({error}); measure again") from error
     groups = _groups(rows, folder)
     html = render(result, groups, embed(folder / row["image"] for row in rows))
     content = (_heading(rows), _facts(result), _tables(result), result.get("absent", {}), by_memory(rows))
@@ -223,9 +227,33 @@ def _peak(result: Row) -> str:
     return "peak resident set" if result["device"].startswith("cpu") else "peak allocated"
 
 
+def rewrite(folder: Path) -> None:
+    """Write the report of a comparison again from its results.json.
+
+    Raises:
+        ValueError: there is none, or it is not one that was written here.
+    """
+    file = folder / "results.json"
+    try:
+        comparison = json.loads(file.read_bytes())
+        if not isinstance(comparison, dict) or not isinstance(comparison["rows"], list):
+            raise TypeError("it is no object with rows")
+        write(comparison, folder)
+        print(table(summary_of(comparison)))
+    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} holds no comparison that can be reported ({type(error).__name__}: {error}); give the folder that "
+            "infer/compare.py wrote, or compare again"
+        ) from error
+    print(f"report: {folder / 'report.html'}")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError("give one folder, as in python -m infer.report runs/compare/compare")
+    rewrite(Path(arguments[0]))
+
+
 if __name__ == "__main__":
-    report = Path(sys.argv[1])
-    comparison = json.loads((report / "results.json").read_text(encoding="utf-8"))
-    write(comparison, report)
-    print(table(summary_of(comparison)))
-    print(f"report: {report / 'report.html'}")
+    with explained():
+        main(sys.argv[1:])

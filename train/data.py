@@ -118,6 +118,8 @@ class Data:
             if r < 16 or r % 16:
                 near = max(16, round(r / 16) * 16)
                 raise ValueError(f"data.resolution is {self.resolution}; FLUX packs multiples of 16, such as {near}")
+            if r * r > MOST_PIXELS:
+                raise ValueError(f"data.resolution is {self.resolution}; a picture has {MOST_PIXELS} pixels at most")
         if listed and len(set(self.resolutions)) < len(self.resolutions):
             raise ValueError(f"data.resolution is {self.resolution}; name each once")
         if self.path and self.sources:

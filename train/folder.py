@@ -6,6 +6,7 @@ absolute name, nor by a link. Files and folders whose names begin with a dot are
 """
 
 import csv
+import errno
 import io
 import json
 import os
@@ -96,7 +97,9 @@ def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
         readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or name in METADATA
         if not readable and _suffix(name) not in UNREAD and not entry.is_dir():
             continue
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+        if entry.is_symlink() and _loops(entry):
+            faults.add(entry.path, "is a link to itself; take it out")
+        elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
             faults.add(entry.path, f"is a link out of {folder}; put the file itself there, or take the link out")
         elif entry.is_dir():
             faults.add(entry.path, "is a link to a folder; give that folder as a source of its own, or take it out")
@@ -107,6 +110,15 @@ def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
         else:
             found.append(name)
     return dict.fromkeys(sorted(found, key=lambda name: name.split("/")))
+
+
+def _loops(entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads to itself."""
+    try:
+        entry.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _walk(folder: Path, within: str, aside: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -194,7 +206,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a number may be too long, too
                 yield number, error
 
 

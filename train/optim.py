@@ -37,8 +37,13 @@ class Optim:
             raise ValueError(f"optim.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         if not self.lr > 0:
             raise ValueError(f"optim.lr is {self.lr}; it must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not self.eps > 0:
+            raise ValueError(f"optim.eps is {self.eps}; it must be above 0, such as 1e-8")
         for name in ("warmup", "clip", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 or more")
 
 

@@ -88,11 +88,15 @@ def clean(found: list[str] | None, fallback: str | None, missing: str) -> tuple[
     """Captions stripped; the fallback where there are none.
 
     Raises:
-        ValueError: there are none at all (`missing` says so), or one is empty; the message follows the picture's name.
+        ValueError: there are none at all (`missing` says so), or one is empty or no text; the message follows the
+            picture's name.
     """
     captions = tuple(caption.strip() for caption in found or ([] if fallback is None else [fallback]))
     if not captions:
         raise ValueError(f"has {missing}")
     if not all(captions):
         raise ValueError("has an empty caption; write one, or take the picture out")
+    for caption in captions:
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):  # JSON can say half of a letter
+            raise ValueError(f"has the caption {caption!a}, which is no text in Unicode; write it again")
     return captions

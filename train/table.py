@@ -139,6 +139,8 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
     saved = place.is_dir() and _saved(place)
     if source.subset is not None and (saved or place.is_file()):
         raise ValueError(f"subset of {source.path} is {source.subset!r}, but that has none; leave it out")
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken we say ourselves
     try:
         if saved:
             loaded = datasets.load_from_disk(source.path)
@@ -160,8 +162,13 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         table = datasets.load_dataset(source.path, source.subset, split=source.split)
         return table, [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
     except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
         raise ValueError(
-            f"{source.path!r} is no folder of pictures here, and datasets cannot load it: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; "
-            "check the spelling, or download it and give the local folder"
+            f"{source.path!r} is no folder of pictures here, and datasets cannot load it: {reason}; check the "
+            "spelling, or download it and give the local folder"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)

@@ -1,0 +1,155 @@
+"""Model folders that cannot be used: the bundled one with something damaged, through compare.py."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from infer.command import ROOT
+from scripts.bad.adapters import Bomb
+from scripts.bad.case import Case
+
+TINY = ROOT / "scripts" / "tiny" / "model"
+DRAW = ["device=cpu", "only=[nf4]", "prompts=[a red star]", "sampling.steps=1", "sampling.height=16", "text_length=8",
+        "sampling.width=16", "model.path=model"]  # fmt: skip
+WEIGHTS = {
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+    "transformer": "diffusion_pytorch_model-00001-of-00002.safetensors",
+}
+
+
+def copy(folder: Path) -> Path:
+    """The bundled model of links to its files, each of which can be replaced."""
+    for file in TINY.rglob("*"):
+        if file.is_file():
+            own = folder / "model" / file.relative_to(TINY)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.symlink_to(file)
+    return folder / "model"
+
+
+def replace(model: Path, name: str, content: bytes | None) -> None:
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_bytes(content)
+
+
+def one(name: str, damage: Callable[[Path], object], said: str) -> Case:
+    def make(folder: Path) -> list[str]:
+        damage(copy(folder))
+        return DRAW
+
+    return Case("model", name, make, said, "compare")
+
+
+def part(name: str, file: str, content: bytes | None, said: str) -> Case:
+    return one(name, lambda model: replace(model, file, content), said)
+
+
+def _edit(file: str, change: dict[str, Any], model: Path) -> None:
+    config = json.loads((model / file).read_text())
+    for key, value in change.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    replace(model, file, json.dumps(config).encode())
+
+
+def _remove(name: str, model: Path) -> None:
+    for file in (model / name).iterdir():
+        file.unlink()
+    (model / name).rmdir()
+
+
+def _pickled(part: str, model: Path) -> None:
+    """Weights as a pickle only, which would run a program."""
+    name = "pytorch_model.bin" if part.startswith("text") else "diffusion_pytorch_model.bin"
+    for file in (model / part).glob("*.safetensors*"):
+        file.unlink()
+    (model / part / name).write_bytes(pickle.dumps(Bomb()))
+
+
+def _remote_code(model: Path) -> None:
+    """A tokenizer that brings a program of its own."""
+    _edit(
+        "tokenizer_2/tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"},
+        model,
+    )
+    (model / "tokenizer_2" / "own.py").write_text("open('runs-partial-code-was-run', 'w').close()\nclass Own: pass\n")
+
+
+def cases() -> Iterator[Case]:
+    for name in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"):
+        yield one(f"no {name}", partial(_remove, name), f"model lacks the folders {name}")
+    for what, content in (("absent", None), ("empty", b""), ("no JSON", b"{"), ("a list", b"[]"), ("null", b"null"),
+                          ("no UTF-8", b"\xff\xfe"), ("an empty object", b"{}"),
+                          ("of another pipeline", b'{"_class_name": "StableDiffusionPipeline"}')):  # fmt: skip
+        yield part(f"model_index.json {what}", "model_index.json", content, "model_index.json")
+    for name in ("vae", "text_encoder", "text_encoder_2", "transformer", "scheduler"):
+        file = "scheduler/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
+        for what, content in (("absent", None), ("empty", b""), ("no JSON", b"{"), ("a list", b"[]")):
+            yield part(f"config of {name} {what}", file, content, f"the {name} of model|model/{name}|{name}")
+    for name, file in WEIGHTS.items():
+        for what, content in (("absent", None), ("empty", b""), ("text", b"<html>404</html>"),
+                              ("a header alone", b"\x02\0\0\0\0\0\0\0{}"),
+                              ("a header of 2^63 bytes", b"\0\0\0\0\0\0\0\x80{}")):  # fmt: skip
+            yield part(f"weights of {name} {what}", f"{name}/{file}", content, f"the {name} of model")
+        yield one(
+            f"weights of {name} cut",
+            lambda model, name=name, file=file: replace(  # type: ignore[misc]
+                model, f"{name}/{file}", (TINY / name / file).read_bytes()[:-1000]
+            ),
+            f"the {name} of model",
+        )
+        yield one(f"weights of {name} as a pickle", partial(_pickled, name), f"the {name} of model")
+    index = "transformer/diffusion_pytorch_model.safetensors.index.json"
+    for what, content in (("absent", None), ("no JSON", b"{"), ("an empty object", b"{}"),
+                          ("a map to a file that is not there", b'{"weight_map": {"a": "gone.safetensors"}}'),
+                          ("a map that leads out", b'{"weight_map": {"a": "../../x.safetensors"}}')):  # fmt: skip
+        yield part(f"index of the transformer {what}", index, content, "the transformer of model")
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("transformer", {"num_layers": 9}),
+        ("transformer", {"num_attention_heads": 5}),
+        ("transformer", {"attention_head_dim": "many"}),
+        ("transformer", {"axes_dims_rope": [1, 2, 3]}),
+        ("transformer", {"quantization_config": {"quant_method": "magic"}}),
+        ("transformer", {"quantization_config": "nf4"}),
+        ("text_encoder", {"hidden_size": 48}),
+        ("text_encoder_2", {"d_model": 48}),
+        ("text_encoder_2", {"num_layers": "two"}),
+        ("vae", {"sample_size": None}),
+        ("vae", {"sample_size": "large"}),
+        ("vae", {"latent_channels": 3}),
+        ("vae", {"block_out_channels": [7]}),
+    )
+    for name, change in changes:
+        ((key, value),) = change.items()
+        yield one(
+            f"{key} of {name} is {value}",
+            partial(_edit, f"{name}/config.json", change),
+            f"{name}|{key}",
+        )
+    for name in ("tokenizer", "tokenizer_2"):
+        for what, content in (("absent", None), ("empty", b""), ("no JSON", b"{"), ("an empty object", b"{}")):
+            yield part(f"{name}.json {what}", f"{name}/tokenizer.json", content, f"the {name} of model")
+    yield one("a tokenizer with a program", _remote_code, "the tokenizer_2 of model")
+    for name, path, said in (
+        ("a file", "model/model_index.json", "no folder here and no Hub id|model_index.json"),
+        ("a part of it", "model/vae", "holds no model_index.json"),
+        ("a single-file checkpoint", f"model/vae/{WEIGHTS['vae']}", "no folder here and no Hub id"),
+        ("a Hub id, offline", "no-one/no-model", "no-one/no-model"),
+        ("an absent folder", "./nowhere", "no folder here and no Hub id"),
+        ("an address", "https://example.com/a", "no folder here and no Hub id"),
+    ):
+
+        def make(folder: Path, path: str = path) -> list[str]:
+            copy(folder)
+            return [*DRAW, f"model.path={path}"]
+
+        yield Case("model", f"the path is {name}", make, said, "compare")
