@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a defect or what Hydra itself refuses, 2 something the use
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,10 +46,16 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
 
 
 def refuse(error: ValueError) -> None:
-    """Print what is wrong and leave with exit code 2; FLUX_DEBUG=1 shows the traceback instead."""
+    """Print what is wrong and leave with exit code 2; FLUX_DEBUG=1 shows the traceback instead.
+
+    What all ranks of a run find, rank 0 says alone: its launcher ends the others while they wait.
+    """
     if os.environ.get("FLUX_DEBUG") == "1":
         raise error
-    print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)
+    print(f"\nerror{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
