@@ -126,8 +126,16 @@ def _keep(error: Exception, folder: Path | None) -> str:
 
 
 def _leave(code: int, said: str, error: BaseException | None) -> NoReturn:
+    """What all ranks of a run find, rank 0 says alone: its launcher ends the others while they wait."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)
     sys.stdout.flush()
     if debugging() and error is not None:
         print(hide("".join(traceback.format_exception(error))), file=sys.stderr)
-    print(f"\nerror: {hide(' '.join(said.split()))}", file=sys.stderr, flush=True)
+    print(
+        f"\nerror{f' on rank {rank}' if rank != '0' else ''}: {hide(' '.join(said.split()))}",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(code)

@@ -55,7 +55,8 @@ class Replay:
         torch.cuda.empty_cache()  # what ordinary calls held is the graph's now
         graph = torch.cuda.CUDAGraph()
         # one pool for all: no two of them run at once, and what they leave is read before the next one runs
-        with torch.cuda.graph(graph, pool=self.pool):
+        # of this thread alone: with several processes NCCL's own looks after its events at any time
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.function(*places)
             if self.stream is not None:
                 self.stream.join()

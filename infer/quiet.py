@@ -9,6 +9,7 @@ NOISE = (
     "MatMul8bitLt: inputs will be cast",  # bitsandbytes: LLM.int8 is defined in fp16
     "No LoRA keys associated to",  # diffusers: the text encoders have no adapter
     "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that T5 cuts are named by us
+    "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place
     "`torch_dtype` is deprecated",  # diffusers 0.42 renames an argument that older ones need
 )
 

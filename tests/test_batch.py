@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer.encode import Text
-from train.batch import Samples, choose, make_stream, training_batch, validation_batches
+from train.batch import Samples, choose, make_stream, training_batch, validation_batch, validation_parts
 from train.bucket import View, views_of
 from train.caption import texts_of
 from train.config import Train
@@ -133,7 +133,8 @@ def test_validation_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
 
     def measured(rank: int, of: int) -> dict[tuple[int, float], Tensor]:
         found = {}
-        for batch in validation_batches(job, cache, samples, rank, of, CPU):
+        for held in validation_parts(job, cache, samples, rank, of):
+            batch = validation_batch(job, cache, samples, held, CPU)
             for i in range(len(batch.x0)):
                 index = int(batch.x0[i].mean())
                 found[index, round(float(batch.sigma[i]), 3)] = batch.noise[i]

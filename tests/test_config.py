@@ -159,7 +159,13 @@ def test_experiments(name: str) -> None:
 def test_accelerate_reads_its_files(file: Path) -> None:
     config = load_config_from_file(str(file))
     assert config.mixed_precision == "no"  # the loop casts by itself
-    kinds = {"cpu": ("NO", 1, True), "one_gpu": ("NO", 1, False), "ddp": ("MULTI_GPU", 2, False)}
+    kinds = {
+        "cpu": ("NO", 1, True),
+        "one_gpu": ("NO", 1, False),
+        "ddp": ("MULTI_GPU", 2, False),
+        "fsdp2": ("FSDP", 2, False),
+        "two_nodes": ("MULTI_GPU", 16, False),
+    }
     assert (config.distributed_type.value, config.num_processes, config.use_cpu) == kinds[file.stem]
 
 

@@ -190,7 +190,7 @@ def test_memory_changes_nothing_that_is_learned(job: Train, capsys: pytest.Captu
     ("memory", "part"),
     [
         (Memory(budget_gib=4), "memory.budget_gib bounds a GPU's memory, but the device is cpu"),
-        (Memory(graph=True), "memory.graph=true captures CUDA steps of one process, but the device is cpu"),
+        (Memory(graph=True), "memory.graph=true captures CUDA steps, but the device is cpu"),
     ],
 )
 def test_memory_that_needs_a_gpu_is_refused_without_one(job: Train, memory: Memory, part: str) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,27 +127,32 @@ def training_batch(
     return _stack(parts, device)
 
 
-def validation_batches(
-    job: Train, cache: Cache, samples: Samples, rank: int, ranks: int, device: torch.device
-) -> Iterator[Batch]:
-    """Held-out pictures at fixed noise and evenly spaced noise levels, this rank's share of them: each at the first
-    resolution, in its first crop, with its first caption as written."""
+Held = tuple[int, int, View]  # a sample, a noise level, the view at which it is measured
+
+
+def validation_parts(job: Train, cache: Cache, samples: Samples, rank: int, ranks: int) -> list[list[Held]]:
+    """What a rank measures of the held-out pictures, by the batch: each at the first resolution, in its first crop, at
+    evenly spaced noise levels."""
     items = [(i, level) for i in samples.validation for level in range(job.validation_levels)][rank::ranks]
     by_size = defaultdict(list)
     for index, level in items:
         view = cache.views(index)[0][0]
         by_size[view.height, view.width].append((index, level, view))
-    for alike in by_size.values():
-        for first in range(0, len(alike), job.data.batch_size):
-            parts = []
-            for index, level, view in alike[first : first + job.data.batch_size]:
-                mean, _ = cache.picture(index, view)
-                own = generator(job.seed, "validation", cache.identity(index), level)
-                noise = torch.randn(mean.shape, generator=own)
-                sigma = torch.tensor((level + 0.5) / job.validation_levels)
-                text = cache.text(texts_of(samples.all[index], job.data)[0][0])
-                parts.append(_Part(mean, noise, sigma, text, cache.mask(index, view), 1.0))
-            yield _stack(parts, device)
+    size = job.data.batch_size
+    return [alike[first : first + size] for alike in by_size.values() for first in range(0, len(alike), size)]
+
+
+def validation_batch(job: Train, cache: Cache, samples: Samples, held: list[Held], device: torch.device) -> Batch:
+    """One of them, at noise that is fixed for each picture and level, with the first caption as written."""
+    parts = []
+    for index, level, view in held:
+        mean, _ = cache.picture(index, view)
+        own = generator(job.seed, "validation", cache.identity(index), level)
+        noise = torch.randn(mean.shape, generator=own)
+        sigma = torch.tensor((level + 0.5) / job.validation_levels)
+        text = cache.text(texts_of(samples.all[index], job.data)[0][0])
+        parts.append(_Part(mean, noise, sigma, text, cache.mask(index, view), 1.0))
+    return _stack(parts, device)
 
 
 def largest_batch(job: Train, cache: Cache, samples: Samples, device: torch.device) -> Batch:

@@ -10,7 +10,6 @@ import math
 import resource
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from infer.adapters import adapter_state, set_adapter_state
 from infer.atomic import replace_file
 from infer.encode import Text
 from infer.stream import Stream
-from train.batch import Samples, largest_batch, make_stream, training_batch, validation_batches
+from train.batch import Samples, largest_batch, make_stream, training_batch, validation_batch, validation_parts
 from train.cache import Cache
 from train.checkpoint import optimizer_to, read_latest, save_checkpoint
 from train.config import Train
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
+from train.ranks import exchange, shards, start_alike
 from train.sampler import batches_from, share
 from train.seeds import derive
 from train.step import batch_losses, fit_budget, make_learner
@@ -40,13 +40,19 @@ def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cach
     """The mean objective over the held-out pictures, by their masks but by no weights; None if none is held out."""
     if not samples.validation:
         return None
+    place = accelerator.process_index, accelerator.num_processes
     transformer.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    share = accelerator.process_index, accelerator.num_processes
+    of_ranks = [validation_parts(job, cache, samples, rank, place[1]) for rank in range(place[1])]
+    own = of_ranks[place[0]]
     with torch.no_grad():
-        for batch in validation_batches(job, cache, samples, *share, accelerator.device):
+        # where weights are shared, all ranks take part in each forward pass: who is done repeats one, uncounted
+        for turn in range(max(map(len, of_ranks)) if shards() else len(own)):
+            counts = turn < len(own)
+            batch = validation_batch(job, cache, samples, own[turn] if counts else of_ranks[0][0], accelerator.device)
             values = batch_losses(transformer, batch, job, "none")
-            total += torch.tensor([values.double().sum().item(), len(values)], dtype=torch.float64, device=total.device)
+            if counts:
+                total += total.new_tensor([values.double().sum().item(), len(values)])
     transformer.train()
     summed: Any = accelerator.reduce(total, "sum")
     return float(summed[0] / summed[1])
@@ -129,12 +135,12 @@ def fit(
         step, history = state["step"], state["validation"]
         accelerator.print(f"resuming at step {step} of {job.steps}")
     resumed = latest is not None
-    model: Any = accelerator.prepare_model(transformer)
-    model.train()
+    transformer.train()
+    start_alike(parameters, accelerator)
     journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
     order = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
     batches = batches_from(order, step * job.accumulation)
-    learn = make_learner(job, accelerator, model, parameters, stream)
+    learn = make_learner(job, accelerator, transformer, parameters, stream)
     if stream is not None:
         resident = fit_budget(job, learn, parameters, stream, largest_batch(job, cache, samples, device))
         accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
@@ -145,7 +151,7 @@ def fit(
         last = step == job.steps
         due = step == 0 or last or (job.validate_every > 0 and step % job.validate_every == 0)
         if due and not resumed:
-            value = validate(job, accelerator, model, cache, samples)
+            value = validate(job, accelerator, transformer, cache, samples)
             if value is not None:
                 history[str(step)] = value
                 if main:
@@ -154,14 +160,15 @@ def fit(
                 tracker.log(step, {"validation_loss": value})
 
         if previews and not resumed and (last or (job.preview_every > 0 and step % job.preview_every == 0)):
-            if main:
+            if main or shards():  # shared weights are gathered by all
                 bar.set_postfix_str("drawing previews")
                 file = folder / "previews" / f"step-{step:06d}.png"
                 transformer.eval()
-                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file)
+                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main)
                 transformer.train()
                 start_memory(device)
-                tracker.picture(step, file, " | ".join(previews))
+                if main:
+                    tracker.picture(step, file, " | ".join(previews))
             accelerator.wait_for_everyone()
 
         if not resumed and step > 0 and (last or (job.save_every > 0 and step % job.save_every == 0)):
@@ -185,8 +192,8 @@ def fit(
             places, weight = share(next(batches), *place, job.data.batch_size)
             batch = training_batch(job, cache, samples, places, weight, device)
             torch.manual_seed(derive(job.seed, "dropout", step, micro, accelerator.process_index))
-            with accelerator.no_sync(model) if micro < job.accumulation - 1 else nullcontext():
-                total += learn(batch)
+            total += learn(batch)
+        exchange(parameters, accelerator)
         norm = nn.utils.clip_grad_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf)
         if not math.isfinite(total) or not torch.isfinite(norm):
             raise ValueError(

@@ -24,14 +24,20 @@ def preview(
     seed: int,
     device: torch.device,
     file: Path,
-) -> Path:
-    """Draw a sheet, one row a prompt: base at the left, adapter at the right. The autoencoder is loaded for it."""
+    write: bool = True,
+) -> None:
+    """Draw a sheet, one row a prompt: base at the left, adapter at the right. The autoencoder is loaded for it.
+
+    write: False takes part in the transformer's work and leaves the rest to the rank that writes.
+    """
     scheduler = load_scheduler(model)
     latents = {}
     for on in (False, True):
         switch(transformer, on)
         for prompt, text in prompts.items():
             latents[prompt, on] = draw(transformer, scheduler, text, seed, sampling, size, device)
+    if not write:
+        return
     vae = load_vae(model, device)
     pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
@@ -45,4 +51,3 @@ def preview(
         for column, on in enumerate((False, True)):
             board.paste(pictures[prompt, on], (column * width, top + LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))
-    return file

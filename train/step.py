@@ -38,15 +38,12 @@ def graphs(job: Train, accelerator: Accelerator) -> bool:
     hindrance = None
     if accelerator.device.type != "cuda":
         hindrance = f"the device is {accelerator.device}"
-    elif accelerator.num_processes > 1:
-        hindrance = "gradients are exchanged between processes"
     elif not job.memory.fused:
         hindrance = "memory.fused is false"
     if wanted and hindrance:
-        raise ValueError(
-            f"memory.graph=true captures CUDA steps of one process, but {hindrance}; set it to false or null"
-        )
-    return hindrance is None and wanted is not False
+        raise ValueError(f"memory.graph=true captures CUDA steps, but {hindrance}; set it to false or null")
+    # gradients are exchanged between the replays; that has not been run on several GPUs yet, so it has to be asked for
+    return hindrance is None and (wanted is True or (wanted is None and accelerator.num_processes == 1))
 
 
 def make_learner(

@@ -8,7 +8,6 @@ which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter
 
 import sys
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ if __name__ == "__main__":
 
     quieten()
 
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, gather_object
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
-from infer.command import check_run_name, pick_device, run_command
+from infer.command import check_run_name, run_command
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
@@ -35,10 +34,12 @@ from train.cache import build
 from train.caption import all_texts
 from train.checkpoint import list_checkpoints
 from train.config import Train
-from train.data import check_left, read_samples
+from train.data import Sample, Skipped, check_left, read_samples
 from train.loop import fit
 from train.prior import prior_samples
+from train.ranks import check_shared, make_accelerator, shard, shards
 from train.track import make_tracker
+from train.watch import watching
 
 
 def claim(job: Train, folder: Path, processes: int) -> None:
@@ -85,43 +86,6 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
     return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
 
 
-def make_accelerator(job: Train) -> Accelerator:
-    """Mixed precision is the loop's own business, so that previews and validation see the plain model.
-
-    Raises:
-        ValueError: the launcher's settings are not what the config asks for, or not supported.
-    """
-    wanted = None if job.device == "auto" else pick_device(job.device)
-    if wanted is not None and wanted.index is not None:
-        raise ValueError(f"device is {job.device!r}; set device=cuda and choose the card by CUDA_VISIBLE_DEVICES")
-    accelerator = Accelerator(
-        cpu=wanted is not None and wanted.type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[
-            # rank 0 may encode a large data set while the others wait
-            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
-    if wanted is not None and accelerator.device.type != wanted.type:
-        raise ValueError(
-            f"accelerate was launched for {accelerator.device}, but device={job.device} asks for {wanted}; "
-            "set device=auto to follow the launcher"
-        )
-    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in supported:
-        raise ValueError(
-            f"accelerate was launched for {accelerator.distributed_type.value}, which is not supported; use one "
-            "process or DistributedDataParallel (configs/accelerate/ddp.yaml)"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"accelerate was launched with gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
-            "set it to 1 there and use accumulation=... here"
-        )
-    return accelerator
-
-
 def train(job: Train) -> Path:
     """The whole run; returns the adapter's folder."""
     folder = check_run_name(job.run)
@@ -129,11 +93,18 @@ def train(job: Train) -> Path:
     samples, skipped = read_samples(job.data)
     check_left(job.data, samples, skipped)
     accelerator = make_accelerator(job)
+    with watching(accelerator.process_index, accelerator.num_processes, print):
+        return train_on(job, accelerator, folder, samples, skipped)
+
+
+def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[Sample], skipped: list[Skipped]) -> Path:
+    """The run, on the ranks that there are."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if main:
-        claim(job, folder, accelerator.num_processes)
+        claim(job, folder, ranks)
     accelerator.wait_for_everyone()
+    check_shared(folder, rank)
     finished = folder / "adapter" / FILE
     if finished.is_file() and read_notes(finished).get("step") == job.steps:
         say(f"run {job.run!r} is finished: {finished}")
@@ -159,9 +130,12 @@ def train(job: Train) -> Path:
     chosen = choose(samples, cache, job.data, job.seed)
     say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
 
-    transformer = load_transformer(job.model, job.precision, accelerator.device, hold_of(job.memory)).train()
+    hold = torch.device("cpu") if shards() else hold_of(job.memory)
+    transformer = load_transformer(job.model, job.precision, accelerator.device, hold).train()
     parameters = attach(transformer, job.adapter, job.seed)
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
+    if shards():
+        shard(transformer, parameters, job, accelerator.device, say)
     job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say)
     # its backward reads beyond its bounds where a gradient is a slice (torch 2.11); the fast path gives it none
     torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)

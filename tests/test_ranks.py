@@ -1,0 +1,214 @@
+"""Two ranks: what they send each other, shared weights, and the death of one; and the launches that are refused."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infer.adapters import FILE
+from infer.command import ROOT
+from infer.fast import Memory
+from infer.quantize import Precision
+from scripts.tiny.make_style import make_style
+from train.config import Train
+from train.ranks import check_launch
+
+UPDATES, ACCUMULATION = 3, 2
+RANK = '''"""One rank: trains apart and with shared weights, tells what was sent, and dies while the other waits."""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, {root!r})
+from infer.quiet import quieten
+
+quieten()
+from infer.adapters import Adapter
+from infer.fast import Memory
+from infer.flux import Model
+from train.config import Train
+from train.data import Data
+
+TRAIN = __import__("train.train").train
+LOOP = sys.modules["train.loop"]
+rank = int(os.environ["RANK"])
+told = {{"sent": [], "stored": {{}}}}
+
+
+class Sent(TorchDispatchMode):
+    """Notes every collective operation and how many bytes it is given."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "wait" not in func.name():
+            tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            told["sent"].append([func.name(), sum(x.numel() * x.element_size() for x in tensors)])
+        return func(*args, **(kwargs or {{}}))
+
+
+def bytes_of(transformer):
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in transformer.parameters()]
+    return sum(p.numel() * p.element_size() for p in parts)
+
+
+def noted(*args, **kwargs):
+    told["stored"][job.run] = bytes_of(args[2])
+    with Sent() if job.run == "apart" else open(os.devnull):
+        return fit(*args, **kwargs)
+
+
+fit, batch = TRAIN.fit, LOOP.training_batch
+TRAIN.fit = noted
+Accelerator.end_training = lambda self: None  # there is another run to come
+job = Train(
+    model=Model({root!r} + "/scripts/tiny/model"),
+    adapter=Adapter(rank=4, dora={dora}),
+    data=Data({pictures!r}, 64, 1, validation=0.3, cache="cache"),
+    run="apart",
+    memory=Memory("nothing", fused=False),
+    steps={updates},
+    accumulation={accumulation},
+    save_every=2,
+    validation_levels=1,
+    previews=["a red star"],
+    device="cpu",
+)
+job.sampling.steps, job.sampling.height, job.sampling.width = 1, 64, 64
+TRAIN.train(job)
+os.environ |= {{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+job = replace(job, run="shared", memory=Memory())
+TRAIN.train(job)
+Path(f"told-{{rank}}.json").write_text(json.dumps(told))
+
+
+def dies(*args):
+    if rank == 1:
+        Path("died").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(*args)
+
+
+os.environ["ACCELERATE_USE_FSDP"] = "false"
+LOOP.training_batch = dies
+job = replace(job, run="dies")
+TRAIN.train(job)
+'''
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], float]:
+    """Two machines of one process each, as far as torchrun can tell: their folder, their words, when rank 0 ended."""
+    folder = tmp_path_factory.mktemp("two")
+    make_style(folder / "pictures", 7, seed=1)
+    said = {
+        "root": str(ROOT), "pictures": str(folder / "pictures"), "updates": UPDATES, "accumulation": ACCUMULATION,
+        "dora": False,
+    }  # fmt: skip
+    (folder / "rank.py").write_text(RANK.format(**said))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    at = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    nodes = []
+    for node in range(2):
+        command = [str(Path(sys.executable).parent / "torchrun"), *at, "--node_rank", str(node), "rank.py"]
+        with (folder / f"node-{node}.log").open("w") as log:
+            nodes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
+    while not (folder / "died").is_file() and all(node.poll() is None for node in nodes):
+        time.sleep(0.1)
+    ends = lambda: (folder / "node-0.log").read_text()  # noqa: E731
+    while "has ended before" not in ends() and nodes[0].poll() is None:
+        time.sleep(0.05)
+    ended = time.time()
+    for node in nodes:
+        node.terminate()
+        node.wait(60)
+    return folder, [(folder / f"node-{node}.log").read_text() for node in range(2)], ended
+
+
+def test_only_the_adapter_is_sent_and_only_at_updates(two: tuple[Path, list[str], float]) -> None:
+    folder, logs, _ = two
+    assert (folder / "told-0.json").is_file(), logs[0][-3000:] + logs[1][-3000:]
+    size = sum(tensor.nbytes for tensor in load_file(folder / "runs/apart/adapter" / FILE).values())
+    for rank in range(2):
+        sent = json.loads((folder / f"told-{rank}.json").read_text())["sent"]
+        sums = [given for name, given in sent if name == "c10d::allreduce_"]
+        assert sums.count(size) == UPDATES
+        assert all(given <= 16 for given in sums if given != size)  # losses
+        start = sum(given for name, given in sent if name == "c10d::broadcast_")
+        assert start == size  # rank 0's adapter, once
+        assert {name for name, _ in sent} <= {"c10d::allreduce_", "c10d::broadcast_", "c10d::barrier"}
+
+
+def test_shared_weights_learn_the_same_and_are_stored_once(two: tuple[Path, list[str], float]) -> None:
+    folder, logs, _ = two
+    apart, shared = (load_file(folder / f"runs/{run}/adapter" / FILE) for run in ("apart", "shared"))
+    assert apart.keys() == shared.keys() and all(torch.equal(apart[key], shared[key]) for key in apart)
+    assert any(value.any() for key, value in apart.items() if "lora_B" in key)
+    lines = {run: (folder / f"runs/{run}/metrics.jsonl").read_text().splitlines() for run in ("apart", "shared")}
+    losses = {run: [json.loads(line).get("validation_loss") for line in text] for run, text in lines.items()}
+    assert losses["apart"] == losses["shared"]
+    drawn = [(folder / f"runs/{run}/previews/step-{UPDATES:06d}.png").read_bytes() for run in ("apart", "shared")]
+    assert drawn[0] == drawn[1]
+    for rank in range(2):
+        stored = json.loads((folder / f"told-{rank}.json").read_text())["stored"]
+        adapter = sum(tensor.nbytes for tensor in apart.values())
+        assert stored["shared"] - adapter < 0.52 * (stored["apart"] - adapter)
+    assert "the fast path is off: it holds a block's weights in one piece" in logs[0]
+
+
+def test_the_death_of_a_rank_ends_the_other_with_one_paragraph(two: tuple[Path, list[str], float]) -> None:
+    """The dead one is on another machine, whose launcher tells nobody."""
+    folder, logs, ended = two
+    assert ended - float((folder / "died").read_text()) < 10
+    assert len(re.findall("error: rank 1 of 2 has ended before the work was done", logs[0])) == 1
+    assert "Traceback" not in logs[0].split("has ended before")[0]
+
+
+def launched(**environment: str) -> dict[str, str]:
+    return environment
+
+
+FSDP = launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+REFUSED = [
+    (Train(precision=Precision("int8")), FSDP, "precision.kind=int8 cannot be shared by FSDP: .*scales.*precision=nf4"),
+    (Train(memory=Memory(graph=True)), FSDP, "memory.graph=True needs the fast path, which .*FSDP cuts them apart"),
+    (Train(memory=Memory(compile=True)), FSDP, "memory.compile=True needs the fast path"),
+    (Train(memory=Memory(budget_gib=8)), FSDP, "memory.budget_gib=8 needs the fast path"),
+    (Train(), FSDP | launched(FSDP_VERSION="1"), "launched for FSDP 1, which flattens.*set fsdp_version: 2"),
+    (Train(), FSDP | launched(FSDP_OFFLOAD_PARAMS="true"), "fsdp_offload_params: true, which is not .*budget"),
+    (Train(), FSDP | launched(FSDP_ACTIVATION_CHECKPOINTING="true"), "set it to false: memory.keep=nothing does that"),
+    (Train(), launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3"), "ZeRO-3, .*fsdp2.yaml"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "job, environment, message", REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_cannot_work_is_refused(job: Train, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_launch(job, environment)
+
+
+def test_what_works_passes() -> None:
+    for kind in ("nf4", "fp4", "bf16", "fp32"):
+        check_launch(Train(precision=Precision(kind)), FSDP)
+    check_launch(Train(precision=Precision("int8"), memory=Memory(graph=True, budget_gib=8)), {})
