@@ -1,6 +1,7 @@
 """A command: its YAML composed by Hydra, turned into dataclasses once, and its errors said in one paragraph.
 
-Exit codes: 0 done, 1 a defect or what Hydra itself refuses, 2 something the user can mend.
+Exit codes: 0 done, 1 a defect or what Hydra itself refuses, 2 something the user can mend, 3 stopped by a signal with
+its state saved (the same command goes on), 4 a check that found a difference.
 """
 
 import errno
@@ -15,6 +16,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+DONE, DEFECT, MEND, STOPPED, DIFFERS = range(5)
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ def refuse(error: ValueError) -> None:
     if os.environ.get("FLUX_DEBUG") == "1":
         raise error
     print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(MEND)
 
 
 def pick_device(name: str) -> torch.device:
