@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from train.data import Data
 from train.footprint import empty_transformer, footprint, part_config, text_bytes, weights_by_module
 from train.optim import Optim, make_optimizer
 from train.pace import CARDS, seconds
-from train.plan import Plan, check_fits, overrides, plan, propose
+from train.plan import Plan, announce, check_fits, overrides, plan, propose
 
 GIB = 2**30
 SEEN = [json.loads(line) for line in (Path(__file__).parent / "plan_grid.jsonl").read_text().splitlines()]
@@ -124,3 +125,17 @@ def test_the_last_line_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         footprint(Train(model=DEV, memory=Memory(budget_gib=0.5)))
     with pytest.raises(ValueError, match="fit_gib is 0; it must be above 0"):
         Plan(fit_gib=0)
+
+
+def test_training_says_its_plan_and_stops_where_the_card_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, said = Train(model=DEV, data=Data(resolution=1024)), []
+    for gib in (80, 10):
+        card = SimpleNamespace(total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        if gib == 80:
+            announce(job, torch.device("cuda"), said.append)
+        else:
+            with pytest.raises(ValueError, match=r"the card has 10\.0: add memory"):
+                announce(job, torch.device("cuda"), said.append)
+    announce(job, torch.device("cpu"), said.append)
+    assert len(said) == 1 and said[0].startswith("plan: 12.") and "weights 6.24" in said[0]

@@ -177,7 +177,7 @@ def test_memory_changes_nothing_that_is_learned(job: Train, capsys: pytest.Captu
     for keep in KEEP:
         fused = adapter(train(replace(job, run=f"fused-{keep}", memory=Memory(keep))))
         for key, value in plain.items():  # by norm: Adam makes much of a near-zero gradient's last bits
-            assert float((fused[key] - value).norm()) < 1e-4 * float(value.norm()), (keep, key)
+            assert float((fused[key] - value).norm()) < 1e-3 * float(value.norm()), (keep, key)
     assert "fast path" not in capsys.readouterr().out
     other = replace(job, adapter=replace(job.adapter, dropout=0.1))
     fallen = adapter(train(replace(other, run="fallen", memory=Memory())))
@@ -226,8 +226,14 @@ def test_nothing_learned_is_an_error(job: Train, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job: Train) -> None:
-    with pytest.raises(ValueError, match="training stopped, the last checkpoint"):
-        train(replace(job, run="wild", optim=Optim(lr=1e30), steps=4))
+    job = replace(job, optim=Optim(lr=1e30), steps=9, accumulation=1)
+    said = r"not finite 3 times in a row, up to step 4, where the samples were .*\.png, .*\.png: training stopped"
+    with pytest.raises(ValueError, match=said):
+        train(replace(job, run="wild", stop_after_bad=3, validate_every=0))
+    assert [line.get("skipped") for line in metrics("wild") if "lr" in line] == [None, 1, 2, 3]
+    assert not Path("runs/wild/adapter").exists()
+    with pytest.raises(ValueError, match=r"the validation loss is nan: the adapter's weights are ruined; lower"):
+        train(replace(job, run="ruined", validate_every=1))
 
 
 def test_a_target_that_matches_nothing_says_what_there_is(job: Train) -> None:

@@ -9,10 +9,12 @@ JSON object with `peak_memory_bytes` and its parts.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -142,6 +144,16 @@ def check_fits(job: Train, gib: float) -> Footprint:
     else:
         advice = f"add {overrides(job, better[1])} (about {better[2].peak / GIB:.1f} GiB)"
     raise ValueError(f"the run needs about {taken.peak / GIB:.1f} GiB and the card has {gib:.1f}: {advice}")
+
+
+def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> None:
+    """Say what a run on a GPU will take, before anything is loaded.
+
+    Raises:
+        ValueError: the GPU is too small.
+    """
+    if device.type == "cuda":
+        say(line(check_fits(job, torch.cuda.get_device_properties(device).total_memory / GIB)))
 
 
 def plan(options: Plan) -> dict[str, Any]:
