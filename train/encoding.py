@@ -35,7 +35,7 @@ class Encode:
     workers: int | None = None
     """Threads that read and decode. Null: one a core."""
     decode_pixels: int = 2**26
-    """Pixels decoded at the same time by all threads, at about 12 bytes each; a larger picture is decoded alone."""
+    """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
     shard_mib: int = 64
     """Encodings are written in files of about this size,"""
     flush_seconds: float = 30.0

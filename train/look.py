@@ -49,7 +49,7 @@ class Look:
     workers: int | None = None
     """Threads that decode; null takes one a core."""
     decode_pixels: int = 2**26
-    """Pixels decoded at the same time by all threads, at about 12 bytes each; a larger picture is decoded alone."""
+    """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
 
     def __post_init__(self) -> None:
         for name in ("shown", "decode_pixels"):
