@@ -93,6 +93,9 @@ def part_of(folder: Path, whole: Path, count: int) -> None:
 
 def resident() -> int:
     """The peak of this process's memory so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage says includes the parent's, from before this program took its place
+        return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")) * KIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIB
 
@@ -167,13 +170,13 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     from train.keys import Keys
     from train.sampler import epoch_batches
     from train.store import Cache
-    from train.workers import Gate
+    from train.workers import Gate, own_cores
 
     data = Data(str(pictures), resolution=SMALL, batch_size=4, cache=str(cache))
     before, start = resident(), time.perf_counter()
     samples, _ = read_samples(data)
     texts = all_texts(samples, data)
-    known = Index(cache / "index", 30, os.cpu_count() or 1, Gate(2**26), warnings.warn, True)
+    known = Index(cache / "index", 30, own_cores(), Gate(2**26), warnings.warn, True)
     with Path(os.devnull).open("rb") as nothing:
         store = Cache(data, Keys("", 0, ""), 0, 1, nothing)
         admit(store, samples, dict(enumerate(identify(samples, data, known))))

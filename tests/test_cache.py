@@ -350,6 +350,25 @@ def test_batches_are_equal_within_the_rounding_of_bf16(data: Data, tiny: Model) 
     assert compared >= 2 * 2 * 4 * 2 * 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_encodes_the_same_within_its_rounding(data: Data, tiny: Model) -> None:
+    """Pinned copies both ways that nobody waits for: each result must be its own picture's, and whole."""
+    for seed in range(40):
+        picture(100 + seed, (48, 48)).save(Path(data.path, f"more {seed}.png"))
+        Path(data.path, f"more {seed}.txt").write_text("a red star")
+    data = replace(data, resolution=[32, 48], flip=True)
+    samples, _ = read_samples(data)
+    cuda = make(data, tiny, samples, device=torch.device("cuda"), encode=Encode(batch_pixels=3 * 48 * 48))
+    vae = reference_vae(tiny)
+    for i, sample in enumerate(samples):
+        for views in cuda.views(i):
+            for view in views:
+                expected = by_hand(vae, Path(sample.name), view)
+                for a, b in zip(cuda.picture(i, view), expected, strict=True):
+                    assert (a - b).abs().max() <= 2**-5 * (b.abs().max() + 0.1)
+                    assert (a - b).abs().mean() <= 2**-7 * b.abs().mean() + 1e-4
+
+
 def test_large_pictures_are_encoded_in_tiles(data: Data, tiny: Model) -> None:
     data = replace(data, resolution=[32, 96], upscale=True)
     samples, _ = read_samples(data)

@@ -103,7 +103,7 @@ def messy(folder: Path) -> Path:
     return folder
 
 
-BROKEN = {"bare.png": "no caption", "blank.png": "empty", "thin.png": "64x9", "torn.png": "no known format"}
+BROKEN = {"bare.png": "no caption", "blank.png": "empty", "thin.png": "64x9", "torn.png": "no format that is read"}
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])

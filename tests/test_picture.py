@@ -1,7 +1,10 @@
 """Decoded pixels against NumPy or what was drawn, and masks against their pictures."""
 
+import hashlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infer.command import ROOT
 from train.picture import decode, decode_mask, pixel_hash
 
 
@@ -45,6 +49,9 @@ def encoded(form: str, mode: str = "RGB") -> bytes:
         ("cut.jpg", encoded("JPEG")[:700], "cannot be read as a picture.*save it again or take it out"),
         ("text.png", b"I am text", "cannot be read as a picture.*save it again or take it out"),
         ("none.png", b"", "cannot be read as a picture.*save it again or take it out"),
+        # what Pillow would read, or have Ghostscript run, though no file of its name should hold it
+        ("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read.*no format that is read"),
+        ("icon.png", encoded("ICO"), "cannot be read.*no format that is read"),
         # Pillow raises a bare ValueError for these two
         ("palette.bmp", encoded("BMP", "P")[:47] + b"\1" + encoded("BMP", "P")[48:], "cannot be read"),
         ("head.png", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0\0"), "cannot be read"),
@@ -204,6 +211,124 @@ def test_a_bound_on_pixels() -> None:
     # the header says it: what follows need not even be there
     with pytest.raises(ValueError, match="too large"):
         decode(png(60, 40, 8, 0, b""), "a", most_pixels=2399)
+
+
+def tiff16(rows: np.ndarray, photometric: int) -> bytes:
+    """A TIFF of 16 bits by hand. photometric: 0 white is zero, 1 black is zero."""
+    body = rows.astype("<u2").tobytes()
+    entries = [(256, rows.shape[1]), (257, rows.shape[0]), (258, 16), (259, 1), (262, photometric), (273, 134)]
+    entries += [(277, 1), (278, rows.shape[0]), (279, len(body)), (284, 1)]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + struct.pack("<I", 0) + body
+
+
+def test_sixteen_bits_where_white_is_zero_or_one_grey_is_clear() -> None:
+    rows = np.array([[0, 0x1234, 0x8000, 0xFFFF]])
+    for photometric, expected in ((1, rows >> 8), (0, 255 - (rows >> 8))):
+        assert np.array_equal(np.asarray(decode(tiff16(rows, photometric), "a"))[..., 1], expected)
+    content = png(4, 1, 16, 0, b"\0" + rows.astype(">u2").tobytes())
+    clear = content.replace(chunk(b"IEND", b""), b"")
+    at = clear.index(b"IDAT") - 4
+    clear = clear[:at] + chunk(b"tRNS", b"\x12\x34") + clear[at:] + chunk(b"IEND", b"")
+    assert np.asarray(decode(clear, "a", "#00ff00")).tolist() == [[[0] * 3, [0, 255, 0], [128] * 3, [255] * 3]]
+
+
+PRIMARIES = np.array([[0.515, 0.292, 0.157], [0.241, 0.692, 0.067], [-0.001, 0.042, 0.784]])  # Display P3, XYZ at D50
+SRGB_PRIMARIES = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+
+
+def profile(gamma: float, primaries: np.ndarray | None, name: bytes = b"wide") -> bytes:
+    """An ICC profile by hand: of a matrix and a gamma, or of greys."""
+
+    def number(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    def colour(x: float, y: float, z: float) -> bytes:
+        return b"XYZ \0\0\0\0" + number(x) + number(y) + number(z)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + bytes(80)
+    tags = {b"desc": text + bytes(-len(text) % 4), b"wtpt": colour(0.9642, 1.0, 0.8249)}
+    if primaries is None:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {key: colour(*primaries[:, i]) for i, key in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, place = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for key, value in tags.items():
+        table += key + struct.pack(">II", place + len(body), len(value))
+        body += value
+    space = b"GRAY" if primaries is None else b"RGB "
+    head = struct.pack(">I4sI4s4s4s", place + len(body), b"", 0x02100000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + number(0.9642) + number(1.0) + number(0.8249)
+    return head + bytes(128 - len(head)) + table + body
+
+
+def in_srgb(values: np.ndarray, gamma: float, primaries: np.ndarray) -> np.ndarray:
+    """What a profile's colours are in sRGB, by its definition."""
+    linear = np.linalg.solve(SRGB_PRIMARIES, primaries @ ((values.reshape(-1, 3) / 255) ** gamma).T).T.clip(0, 1)
+    curved = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    shaped: np.ndarray = (curved * 255).reshape(values.shape)
+    return shaped
+
+
+def test_colours_by_their_profile() -> None:
+    soft = (np.asarray(gradient()).astype(int) // 2 + 64).astype(np.uint8)  # within what sRGB has
+    plain, wide = Image.fromarray(soft), profile(1.8, PRIMARIES)
+    expected = in_srgb(soft, 1.8, PRIMARIES)
+    read = np.asarray(decode(save(plain, "PNG", icc_profile=wide), "a")).astype(float)
+    assert np.abs(read - expected).max() <= 2 < 10 < np.abs(expected - soft).max()
+    half = plain.copy()
+    half.putalpha(Image.linear_gradient("L").resize(plain.size))
+    over = np.asarray(decode(save(half, "PNG", icc_profile=wide), "a", "#004080")).astype(float)
+    alpha = np.asarray(half.getchannel("A")).astype(float)[..., None] / 255
+    assert np.abs(over - (alpha * expected + (1 - alpha) * np.array([0, 64, 128]))).max() <= 3  # the ground is sRGB
+    palette = plain.quantize(16)
+    expected = in_srgb(np.asarray(palette.convert("RGB")), 1.8, PRIMARIES)
+    read = np.asarray(decode(save(palette, "PNG", icc_profile=wide), "a")).astype(float)
+    assert np.abs(read - expected).max() <= 2
+    greys = plain.convert("L")
+    expected = in_srgb(np.repeat(np.asarray(greys)[..., None], 3, -1), 1.0, SRGB_PRIMARIES)
+    for form in (greys, Image.merge("LA", (greys, Image.new("L", greys.size, 255)))):
+        read = np.asarray(decode(save(form, "PNG", icc_profile=profile(1.0, None)), "a")).astype(float)
+        assert np.abs(read - expected).max() <= 2
+    # sRGB's own name, a broken profile, and one of another kind of picture: as everybody shows them
+    for other in (profile(1.8, PRIMARIES, b"sRGB built-in"), b"no profile", wide[:200], profile(1.8, None)):
+        assert np.array_equal(np.asarray(decode(save(plain, "PNG", icc_profile=other), "a")), soft)
+
+
+def test_a_large_picture_is_hashed_as_a_whole_and_in_little_memory() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (1500, 1100, 3), np.uint8)
+    expected = hashlib.sha256(b"1100x1500" + noise.tobytes()).hexdigest()
+    assert pixel_hash(Image.fromarray(noise)) == expected
+
+
+MEMORY = """
+import sys
+from train.picture import decode, pixel_hash
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+for file in sys.argv[1:]:
+    content = open(file, "rb").read()
+    before = peak()
+    picture = decode(content, file)
+    pixel_hash(picture)
+    print((peak() - before) / picture.width / picture.height)
+    del picture
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+def test_decoding_holds_no_more_than_it_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6000, 4000), "red").save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (6000, 8000), "red").save(tmp_path / "clear.png", compress_level=1)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "turned.jpg"), str(tmp_path / "clear.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    turned, clear = map(float, done.stdout.split())
+    assert 4 < turned < 8.7
+    assert 4 < clear < 13.7 - 8 / 2 + 1  # on top of the first one's peak, which was of half as many pixels
 
 
 def test_masks() -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from tqdm import tqdm
 
 from infer.flux import Model
 from infer.generate import noise
 from infer.quantize import Precision
+from tests.test_writer import Other
 from train import prior as prior_module
 from train.data import Data, Prior
 from train.picture import decode
-from train.prior import prior_folder, prior_samples
+from train.prior import prior_folder, prior_samples, shared
 
 CPU = torch.device("cpu")
 BF16 = Precision("bf16")
@@ -66,6 +68,23 @@ def test_they_are_drawn_once_and_shared_by_ranks(data: Data, tiny: Model, monkey
         prior_samples(more, tiny, BF16, CPU)
     assert prior_samples(replace(data, prior=Prior()), tiny, BF16, CPU) == []
     assert Image.open(io.BytesIO(kept)).size == (64, 64)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_two_processes_draw_none_twice(tmp_path: Path, finished: bool) -> None:
+    files, other = [tmp_path / f"{i:05d}.png" for i in range(3)], Other(tmp_path)
+    assert other.ask("take", f"{1:015x}") == "True"
+    drawn = []
+    for i in shared([0, 1, 2], files, tqdm(disable=True)):
+        drawn.append(i)
+        assert i == 1 or other.ask("take", f"{i:015x}") == "False"
+        files[i].touch()
+        if i == 2:  # the other one has gone on meanwhile, or ended without it
+            if finished:
+                files[1].touch()
+            other.kill()
+    assert drawn == ([0, 2] if finished else [0, 2, 1])
+    assert list(shared([0, 1, 2], files, tqdm(disable=True))) == []
 
 
 def test_what_another_picture_depends_on(data: Data, tiny: Model) -> None:

@@ -79,7 +79,7 @@ class Data:
     background: str = "white"
     """What shows through transparent pictures: a name or #rrggbb."""
     most_pixels: int = MOST_PIXELS
-    """Pictures with more are refused before they are decoded; decoding takes 8 to 20 bytes a pixel."""
+    """Pictures with more are refused before they are decoded; decoding takes 8 to 21 bytes a pixel."""
     aspect: float = 2.0
     """Longest side of a bucket over its shortest; what is longer is cropped. 1 trains squares."""
     bucket_step: int = 16

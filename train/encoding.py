@@ -1,6 +1,5 @@
 """What is not in the cache yet -> shards: pictures in batches, masks, texts; decoded ahead by threads."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from train.data import Data
 from train.index import Picture
 from train.picture import decode, decode_mask, pixel_hash
 from train.source import Sample
-from train.workers import Gate, work_ahead
+from train.workers import Gate, own_cores, work_ahead
 from train.writer import Todo, Writer
 
 MOST_WAITING = 16  # sizes of which a batch is begun
@@ -33,9 +32,9 @@ class Encode:
     """Pictures with a longer side are encoded in overlapping tiles of this many pixels a side, which bounds memory and
     changes latents near the seams; 0 never tiles."""
     workers: int | None = None
-    """Threads that read and decode. Null: one a core."""
+    """Threads that read and decode. Null: one a core, the cores shared by the ranks of one machine."""
     decode_pixels: int = 2**26
-    """Pixels decoded at the same time by all threads, at about 12 bytes each; a larger picture is decoded alone."""
+    """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
     shard_mib: int = 64
     """Encodings are written in files of about this size,"""
     flush_seconds: float = 30.0
@@ -62,7 +61,7 @@ class Encode:
     @property
     def threads(self) -> int:
         """Threads that read and decode."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or own_cores()
 
     def tiled(self, height: int, width: int) -> bool:
         """Whether a picture of this size is encoded in tiles."""

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.data import Data
-from train.picture import decode, decode_mask, pixel_hash
+from train.picture import DECODING, FORMATS, decode, decode_mask, pixel_hash
 from train.shards import DamagedError, list_shards, mark_damaged, prune, read_item, read_keys, write_shard
 from train.source import Sample
 from train.workers import Gate, work_ahead
@@ -113,7 +113,7 @@ class Index:
 
 def digest(content: bytes, *settings: object) -> bytes:
     """A hash of bytes and of what else their decoding depends on."""
-    own = hashlib.sha256(repr((PIL.__version__, *settings)).encode())
+    own = hashlib.sha256(repr((PIL.__version__, DECODING, *settings)).encode())
     own.update(content)
     return own.digest()
 
@@ -209,7 +209,7 @@ def _unchanged(same: bool) -> None:
 def pixels_of(content: bytes) -> int:
     """How many pixels the header says; 0 if it cannot be read, and then decoding says why."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             return picture.width * picture.height
     except Exception:  # each format's reader raises other kinds
         return 0

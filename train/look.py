@@ -7,7 +7,6 @@ one JSON object with the counts. Exit code 0: training could start; 2: it could 
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from infer.flux import Model, check_model, part_folder
 from train.data import Data, check_left, read_samples, sources_of, split
 from train.sheet import render
 from train.survey import Survey, reasons, sources, survey
-from train.workers import Gate
+from train.workers import Gate, own_cores
 
 WIDTH = 160  # characters of a line in the terminal
 LINES = 20  # of each list in the terminal; the page has them all
@@ -49,7 +48,7 @@ class Look:
     workers: int | None = None
     """Threads that decode; null takes one a core."""
     decode_pixels: int = 2**26
-    """Pixels decoded at the same time by all threads, at about 12 bytes each; a larger picture is decoded alone."""
+    """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
 
     def __post_init__(self) -> None:
         for name in ("shown", "decode_pixels"):
@@ -183,7 +182,7 @@ def look(options: Look) -> None:
         absent = f"T5 tokens are not counted: {error}"
     # all that is broken is listed, whatever training does at the first of it
     samples, skipped = read_samples(replace(data, on_error="skip"))
-    workers, gate = options.workers or os.cpu_count() or 1, Gate(options.decode_pixels)
+    workers, gate = options.workers or own_cores(), Gate(options.decode_pixels)
     with tqdm(total=len(samples), desc="reading pictures", unit="picture") as bar:
         found = survey(data, samples, skipped, count_tokens, length, workers, gate, bar.update)
     why_not, numbers = refusal(found, data), counts(found)

@@ -8,6 +8,8 @@ They lie in the cache's folder under a key of everything that they depend on, so
 
 import hashlib
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,11 @@ from infer.encode import decode, release, text_encoder
 from infer.flux import PARTS, Model, fingerprint, load_scheduler, load_transformer, load_vae
 from infer.generate import Sampling, draw
 from infer.quantize import Precision
+from train.claims import Claims
 from train.data import Data, sources_of
 from train.folder import read_bytes
 from train.source import Sample
+from train.writer import PAUSE
 
 
 def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
@@ -31,6 +35,25 @@ def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
     prints = [fingerprint(model, part) for part in PARTS]
     how = [prior.prompt, data.text_length, prior.steps, prior.guidance, prior.seed, side, prints, asdict(precision)]
     return Path(data.cache) / "prior" / hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+
+
+def shared(todo: list[int], files: list[Path], bar: tqdm) -> Iterator[int]:
+    """Those of the pictures that no other process draws meanwhile; it ends when all are there."""
+    claims = Claims(files[0].parent)
+    while todo:
+        later = []
+        for i in todo:
+            if not claims.take(f"{i:015x}"):
+                later.append(i)
+                continue
+            if not files[i].is_file():
+                yield i
+            claims.free([f"{i:015x}"])
+            bar.update()
+        if len(later) == len(todo):
+            time.sleep(PAUSE)
+        todo = later
+    claims.close()
 
 
 def prior_samples(
@@ -45,14 +68,15 @@ def prior_samples(
         return []
     folder = prior_folder(data, model, precision)
     files = [folder / f"{i:05d}.png" for i in range(prior.count)]
-    todo = [i for i in range(rank, prior.count, ranks) if not files[i].is_file()]
-    if todo:
+    absent = [i for i in range(rank, prior.count, ranks) if not files[i].is_file()]
+    if absent:
         with text_encoder(model, precision, device, data.text_length) as encoder:
             (text,) = encoder([prior.prompt])
         transformer = load_transformer(model, precision, device)
         vae, scheduler = load_vae(model, device), load_scheduler(model)
         sampling = Sampling(prior.steps, prior.guidance, side, side)
-        for i in tqdm(todo, desc="drawing class pictures", unit="picture", disable=rank > 0):
+        bar = tqdm(total=len(absent), desc="drawing class pictures", unit="picture", disable=rank > 0)
+        for i in shared(absent, files, bar):
             latents = draw(transformer, scheduler, text, prior.seed + i, sampling, (side, side), device)
             replace_file(files[i], partial(decode(vae, latents, side, side).save, format="PNG"))
         del transformer, vae

@@ -1,5 +1,6 @@
 """Threads that read and decode while the device encodes, within a bound of memory."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,12 @@ from typing import TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+def own_cores() -> int:
+    """Cores that this process may use: of those that the system gives it, its share beside a launcher's other ranks."""
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, given // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def work_ahead(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
