@@ -29,11 +29,12 @@ from train.checkpoint import optimizer_to, read_latest, save_checkpoint
 from train.config import Train
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
-from train.ranks import exchange, shards, start_alike
+from train.ranks import exchange, shards, start_alike, zero
 from train.sampler import batches_from, share
 from train.seeds import derive
 from train.step import batch_losses, fit_budget, make_learner
 from train.track import Tracker
+from train.zero import ZeroTwo
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
@@ -117,7 +118,7 @@ def fit(
     """
     device, main = accelerator.device, accelerator.is_main_process
     place = accelerator.process_index, accelerator.num_processes
-    optimizer = make_optimizer(job.optim, parameters)
+    optimizer: Any = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
     step, history = 0, {}
     identity = samples.fingerprint(cache)
@@ -137,6 +138,8 @@ def fit(
     resumed = latest is not None
     transformer.train()
     start_alike(parameters, accelerator)
+    if zero():
+        optimizer = ZeroTwo(optimizer, parameters)
     journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
     order = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
     batches = batches_from(order, step * job.accumulation)
@@ -172,13 +175,13 @@ def fit(
             accelerator.wait_for_everyone()
 
         if not resumed and step > 0 and (last or (job.save_every > 0 and step % job.save_every == 0)):
+            state_now = optimizer.state_dict() if main or zero() else {}  # shared out, it is gathered from all
             if main:
                 rest = {
                     "schedule": schedule.state_dict(),
                     "validation": history,
                     "samples": identity,
                 }
-                state_now = optimizer.state_dict()
                 save_checkpoint(folder / "checkpoints", step, adapter_state(transformer), state_now, rest, job.keep)
             accelerator.wait_for_everyone()
 

@@ -53,7 +53,7 @@ def make_learner(
 
     def backward(batch: Batch) -> Tensor:
         loss = (batch_losses(model, batch, job, job.flow.weighting) * batch.weight).sum() / job.accumulation
-        accelerator.backward(loss)
+        loss.backward()
         return loss.detach()
 
     def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
