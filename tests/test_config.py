@@ -165,6 +165,7 @@ def test_accelerate_reads_its_files(file: Path) -> None:
         "ddp": ("MULTI_GPU", 2, False),
         "fsdp2": ("FSDP", 2, False),
         "two_nodes": ("MULTI_GPU", 16, False),
+        "zero2": ("DEEPSPEED", 2, False),
     }
     assert (config.distributed_type.value, config.num_processes, config.use_cpu) == kinds[file.stem]
 

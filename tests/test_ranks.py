@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from infer.fast import Memory
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
 from train.config import Train
+from train.optim import Optim
 from train.ranks import check_launch
 
 UPDATES, ACCUMULATION = 3, 2
@@ -188,6 +191,7 @@ def launched(**environment: str) -> dict[str, str]:
 
 
 FSDP = launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+ZERO = launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
 REFUSED = [
     (Train(precision=Precision("int8")), FSDP, "precision.kind=int8 cannot be shared by FSDP: .*scales.*precision=nf4"),
     (Train(memory=Memory(graph=True)), FSDP, "memory.graph=True needs the fast path, which .*FSDP cuts them apart"),
@@ -196,7 +200,10 @@ REFUSED = [
     (Train(), FSDP | launched(FSDP_VERSION="1"), "launched for FSDP 1, which flattens.*set fsdp_version: 2"),
     (Train(), FSDP | launched(FSDP_OFFLOAD_PARAMS="true"), "fsdp_offload_params: true, which is not .*budget"),
     (Train(), FSDP | launched(FSDP_ACTIVATION_CHECKPOINTING="true"), "set it to false: memory.keep=nothing does that"),
-    (Train(), launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3"), "ZeRO-3, .*fsdp2.yaml"),
+    (Train(), ZERO | launched(ACCELERATE_DEEPSPEED_ZERO_STAGE="3"), "ZeRO-3, .*saves empty adapters; .*fsdp2.yaml"),
+    (Train(), ZERO | launched(ACCELERATE_DEEPSPEED_CONFIG_FILE="ds.json"), "a DeepSpeed config file is not read; take"),
+    (Train(), ZERO | launched(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu"), "optimizer_device is cpu, but"),
+    (Train(optim=Optim("adamw8bit")), ZERO, "optim.name=adamw8bit cannot be shared by ZeRO-2, .*use optim=adamw, or"),
 ]  # fmt: skip
 
 
@@ -208,7 +215,40 @@ def test_what_cannot_work_is_refused(job: Train, environment: dict[str, str], me
         check_launch(job, environment)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
+def test_zero_two_learns_what_replicas_learn(tmp_path: Path) -> None:
+    """Bit for bit, and after a checkpoint too: what is kept is one process's state."""
+    make_style(tmp_path / "pictures", 7, seed=1)
+    options = [
+        "data.path=pictures", "data.resolution=64", "data.validation=0.2", "data.cache=cache", "precision=nf4",
+        "adapter.rank=4", "optim.schedule=linear", "steps=4", "save_every=2", "validation_levels=1", "device=cpu",
+    ]  # fmt: skip
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+    def run(name: str, **more: str) -> dict[str, torch.Tensor]:
+        command = [*torchrun, str(ROOT / "train/train.py"), f"run={name}", *options]
+        made = subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, timeout=300
+        )
+        assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-4000:]
+        return load_file(tmp_path / "runs" / name / "adapter" / FILE)
+
+    apart, shared = run("apart"), run("shared", **ZERO)
+    assert all(torch.equal(apart[key], shared[key]) for key in apart)
+    shutil.rmtree(tmp_path / "runs/shared/adapter")
+    shutil.rmtree(tmp_path / "runs/shared/checkpoints/step-000004")
+    resumed = run("shared", **ZERO)
+    assert all(torch.equal(apart[key], resumed[key]) for key in apart)
+    kept = [
+        load_file(tmp_path / f"runs/{run}/checkpoints/step-000002/optimizer.safetensors") for run in ("apart", "shared")
+    ]
+    assert kept[0].keys() == kept[1].keys() and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
 def test_what_works_passes() -> None:
+    check_launch(Train(), ZERO)
     for kind in ("nf4", "fp4", "bf16", "fp32"):
         check_launch(Train(precision=Precision(kind)), FSDP)
     check_launch(Train(precision=Precision("int8"), memory=Memory(graph=True, budget_gib=8)), {})

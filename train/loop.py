@@ -33,7 +33,7 @@ from train.lock import Hold
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
 from train.progress import Parts, Progress, clear, restore, save
-from train.ranks import exchange, shards, start_alike
+from train.ranks import exchange, shards, start_alike, zero
 from train.sampler import batches_from
 from train.seeds import derive
 from train.step import fit_budget, make_learner
@@ -42,6 +42,7 @@ from train.track import Tracker
 from train.trouble import leave_out, note_spike, refuse_more
 from train.update import divide, tell
 from train.validation import validate
+from train.zero import ZeroTwo
 
 
 def start_memory(device: torch.device) -> None:
@@ -87,7 +88,7 @@ def fit(
     """
     device, main = accelerator.device, accelerator.is_main_process
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    optimizer = make_optimizer(job.optim, parameters)
+    optimizer: Any = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
     parts = Parts(transformer, average, optimizer, schedule, Progress(samples.fingerprint(cache), base), folder)
     resumed = restore(parts, job, accelerator)
@@ -97,6 +98,8 @@ def fit(
         accelerator.print(f"resuming at step {now.step} of {job.steps}")
     transformer.train()
     start_alike(parameters, accelerator)
+    if zero():
+        optimizer = ZeroTwo(optimizer, parameters)
     journal = Journal(folder / "metrics.jsonl", first if resumed else -1, main)
     events = Journal(folder / "events.jsonl", first if resumed else -1, main)
     order = make_stream(samples, cache, job.data, job.seed, begun)
@@ -117,12 +120,13 @@ def fit(
     while True:
         measured = now.step == 0 or due(job.validate_every)
         if now.step > first and (due(job.save_every) or stopping or save_now or (job.keep_best and measured)):
+            learned = optimizer.state_dict() if main or zero() else {}  # shared out, it is gathered from all
             if main:
                 if hold is not None:
                     hold.check()
                 journal.sync()
                 events.sync()
-                save(parts)
+                save(parts, learned)
                 clear(parts, job)
             saved = time.monotonic()
             accelerator.wait_for_everyone()

@@ -106,8 +106,8 @@ def restore(parts: Parts, job: Train, accelerator: Accelerator) -> bool:
     return True
 
 
-def save(parts: Parts) -> Path:
-    """Write the checkpoint of this step."""
+def save(parts: Parts, learned: dict[str, Any]) -> Path:
+    """Write the checkpoint of this step; learned: the optimizer's state dict."""
     average, updates = parts.average.state() if parts.average is not None else (None, 0)
     state = asdict(parts.progress) | {"schedule": parts.schedule.state_dict(), "ema_updates": updates}
     step = state.pop("step")
@@ -115,7 +115,7 @@ def save(parts: Parts) -> Path:
         parts.folder / "checkpoints",
         step,
         adapter_state(parts.transformer),
-        parts.optimizer.state_dict(),
+        learned,
         state,
         average,
     )

@@ -25,7 +25,13 @@ from infer.fast import NEEDS_FUSED
 from infer.quantize import kind_of
 from train.config import Train
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 
 
 def _on(environment: Mapping[str, str], name: str) -> bool:
@@ -37,21 +43,43 @@ def shards(environment: Mapping[str, str] = os.environ) -> bool:
     return _on(environment, "ACCELERATE_USE_FSDP")
 
 
+def zero(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asks for the optimizer's state to be shared between the ranks (DeepSpeed)."""
+    return _on(environment, "ACCELERATE_USE_DEEPSPEED")
+
+
+def _check_zero(job: Train, environment: Mapping[str, str]) -> None:
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage != "2":
+        what = {
+            "3": "it cuts packed 4-bit weights apart and saves empty adapters",
+            "1": "ZeRO-2 does the same and more",
+        }
+        raise ValueError(
+            f"accelerate was launched for DeepSpeed ZeRO-{stage}, which is not supported: "
+            f"{what.get(stage, 'nothing is shared')}; use configs/accelerate/zero2.yaml, or fsdp2.yaml to share weights"
+        )
+    if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise ValueError("a DeepSpeed config file is not read; take deepspeed_config_file out of accelerate's config")
+    for name in ("OFFLOAD_OPTIMIZER", "OFFLOAD_PARAM"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_{name}_DEVICE", "none")
+        if device != "none":
+            raise ValueError(f"{name.lower()}_device is {device}, but an adapter has megabytes; set it to none")
+    if job.optim.name != "adamw":
+        raise ValueError(
+            f"optim.name={job.optim.name} cannot be shared by ZeRO-2, which flattens the parameters that its state is "
+            "for; use optim=adamw, or configs/accelerate/ddp.yaml"
+        )
+
+
 def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> None:
     """Compare what the launcher asks for, by its environment, with what can work.
 
     Raises:
         ValueError: it cannot; the message says why, and what can.
     """
-    if _on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        reason = "it shares the optimizer's state, of which an adapter has megabytes; use configs/accelerate/ddp.yaml"
-        if stage == "3":
-            reason = (
-                "it cuts packed 4-bit weights apart and saves empty adapters; to share the weights between GPUs use "
-                "configs/accelerate/fsdp2.yaml"
-            )
-        raise ValueError(f"accelerate was launched for DeepSpeed ZeRO-{stage}, which is not supported: {reason}")
+    if zero(environment):
+        _check_zero(job, environment)
     if not shards(environment):
         return
     version = environment.get("FSDP_VERSION", "1")
@@ -110,7 +138,7 @@ def make_accelerator(job: Train) -> Accelerator:
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"accelerate was launched for {accelerator.distributed_type.value}, which is not supported; use one "
-            "process, data parallelism or FSDP 2 (configs/accelerate)"
+            "process, data parallelism, FSDP 2 or ZeRO-2 (configs/accelerate)"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(

@@ -61,7 +61,7 @@ def make_learner(
 
     def backward(batch: Batch) -> Tensor:
         values = batch_losses(model, batch, job, job.flow.weighting)
-        accelerator.backward((values * batch.weight).sum() / job.accumulation)
+        ((values * batch.weight).sum() / job.accumulation).backward()
         return values.detach()
 
     def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
