@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from infer import report
 from infer.adapters import find_adapter, load_adapter
+from infer.atomic import clear_partials
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
@@ -82,6 +83,11 @@ class Compare:
             raise ValueError(
                 "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"
             )
+        for seed in self.seeds:
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"seeds has {seed}; a seed has 64 bits: choose one below {2**63}")
+        if self.text_length is not None and self.text_length < 1:
+            raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")
@@ -220,10 +226,17 @@ def compare(options: Compare) -> Path:
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
-            if not math.isfinite(score(Image.new("RGB", (128, 128)), prompt)):
+            try:
+                given = float(score(Image.new("RGB", (128, 128)), prompt))
+            except Exception as error:  # whatever the user's function raises
+                raise ValueError(
+                    f"scores.{name} fails for a black picture of {prompt!r} ({type(error).__name__}: {error}); mend "
+                    "it: it takes a picture and a prompt"
+                ) from error
+            if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
     target, partial = run / "compare", run / f"compare.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    clear_partials(run, "compare")
     (partial / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []

@@ -165,6 +165,7 @@ def _load(
             revision=model.revision,
             quantization_config=config,
             device_map={"": hold},
+            use_safetensors=True,
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
     return _checked(loaded, precision)
@@ -228,7 +229,7 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
             continue
         with _loading(model, name):
             parts[name] = transformers.AutoTokenizer.from_pretrained(
-                model.path, subfolder=name, revision=model.revision
+                model.path, subfolder=name, revision=model.revision, trust_remote_code=False
             )
     return parts
 
@@ -239,7 +240,9 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
     with _loading(model, "vae"):
-        vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", revision=model.revision, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(
+            model.path, subfolder="vae", revision=model.revision, torch_dtype=dtype, use_safetensors=True
+        )
     return vae.to(device).eval().requires_grad_(False)
 
 

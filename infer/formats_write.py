@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save
 from torch import Tensor
 
 from infer.atomic import replace_file
 from infer.formats import PEFT_FILE, Pairs
 from infer.names import MLP_RATIO, halves_swapped, original_name
+from infer.tensors import packed
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 
@@ -66,9 +66,7 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
         state = _named(pairs, "transformer.", baked=True)
     else:
         state = _fused(pairs, form)
-    content = save(
-        {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}, metadata=header
-    )
+    content = packed({key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}, header)
     replace_file(out, lambda path: path.write_bytes(content))
     return out.parent if form == "peft" else out
 

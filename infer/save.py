@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import diffusers
 
-from infer.atomic import sync_folder, sync_tree
+from infer.atomic import clear_partials, sync_folder, sync_tree
 from infer.command import pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
@@ -48,7 +48,7 @@ def save(options: Save) -> Path:
     device = pick_device(options.device)
     out = Path(options.out)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    clear_partials(out.parent, out.name)
     partial.mkdir(parents=True)
     try:
         load_transformer(options.model, options.precision, device).save_pretrained(partial / "transformer")

@@ -69,7 +69,7 @@ def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
     check_model(model)
     folder = part_folder(model, "tokenizer_2")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
 

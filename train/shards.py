@@ -21,10 +21,10 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infer.atomic import replace_file
+from infer.tensors import packed
 
 Item = dict[str, Tensor]
 """The tensors of one key, by part."""
@@ -51,7 +51,7 @@ def write_shard(folder: Path, items: dict[str, Item]) -> Path:
     tensors = {f"{key}/{part}": tensor.contiguous() for key, item in items.items() for part, tensor in item.items()}
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     file = folder / f"{time.time_ns():016x}-{secrets.token_hex(4)}.safetensors"
-    replace_file(file, lambda path: save_file(tensors, path, sums))
+    replace_file(file, lambda path: path.write_bytes(packed(tensors, sums)))
     return file
 
 

@@ -38,6 +38,8 @@ class Source:
             raise ValueError(f"repeats of {self.path} is {self.repeats}; it must be above 0")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight of {self.path} is {self.weight}; it must be above 0")
+        if self.masks is not None and not self.masks.strip():
+            raise ValueError(f"masks of {self.path} is {self.masks!r}; name their folder, or set it to null")
         if self.caption is not None and not self.caption.strip():
             raise ValueError(f"caption of {self.path} is empty; write one, or set it to null")
 
