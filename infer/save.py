@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import diffusers
 
+from infer.atomic import sync_folder, sync_tree
 from infer.command import pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
@@ -58,7 +59,9 @@ def save(options: Save) -> Path:
                 shutil.copytree(part_folder(options.model, part), partial / part)
         index = diffusers.FluxPipeline.load_config(options.model.path, revision=options.model.revision)
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        sync_tree(partial)
         partial.rename(out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -221,6 +222,11 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     return times
 
 
+def mean_loss(each: Callable[[Batch], list[float]], batch: Batch) -> float:
+    losses = each(batch)
+    return sum(losses) / len(losses)
+
+
 def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = "") -> Row:
     device, job = held.device, variant.job
     transformer, parameters = held.get(job)
@@ -236,7 +242,8 @@ def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = 
     else:
         job.memory, stream = choose_path(transformer, job.memory, job.precision, device, print)
         torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
-        learn = make_learner(job, accelerator, transformer, parameters, stream)
+        each = make_learner(job, accelerator, transformer, parameters, stream)
+        learn = partial(mean_loss, each)
     batch = make_batch(variant, transformer.config, device)
     optimizer = make_optimizer(job.optim, parameters)
     result: Row = {}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,23 +15,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train.checkpoint import list_checkpoints, optimizer_to, read_checkpoint, read_latest, save_checkpoint
-from train.loop import Journal
+from infer.atomic import replace_file
+from train.checkpoint import (
+    best_steps,
+    find_checkpoint,
+    list_checkpoints,
+    optimizer_to,
+    read_checkpoint,
+    retain,
+    save_checkpoint,
+    set_aside,
+)
+from train.journal import Journal
 from train.optim import NAMES, Optim, make_optimizer, make_schedule
 from train.seeds import derive, generator
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
-def put(folder: Path, step: int, keep: int = 9) -> Path:
+def put(folder: Path, step: int, keep: int = 9, average: dict[str, Tensor] | None = None) -> Path:
     moment = {"state": {0: {"m": torch.full((3,), float(step))}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     rest = {"validation": {"0": step / 3, "é": 2}}
-    return save_checkpoint(folder, step, {"a.lora_A": torch.arange(4.0) + step}, moment, rest, keep)
+    path = save_checkpoint(folder, step, {"a.lora_A": torch.arange(4.0) + step}, moment, rest, average)
+    retain(folder, keep, [])
+    return path
 
 
-def step_of(found: Any) -> int:
-    """Of what `read_latest` gives, after looking at all of it."""
-    adapter, optimizer, state = found
+def step_of(found: Path | None) -> int:
+    """Of what `find_checkpoint` gives, after looking at all of it."""
+    assert found is not None
+    adapter, optimizer, state = read_checkpoint(found)
     step: int = state["step"]
     assert torch.equal(adapter["a.lora_A"], torch.arange(4.0) + step)
     assert torch.equal(optimizer["state"][0]["m"], torch.full((3,), float(step)))
@@ -61,7 +75,7 @@ def test_a_restored_optimizer_goes_on_as_if_never_saved(tmp_path: Path, name: st
     whole = fresh(starts)
     advance(*whole, range(3))
     adapter = {str(i): p.detach() for i, p in enumerate(whole[0])}
-    save_checkpoint(tmp_path, 3, adapter, whole[1].state_dict(), {"schedule": whole[2].state_dict()}, keep=1)
+    save_checkpoint(tmp_path, 3, adapter, whole[1].state_dict(), {"schedule": whole[2].state_dict()})
     advance(*whole, range(3, 6))
 
     values, moments, rest = read_checkpoint(tmp_path / "step-000003")
@@ -107,7 +121,7 @@ def test_any_state_comes_back(tree: dict[Any, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
         shared = torch.randn(2)
         there = {"own": tree, "twice": [shared, shared, shared[:1]], "betas": [0.9, 1e-300]}
-        path = save_checkpoint(Path(name), 1, {}, there, {}, keep=1)
+        path = save_checkpoint(Path(name), 1, {}, there, {})
         assert same(read_checkpoint(path)[1], there)
 
 
@@ -137,10 +151,10 @@ def test_damage_is_seen_and_the_one_before_taken(tmp_path: Path, name: str, dama
     with pytest.raises(ValueError, match=r"step-000006 is damaged"):
         read_checkpoint(tmp_path / "step-000006")
     told: list[str] = []
-    assert step_of(read_latest(tmp_path, told.append)) == 4
+    assert step_of(find_checkpoint(tmp_path, None, told.append)) == 4
     assert len(told) == 1 and "step-000006 is damaged" in told[0] and "an older one is used" in told[0]
     put(tmp_path, 6)  # the run comes there again
-    assert step_of(read_latest(tmp_path, pytest.fail)) == 6
+    assert step_of(find_checkpoint(tmp_path, None, pytest.fail)) == 6
 
 
 def test_no_bit_of_the_state_can_change(tmp_path: Path) -> None:
@@ -155,11 +169,11 @@ def test_no_bit_of_the_state_can_change(tmp_path: Path) -> None:
 
 
 def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
-    assert read_latest(tmp_path / "absent", pytest.fail) is None
+    assert find_checkpoint(tmp_path / "absent", None, pytest.fail) is None
     told: list[str] = []
     for step in (1, 2):
         (put(tmp_path, step) / "state.json").write_text("{}")
-    assert read_latest(tmp_path, told.append) is None and len(told) == 2
+    assert find_checkpoint(tmp_path, None, told.append) is None and len(told) == 2
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -169,8 +183,60 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
         assert put(tmp_path, step, keep) == tmp_path / f"step-{step:06d}"
         kept = [f"step-{s:06d}" for s in steps[max(0, count - keep) : count]]
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
-    assert step_of(read_latest(tmp_path, pytest.fail)) == 1_000_000
+    assert step_of(find_checkpoint(tmp_path, None, pytest.fail)) == 1_000_000
     assert {file.name for path in tmp_path.iterdir() for file in path.iterdir()} == set(FILES)
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        put(tmp_path, step)
+    losses = {"0": 0.1, "2": 0.5, "3": 0.0, "4": 0.3, "6": 0.5, "8": 0.4}  # none of 0 and 3 is there, 10 is not judged
+    assert best_steps(tmp_path, losses, 3) == [4, 8, 2]
+    assert best_steps(tmp_path, losses, 0) == best_steps(tmp_path, {}, 3) == []
+    (tmp_path / "step-000004.77.partial").mkdir()  # of a process that was killed
+    retain(tmp_path, 1, best_steps(tmp_path, losses, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000008", "step-000010"]
+    assert [path.name for path in set_aside(tmp_path, 4)] == ["step-000008.aside", "step-000010.aside"]
+    assert step_of(find_checkpoint(tmp_path, None, pytest.fail)) == 4
+    put(tmp_path, 8)
+    (tmp_path / "step-000008" / "mark").touch()
+    set_aside(tmp_path, 4)  # the later one takes the place of the one from before
+    assert (tmp_path / "step-000008.aside" / "mark").is_file() and not (tmp_path / "step-000008").exists()
+
+
+def test_averaged_weights_are_a_file_of_their_own(tmp_path: Path) -> None:
+    average = {"a.lora_A": torch.arange(4.0) / 3}
+    path = put(tmp_path, 4, average=average)
+    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "ema.safetensors"])
+    assert torch.equal(read_checkpoint(path)[2]["average"]["a.lora_A"], average["a.lora_A"])
+    change(path / "ema.safetensors", -1, 0)
+    with pytest.raises(ValueError, match="step-000004 is damaged"):
+        find_checkpoint(tmp_path, "step-000004", pytest.fail)
+    (path / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match="step-000004 is damaged"):
+        read_checkpoint(path)
+
+
+def test_names_reach_the_disk_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, then their folder, then the rename, then the folder above: after a power cut at any time it is whole."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(number: int) -> None:
+        done.append(Path(f"/proc/self/fd/{number}").readlink().name.split(".")[0])
+        fsync(number)
+
+    def moved(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", moved)
+    save_checkpoint(tmp_path / "all", 3, {}, {}, {})
+    assert sorted(done[:3]) == ["adapter", "optimizer", "state"] and done[3:] == ["step-000003", "rename", "all"]
+    done.clear()
+    replace_file(tmp_path / "all" / "x.json", lambda path: path.write_text("{}"))
+    assert done == ["", "all"]  # the hidden temporary file, then its folder
 
 
 def test_a_crash_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +252,10 @@ def test_a_crash_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("train.checkpoint.os.getpid", lambda: 7)
     (tmp_path / "step-000002.7.partial").mkdir()
     (tmp_path / "step-000002.7.partial" / "state.json").write_text("{")
-    assert step_of(read_latest(tmp_path, pytest.fail)) == 1
+    assert step_of(find_checkpoint(tmp_path, None, pytest.fail)) == 1
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
     put(tmp_path, 2)
-    assert step_of(read_latest(tmp_path, pytest.fail)) == 2
+    assert step_of(find_checkpoint(tmp_path, None, pytest.fail)) == 2
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -232,12 +298,14 @@ def test_the_journal_drops_what_lies_beyond(tmp_path: Path) -> None:
         stream.write('{"step": 1, "lo')
     Journal(file, 2, write=False).log(9, {"loss": 1.0})  # another rank writes nothing
     assert len(file.read_text().splitlines()) == 7
+    file.write_text(file.read_text() + "\n")
+    journal.log(1, {"validation_loss": 0.7})
     Journal(file, 2, write=True).log(3, {"loss": 9.0})
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         {"step": 0, "loss": 0.0},
         {"step": 1, "loss": 1 / 3},
         {"step": 2, "loss": 2 / 3},
-        {"step": 2, "validation_loss": 0.5},
+        {"step": 1, "validation_loss": 0.7},  # that of step 2 comes after its checkpoint, and comes again
         {"step": 3, "loss": 9.0},
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -226,8 +226,14 @@ def test_nothing_learned_is_an_error(job: Train, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job: Train) -> None:
-    with pytest.raises(ValueError, match="training stopped, the last checkpoint"):
-        train(replace(job, run="wild", optim=Optim(lr=1e30), steps=4))
+    job = replace(job, optim=Optim(lr=1e30), steps=9, accumulation=1)
+    said = r"not finite 3 times in a row, up to step 4, where the samples were .*\.png, .*\.png: training stopped"
+    with pytest.raises(ValueError, match=said):
+        train(replace(job, run="wild", stop_after_bad=3, validate_every=0))
+    assert [line.get("skipped") for line in metrics("wild") if "lr" in line] == [None, 1, 2, 3]
+    assert not Path("runs/wild/adapter").exists()
+    with pytest.raises(ValueError, match=r"the validation loss is nan: the adapter's weights are ruined; lower"):
+        train(replace(job, run="ruined", validate_every=1))
 
 
 def test_a_target_that_matches_nothing_says_what_there_is(job: Train) -> None:

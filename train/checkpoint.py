@@ -1,7 +1,8 @@
-"""A run's state on disk: `checkpoints/step-000200/` holds the adapter, the optimizer and where the run is.
+"""A run's state on disk: `checkpoints/step-000200/` holds the adapter, its average, the optimizer and where the run is.
 
-Safetensors and JSON only. A checkpoint is written beside its place and renamed, so that it is whole or absent;
-checksums tell one that was torn or altered afterwards, and the one before it is taken instead.
+Safetensors and JSON only, and never the base model. A checkpoint is written beside its place and renamed, so that it
+is whole or absent; checksums tell one that was torn or altered afterwards, and the one before it is taken instead. It
+is the state right after its step's update: the validation and the previews that are due there come after it.
 """
 
 import hashlib
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-STATE = "state.json"
+from infer.atomic import sync_folder
+
+ADAPTER, AVERAGE, OPTIMIZER, STATE = "adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -49,12 +53,19 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_checkpoint(
-    folder: Path, step: int, adapter: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    adapter: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    average: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `folder/step-<step>` and remove all but the newest `keep`."""
+    """Write `folder/step-<step>`; average: the adapter's averaged weights, where there are any."""
     tensors: dict[str, Tensor] = {}
     layout = _flatten(optimizer, tensors)
-    files = {"adapter.safetensors": save(adapter), "optimizer.safetensors": save(tensors)}
+    files = {ADAPTER: save(adapter), OPTIMIZER: save(tensors)}
+    if average is not None:
+        files[AVERAGE] = save(average)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     body = {"step": step, "optimizer": layout, **state}
     text = json.dumps(body, sort_keys=True, allow_nan=False)
@@ -71,13 +82,43 @@ def save_checkpoint(
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-        shutil.rmtree(target, ignore_errors=True)
+        sync_folder(partial)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one: the run came here again
         partial.rename(target)
+        sync_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return target
+
+
+def retain(folder: Path, keep: int, best: list[int]) -> None:
+    """Remove all checkpoints but the newest `keep` and those of the steps in `best`, and what killed processes left."""
+    for old in list_checkpoints(folder)[:-keep]:
+        if _step(old) not in best:
+            shutil.rmtree(old)
+    for partial in folder.glob("step-*.partial"):
+        shutil.rmtree(partial)
+
+
+def best_steps(folder: Path, losses: dict[str, float], count: int) -> list[int]:
+    """The `count` steps of the lowest validation loss, of those that have a checkpoint; the earlier of equals."""
+    there = [_step(path) for path in list_checkpoints(folder) if str(_step(path)) in losses]
+    return sorted(there, key=lambda step: (losses[str(step)], step))[:count]
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond a step, from which the run goes on, so that they are not taken for its newest."""
+    moved = []
+    for path in list_checkpoints(folder):
+        if _step(path) > step:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -85,34 +126,51 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The adapter's tensors, the optimizer's state dict, and the rest.
+    """The adapter's tensors, the optimizer's state dict, and the rest; averaged weights are `average` in the rest.
 
     Raises:
         ValueError: a file is absent, unreadable, or not what was written.
     """
     try:
         header = json.loads((path / STATE).read_text())
-        contents = {name: (path / name).read_bytes() for name in ("adapter.safetensors", "optimizer.safetensors")}
+        sums = header["sha256"]
+        names = [ADAPTER, OPTIMIZER, *([AVERAGE] if AVERAGE in sums else [])]
+        contents = {name: (path / name).read_bytes() for name in names}
         found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         found[STATE] = hashlib.sha256(header["state"].encode()).hexdigest()
-        if found != header["sha256"]:
+        if found != sums:
             raise ValueError("its checksums differ from what was written")
         state = json.loads(header["state"])
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        optimizer = _restore(state.pop("optimizer"), load(contents[OPTIMIZER]))
+        adapter = load(contents[ADAPTER])
+        if AVERAGE in contents:
+            state["average"] = load(contents[AVERAGE])
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error})") from error
-    optimizer = _restore(state.pop("optimizer"), load(contents["optimizer.safetensors"]))
-    return load(contents["adapter.safetensors"]), optimizer, state
+    return adapter, optimizer, state
 
 
-def read_latest(folder: Path, warn: Any) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]] | None:
-    """The newest checkpoint that is whole, None if there is none; `warn` is told of each damaged one."""
-    for path in reversed(list_checkpoints(folder)):
+def find_checkpoint(folder: Path, name: str | None, warn: Any) -> Path | None:
+    """The checkpoint of a name, or else the newest that is whole, or None; `warn` is told of each damaged one.
+
+    Raises:
+        ValueError: the named one is absent or damaged.
+    """
+    there = list_checkpoints(folder)
+    if name is not None:
+        if folder / name not in there:
+            names = ", ".join(path.name for path in there) or "none"
+            raise ValueError(f"resume is {name!r}, but the checkpoints in {folder} are: {names}; choose one, or null")
+        read_checkpoint(folder / name)
+        return folder / name
+    for path in reversed(there):
         try:
-            return read_checkpoint(path)
+            read_checkpoint(path)
+            return path
         except ValueError as error:
             warn(f"{error}; an older one is used if there is one, else the run starts over")
     return None

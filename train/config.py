@@ -1,5 +1,6 @@
 """Everything a training run is told, as one dataclass; the defaults are in configs/train.yaml."""
 
+import re
 from dataclasses import dataclass, field
 
 from infer.adapters import Adapter
@@ -36,10 +37,24 @@ class Train:
     """Optimizer updates."""
     accumulation: int = 1
     """Micro-batches an update."""
+    ema: float | None = None
+    """Decay of a moving average of the adapter's weights, such as 0.99, which is kept, measured, drawn and saved beside
+    them; null: none."""
     save_every: int = 200
     """Steps between checkpoints; 0 keeps only the last."""
+    save_minutes: float = 0.0
+    """Minutes after which a checkpoint is written in any case; 0: never."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Of the newest checkpoints, how many are kept."""
+    keep_best: int = 0
+    """Of the checkpoints with the lowest validation loss (of the averaged weights, if there are any), how many are kept
+    besides; above 0, each validation has its checkpoint."""
+    resume: str | None = None
+    """A checkpoint's name, such as step-000200, to go on from; null: the newest that is whole."""
+    stop_after_bad: int = 5
+    """Updates in a row whose loss or gradient is not finite, after which the run stops; each of them is left out."""
+    spikes: float = 6.0
+    """A loss that is so many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
     validate_every: int = 100
     """Steps between validations; 0 validates at the start and the end."""
     validation_levels: int = 8
@@ -51,11 +66,25 @@ class Train:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accumulation", 1), ("keep", 1), ("validation_levels", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("accumulation", 1),
+            ("keep", 1),
+            ("keep_best", 0),
+            ("stop_after_bad", 1),
+            ("validation_levels", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
         for name in ("save_every", "validate_every", "preview_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (only at the end) or more")
+        for name in ("save_minutes", "spikes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or more")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must be above 0 and below 1, such as 0.99, or null for none")
+        if self.resume is not None and not re.fullmatch(r"step-\d+", self.resume):
+            raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
         if self.precision.compute_dtype == "fp16" and self.precision.quantized:
             raise ValueError("precision.compute_dtype=fp16 gives NaN when FLUX trains; set it to bf16")

@@ -1,15 +1,17 @@
-"""The training loop: validate, draw previews, save, stop, learn, log.
+"""The training loop: save, validate, draw previews, stop, learn, log.
 
 Every random number is drawn for a place (train/seeds.py): a sample's noise belongs to its position in the endless
 shuffled stream of samples (train/sampler.py), whatever the number of ranks, and a run that resumes at step k goes on as
-if it had never stopped.
+if it had never stopped. A checkpoint is the state right after an update; what else is due at its step comes after it,
+and comes again if the run resumes there.
 """
 
-import json
 import math
 import resource
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +21,27 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from tqdm import tqdm
 
-from infer.adapters import adapter_state, set_adapter_state
-from infer.atomic import replace_file
 from infer.encode import Text
 from infer.stream import Stream
-from train.batch import Samples, largest_batch, make_stream, training_batch, validation_batch, validation_parts
+from train.batch import Samples, largest_batch, make_stream, training_batch
 from train.cache import Cache
-from train.checkpoint import optimizer_to, read_latest, save_checkpoint
 from train.config import Train
+from train.data import sources_of
+from train.ema import make_average
+from train.journal import Journal
+from train.lock import Hold
 from train.optim import make_optimizer, make_schedule
 from train.preview import preview
+from train.progress import Parts, Progress, clear, restore, save
 from train.ranks import exchange, shards, start_alike
-from train.sampler import batches_from, share
+from train.sampler import batches_from
 from train.seeds import derive
-from train.step import batch_losses, fit_budget, make_learner
+from train.step import fit_budget, make_learner
+from train.stop import Stop
 from train.track import Tracker
-
-
-def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean objective over the held-out pictures, by their masks but by no weights; None if none is held out."""
-    if not samples.validation:
-        return None
-    place = accelerator.process_index, accelerator.num_processes
-    transformer.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    of_ranks = [validation_parts(job, cache, samples, rank, place[1]) for rank in range(place[1])]
-    own = of_ranks[place[0]]
-    with torch.no_grad():
-        # where weights are shared, all ranks take part in each forward pass: who is done repeats one, uncounted
-        for turn in range(max(map(len, of_ranks)) if shards() else len(own)):
-            counts = turn < len(own)
-            batch = validation_batch(job, cache, samples, own[turn] if counts else of_ranks[0][0], accelerator.device)
-            values = batch_losses(transformer, batch, job, "none")
-            if counts:
-                total += total.new_tensor([values.double().sum().item(), len(values)])
-    transformer.train()
-    summed: Any = accelerator.reduce(total, "sum")
-    return float(summed[0] / summed[1])
+from train.trouble import leave_out, note_spike, refuse_more
+from train.update import divide, tell
+from train.validation import validate
 
 
 def start_memory(device: torch.device) -> None:
@@ -72,28 +58,6 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class Journal:
-    """metrics.jsonl: one line an event. A resumed run drops the lines beyond its checkpoint first."""
-
-    def __init__(self, file: Path, step: int, write: bool) -> None:
-        self.file = file if write else None
-        if write and file.is_file():
-            lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(file, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        if self.file is not None:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **figures}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line torn by a crash
-
-
 def fit(
     job: Train,
     accelerator: Accelerator,
@@ -106,122 +70,137 @@ def fit(
     size: tuple[int, int],
     tracker: Tracker,
     folder: Path,
-) -> dict[str, float]:
-    """Train to the last step; returns the validation loss by step, as text keys.
+    base: str,
+    begun: int,
+    stop: Stop,
+    hold: Hold | None,
+) -> Parts | None:
+    """Train to the last step; None if it was stopped before, with its state saved.
 
-    parameters: the adapter's. stream: of the transformer's blocks, where memory has a budget. previews: prompts with
-    their embeddings; size: their height and width.
+    parameters: the adapter's. stream: of the transformer's blocks, where memory has a budget.
+    previews: prompts with their embeddings; size: their height and width. base: the transformer's hash. begun: the
+    ranks that the run began with. hold: of the run's folder, on the main rank.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: too many updates in a row were not finite, or the run cannot go on from its checkpoint.
     """
     device, main = accelerator.device, accelerator.is_main_process
-    place = accelerator.process_index, accelerator.num_processes
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     optimizer = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
-    step, history = 0, {}
-    identity = samples.fingerprint(cache)
-    latest = read_latest(folder / "checkpoints", accelerator.print)
-    if latest is not None:
-        adapter, optimizer_state, state = latest
-        if state["samples"] != identity:
-            raise ValueError(
-                "the pictures, captions or the held-out share have changed since the last checkpoint in "
-                f"{folder / 'checkpoints'}; choose another name with run=..., or delete {folder} to start over"
-            )
-        set_adapter_state(transformer, adapter)
-        optimizer.load_state_dict(optimizer_to(optimizer_state, device))
-        schedule.load_state_dict(state["schedule"])
-        step, history = state["step"], state["validation"]
-        accelerator.print(f"resuming at step {step} of {job.steps}")
-    resumed = latest is not None
-    transformer.train()
     start_alike(parameters, accelerator)
-    journal = Journal(folder / "metrics.jsonl", step if resumed else -1, main)
-    order = make_stream(samples, cache, job.data, job.seed, accelerator.num_processes)
-    batches = batches_from(order, step * job.accumulation)
-    learn = make_learner(job, accelerator, transformer, parameters, stream)
+    average = make_average(job.ema, transformer, parameters)
+    parts = Parts(transformer, average, optimizer, schedule, Progress(samples.fingerprint(cache), base), folder)
+    resumed = restore(parts, job, accelerator)
+    now = parts.progress
+    first = now.step
+    if resumed:
+        accelerator.print(f"resuming at step {now.step} of {job.steps}")
+    transformer.train()
+    journal = Journal(folder / "metrics.jsonl", first if resumed else -1, main)
+    events = Journal(folder / "events.jsonl", first if resumed else -1, main)
+    order = make_stream(samples, cache, job.data, job.seed, begun)
+    stream_of_batches = batches_from(order, first * job.accumulation)
+    learn = make_learner(job, accelerator, transformer, parameters, stream, -(-begun // ranks))
+    weights = [source.weight for source in sources_of(job.data)]
     if stream is not None:
         resident = fit_budget(job, learn, parameters, stream, largest_batch(job, cache, samples, device))
         accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
     start_memory(device)
-    bar = tqdm(total=job.steps, initial=step, unit="step", desc="train", disable=not main)
+    bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)
+    stopping, save_now, saved = False, False, time.monotonic()
+    stop.gently()
+
+    def due(every: int) -> bool:
+        return now.step == job.steps or (every > 0 and now.step % every == 0)
 
     while True:
-        last = step == job.steps
-        due = step == 0 or last or (job.validate_every > 0 and step % job.validate_every == 0)
-        if due and not resumed:
-            value = validate(job, accelerator, transformer, cache, samples)
-            if value is not None:
-                history[str(step)] = value
-                if main:
-                    bar.write(f"step {step}: validation loss {value:.4f}")
-                journal.log(step, {"validation_loss": value})
-                tracker.log(step, {"validation_loss": value})
+        measured = now.step == 0 or due(job.validate_every)
+        if now.step > first and (due(job.save_every) or stopping or save_now or (job.keep_best and measured)):
+            if main:
+                if hold is not None:
+                    hold.check()
+                journal.sync()
+                events.sync()
+                save(parts)
+                clear(parts, job)
+            saved = time.monotonic()
+            accelerator.wait_for_everyone()
+        if stopping:
+            break
 
-        if previews and not resumed and (last or (job.preview_every > 0 and step % job.preview_every == 0)):
+        if measured:
+            kinds: list[Any] = [("validation_loss", now.validation, nullcontext())]
+            if average:
+                kinds.append(("validation_loss_ema", now.validation_ema, average.used()))
+            for name, history, used in kinds:
+                with used:
+                    value = validate(job, accelerator, transformer, cache, samples)
+                if value is not None:
+                    history[str(now.step)] = value
+                    if main:
+                        bar.write(f"step {now.step}: {name.replace('_', ' ')} {value:.4f}")
+                    journal.log(now.step, {name: value})
+                    tracker.log(now.step, {name: value})
+            if main:
+                clear(parts, job)
+
+        if previews and due(job.preview_every):
             if main or shards():  # shared weights are gathered by all
                 bar.set_postfix_str("drawing previews")
-                file = folder / "previews" / f"step-{step:06d}.png"
+                file = folder / "previews" / f"step-{now.step:06d}.png"
                 transformer.eval()
-                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main)
+                averaged = average.used() if average else None
+                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main, averaged)
                 transformer.train()
                 start_memory(device)
                 if main:
-                    tracker.picture(step, file, " | ".join(previews))
+                    tracker.picture(now.step, file, " | ".join(previews))
             accelerator.wait_for_everyone()
 
-        if not resumed and step > 0 and (last or (job.save_every > 0 and step % job.save_every == 0)):
-            if main:
-                rest = {
-                    "schedule": schedule.state_dict(),
-                    "validation": history,
-                    "samples": identity,
-                }
-                state_now = optimizer.state_dict()
-                save_checkpoint(folder / "checkpoints", step, adapter_state(transformer), state_now, rest, job.keep)
-            accelerator.wait_for_everyone()
-
-        resumed = False
-        if last:
+        if now.step == job.steps:
             break
 
         start = time.perf_counter()
-        total = 0.0
-        for micro in range(job.accumulation):
-            places, weight = share(next(batches), *place, job.data.batch_size)
-            batch = training_batch(job, cache, samples, places, weight, device)
-            torch.manual_seed(derive(job.seed, "dropout", step, micro, accelerator.process_index))
-            total += learn(batch)
+        batches = [next(stream_of_batches) for _ in range(job.accumulation)]
+        own = divide(batches, rank, ranks, job.data.batch_size, begun)
+        losses = []
+        for part in own:
+            batch = training_batch(job, cache, samples, part.places, part.weight, device)
+            torch.manual_seed(derive(job.seed, "dropout", now.step, part.micro, part.slot))
+            losses.append(learn(batch))
         exchange(parameters, accelerator)
-        norm = nn.utils.clip_grad_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf)
-        if not math.isfinite(total) or not torch.isfinite(norm):
-            raise ValueError(
-                f"the loss is {total} and the gradient's norm {norm.item()} at step {step}: training stopped, the last "
-                f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr or raise optim.warmup"
-            )
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        overdue = main and job.save_minutes > 0 and time.monotonic() - saved > 60 * job.save_minutes
+        update = tell(accelerator, batches, job.data.batch_size, begun, losses, norm, stop.wanted(), overdue)
+        loss = sum(share * weights[samples.all[place.sample].source] * value for place, value, share in update.losses)
+        now.step += 1
         rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
+        figures = {"lr": float(rate), "memory_gib": memory_bytes(device) / 2**30}
+        if update.finite:
+            nn.utils.clip_grads_with_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf, norm)
+            optimizer.step()
+            schedule.step()
+            if average:
+                average.update()
+            figures |= {"loss": loss, "gradient_norm": update.norm}
+            note_spike(job, cache, samples, update, loss, now, events)
+        else:
+            figures |= {"skipped": now.skipped + 1}
+            leave_out(job, accelerator, cache, samples, transformer, own, update, now, events, folder)
+            with warnings.catch_warnings(action="ignore"):  # that no optimizer's step came before
+                schedule.step()
         optimizer.zero_grad()
-        step += 1
+        stopping, save_now = update.stop, update.save
 
-        seconds = time.perf_counter() - start
-        gigabytes = memory_bytes(device) / 2**30
-        averaged: Any = accelerator.reduce(torch.tensor(total, device=device), "mean")
-        figures: dict[str, float] = {
-            "loss": float(averaged),
-            "lr": float(rate),
-            "gradient_norm": float(norm),
-            "seconds": seconds,
-            "memory_gib": gigabytes,
-        }
-        journal.log(step, figures)
-        tracker.log(step, figures)
-        bar.set_postfix_str(
-            f"loss {figures['loss']:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False
-        )
+        figures["seconds"] = time.perf_counter() - start
+        journal.log(now.step, figures)
+        tracker.log(now.step, figures)
+        said = f"loss {loss:.4f}" if update.finite else f"{now.skipped} skipped"
+        seconds, gigabytes = figures["seconds"], figures["memory_gib"]
+        bar.set_postfix_str(f"{said}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False)
         bar.update()
+        refuse_more(job, samples, update, now, folder)
 
     bar.close()
-    return history
+    return None if stopping else parts

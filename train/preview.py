@@ -1,6 +1,10 @@
-"""Pictures during training, from the resident quantized model: each prompt without and with the adapter."""
+"""Pictures during training, from the resident quantized model: each prompt without and with the adapter, and with its
+averaged weights where there are any."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -15,6 +19,15 @@ from infer.generate import Sampling, draw
 LABEL = 14  # pixels of a label's line
 
 
+@contextmanager
+def without_adapter(transformer: FluxTransformer2DModel) -> Iterator[None]:
+    switch(transformer, False)
+    try:
+        yield
+    finally:
+        switch(transformer, True)
+
+
 def preview(
     transformer: FluxTransformer2DModel,
     model: Model,
@@ -25,17 +38,22 @@ def preview(
     device: torch.device,
     file: Path,
     write: bool = True,
+    averaged: AbstractContextManager[None] | None = None,
 ) -> None:
-    """Draw a sheet, one row a prompt: base at the left, adapter at the right. The autoencoder is loaded for it.
+    """Draw a sheet, one row a prompt: base at the left, then the adapter, then the adapter as it is within `averaged`.
+    The autoencoder is loaded for it.
 
     write: False takes part in the transformer's work and leaves the rest to the rank that writes.
     """
     scheduler = load_scheduler(model)
+    columns: dict[str, Any] = {"base": without_adapter(transformer), "adapter": nullcontext()}
+    if averaged is not None:
+        columns["averaged adapter"] = averaged
     latents = {}
-    for on in (False, True):
-        switch(transformer, on)
-        for prompt, text in prompts.items():
-            latents[prompt, on] = draw(transformer, scheduler, text, seed, sampling, size, device)
+    for name, weights in columns.items():
+        with weights:
+            for prompt, text in prompts.items():
+                latents[prompt, name] = draw(transformer, scheduler, text, seed, sampling, size, device)
     if not write:
         return
     vae = load_vae(model, device)
@@ -43,11 +61,11 @@ def preview(
     del vae
     release(device)
     height, width = size
-    board = Image.new("RGB", (2 * width, len(prompts) * (height + LABEL)), "white")
+    board = Image.new("RGB", (len(columns) * width, len(prompts) * (height + LABEL)), "white")
     pen = ImageDraw.Draw(board)
     for row, prompt in enumerate(prompts):
         top = row * (height + LABEL)
-        pen.text((2, top + 1), f"{prompt}  (left: base, right: adapter)", fill="black")
-        for column, on in enumerate((False, True)):
-            board.paste(pictures[prompt, on], (column * width, top + LABEL))
+        pen.text((2, top + 1), f"{prompt}  (from the left: {', '.join(columns)})", fill="black")
+        for column, name in enumerate(columns):
+            board.paste(pictures[prompt, name], (column * width, top + LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))

@@ -47,54 +47,62 @@ def graphs(job: Train, accelerator: Accelerator) -> bool:
 
 
 def make_learner(
-    job: Train, accelerator: Accelerator, model: Any, parameters: list[nn.Parameter], stream: Stream | None
-) -> Callable[[Batch], float]:
-    """A function that adds a batch's gradient to the parameters' and returns its share of the loss."""
+    job: Train,
+    accelerator: Accelerator,
+    model: Any,
+    parameters: list[nn.Parameter],
+    stream: Stream | None,
+    turns: int = 1,
+) -> Callable[[Batch], list[float]]:
+    """A function that adds a batch's gradient to the parameters' and returns each sample's loss.
+
+    turns: how many parts of each batch are learned from one after another, before an update.
+    """
 
     def backward(batch: Batch) -> Tensor:
-        loss = (batch_losses(model, batch, job, job.flow.weighting) * batch.weight).sum() / job.accumulation
-        accelerator.backward(loss)
-        return loss.detach()
+        values = batch_losses(model, batch, job, job.flow.weighting)
+        accelerator.backward((values * batch.weight).sum() / job.accumulation)
+        return values.detach()
 
     def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and the gradient, the parameters' own left alone: what can be replayed."""
+        """The losses and the gradient, the parameters' own left alone: what can be replayed."""
         kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        loss = backward(Batch(*tensors))  # type: ignore[arg-type]
+        values = backward(Batch(*tensors))  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
-        return loss, gradients
+        return values, gradients
 
     replay = Replay(apart, stream) if graphs(job, accelerator) else None
     seen: set[tuple[int, ...]] = set()
 
-    def learn(batch: Batch) -> float:
+    def learn(batch: Batch) -> list[float]:
         start, form = time.perf_counter(), tuple(batch.x0.shape)
         if replay is None:
-            loss = backward(batch)
+            values = backward(batch)
         else:
-            loss, gradients = replay(*vars(batch).values())
+            values, gradients = replay(*vars(batch).values())
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
                     # the next replay writes to the same place
-                    parameter.grad = gradient.clone() if job.accumulation > 1 else gradient
+                    parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
                 else:
                     parameter.grad += gradient
-        value = loss.item()
+        found: list[float] = values.tolist()  # waits for the device
         if form not in seen:
             seen.add(form)
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
                 pixels = f"{form[0]} of {form[3] * 8}x{form[2] * 8} pixels"
                 tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
-        return value
+        return found
 
     return learn
 
 
 def fit_budget(
-    job: Train, learn: Callable[[Batch], float], parameters: list[nn.Parameter], stream: Stream, largest: Batch
+    job: Train, learn: Callable[[Batch], object], parameters: list[nn.Parameter], stream: Stream, largest: Batch
 ) -> int:
     """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""
 

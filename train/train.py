@@ -6,7 +6,9 @@ Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adap
 which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes.
 """
 
+import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,30 @@ from accelerate.utils import gather_object
 
 from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
-from infer.command import check_run_name, run_command
+from infer.command import STOPPED, check_run_name, run_command
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
 from train.batch import choose
 from train.cache import build
 from train.caption import all_texts
-from train.checkpoint import list_checkpoints
+from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from train.config import Train
-from train.data import Sample, Skipped, check_left, read_samples
+from train.data import check_left, read_samples
+from train.lock import Hold, hold_run
 from train.loop import fit
 from train.prior import prior_samples
+from train.progress import refuse_other
 from train.ranks import check_shared, make_accelerator, shard, shards
+from train.source import Sample, Skipped
+from train.stop import Stop
 from train.track import make_tracker
 from train.watch import watching
 
 
-def claim(job: Train, folder: Path, processes: int) -> None:
-    """Write the run's config, or once it has a checkpoint compare it with the one that is there.
+def claim(job: Train, folder: Path, processes: int) -> int:
+    """Write the run's config, or once it has a checkpoint compare it with the one that is there; returns the number of
+    processes that the run began with.
 
     Raises:
         ValueError: the run exists with another config.
@@ -55,7 +62,12 @@ def claim(job: Train, folder: Path, processes: int) -> None:
         "device",
         "memory",
         "save_every",
+        "save_minutes",
         "keep",
+        "keep_best",
+        "resume",
+        "stop_after_bad",
+        "spikes",
         "validate_every",
         "preview_every",
         "previews",
@@ -66,17 +78,19 @@ def claim(job: Train, folder: Path, processes: int) -> None:
         own["data"].pop(aside)
     own["encode"] = {"tile": job.encode.tile}
     file = folder / "config.yaml"
-    begun = list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()
-    if begun and file.is_file():
+    if (list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()) and file.is_file():
         there = yaml.safe_load(file.read_bytes())
+        begun = int(there["processes"])
+        own["processes"] = begun  # the batches stay as they were, whoever computes them
         other = _differences(there, own)
         if other:
             raise ValueError(
                 f"run {job.run!r} exists with another config ({'; '.join(other[:5])}{', ...' if other[5:] else ''}); "
                 f"choose another name with run=..., or delete {folder} to start over"
             )
-        return
+        return begun
     replace_file(file, lambda path: path.write_bytes(yaml.safe_dump(own, sort_keys=False, allow_unicode=True).encode()))
+    return processes
 
 
 def _differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -87,28 +101,56 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 def train(job: Train) -> Path:
-    """The whole run; returns the adapter's folder."""
+    """The whole run; returns the adapter's folder. Stopped by a signal it leaves by SystemExit, with code 3."""
     folder = check_run_name(job.run)
     check_model(job.model)
-    samples, skipped = read_samples(job.data)
-    check_left(job.data, samples, skipped)
-    accelerator = make_accelerator(job)
-    with watching(accelerator.process_index, accelerator.num_processes, print):
-        return train_on(job, accelerator, folder, samples, skipped)
+    with Stop() as stop:
+        samples, skipped = read_samples(job.data)
+        check_left(job.data, samples, skipped)
+        accelerator = make_accelerator(job)
+        with watching(accelerator.process_index, accelerator.num_processes, print):
+            held = hold_run(folder, accelerator.print) if accelerator.is_main_process else nullcontext()
+            with held as hold:
+                adapter = train_on(job, accelerator, folder, samples, skipped, stop, hold)
+    if adapter is None:
+        sys.exit(STOPPED)
+    return adapter
 
 
-def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[Sample], skipped: list[Skipped]) -> Path:
-    """The run, on the ranks that there are."""
+def train_on(
+    job: Train,
+    accelerator: Accelerator,
+    folder: Path,
+    samples: list[Sample],
+    skipped: list[Skipped],
+    stop: Stop,
+    hold: Hold | None,
+) -> Path | None:
+    """The run, on the ranks that there are; None if it was stopped."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    if main:
-        claim(job, folder, ranks)
-    accelerator.wait_for_everyone()
+    (begun,) = gather_object([claim(job, folder, ranks)] if main else [])
     check_shared(folder, rank)
     finished = folder / "adapter" / FILE
     if finished.is_file() and read_notes(finished).get("step") == job.steps:
-        say(f"run {job.run!r} is finished: {finished}")
-        return finished.parent
+        if job.resume is None:
+            say(f"run {job.run!r} is finished: {finished}")
+            return finished.parent
+        accelerator.wait_for_everyone()  # all have read it; it is not what the run now comes to
+        for done in (folder / "adapter", folder / "adapter-ema") if main else ():
+            if done.is_dir():
+                shutil.rmtree(f"{done}.aside", ignore_errors=True)
+                done.rename(f"{done}.aside")
+    if begun != ranks:
+        say(
+            f"note: the run began with {begun} processes and goes on with {ranks}: the samples of each update stay the "
+            "same and in their order; figures may differ by rounding"
+            + (f", and {ranks - begun} processes only repeat what others do" if ranks > begun else "")
+        )
+    (base,) = gather_object([fingerprint(job.model, "transformer")] if main else [])
+    latest = find_checkpoint(folder / "checkpoints", job.resume, lambda _: None) if main else None
+    if latest is not None:  # before any model is loaded
+        refuse_other(read_checkpoint(latest)[2], None, base, folder)
     if not read_config(job.model, "transformer").get("guidance_embeds"):
         say(
             f"note: {job.model.path} has no guidance embedding (schnell and its kin): an adapter trained on it undoes "
@@ -130,8 +172,8 @@ def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[S
     chosen = choose(samples, cache, job.data, job.seed)
     say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
 
-    hold = torch.device("cpu") if shards() else hold_of(job.memory)
-    transformer = load_transformer(job.model, job.precision, accelerator.device, hold).train()
+    place_of_weights = torch.device("cpu") if shards() else hold_of(job.memory)
+    transformer = load_transformer(job.model, job.precision, accelerator.device, place_of_weights).train()
     parameters = attach(transformer, job.adapter, job.seed)
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
@@ -142,7 +184,7 @@ def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[S
     previews = {prompt: cache.text(prompt) for prompt in job.previews}
     tracker = make_tracker(job.track if main else type(job.track)("none"), job.run, folder, asdict(job))
     try:
-        history = fit(
+        parts = fit(
             job,
             accelerator,
             transformer,
@@ -154,28 +196,45 @@ def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[S
             job.sampling.size(own_size(job.model)),
             tracker,
             folder,
+            base,
+            begun,
+            stop,
+            hold,
         )
     finally:
         tracker.finish()
+    if parts is None:
+        say(f"stopped ({stop.asked or 'another process was asked to'}); its state is saved, the same command goes on")
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return None
+    now, average = parts.progress, parts.average
 
     norm = update_norm(transformer)
     if not norm > 0:  # NaN too
         raise ValueError(f"the adapter's norm is {norm} after {job.steps} steps: nothing was learned; raise optim.lr")
     learned = f"learned: adapter norm {norm:.3f}"
-    if history:
-        before, after = history["0"], history[str(job.steps)]
-        learned += f", validation loss {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
+    for name, history in (("validation loss", now.validation), ("of the averaged weights", now.validation_ema)):
+        if history:
+            before, after = history["0"], history[str(job.steps)]
+            learned += f", {name} {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
+    if now.skipped:
+        learned += f"\n{now.skipped} updates were left out as not finite: {folder / 'events.jsonl'} names their samples"
     if main:
         notes = {
             "step": job.steps,
             "adapter": asdict(job.adapter),
             "precision": asdict(job.precision),
-            "base": fingerprint(job.model, "transformer"),
+            "base": base,
             "trigger": job.data.trigger,
-            "validation": history,
+            "validation": now.validation,
         }
+        if average is not None:
+            with average.used():
+                own = {"ema": job.ema, "validation": now.validation_ema}
+                save_adapter(transformer, folder / "adapter-ema", notes | own)
         save_adapter(transformer, folder / "adapter", notes)
-    say(f"{learned}\nadapter: {finished}")
+    say(f"{learned}\nadapter: {finished}" + (f"\naveraged: {folder / 'adapter-ema' / FILE}" if average else ""))
     accelerator.wait_for_everyone()
     del transformer
     release(accelerator.device)
