@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from infer.command import ROOT, STOPPED
+from infer.errors import ROOT, STOPPED
 from train import lock
 from train.lock import NAME, STALE, hold_run
 from train.sampler import Place
@@ -28,9 +28,8 @@ from train.stop import Stop
 from train.update import divide
 
 CHILD = f"""
-import sys, time, types
+import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-sys.modules["infer.command"] = types.SimpleNamespace(STOPPED=3)  # which imports torch: seconds
 from train.stop import Stop
 with Stop() as stop:
     stop.gently()

@@ -27,7 +27,7 @@ from train.batch import Samples, largest_batch, make_stream, training_batch
 from train.cache import Cache
 from train.config import Train
 from train.data import sources_of
-from train.ema import Average
+from train.ema import make_average
 from train.journal import Journal
 from train.lock import Hold
 from train.optim import make_optimizer, make_schedule
@@ -64,7 +64,6 @@ def fit(
     accelerator: Accelerator,
     transformer: FluxTransformer2DModel,
     parameters: list[nn.Parameter],
-    average: Average | None,
     cache: Cache,
     samples: Samples,
     stream: Stream | None,
@@ -76,10 +75,10 @@ def fit(
     begun: int,
     stop: Stop,
     hold: Hold | None,
-) -> Progress | None:
+) -> Parts | None:
     """Train to the last step; None if it was stopped before, with its state saved.
 
-    parameters: the adapter's, average: of them. stream: of the transformer's blocks, where memory has a budget.
+    parameters: the adapter's. stream: of the transformer's blocks, where memory has a budget.
     previews: prompts with their embeddings; size: their height and width. base: the transformer's hash. begun: the
     ranks that the run began with. hold: of the run's folder, on the main rank.
 
@@ -90,16 +89,17 @@ def fit(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     optimizer: Any = make_optimizer(job.optim, parameters)
     schedule = make_schedule(job.optim, optimizer, job.steps)
+    start_alike(parameters, accelerator)
+    average = make_average(job.ema, transformer, parameters)
     parts = Parts(transformer, average, optimizer, schedule, Progress(samples.fingerprint(cache), base), folder)
     resumed = restore(parts, job, accelerator)
     now = parts.progress
     first = now.step
     if resumed:
         accelerator.print(f"resuming at step {now.step} of {job.steps}")
-    transformer.train()
-    start_alike(parameters, accelerator)
     if zero():
         optimizer = ZeroTwo(optimizer, parameters)
+    transformer.train()
     journal = Journal(folder / "metrics.jsonl", first if resumed else -1, main)
     events = Journal(folder / "events.jsonl", first if resumed else -1, main)
     order = make_stream(samples, cache, job.data, job.seed, begun)
@@ -155,7 +155,7 @@ def fit(
                 file = folder / "previews" / f"step-{now.step:06d}.png"
                 transformer.eval()
                 averaged = average.used() if average else None
-                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, averaged, main)
+                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main, averaged)
                 transformer.train()
                 start_memory(device)
                 if main:
@@ -207,4 +207,4 @@ def fit(
         refuse_more(job, samples, update, now, folder)
 
     bar.close()
-    return None if stopping else now
+    return None if stopping else parts

@@ -37,8 +37,8 @@ def preview(
     seed: int,
     device: torch.device,
     file: Path,
-    averaged: AbstractContextManager[None] | None = None,
     write: bool = True,
+    averaged: AbstractContextManager[None] | None = None,
 ) -> None:
     """Draw a sheet, one row a prompt: base at the left, then the adapter, then the adapter as it is within `averaged`.
     The autoencoder is loaded for it.

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from infer.command import STOPPED
+from infer.errors import STOPPED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RELAY = 2.0  # seconds within which a launcher's copy of a signal may come

@@ -36,14 +36,14 @@ from train.cache import build
 from train.caption import all_texts
 from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from train.config import Train
-from train.data import Sample, Skipped, check_left, read_samples
-from train.ema import make_average
+from train.data import check_left, read_samples
 from train.lock import Hold, hold_run
 from train.loop import fit
 from train.plan import announce
 from train.prior import prior_samples
 from train.progress import refuse_other
 from train.ranks import check_shared, make_accelerator, shard, shards
+from train.source import Sample, Skipped
 from train.stop import Stop
 from train.track import make_tracker
 from train.watch import watching
@@ -109,20 +109,25 @@ def train(job: Train) -> Path:
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         accelerator = make_accelerator(job)
-        held = hold_run(folder, accelerator.print) if accelerator.is_main_process else nullcontext()
-        with held as hold, watching(accelerator.process_index, accelerator.num_processes, print):
-            return _train(job, folder, samples, skipped, accelerator, stop, hold)
+        with watching(accelerator.process_index, accelerator.num_processes, print):
+            held = hold_run(folder, accelerator.print) if accelerator.is_main_process else nullcontext()
+            with held as hold:
+                adapter = train_on(job, accelerator, folder, samples, skipped, stop, hold)
+    if adapter is None:
+        sys.exit(STOPPED)
+    return adapter
 
 
-def _train(
+def train_on(
     job: Train,
+    accelerator: Accelerator,
     folder: Path,
     samples: list[Sample],
     skipped: list[Skipped],
-    accelerator: Accelerator,
     stop: Stop,
     hold: Hold | None,
-) -> Path:
+) -> Path | None:
+    """The run, on the ranks that there are; None if it was stopped."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
     (begun,) = gather_object([claim(job, folder, ranks)] if main else [])
@@ -170,10 +175,9 @@ def _train(
     chosen = choose(samples, cache, job.data, job.seed)
     say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
 
-    lies = torch.device("cpu") if shards() else hold_of(job.memory)
-    transformer = load_transformer(job.model, job.precision, accelerator.device, lies).train()
+    place_of_weights = torch.device("cpu") if shards() else hold_of(job.memory)
+    transformer = load_transformer(job.model, job.precision, accelerator.device, place_of_weights).train()
     parameters = attach(transformer, job.adapter, job.seed)
-    average = make_average(job.ema, transformer, parameters)
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
@@ -183,12 +187,11 @@ def _train(
     previews = {prompt: cache.text(prompt) for prompt in job.previews}
     tracker = make_tracker(job.track if main else type(job.track)("none"), job.run, folder, asdict(job))
     try:
-        now = fit(
+        parts = fit(
             job,
             accelerator,
             transformer,
             parameters,
-            average,
             cache,
             chosen,
             stream,
@@ -203,11 +206,12 @@ def _train(
         )
     finally:
         tracker.finish()
-    if now is None:
+    if parts is None:
         say(f"stopped ({stop.asked or 'another process was asked to'}); its state is saved, the same command goes on")
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        sys.exit(STOPPED)
+        return None
+    now, average = parts.progress, parts.average
 
     norm = update_norm(transformer)
     if not norm > 0:  # NaN too

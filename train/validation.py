@@ -21,11 +21,11 @@ def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cach
     """
     if not samples.validation:
         return None
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    place = accelerator.process_index, accelerator.num_processes
     transformer.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    of_ranks = [validation_parts(job, cache, samples, each, ranks) for each in range(ranks)]
-    own = of_ranks[rank]
+    of_ranks = [validation_parts(job, cache, samples, rank, place[1]) for rank in range(place[1])]
+    own = of_ranks[place[0]]
     with torch.no_grad():
         # where weights are shared, all ranks take part in each forward pass: who is done repeats one, uncounted
         for turn in range(max(map(len, of_ranks)) if shards() else len(own)):
