@@ -164,11 +164,10 @@ def fit(
                 bar.set_postfix_str("drawing previews")
                 file = folder / "previews" / f"step-{step:06d}.png"
                 transformer.eval()
-                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main)
+                shown = preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main)
                 transformer.train()
                 start_memory(device)
-                if main:
-                    tracker.picture(step, file, " | ".join(previews))
+                tracker.previews(step, shown)
             accelerator.wait_for_everyone()
 
         if not resumed and step > 0 and (last or (job.save_every > 0 and step % job.save_every == 0)):

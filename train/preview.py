@@ -25,10 +25,11 @@ def preview(
     device: torch.device,
     file: Path,
     write: bool = True,
-) -> None:
+) -> list[tuple[str, Image.Image, Image.Image]]:
     """Draw a sheet, one row a prompt: base at the left, adapter at the right. The autoencoder is loaded for it.
 
     write: False takes part in the transformer's work and leaves the rest to the rank that writes.
+    Returns: prompt, picture without and with the adapter; nothing where it does not write.
     """
     scheduler = load_scheduler(model)
     latents = {}
@@ -37,7 +38,7 @@ def preview(
         for prompt, text in prompts.items():
             latents[prompt, on] = draw(transformer, scheduler, text, seed, sampling, size, device)
     if not write:
-        return
+        return []
     vae = load_vae(model, device)
     pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
@@ -51,3 +52,4 @@ def preview(
         for column, on in enumerate((False, True)):
             board.paste(pictures[prompt, on], (column * width, top + LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))
+    return [(prompt, pictures[prompt, False], pictures[prompt, True]) for prompt in prompts]

@@ -3,7 +3,8 @@
     accelerate launch train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
 
 Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
-which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes.
+which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes;
+`-m` with several values for some settings sweeps (train/sweep.py).
 """
 
 import sys
@@ -11,15 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from train import sweep
+
+    if sweep.asked(sys.argv):  # its points are processes of their own: nothing below is needed here
+        sweep.main()
+        sys.exit()
     from infer.quiet import quieten
 
     quieten()
 
+import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -52,6 +57,7 @@ def claim(job: Train, folder: Path, processes: int) -> None:
     # these change nothing about what is learned
     for aside in (
         "track",
+        "sweep",
         "device",
         "memory",
         "save_every",
@@ -155,8 +161,9 @@ def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[S
             tracker,
             folder,
         )
-    finally:
-        tracker.finish()
+    except BaseException as error:
+        tracker.fail(error)
+        raise
 
     norm = update_norm(transformer)
     if not norm > 0:  # NaN too
@@ -175,6 +182,8 @@ def train_on(job: Train, accelerator: Accelerator, folder: Path, samples: list[S
             "validation": history,
         }
         save_adapter(transformer, folder / "adapter", notes)
+        tracker.adapter(folder / "adapter", notes)
+    tracker.finish()
     say(f"{learned}\nadapter: {finished}")
     accelerator.wait_for_everyone()
     del transformer
