@@ -9,8 +9,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from infer.adapters import Adapter
@@ -30,7 +33,8 @@ from train.flow import Flow
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
-from train.track import Track
+from train.sweep import Sweep
+from train.track import Told, Track
 from train.train import claim
 
 CONFIGS = ROOT / "configs"
@@ -42,6 +46,7 @@ ROOTS: dict[str, Any] = {
     "save": Save,
     "convert": Convert,
     "plan": Plan,
+    "track": Told,
 }
 GROUPS: dict[str, Any] = {
     "adapter": Adapter,
@@ -53,6 +58,7 @@ GROUPS: dict[str, Any] = {
     "optim": Optim,
     "precision": Precision,
     "sampling": Sampling,
+    "sweep": Sweep,
     "track": Track,
 }
 FILES = [(file.parent.name, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
@@ -83,12 +89,16 @@ def made(root: str, *overrides: str) -> Any:
 def read(group: str, name: str) -> dict[str, Any]:
     text = (CONFIGS / group / f"{name}.yaml").read_text().replace("${root:}", str(ROOT))
     values: dict[str, Any] = yaml.safe_load(text)
-    return values
+    return {
+        key: value
+        for part in values.pop("defaults", ["_self_"])
+        for key, value in (values if part == "_self_" else read(group, part)).items()
+    }
 
 
 def test_every_folder_is_tested() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ROOTS)
-    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {*GROUPS, "accelerate", "experiment"}
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {*GROUPS, "accelerate", "experiment", "hydra"}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,7 @@ def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert not differences(made("convert"), Convert())
     for root in ("cache", "look", "plan", "save"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
+    assert made("track") == Told(Track("wandb"))
     comparison = made("compare")
     assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
     others = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
@@ -151,8 +162,20 @@ def test_experiments(name: str) -> None:
             else:
                 assert there == (float(value) if isinstance(there, float) else value)
 
-    holds(options, {key: value for key, value in text.items() if key != "defaults"})
+    holds(options, {key: value for key, value in text.items() if key not in ("defaults", "hydra")})
     assert made("compare" if name.endswith("_compare") else "train", f"experiment={name}", "run=x").run == "x"
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "hydra").glob("*/*.yaml")), ids=lambda file: file.stem)
+def test_launchers_and_sweepers_are_made(file: Path) -> None:
+    if file.stem == "ray":
+        pytest.importorskip("ray")
+    kind = file.parent.name
+    config = compose("train", [f"hydra/{kind}={file.stem}"], return_hydra_config=True)
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
+    make = getattr(Plugins.instance(), f"instantiate_{kind}")
+    made = make(config=config, hydra_context=context, task_function=lambda config: None)
+    assert f"{type(made).__module__}.{type(made).__name__}" == config.hydra[kind]["_target_"]
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
@@ -232,7 +255,9 @@ WRONG = [
     ("train", "data.on_error=ignore", "data.on_error is 'ignore'; choose one of raise, skip"),
     ("train", "data.least=2", "data.least is 2.0; it is a share, from 0 to 1"),
     ("train", "data.text_length=0", "data.text_length is 0; it must be 1 or more, or null"),
-    ("train", "track.kind=csv", "track.kind is 'csv'; choose one of none, wandb"),
+    ("train", "track.kind=csv", "track.kind is 'csv'; choose one of none, wandb, tensorboard"),
+    ("train", "sweep.objectives.seconds=least", "sweep.objectives.seconds is 'least'; choose one of minimize"),
+    ("train", "sweep.gpus=[]", r"sweep.gpus is \[\]; name GPUs as in \[0,1\], or set it to null"),
     ("train", "track.mode=on", "track.mode is 'on'; choose one of auto"),
     ("train", "sampling.steps=0", "sampling.steps is 0; it must be 1 or more"),
     ("train", "sampling.height=250", "sampling.height is 250; .*multiples of 16, such as 256"),

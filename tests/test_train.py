@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from infer.fast import KEEP, Memory
 from infer.flux import Model
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
+from tests.wandb_file import read_wandb
 from train.config import Train
 from train.data import Data, Source
 from train.optim import Optim
@@ -241,27 +241,9 @@ def test_a_target_that_matches_nothing_says_what_there_is(job: Train) -> None:
         train(replace(job, run="none", adapter=replace(job.adapter, targets="to_x")))
 
 
-def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of W&B's offline file: LevelDB's log format after a header of 7 bytes (checksum, length, type)."""
-    position, parts = 7, b""
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
-        parts += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
-
 def test_wandb_offline_gets_figures_config_and_previews(job: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    from wandb.proto import wandb_internal_pb2
-
     sampling = replace(job.sampling, steps=1, height=SIDE, width=SIDE)
     train(
         replace(
@@ -273,11 +255,8 @@ def test_wandb_offline_gets_figures_config_and_previews(job: Train, monkeypatch:
             sampling=sampling,
         )
     )
-    (file,) = Path("runs/tracked/wandb").glob("offline-run-*/run-*.wandb")
     figures, config = [], {}
-    for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in read_wandb(Path("runs/tracked")):
         for item in record.history.item:
             figures.append((item.key or "/".join(item.nested_key), item.value_json))
         for item in record.run.config.update:

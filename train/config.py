@@ -12,6 +12,7 @@ from train.data import Data
 from train.encoding import Encode
 from train.flow import Flow
 from train.optim import Optim
+from train.sweep import Sweep
 from train.track import Track
 
 
@@ -30,6 +31,7 @@ class Train:
     sampling: Sampling = field(default_factory=Sampling)
     """Of the previews."""
     track: Track = field(default_factory=Track)
+    sweep: Sweep = field(default_factory=Sweep)
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0

@@ -155,11 +155,11 @@ def fit(
                 file = folder / "previews" / f"step-{now.step:06d}.png"
                 transformer.eval()
                 averaged = average.used() if average else None
-                preview(transformer, job.model, previews, job.sampling, size, job.seed, device, file, main, averaged)
+                place = size, job.seed, device, file, main, averaged
+                shown = preview(transformer, job.model, previews, job.sampling, *place)
                 transformer.train()
                 start_memory(device)
-                if main:
-                    tracker.picture(now.step, file, " | ".join(previews))
+                tracker.previews(now.step, shown)
             accelerator.wait_for_everyone()
 
         if now.step == job.steps:

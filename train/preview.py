@@ -39,11 +39,12 @@ def preview(
     file: Path,
     write: bool = True,
     averaged: AbstractContextManager[None] | None = None,
-) -> None:
+) -> list[tuple[str, dict[str, Image.Image]]]:
     """Draw a sheet, one row a prompt: base at the left, then the adapter, then the adapter as it is within `averaged`.
     The autoencoder is loaded for it.
 
     write: False takes part in the transformer's work and leaves the rest to the rank that writes.
+    Returns: each prompt with its pictures by column; nothing where it does not write.
     """
     scheduler = load_scheduler(model)
     columns: dict[str, Any] = {"base": without_adapter(transformer), "adapter": nullcontext()}
@@ -55,7 +56,7 @@ def preview(
             for prompt, text in prompts.items():
                 latents[prompt, name] = draw(transformer, scheduler, text, seed, sampling, size, device)
     if not write:
-        return
+        return []
     vae = load_vae(model, device)
     pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
@@ -69,3 +70,4 @@ def preview(
         for column, name in enumerate(columns):
             board.paste(pictures[prompt, name], (column * width, top + LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))
+    return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]

@@ -1,12 +1,23 @@
-"""Where a run's figures and previews go besides its own folder: Weights & Biases, or nowhere."""
+"""Where a run's figures and previews go besides its own folder: Weights & Biases, TensorBoard, or nowhere.
 
-import os
-import secrets
-from dataclasses import dataclass
+The plain tracker is always there: metrics.jsonl in the run's folder, one JSON object a line, with the figures that the
+others get, and previews/ as PNG. What was compared later, with infer/compare.py, reaches the run's tracker by
+
+    python train/track.py run=mine track=wandb
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-KINDS = ("none", "wandb")
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
+
+KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
 
 
@@ -15,8 +26,14 @@ class Track:
     """Tracking of a run. metrics.jsonl in the run's folder is always written."""
 
     kind: str = "none"
-    """none or wandb."""
+    """none, wandb or tensorboard."""
     project: str = "flux-lora"
+    """wandb: the project, as the next three."""
+    entity: str | None = None
+    """The team or user; null takes your default."""
+    group: str | None = None
+    """Runs of one name stand together; a sweep gives its own."""
+    tags: list[str] = field(default_factory=list)
     mode: str = "auto"
     """wandb: online, offline, or auto: WANDB_MODE if it is set, else online with a key (WANDB_API_KEY or
     `wandb login`) and offline without."""
@@ -29,11 +46,25 @@ class Track:
 
 
 class Tracker(Protocol):
-    """What the loop tells."""
+    """What a run tells."""
 
-    def log(self, step: int, figures: dict[str, float]) -> None: ...
-    def picture(self, step: int, file: Path, caption: str) -> None: ...
-    def finish(self) -> None: ...
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Figures at a step; those that metrics.jsonl gets."""
+
+    def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        """For each prompt its pictures (PIL) by name: base, adapter, and its average where there is one."""
+
+    def comparison(self, result: dict[str, Any], folder: Path) -> None:
+        """What results.json of infer/compare.py holds; the pictures lie in `folder`."""
+
+    def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
+        """The finished adapter's folder and what is known of it."""
+
+    def fail(self, error: BaseException) -> None:
+        """The run stopped short; the last call."""
+
+    def finish(self) -> None:
+        """All is told; the last call."""
 
 
 class NoTracker:
@@ -42,51 +73,70 @@ class NoTracker:
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Nothing."""
 
-    def picture(self, step: int, file: Path, caption: str) -> None:
+    def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        """Nothing."""
+
+    def comparison(self, result: dict[str, Any], folder: Path) -> None:
+        """Nothing."""
+
+    def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def fail(self, error: BaseException) -> None:
         """Nothing."""
 
     def finish(self) -> None:
         """Nothing."""
-
-
-class Wandb:
-    """A W&B run in the run's folder; its id is kept there, so that a resumed run continues its curves."""
-
-    def __init__(self, track: Track, run: str, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("track=wandb needs the wandb package: pip install wandb, or set track=none") from error
-        self.wandb = wandb
-        mode: Any = track.mode
-        if mode == "auto":
-            keyed = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-            mode = os.environ.get("WANDB_MODE") or ("online" if keyed else "offline")
-        kept = folder / "wandb_id"
-        identity = kept.read_text().strip() if kept.is_file() else secrets.token_hex(4)
-        kept.write_text(identity)
-        self.run = wandb.init(
-            project=track.project,
-            name=run,
-            id=identity,
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=config,
-        )
-        # an axis of our own: W&B drops what comes with a lower step than the last, as a resumed run's may
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self.run.log({"step": step, **figures})
-
-    def picture(self, step: int, file: Path, caption: str) -> None:
-        self.run.log({"step": step, "preview": self.wandb.Image(str(file), caption=caption)})
-
-    def finish(self) -> None:
-        self.run.finish()
 
 
 def make_tracker(track: Track, run: str, folder: Path, config: dict[str, Any]) -> Tracker:
-    return Wandb(track, run, folder, config) if track.kind == "wandb" else NoTracker()
+    """The tracker of a run; config: its settings as plain values.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    if track.kind == "wandb":
+        from train.track_wandb import Wandb
+
+        return Wandb(track, run, folder, config)
+    if track.kind == "tensorboard":
+        from train.track_tensorboard import TensorBoard
+
+        return TensorBoard(folder, config)
+    return NoTracker()
+
+
+@dataclass
+class Told:
+    """A run whose comparison is told to its tracker."""
+
+    track: Track = field(default_factory=Track)
+    run: str = "train"
+
+
+def tell_comparison(told: Told) -> None:
+    """Add runs/<run>/compare to what the run's tracker has.
+
+    Raises:
+        ValueError: there is no tracker, or no comparison.
+    """
+    from infer.command import check_run_name
+
+    folder = check_run_name(told.run)
+    results = folder / "compare" / "results.json"
+    if told.track.kind == "none":
+        raise ValueError("track is none, and nobody is told; choose track=wandb or track=tensorboard")
+    if not results.is_file():
+        raise ValueError(f"there is no {results}; make it with infer/compare.py run={told.run} ...")
+    config = folder / "config.yaml"
+    settings = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
+    tracker = make_tracker(told.track, told.run, folder, settings)
+    tracker.comparison(json.loads(results.read_text()), results.parent)
+    tracker.finish()
+    print(f"told {told.track.kind}: {results.parent}")
+
+
+if __name__ == "__main__":
+    from infer.command import run_command
+
+    run_command("track", Told, tell_comparison)

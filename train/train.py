@@ -3,7 +3,8 @@
     accelerate launch train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
 
 Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
-which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes.
+which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes;
+`-m` with several values for some settings sweeps (train/sweep.py).
 """
 
 import shutil
@@ -13,15 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from train import sweep
+
+    if sweep.asked(sys.argv):  # its points are processes of their own: nothing below is needed here
+        sweep.main()
+        sys.exit()
     from infer.quiet import quieten
 
     quieten()
 
+import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -60,6 +65,7 @@ def claim(job: Train, folder: Path, processes: int) -> int:
     # these change nothing about what is learned
     for aside in (
         "track",
+        "sweep",
         "device",
         "memory",
         "save_every",
@@ -204,9 +210,11 @@ def train_on(
             stop,
             hold,
         )
-    finally:
-        tracker.finish()
+    except BaseException as error:
+        tracker.fail(error)
+        raise
     if parts is None:
+        tracker.finish()
         say(f"stopped ({stop.asked or 'another process was asked to'}); its state is saved, the same command goes on")
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -237,6 +245,8 @@ def train_on(
                 own = {"ema": job.ema, "validation": now.validation_ema}
                 save_adapter(transformer, folder / "adapter-ema", notes | own)
         save_adapter(transformer, folder / "adapter", notes)
+        tracker.adapter(folder / "adapter", notes)
+    tracker.finish()
     say(f"{learned}\nadapter: {finished}" + (f"\naveraged: {folder / 'adapter-ema' / FILE}" if average else ""))
     accelerator.wait_for_everyone()
     del transformer

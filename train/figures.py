@@ -1,0 +1,63 @@
+"""The figures of a finished run, read from what it and its comparison have written."""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The events of metrics.jsonl; none if there is no such file. A line torn by a crash is left out."""
+    file = folder / "metrics.jsonl"
+    events = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def read_figures(folder: Path, compared: bool) -> dict[str, float]:
+    """What a run cost and gave.
+
+    `validation_loss` at the end, `loss` (mean of the last tenth of the steps), `seconds` of all steps,
+    `seconds_per_step` (median), `memory_gib` (peak of the training); with a comparison the means over the pictures with
+    the adapter: each score by its name, `image_seconds`, and `image_memory_gib` (peak).
+    """
+    events = read_metrics(folder)
+    steps = [event for event in events if "loss" in event]
+    figures: dict[str, float] = {}
+    if steps:
+        figures["loss"] = fmean(event["loss"] for event in steps[-max(1, len(steps) // 10) :])
+        figures["seconds"] = sum(event["seconds"] for event in steps)
+        figures["seconds_per_step"] = median(event["seconds"] for event in steps)
+        figures["memory_gib"] = max(event["memory_gib"] for event in steps)
+    validated = [event["validation_loss"] for event in events if "validation_loss" in event]
+    if validated:
+        figures["validation_loss"] = validated[-1]
+    results = folder / "compare" / "results.json"
+    if compared and results.is_file():
+        rows = [row for row in json.loads(results.read_text())["rows"] if row["adapter"] is not None]
+        figures["image_seconds"] = fmean(row["seconds"] for row in rows)
+        figures["image_memory_gib"] = max(row["peak_memory_bytes"] for row in rows) / 2**30
+        for name in dict.fromkeys(name for row in rows for name in row["scores"]):
+            values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+            if values:
+                figures[name] = fmean(values)
+    return figures
+
+
+def objectives_of(figures: dict[str, float], objectives: dict[str, Any]) -> tuple[float, ...]:
+    """The figures that count, in order.
+
+    Raises:
+        ValueError: a figure is absent or no number.
+    """
+    for name in objectives:
+        if not math.isfinite(figures.get(name, math.nan)):
+            raise ValueError(
+                f"sweep.objectives names {name}, which this point has not; it has {', '.join(figures) or 'none'}"
+            )
+    return tuple(figures[name] for name in objectives)
