@@ -103,7 +103,7 @@ def storage() -> None:
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
-    """What the work gives, its processor seconds (others may use the machine), and the bytes that Python keeps of it."""
+    """What the work gives, its processor seconds (others may use the machine), and the bytes that Python keeps."""
     begun = time.process_time()
     work()
     seconds = time.process_time() - begun
