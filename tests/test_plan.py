@@ -67,8 +67,10 @@ def test_weights_are_the_bundled_models_own(kind: str, tiny: Model) -> None:
 def test_adapters_and_their_states_are_counted(adapter: Adapter, optim: str, tiny: Model) -> None:
     transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
     parameters = attach(transformer, adapter, 0)
-    taken = footprint(Train(model=tiny, precision=Precision("bf16"), adapter=adapter, optim=Optim(name=optim)))
+    job = Train(model=tiny, precision=Precision("bf16"), adapter=adapter, optim=Optim(name=optim))
+    taken = footprint(job)
     assert taken.adapters == taken.gradients == sum(p.numel() * 4 for p in parameters)
+    assert footprint(replace(job, ema=0.9)).adapters == 2 * taken.adapters
     optimizer = make_optimizer(Optim(name=optim), parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

@@ -187,7 +187,7 @@ def footprint(job: Train) -> Footprint:
     ]
     result = Footprint(
         weights=sum(sizes.values()),
-        adapters=4 * sum(tensors),
+        adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
         gradients=4 * sum(tensors),
         optimizer=int(optimizer),
         checkpoints=kept,

@@ -32,7 +32,7 @@ GIB = 2**30
 PARTS = ("weights", "adapters", "gradients", "optimizer", "checkpoints", "block", "workspace", "allocator", "context")
 MEANING = {
     "weights": "the transformer's, as stored",
-    "adapters": "in fp32",
+    "adapters": "in fp32, and their average if there is one",
     "gradients": "of the adapters",
     "optimizer": "its states",
     "checkpoints": "kept of each block for its backward pass",
