@@ -4,6 +4,7 @@ hydra-ray-launcher 1.2.2 holds cloudpickle below 3, which joblib 1.6 needs, and 
 needs `ray` alone. A point is a task: it waits for its share of the cluster, and Ray shows it only its own GPUs.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 def run_task(
-    context: HydraContext, config: DictConfig, task: TaskFunction, state: Any, overrides: list[str], number: int
+    context: HydraContext,
+    config: DictConfig,
+    task: TaskFunction,
+    state: Any,
+    cwd: str,
+    overrides: list[str],
+    number: int,
 ) -> JobReturn:
-    """One point, in a worker of Ray."""
+    """One point, in a worker of Ray. cwd: the folder of the sweep's command, which all machines share."""
+    os.chdir(cwd)
     setup_globals()
     Singleton.set_state(state)
     composed = context.config_loader.load_sweep_config(config, overrides)
@@ -54,7 +62,8 @@ class RayLauncher(Launcher):
         if not ray.is_initialized():
             ray.init(**self.init)
         remote = ray.remote(**self.task)(run_task) if self.task else ray.remote(run_task)
-        common = [ray.put(value) for value in (self.context, self.config, self.function, Singleton.get_state())]
+        shared = (self.context, self.config, self.function, Singleton.get_state(), str(Path.cwd()))
+        common = [ray.put(value) for value in shared]
         tasks = [
             remote.remote(*common, list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)
         ]

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 from infer.command import ROOT
 from tests.wandb_file import read_wandb
+from train.config import Train
 from train.track import Told, Track, make_tracker, tell_comparison
 
 CONFIG = {"adapter": {"rank": 4}, "data": {"path": "p", "sources": []}, "model": {"revision": None}}
@@ -189,3 +193,40 @@ def test_the_command(run: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "told tensorboard: runs/set/mine/compare\n"
     assert list((run / "tensorboard").iterdir())
+
+
+def test_an_agent_of_wandb_starts_the_shipped_sweep(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own agent, its server's three answers given here; what it starts is noted instead of trained."""
+    import multiprocessing
+
+    import wandb
+    from wandb.apis.public import sweeps
+    from wandb.wandb_agent import Agent
+
+    sweep = yaml.safe_load((ROOT / "configs/wandb/sweep.yaml").read_text())
+    note = Path("note.py").resolve()
+    note.write_text("import json, os, sys; json.dump([sys.argv[1:], os.environ['WANDB_RUN_ID']], open('noted', 'w'))")
+    sweep["command"][sweep["command"].index("python")] = sys.executable
+    names = {"precision": "int8", "adapter.rank": 16, "optim.lr": 0.00031}
+    assert sweep["parameters"].keys() == names.keys()
+    start = {"type": "run", "run_id": "abc", "program": str(note), "args": {k: {"value": v} for k, v in names.items()}}
+    answers = iter([[start], [], []])
+    monkeypatch.setattr(sweeps, "_sweep_with_runs", lambda *_: {"config": yaml.safe_dump(sweep)})
+    monkeypatch.setattr(sweeps, "_register_agent", lambda *_, **__: {"id": "agent"})
+    monkeypatch.setattr(sweeps, "_agent_heartbeat", lambda *_: next(answers, []))
+    monkeypatch.setattr(wandb, "Api", lambda: None)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_DIR", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Agent, "POLL_INTERVAL", 0.1)
+    Agent(None, multiprocessing.Queue(), sweep_id="s", count=1).run()
+    words, identity = json.loads(Path("noted").read_text())
+    assert identity == "abc"
+    assert words[3:] == ["precision=int8", "adapter.rank=16", "optim.lr=0.00031"]
+    monkeypatch.setenv("WANDB_RUN_ID", identity)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        ConfigStore.instance().store(name="train_schema", node=Train)
+        options: Any = OmegaConf.to_object(compose("train", words))
+    assert (options.run, options.track.kind, options.precision.kind) == ("swept/abc", "wandb", "int8")
+    assert (options.adapter.rank, options.optim.lr, options.data.trigger) == (16, 0.00031, "zelk style")
+    assert sweep["metric"] == {"name": "validation_loss", "goal": "minimize"}
