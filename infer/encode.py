@@ -47,7 +47,7 @@ class TextEncoder:
 
     def tokens(self, prompt: str) -> int:
         """T5 tokens that the whole prompt has."""
-        return len(self.pipeline.tokenizer_2(prompt).input_ids)
+        return len(self.pipeline.tokenizer_2(prompt, verbose=False).input_ids)
 
     def truncated(self, prompts: Iterable[str]) -> list[str]:
         """Prompts whose end T5 does not see at this length."""

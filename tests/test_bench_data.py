@@ -37,7 +37,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     names = ["name", "unit", "target", "measured", "machine", "date", "versions", "command"]
-    assert len(rows) == 15 and all(list(row) == names for row in rows)
+    assert len(rows) == 16 and all(list(row) == names for row in rows)
     assert sum(line.startswith("| ") for line in lines) == len(rows) + 1
     assert rows[0]["command"] == "python scripts/bench_data.py " + " ".join(arguments)
     of = {(row["name"], row["unit"]): row["measured"] for row in rows}

@@ -121,6 +121,35 @@ def test_paths_in_a_table_stay_in_its_folder(tmp_path: Path, data: dict[str, Any
         samples[5].read()
 
 
+def test_a_data_set_of_the_hub(tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, with its columns, subset and split; pictures as bytes, or as files that were downloaded."""
+    hub, asked = tmp_path / "hub", []
+    hub.mkdir()
+    for place in (hub / "a.png", tmp_path / "secret.png"):
+        place.write_bytes(content(1))
+
+    def load(*given: Any, **options: Any) -> datasets.Dataset:
+        asked.append((given, options))
+        stored = [{"bytes": content(0), "path": "x.png"}, *({"bytes": None, "path": str(p)} for p in files)]
+        features = datasets.Features({"photo": datasets.Image(), "words": datasets.List(datasets.Value("string"))})
+        return datasets.Dataset.from_dict({"photo": stored, "words": [["a", "b"], ["c"], ["d"]]}, features=features)
+
+    files = [hub / "a.png", tmp_path / "secret.png"]
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", hub)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(hub))
+    source = Source("owner/name", subset="small", split="train[:3]")
+    samples, _ = read_samples(Data(sources=[source], **data))
+    assert asked == [(("owner/name", "small"), {"split": "train[:3]"})]
+    assert [sample.captions for sample in samples] == [("a", "b"), ("c",), ("d",)]
+    assert [sample.name for sample in samples] == [f"owner/name[{i}]" for i in range(3)]
+    assert samples[0].read() == content(0) and samples[1].read() == content(1)
+    with pytest.raises(ValueError, match=r"owner/name\[2\] names .*secret.png', outside its folder"):
+        samples[2].read()
+    with pytest.raises(ValueError, match="owner/name has no column 'image', only photo, words"):
+        read_samples(Data(sources=[Source("owner/name")], cache=data["cache"]))
+
+
 def test_a_downloaded_data_set_keeps_its_splits_and_subsets(tmp_path: Path, data: dict[str, Any]) -> None:
     """The layout of the Hub: files in folders, splits by their names, subsets by the README."""
     for name, captions in (

@@ -242,6 +242,7 @@ def fill(options: Fill) -> dict[str, int]:
     check_model(options.model)
     data = options.data
     samples, skipped = read_samples(data)
+    check_left(data, samples, skipped)
     device = pick_device(options.device)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
