@@ -62,8 +62,8 @@ class Disk:
     @contextmanager
     def mounted(self) -> Iterator["Disk"]:
         """Within, files are opened, written, renamed and removed through this."""
-        own: dict[str, Callable[..., Any]] = {"fsync": os.fsync, "mkdir": os.mkdir, "replace": os.replace, "rename": os.rename,
-                                         "unlink": os.unlink, "rmdir": os.rmdir}  # fmt: skip
+        names = ("fsync", "mkdir", *MOVES, *REMOVES)
+        own: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in names}
         real_open = io.open
 
         def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:

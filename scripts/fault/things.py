@@ -48,7 +48,7 @@ def _tensor(state: int) -> torch.Tensor:
 def _write_checkpoint(folder: Path, state: int) -> None:
     optimizer = {"state": {0: {"m": _tensor(state)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     rest = {"schedule": {}, "validation": {"0": state / 3}, "samples": "x"}
-    save_checkpoint(folder / "checkpoints", state, {"a.lora_A": _tensor(state)}, optimizer, rest, 2)
+    save_checkpoint(folder / "checkpoints", state, {"a.lora_A": _tensor(state)}, optimizer, rest)
 
 
 def _read_checkpoint(folder: Path) -> Any:
