@@ -33,12 +33,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer import report
-from infer.adapters import find_adapter, load_adapter
+from infer.adapters import load_adapter
 from infer.atomic import clear_partials
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
+from infer.formats import read_pairs
 from infer.generate import Sampling, draw
 from infer.graph import Sampler
 from infer.measure import measure
@@ -221,7 +222,7 @@ def compare(options: Compare) -> Path:
     own = find_scores(options.scores)
     adapter = None
     if options.adapter.path is not None:
-        find_adapter(options.adapter.path)
+        read_pairs(options.adapter.path)  # what is wrong with it is said before a model is loaded
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name, score in own.items():  # before an hour of drawing, not after it

@@ -66,9 +66,21 @@ def find_adapter(path: str) -> Path:
 
 
 def read_notes(file: Path) -> dict[str, Any]:
-    """What `save_adapter` noted in the header; empty for other programs' files."""
-    with safe_open(file, framework="pt") as reader:
-        notes: dict[str, Any] = json.loads((reader.metadata() or {}).get("flux_lora", "{}"))
+    """What `save_adapter` noted in the header; empty for other programs' files.
+
+    Raises:
+        ValueError: the file cannot be read, or its notes are no JSON object.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            notes = json.loads((reader.metadata() or {}).get("flux_lora", "{}"))
+        if not isinstance(notes, dict):
+            raise ValueError(f"its notes are {notes!r}")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no adapter that can be read ({error}); take it away: train.py makes it again from the last "
+            "checkpoint"
+        ) from error
     return notes
 
 

@@ -16,7 +16,8 @@ class Journal:
         """step: of the checkpoint that the run goes on from, -1 for none. write: whether this rank writes."""
         self.file = file if write else None
         if write and file.is_file():
-            lines = [line for line in file.read_text().splitlines() if _place_of(line) <= step]
+            text = file.read_text(errors="replace")  # a line that was damaged is dropped, not the run
+            lines = [line for line in text.splitlines() if _place_of(line) <= step]
             replace_file(file, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
 
     def log(self, step: int, figures: dict[str, Any]) -> None:

@@ -86,8 +86,14 @@ def claim(job: Train, folder: Path, processes: int) -> int:
     own["encode"] = {"tile": job.encode.tile}
     file = folder / "config.yaml"
     if (list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()) and file.is_file():
-        there = yaml.safe_load(file.read_bytes())
-        begun = int(there["processes"])
+        try:
+            there = yaml.safe_load(file.read_bytes())
+            begun = int(there["processes"])
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is not what this run wrote ({type(error).__name__}: {error}); put it back, or delete {folder} "
+                "to start over"
+            ) from error
         own["processes"] = begun  # the batches stay as they were, whoever computes them
         other = _differences(there, own)
         if other:

@@ -62,7 +62,7 @@ class Disk:
     @contextmanager
     def mounted(self) -> Iterator["Disk"]:
         """Within, files are opened, written, renamed and removed through this."""
-        names = "fsync", "mkdir", "replace", "rename", "unlink", "rmdir"
+        names = ("fsync", "mkdir", *MOVES, *REMOVES)
         own: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in names}
         real_open = io.open
 
