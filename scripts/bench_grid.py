@@ -27,7 +27,8 @@ from infer.fast import Memory
 from infer.quantize import Precision
 from scripts import bench_rows, bench_train
 from scripts.bench_rows import Row
-from scripts.bench_train import BF16, INT8, NESTED, NF4, Held, Variant, measure
+from scripts.bench_train import Held, measure
+from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant
 
 FP4 = Precision("fp4")
 MLP, EVERY = "attention+mlp", "all"

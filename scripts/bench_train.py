@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,108 +28,26 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from infer.adapters import Adapter, attach
+from infer.adapters import attach
 from infer.encode import release
-from infer.fast import Memory, choose_path, hold_of, uninstall
-from infer.flux import Model, load_transformer
-from infer.quantize import Precision, stored_bytes
+from infer.fast import choose_path, hold_of, uninstall
+from infer.flux import load_transformer
+from infer.quantize import stored_bytes
 from infer.shapes import DEV
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
+from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, VARIANTS, Variant
 from train.batch import Batch
 from train.config import Train
-from train.data import Data
 from train.flop import step_flop
 from train.flow import losses, noised, predict
-from train.optim import Optim, make_optimizer
+from train.optim import make_optimizer
 from train.step import fit_budget, make_learner
 
 GIB = 2**30
 RATE = "matrix rate, bf16, 8192"
 TEXT = 512  # T5 tokens
 STEPS = 6  # timed, after two that compile and capture and one that replays
-
-
-@dataclass
-class Variant:
-    """One way to take a training step."""
-
-    precision: Precision
-    resolution: int
-    memory: Memory = field(default_factory=Memory)
-    adapter: Adapter = field(default_factory=lambda: Adapter(rank=4, alpha=4.0))
-    optim: str = "adamw"
-    batch: int = 1
-    reference: bool = False
-
-    @property
-    def job(self) -> Train:
-        return Train(
-            model=Model("black-forest-labs/FLUX.1-dev", weights="random"),
-            precision=self.precision,
-            adapter=self.adapter,
-            memory=self.memory,
-            optim=Optim(name=self.optim),
-            data=Data(resolution=self.resolution, batch_size=self.batch),
-        )
-
-
-LEAN, BALANCED = Memory("nothing"), Memory("attention")
-FAST, ALL, PLAIN = Memory("products"), Memory("everything"), Memory("nothing", fused=False)
-NF4, INT8, BF16 = Precision("nf4"), Precision("int8"), Precision("bf16")
-NESTED, LLM = Precision("nf4", double_quant=True), Precision("int8", llm_int8=True)
-
-
-def _variants() -> dict[str, Variant]:
-    found: dict[str, Variant] = {}
-    for size in (1024, 512):
-        found |= {
-            f"reference-nf4-{size}": Variant(NF4, size, PLAIN, optim="adamw8bit", reference=True),
-            f"nf4-{size}-balanced": Variant(NF4, size, BALANCED),
-            f"nf4-{size}-lean": Variant(NF4, size, LEAN),
-            f"nf4-{size}-fast": Variant(NF4, size, FAST),
-            f"nf4-{size}-everything": Variant(NF4, size, ALL),
-            f"nested-{size}-lean": Variant(NESTED, size, LEAN),
-            f"nf4-{size}-dora": Variant(NF4, size, BALANCED, Adapter(rank=4, alpha=4.0, dora=True)),
-            f"int8-{size}-balanced": Variant(INT8, size, BALANCED),
-            f"llm_int8-{size}": Variant(LLM, size, PLAIN, optim="adamw8bit", reference=True),
-            f"nf4-{size}-adamw8bit": Variant(NF4, size, BALANCED, optim="adamw8bit"),
-            f"nf4-{size}-launched": Variant(NF4, size, Memory("attention", graph=False)),
-            f"nf4-{size}-uncompiled": Variant(NF4, size, Memory("attention", compile=False)),
-        }
-    found |= {
-        "bf16-1024-everything": Variant(BF16, 1024, ALL),
-        "bf16-1024-balanced": Variant(BF16, 1024, BALANCED),
-        "nf4-1024-streamed": Variant(NF4, 1024, Memory("nothing", budget_gib=4.0)),
-        "nf4-512-streamed": Variant(NF4, 512, Memory("nothing", budget_gib=2.4)),
-        "nf4-1024-budget8": Variant(NF4, 1024, Memory("attention", budget_gib=8.0)),
-    }
-    return found
-
-
-VARIANTS = _variants()
-# what a variant's seconds, and its GiB, are to be; a ratio's other side is named
-RATIOS = [
-    ("nf4-1024-balanced", "reference-nf4-1024", ">= 2.0"),
-    ("nf4-512-balanced", "reference-nf4-512", ">= 4.0"),
-    ("nf4-1024-fast", "reference-nf4-1024", ">= 2.6"),
-    ("nf4-1024-everything", "reference-nf4-1024", ">= 2.6"),
-]
-SLOWER: list[tuple[str, str, str | None]] = [
-    ("int8-1024-balanced", "nf4-1024-balanced", "<= 1.15"),
-    ("int8-512-balanced", "nf4-512-balanced", "<= 1.15"),
-    ("llm_int8-1024", "reference-nf4-1024", None),
-]
-SECONDS = {"nf4-1024-streamed": "<= 0.60", "nf4-512-streamed": "<= 0.38"}
-PROFILED = ("nf4-1024-balanced", "nf4-512-balanced", "nf4-1024-fast", "int8-1024-balanced", "reference-nf4-1024")
-MEMORY = {
-    "nf4-1024-balanced": "<= 10.8",
-    "nf4-512-balanced": "<= 7.9",
-    "nf4-1024-lean": "<= 9.0",
-    "nf4-512-lean": "<= 7.2",
-    "nf4-1024-streamed": "<= 4.0",
-    "nf4-512-streamed": "<= 2.4",
-}
 
 
 def matrix_rate(device: torch.device, size: int = 8192, times: int = 20) -> float:

@@ -30,7 +30,8 @@ from infer.flux import Model
 from infer.quantize import Precision
 from scripts import bench_rows
 from scripts.bench_rows import make_row
-from scripts.bench_train import LEAN, NF4, PLAIN, Held, Variant, make_batch, plain_learner
+from scripts.bench_train import Held, make_batch, plain_learner
+from scripts.bench_variants import LEAN, NF4, PLAIN, Variant
 from scripts.tiny.make_style import make_style
 from train.config import Train
 from train.data import Data

@@ -30,6 +30,7 @@ from train.config import Train
 from train.data import Data
 from train.encoding import Encode
 from train.flow import Flow
+from train.footprint import footprint
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
@@ -177,6 +178,12 @@ def test_launchers_and_sweepers_are_made(file: Path) -> None:
     make = getattr(Plugins.instance(), f"instantiate_{kind}")
     made = make(config=config, hydra_context=context, task_function=lambda config: None)
     assert f"{type(made).__module__}.{type(made).__name__}" == config.hydra[kind]["_target_"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("dev_")])
+def test_experiments_for_a_card_fit_it(name: str) -> None:
+    gigabytes = int(name.removeprefix("dev_").removesuffix("gb"))
+    assert footprint(made("train", f"experiment={name}")).peak < 0.95 * gigabytes * 10**9
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
