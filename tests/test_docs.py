@@ -58,7 +58,7 @@ def commands() -> list[tuple[str, str]]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
                 if re.search(r"(train|infer)/(train|cache|look|compare|save)\.py ", line) and "..." not in line:
-                    found.append((page.name, line.split("  #")[0].strip()))
+                    found.append((page.name, re.sub(r"\$\w+", "1", line).split("  #")[0].strip()))
     return found
 
 
