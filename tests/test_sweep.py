@@ -122,6 +122,20 @@ def test_optuna_chooses_and_goes_on(tmp_path: Path) -> None:
     assert trained(tmp_path) == before
 
 
+def test_a_sweep_written_in_an_experiment(tmp_path: Path) -> None:
+    """Its values name the points, and the points find the folder that it lies in."""
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "ranks.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      adapter.rank: 2,4\noptim:\n  lr: 0.5\n"
+    )
+    sweep(tmp_path, "experiment=ranks", "--config-dir", "own")
+    assert trained(tmp_path) == ["s/rank-2", "s/rank-4"]
+    for name in ("rank-2", "rank-4"):
+        command = record(tmp_path, name)["stages"]["train"]["command"]
+        assert command[command.index("--config-dir") + 1] == str(tmp_path / "own") and "experiment=ranks" in command
+        assert record(tmp_path, name)["config"]["optim"]["lr"] == 0.5
+
+
 def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path) -> None:
     command = [*TRAIN, "-m", "run=s", *STAND_IN, "adapter.rank=2,99"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
