@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from safetensors import safe_open
 
 from infer.adapters import FILE
 from infer.command import ROOT
@@ -247,6 +248,11 @@ REAL = [
 ]  # fmt: skip
 
 
+def stored(file: Path) -> list[str]:
+    with safe_open(file, "np") as shard:
+        return [f"{file.parent.name}/{key}" for key in shard.keys()]  # noqa: SIM118 (it is no dictionary)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "processes", "submitit", "ray"])
 def test_points_train_compare_and_are_reported(launcher: str, tmp_path: Path) -> None:
@@ -264,6 +270,8 @@ def test_points_train_compare_and_are_reported(launcher: str, tmp_path: Path) ->
         assert {"validation_loss", "memory_gib", "seconds", "image_seconds", "psnr_base"} <= point["figures"].keys()
         results = json.loads((tmp_path / "runs/s" / point["name"] / "compare/results.json").read_text())
         assert {(row["prompt"], row["seed"], row["precision"]) for row in results["rows"]} == {("a red star", 0, "nf4")}
+    kept = [key for file in tmp_path.glob("runs/cache/[pt]*/*.safetensors") for key in stored(file)]
+    assert len(kept) == len(set(kept)) > 0  # none was encoded twice, though points started together
     page = (tmp_path / "runs/s/report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     if launcher != "basic":
