@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from safetensors import safe_open
 
 from infer.adapters import FILE
 from infer.command import ROOT
@@ -122,6 +123,20 @@ def test_optuna_chooses_and_goes_on(tmp_path: Path) -> None:
     assert trained(tmp_path) == before
 
 
+def test_a_sweep_written_in_an_experiment(tmp_path: Path) -> None:
+    """Its values name the points, and the points find the folder that it lies in."""
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "ranks.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      adapter.rank: 2,4\noptim:\n  lr: 0.5\n"
+    )
+    sweep(tmp_path, "experiment=ranks", "--config-dir", "own")
+    assert trained(tmp_path) == ["s/rank-2", "s/rank-4"]
+    for name in ("rank-2", "rank-4"):
+        command = record(tmp_path, name)["stages"]["train"]["command"]
+        assert command[command.index("--config-dir") + 1] == str(tmp_path / "own") and "experiment=ranks" in command
+        assert record(tmp_path, name)["config"]["optim"]["lr"] == 0.5
+
+
 def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path) -> None:
     command = [*TRAIN, "-m", "run=s", *STAND_IN, "adapter.rank=2,99"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -134,7 +149,7 @@ def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert record(tmp_path, "rank-99")["state"] == "running" and record(tmp_path, "rank-2")["state"] == "done"
-    assert "KeyboardInterrupt" in log.read_text()
+    assert log.read_text().count("KeyboardInterrupt") == 1  # it was told, once
 
 
 @pytest.mark.parametrize(
@@ -233,6 +248,11 @@ REAL = [
 ]  # fmt: skip
 
 
+def stored(file: Path) -> list[str]:
+    with safe_open(file, "np") as shard:
+        return [f"{file.parent.name}/{key}" for key in shard.keys()]  # noqa: SIM118 (it is no dictionary)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "processes", "submitit", "ray"])
 def test_points_train_compare_and_are_reported(launcher: str, tmp_path: Path) -> None:
@@ -250,6 +270,8 @@ def test_points_train_compare_and_are_reported(launcher: str, tmp_path: Path) ->
         assert {"validation_loss", "memory_gib", "seconds", "image_seconds", "psnr_base"} <= point["figures"].keys()
         results = json.loads((tmp_path / "runs/s" / point["name"] / "compare/results.json").read_text())
         assert {(row["prompt"], row["seed"], row["precision"]) for row in results["rows"]} == {("a red star", 0, "nf4")}
+    kept = [key for file in tmp_path.glob("runs/cache/[pt]*/*.safetensors") for key in stored(file)]
+    assert len(kept) == len(set(kept)) > 0  # none was encoded twice, though points started together
     page = (tmp_path / "runs/s/report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     if launcher != "basic":

@@ -75,6 +75,8 @@ def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told(track, run)
     tell_comparison(Told(track, "set/mine"))
     tracker = make_tracker(track, "set/mine", run, CONFIG)
+    tracker.log(4, {"lr": 1e-4, "skipped": 1})
+    tracker.log(5, {"lr": 1e-4, "skipped": 2})
     tracker.fail(ValueError("the loss is nan"))
     wandb.teardown()
     records = read_wandb(run)
@@ -118,8 +120,10 @@ def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = artifacts["adapter"]
     assert (adapter.type, adapter.name, json.loads(adapter.metadata)) == ("adapter", "set-mine-adapter", NOTES)
     assert [Path(one.local_path).read_bytes() for one in adapter.manifest.contents] == [b"weights"]
-    (alert,) = of_kind(records, "alert")
-    assert (alert.title, alert.text, alert.level) == ("set/mine stopped", "the loss is nan", "ERROR")
+    assert [(alert.title, alert.text, alert.level) for alert in of_kind(records, "alert")] == [
+        ("set/mine left out an update", "the loss or gradient of step 4 is not finite", "WARN"),
+        ("set/mine stopped", "the loss is nan", "ERROR"),
+    ]
     assert [one.exit_code for one in of_kind(records, "exit")] == [0, 0, 0, 1]
     assert any(item.key == "cpu" for one in of_kind(records, "stats") for item in one.item)
 

@@ -27,10 +27,12 @@ def read_figures(folder: Path, compared: bool) -> dict[str, float]:
     the adapter: each score by its name, `image_seconds`, and `image_memory_gib` (peak).
     """
     events = read_metrics(folder)
-    steps = [event for event in events if "loss" in event]
+    steps = [event for event in events if "seconds" in event]
+    losses = [event["loss"] for event in steps if "loss" in event]  # an update that was left out has none
     figures: dict[str, float] = {}
+    if losses:
+        figures["loss"] = fmean(losses[-max(1, len(losses) // 10) :])
     if steps:
-        figures["loss"] = fmean(event["loss"] for event in steps[-max(1, len(steps) // 10) :])
         figures["seconds"] = sum(event["seconds"] for event in steps)
         figures["seconds_per_step"] = median(event["seconds"] for event in steps)
         figures["memory_gib"] = max(event["memory_gib"] for event in steps)

@@ -35,9 +35,20 @@ def front_of(points: Sequence[Sequence[float]], directions: Sequence[str]) -> li
 
 
 def scatter(
-    x_title: str, y_title: str, names: Sequence[str], places: Sequence[tuple[float, float]], front: Sequence[bool]
+    titles: tuple[str, str],
+    directions: tuple[str, str],
+    names: Sequence[str],
+    places: Sequence[tuple[float, float]],
+    front: Sequence[bool],
 ) -> str:
-    """A figure with a circle a point, those of the front filled and joined from left to right."""
+    """A figure with a circle a point; joined are those that nothing beats in these two objectives.
+
+    Args:
+        titles: of the x and the y axis.
+        directions: minimize or maximize, for each axis.
+        front: whether each point is on the front of all objectives; its circle is filled.
+    """
+    x_title, y_title = titles
     grid = [_grid([place[axis] for place in places]) for axis in (0, 1)]
 
     def at(place: tuple[float, float]) -> tuple[float, float]:
@@ -52,7 +63,7 @@ def scatter(
     for value in grid[0]:
         x = at((value, grid[1][0]))[0]
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:.6g}</text>')
-    joined = sorted(place for place, best in zip(places, front, strict=True) if best)
+    joined = sorted({place for place, best in zip(places, front_of(places, directions), strict=True) if best})
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, joined))
     parts.append(f'<polyline points="{path}"/>' if len(joined) > 1 else "")
     said = []

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from infer.atomic import replace_file
-from infer.errors import ROOT
+from infer.errors import ROOT, STOPPED
 from train.figures import objectives_of, read_figures
 
 RECORD = "point.json"
 LONGEST = 100  # characters of a point's name
-GRACE = 120  # seconds for a command to save and end after an interrupt
+GRACE = 120  # seconds for a command to finish its step and save after an interrupt
 WORDS = ("null", "true", "false", "nan", "inf")  # which are no strings on Hydra's command line
 PRODUCTS = {"train": "adapter/pytorch_lora_weights.safetensors", "compare": "compare/results.json"}
 
@@ -142,15 +142,23 @@ def one_gpu(gpus: list[int] | None, folder: Path) -> Iterator[int | None]:
 
 
 def execute(command: list[str], log: Path, gpu: int | None) -> int:
-    """Run a command to its end, what it prints going to `log`; returns its exit code. An interrupt reaches it too, and
-    is waited for."""
+    """Run a command to its end, what it prints going to `log`; returns its exit code.
+
+    It has a session of its own, so that a terminal's Ctrl-C does not reach it by itself: it is handed on once, and the
+    command is given the time to save. A second one ends it at once.
+    """
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     shown = shlex.join(command) if gpu is None else f"CUDA_VISIBLE_DEVICES={gpu} {shlex.join(command)}"
     with log.open("wb") as stream:
         stream.write(f"$ {shown}\n".encode())
         stream.flush()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         try:
             return process.wait()
@@ -158,7 +166,7 @@ def execute(command: list[str], log: Path, gpu: int | None) -> int:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(GRACE)
-            except subprocess.TimeoutExpired:
+            except BaseException:
                 process.kill()
             raise
 
@@ -169,6 +177,8 @@ def reason_of(log: Path, code: int) -> str:
     found = re.findall(r"^error(?: on rank \d+)?: (.+)$", text, flags=re.MULTILINE)
     if found:
         return str(found[-1]).strip()
+    if code == STOPPED:
+        return "stopped by a signal, its state saved"
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
     ending = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{ending}: {lines[-1]}" if lines else ending
@@ -186,7 +196,7 @@ def run_point(
     sweep = Path("runs") / config["run"]
     folder = sweep / name
     say = f"[{number}] {name}:"
-    with locked(folder / ".lock", wait=False) as ours:
+    with locked(folder / ".point.lock", wait=False) as ours:
         if not ours:
             print(f"{say} left out, another process is at it", flush=True)
             return None
@@ -201,6 +211,7 @@ def run_point(
                 error = _stage(stage, command, record, folder, gpu, say)
                 if error is not None:
                     break
+            stopped = any(stage["code"] == STOPPED for stage in record["stages"].values())
         figures = read_figures(folder, compared="compare" in commands)
         objectives = None
         if error is None:
@@ -208,7 +219,8 @@ def run_point(
                 objectives = objectives_of(figures, config["sweep"]["objectives"])
             except ValueError as lacking:
                 error = str(lacking)
-        record |= {"state": "failed" if error else "done", "error": error, "figures": figures}
+        state = "stopped" if stopped else "failed" if error else "done"
+        record |= {"state": state, "error": error, "figures": figures}
         _write(folder / RECORD, record)
     shown = error or ", ".join(f"{name} {figures[name]:.4g}" for name in config["sweep"]["objectives"])
     print(f"{say} {record['state']}, {shown}", flush=True)

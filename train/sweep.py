@@ -109,7 +109,9 @@ def main() -> None:
         folder = check_run_name(config["run"])
         Sweep(**config["sweep"])
     if not any(override.startswith("sweep.keys=") for override in arguments.overrides):
-        sys.argv.append(f"sweep.keys=[{','.join(keys)}]")
+        # beside the other options: the parser takes them in one row only
+        place = sys.argv.index(arguments.overrides[0]) if arguments.overrides else len(sys.argv)
+        sys.argv.insert(place, f"sweep.keys=[{','.join(keys)}]")
     # whatever a launcher starts, wherever, finds this checkout and its plugins
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(point)()

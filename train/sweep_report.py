@@ -191,15 +191,18 @@ def render(points: list[dict[str, Any]], sweep: Path) -> str:
     if done:
         values = [point["figures"] for point in done]
         names, front = [point["name"] for point in done], [point["front"] for point in done]
-        drawings = "".join(scatter(o, first, names, [(v[o], v[first]) for v in values], front) for o in others)
+        for other in others:
+            two = (other, first), (objectives[other], objectives[first])
+            drawings += scatter(*two, names, [(v[other], v[first]) for v in values], front)
     titles, cells, texts = columns(points)
     broken = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(error))}</td></tr>' for name, error in failed
     )
     hint = "<p>On the front: no other point is at least as good in every objective and better in one.</p>"
+    lines = "<p>Filled: on the front. Joined: what nothing beats in the two objectives that are drawn.</p>"
     sections = [
         ("points", "Points", table(titles, cells, range(texts)) + hint),
-        ("front", "Front", f'<div class="charts">{drawings}</div>' if drawings else ""),
+        ("front", "Front", f'<div class="charts">{drawings}</div>{lines}' if drawings else ""),
         ("failed", "Failed", f'<div class="scroll"><table class="list">{broken}</table></div>' if broken else ""),
         ("curves", "Curves", curves(points, sweep)),
         ("pictures", "Pictures", pictures(points, sweep)),

@@ -27,9 +27,10 @@ class TensorBoard:
         self.writer: Any = None
         self.step, self.last = 0, dict[str, float]()
 
-    def open(self, step: int, goes_on: bool = True) -> Any:
+    def open(self, step: int, beyond: int | None = None) -> Any:
+        """The writer; the first time, what an earlier process wrote from step `beyond` on is hidden."""
         if self.writer is None:
-            purge = step if goes_on and self.folder.is_dir() else None
+            purge = beyond if self.folder.is_dir() else None
             self.writer = self.make(str(self.folder), purge_step=purge, flush_secs=10)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             self.writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), step)
@@ -37,7 +38,8 @@ class TensorBoard:
         return self.writer
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        writer = self.open(step)
+        # a validation comes after its step's update, which may lie before the checkpoint that the run goes on from
+        writer = self.open(step, step if "lr" in figures or "loss" in figures else step + 1)
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
         self.last |= figures
@@ -45,11 +47,13 @@ class TensorBoard:
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         for i, (prompt, pictures) in enumerate(rows):
             row = np.concatenate([np.asarray(picture.convert("RGB")) for picture in pictures.values()], axis=1)
-            self.open(step).add_image(f"previews/{i} ({', '.join(pictures)}): {prompt}", row, step, dataformats="HWC")
+            self.open(step, step + 1).add_image(
+                f"previews/{i} ({', '.join(pictures)}): {prompt}", row, step, dataformats="HWC"
+            )
 
     def comparison(self, result: dict[str, Any], folder: Path) -> None:
         step = max([int(event["step"]) for event in read_metrics(self.folder.parent)], default=0)
-        writer = self.open(max(step, self.step), goes_on=False)
+        writer = self.open(max(step, self.step))
         for row in result["rows"]:
             adapter = f", {row['adapter']}" if row["adapter"] else ""
             with Image.open(folder / row["image"]) as picture:

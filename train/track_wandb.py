@@ -22,7 +22,7 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise ValueError("track=wandb needs the wandb package: pip install wandb, or set track=none") from error
-        self.wandb, self.name = wandb, run
+        self.wandb, self.name, self.warned = wandb, run, False
         mode: Any = track.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE")
@@ -54,6 +54,9 @@ class Wandb:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self.run.log({"step": step, **figures})
+        if "skipped" in figures and not self.warned:
+            self.warned = True
+            self._alert("left out an update", f"the loss or gradient of step {step} is not finite", "WARN")
 
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         if not rows:
@@ -85,9 +88,11 @@ class Wandb:
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, Exception):
-            title = f"{self.name} stopped"
-            self.run.alert(title[-LONGEST:], str(error), level="ERROR")
+            self._alert("stopped", str(error), "ERROR")
         self.run.finish(exit_code=1)
 
     def finish(self) -> None:
         self.run.finish()
+
+    def _alert(self, what: str, text: str, level: Any) -> None:
+        self.run.alert(f"{self.name} {what}"[-LONGEST:], text, level=level)
