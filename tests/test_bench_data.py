@@ -32,13 +32,14 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(bench_data, "run_part", within)
     given = {"--folder": tmp_path, "--pictures": 6, "--side": 32, "--samples": 24, "--alone": 0.01}
     arguments = [str(word) for pair in given.items() for word in pair]
-    monkeypatch.setattr("sys.argv", ["bench_data.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["bench_data.py", *arguments, "--out", str(tmp_path / "rows.jsonl")])
     bench_data.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert rows == [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = ["name", "unit", "target", "measured", "machine", "date", "versions", "command"]
     assert len(rows) == 16 and all(list(row) == names for row in rows)
-    assert sum(line.startswith("| ") for line in lines) == len(rows) + 1
+    assert all(any(line.startswith(row["name"]) for line in lines) for row in rows)
     assert rows[0]["command"] == "python scripts/bench_data.py " + " ".join(arguments)
     of = {(row["name"], row["unit"]): row["measured"] for row in rows}
     rate, took = of["warm: all", "pictures/s"], of["warm: all", "ms/picture"]

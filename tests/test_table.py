@@ -185,11 +185,18 @@ def test_a_downloaded_data_set_keeps_its_splits_and_subsets(tmp_path: Path, data
 def test_pictures_beside_tables_are_not_left_out(tmp_path: Path, data: dict[str, Any]) -> None:
     write(tmp_path / "set.parquet", "bytes", ["a"], [content(0)])
     (tmp_path / "a.png").write_bytes(content(1))
-    with pytest.raises(ValueError, match="it holds pictures beside tables: put them in folders of their own"):
-        read(tmp_path, data)
+    for nested in ("", "deep", "deep/deeper"):
+        place = tmp_path / nested
+        place.mkdir(exist_ok=True)
+        (tmp_path / "set.parquet").rename(place / "set.parquet")
+        with pytest.raises(
+            ValueError, match=r" holds pictures beside tables \(.*set.parquet\); put them in folders of"
+        ):
+            read(tmp_path, data)
+        (place / "set.parquet").rename(tmp_path / "set.parquet")
     (tmp_path / "a.png").unlink()
     write(tmp_path / "other.arrow", "arrow", ["b"], [content(0)])
-    with pytest.raises(ValueError, match="it holds both parquet and arrow files: put them in folders of their own"):
+    with pytest.raises(ValueError, match=" holds both parquet and arrow files; put them in folders of their own"):
         read(tmp_path, data)
 
 

@@ -17,10 +17,7 @@ def is_table(path: str) -> bool:
     """Whether a source's path is for `datasets`: a file or a folder of its kinds, or a name such as owner/name."""
     place = Path(path)
     if place.is_dir():
-        if _saved(place) or any(file.suffix in KINDS for file in place.iterdir()):
-            return True
-        kinds = {_kind(file) for file in _walk(place)}  # a downloaded data set has its files in folders
-        return "table" in kinds and "picture" not in kinds
+        return _saved(place) or any(_kind(file) == "table" for file in _walk(place))
     return place.suffix in KINDS or (path.count("/") == 1 and not place.is_absolute() and not path.startswith("."))
 
 
@@ -137,6 +134,12 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         ) from error
     place = Path(source.path)
     saved = place.is_dir() and _saved(place)
+    if place.is_dir() and not saved:
+        tables = _tables(place)
+        if any(_kind(file) == "picture" for file in _walk(place)):
+            raise ValueError(f"{place} holds pictures beside tables ({tables[0]}); put them in folders of their own")
+        if len({file.suffix for file in tables}) > 1:
+            raise ValueError(f"{place} holds both parquet and arrow files; put them in folders of their own")
     if source.subset is not None and (saved or place.is_file()):
         raise ValueError(f"subset of {source.path} is {source.subset!r}, but that has none; leave it out")
     verbosity = datasets.logging.get_verbosity()
@@ -150,10 +153,6 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
                 raise ValueError(f"it has no splits, but split is {source.split!r}; leave that out")
             return loaded, [place]
         if place.exists():
-            if place.is_dir() and any(_kind(file) == "picture" for file in _walk(place)):
-                raise ValueError("it holds pictures beside tables: put them in folders of their own")
-            if place.is_dir() and len({file.suffix for file in _tables(place)}) > 1:
-                raise ValueError("it holds both parquet and arrow files: put them in folders of their own")
             given: dict[str, Any] = {"split": source.split, "cache_dir": str(unpacked(source, cache))}
             if place.is_file():
                 return datasets.load_dataset(KINDS[place.suffix], data_files=[str(place)], **given), [place.parent]
