@@ -15,11 +15,14 @@ from infer.attached import save_adapter as save_adapter
 from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
+from infer.flux import Model, fingerprint
 from infer.formats import FILE as FILE
 from infer.formats import Pairs, read_pairs
 from infer.formats import find_adapter as find_adapter
 from infer.formats import read_notes as read_notes
 from infer.formats_write import lora_config
+from infer.quantize import Precision
+from infer.residual import settled
 from infer.targets import PRESETS, base_layers, match_targets
 
 RECOVERY = "recovery"
@@ -188,8 +191,9 @@ def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> N
             holder.weight.requires_grad_(False)
 
 
-def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str) -> int:
-    """Load an adapter file of any program (infer/formats.py), on and alone; returns its layers.
+def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str, model: Model | None = None) -> int:
+    """Load an adapter file of any program (infer/formats.py), on and alone; returns its layers. `model` is the
+    transformer's checkpoint, which adapters of init=loftq need.
 
     Raises:
         ValueError: the name is taken, the file is unreadable or broken, or does not fit this transformer.
@@ -198,10 +202,37 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str) -> i
         raise ValueError(f"there is an adapter {name!r} already; give this one another name")
     pairs = read_pairs(path)
     check_fit(pairs, transformer, path)
-    put_pairs(transformer, pairs, name)
+    put_pairs(transformer, settled(transformer, path, pairs, model), name)
     if RECOVERY in transformer.peft_config and name != RECOVERY:
         set_adapters(transformer, {name: 1.0})
     return len(pairs)
+
+
+def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, precision: Precision) -> int:
+    """Load a recovery adapter, to stay on beside every other; returns its layers.
+
+    Raises:
+        ValueError: it is none, or was made for another checkpoint or another rounding.
+    """
+    made = read_notes(find_adapter(path)).get("recovers")
+    if made is None:
+        raise ValueError(f"{path} is no recovery adapter; make one with infer/recover.py")
+    here = recovers(model, precision)
+    for key, value in here.items():
+        if made[key] != value:
+            said = "another checkpoint" if key == "base" else f"{key}={made[key]}, not {value}"
+            raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
+    return load_adapter(transformer, path, RECOVERY)
+
+
+def recovers(model: Model, precision: Precision) -> dict[str, Any]:
+    """What a recovery adapter belongs to: another base or another rounding needs another."""
+    return {
+        "base": fingerprint(model, "transformer"),
+        "kind": precision.kind,
+        "double_quant": precision.double_quant,
+        "skip_modules": list(precision.skip_modules),
+    }
 
 
 def set_adapters(transformer: FluxTransformer2DModel, weights: dict[str, float]) -> None:

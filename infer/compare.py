@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer import report
-from infer.adapters import load_adapter
+from infer.adapters import load_recovery
 from infer.atomic import clear_partials
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
@@ -45,17 +45,8 @@ from infer.graph import Sampler
 from infer.measure import measure
 from infer.quantize import Precision, stored_bytes
 from infer.scores import Score, distance, find_scores, open_picture
+from infer.several import Trained, load_chosen
 from infer.stack import obstacle
-
-
-@dataclass
-class Trained:
-    """A trained adapter."""
-
-    path: str | None = None
-    """A LoRA file or its folder; null compares the base model alone."""
-    name: str | None = None
-    """Its name in the report; null takes the run's."""
 
 
 @dataclass
@@ -68,6 +59,8 @@ class Compare:
     only: list[str] | None = None
     """Names of the precisions to run; null runs all."""
     adapter: Trained = field(default_factory=Trained)
+    recovery: dict[str, str] = field(default_factory=dict)
+    """Recovery adapters (infer/recover.py) by the names of the precisions that they belong to, always on there."""
     prompts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     sampling: Sampling = field(default_factory=Sampling)
@@ -92,6 +85,9 @@ class Compare:
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")
+        for name in self.recovery:
+            if name not in self.precisions:
+                raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
 
 
 Row = dict[str, Any]
@@ -119,6 +115,8 @@ def draw_precision(
     bar.set_postfix_str(f"{name}: loading")
     with measure(device) as load_rest:
         transformer = load_transformer(model, precision, device, hold_of(options.memory))
+        if name in options.recovery:
+            load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
         path, stream = choose_path(transformer, options.memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
@@ -139,7 +137,7 @@ def draw_precision(
     rows = []
     for variant in (None, adapter) if adapter else (None,):
         if variant:
-            load_adapter(transformer, variant[1], variant[0])
+            load_chosen(transformer, options.adapter, variant[0], model)
             reason = obstacle(transformer)
             if path.fused and reason:
                 raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
@@ -222,7 +220,8 @@ def compare(options: Compare) -> Path:
     own = find_scores(options.scores)
     adapter = None
     if options.adapter.path is not None:
-        read_pairs(options.adapter.path)  # what is wrong with it is said before a model is loaded
+        for one in options.adapter.all():
+            read_pairs(one.path)  # what is wrong with it is said before a model is loaded
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name, score in own.items():  # before an hour of drawing, not after it

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     quieten()
 
 import diffusers
+import torch
 
 from infer.atomic import clear_partials, sync_folder, sync_tree
 from infer.command import pick_device, run_command
@@ -36,6 +37,17 @@ class Save:
     device: str = "auto"
 
 
+def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
+    """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
+    parts = load_text_parts(model, precision, device)
+    parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
+    for part in PARTS:
+        if part not in ("transformer", "text_encoder_2"):
+            shutil.copytree(part_folder(model, part), folder / part)
+    index = diffusers.FluxPipeline.load_config(model.path, revision=model.revision)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def save(options: Save) -> Path:
     """Write the folder, whole or not at all.
 
@@ -52,13 +64,7 @@ def save(options: Save) -> Path:
     partial.mkdir(parents=True)
     try:
         load_transformer(options.model, options.precision, device).save_pretrained(partial / "transformer")
-        parts = load_text_parts(options.model, options.precision, device)
-        parts["text_encoder_2"].save_pretrained(partial / "text_encoder_2")
-        for part in PARTS:
-            if part not in ("transformer", "text_encoder_2"):
-                shutil.copytree(part_folder(options.model, part), partial / part)
-        index = diffusers.FluxPipeline.load_config(options.model.path, revision=options.model.revision)
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        save_beside(options.model, options.precision, device, partial)
         sync_tree(partial)
         partial.rename(out)
         sync_folder(out.parent)

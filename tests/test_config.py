@@ -23,7 +23,9 @@ from infer.convert import Convert
 from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
+from infer.merge import Merge
 from infer.quantize import KINDS, Precision
+from infer.recover import Recover
 from infer.save import Save
 from train.cache import Fill
 from train.config import Train
@@ -46,6 +48,8 @@ ROOTS: dict[str, Any] = {
     "compare": Compare,
     "save": Save,
     "convert": Convert,
+    "merge": Merge,
+    "recover": Recover,
     "plan": Plan,
     "track": Told,
 }
@@ -141,13 +145,16 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
     assert not differences(made("convert"), Convert())
-    for root in ("cache", "look", "plan", "save"):
+    recovery = made("recover")
+    others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
+    assert differences(recovery, others) == {"model.path"}
+    for root in ("cache", "look", "plan", "save", "merge"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == Told(Track("wandb"))
     comparison = made("compare")
     assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
-    others = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
-    assert differences(comparison, others) == {"model.path"}
+    drawn = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
+    assert differences(comparison, drawn) == {"model.path"}
     assert [Precision(kind).kind for kind in KINDS] == [made("train", f"precision={k}").precision.kind for k in KINDS]
 
 
@@ -291,6 +298,15 @@ WRONG = [
     ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),
     ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
     ("convert", "to=a1111", "to is 'a1111'; choose one of diffusers, peft, kohya, comfyui"),
+    ("train", "push=mine", "push is 'mine'; write owner/name"),
+    ("compare", "recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
+    ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
+    ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),
+    ("merge", "adapter.path=a adapter.also=[{path:b,weight:inf}]", "the weight of adapter b is inf; give a number"),
+    ("recover", "share=0", "share is 0.0; it must be above 0"),
+    ("recover", "rows=0", "rows is 0; it must be 1 or more"),
+    ("recover", "rate=0", "rate is 0.0; it must be above 0"),
+    ("recover", "held_out=[]", "recover needs prompts, and others as held_out"),
     ("save", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of"),
 ]
 

@@ -65,6 +65,8 @@ class Train:
     """Steps between previews; 0 draws one at the end."""
     previews: list[str] = field(default_factory=list)
     """Prompts of the previews; none draws none. The trigger word is not added."""
+    push: str | None = None
+    """owner/name on the Hub, where the finished adapter and its card go, private if new; null keeps them here."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -88,5 +90,7 @@ class Train:
             raise ValueError(f"ema is {self.ema}; it must be above 0 and below 1, such as 0.99, or null for none")
         if self.resume is not None and not re.fullmatch(r"step-\d+", self.resume):
             raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
+        if self.push is not None and self.push.count("/") != 1:
+            raise ValueError(f"push is {self.push!r}; write owner/name, or null to keep the adapter here")
         if self.precision.compute_dtype == "fp16" and self.precision.quantized:
             raise ValueError("precision.compute_dtype=fp16 gives NaN when FLUX trains; set it to bf16")

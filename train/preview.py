@@ -3,6 +3,7 @@ averaged weights where there are any."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,17 @@ def preview(
             board.paste(pictures[prompt, name], (column * width, top + LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))
     return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]
+
+
+def samples_of(sheet: Path, prompts: list[str], size: tuple[int, int], folder: Path) -> dict[str, str]:
+    """Cut a sheet's second column, the adapter's pictures, into files in `folder`; their names by prompt."""
+    height, width = size
+    names = {}
+    with Image.open(sheet) as board:
+        for row, prompt in enumerate(prompts):
+            top = row * (height + LABEL) + LABEL
+            picture = board.crop((width, top, 2 * width, top + height))
+            name = f"sample-{row}.png"
+            replace_file(folder / name, partial(picture.save, format="PNG"))
+            names[prompt] = name
+    return names

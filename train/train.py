@@ -30,15 +30,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from infer.adapters import FILE, attach, read_notes, save_adapter, strengths, update_norm
+from infer.adapters import FILE, FROM_ERROR, attach, load_recovery, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
+from infer.card import push, write_card
 from infer.command import STOPPED, check_run_name, run_command
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
+from infer.residual import save_start, start_from_error
 from train.batch import choose
 from train.cache import build
 from train.caption import all_texts
+from train.card import card_of
 from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from train.config import Train
 from train.data import check_left, read_samples
@@ -79,6 +82,7 @@ def claim(job: Train, folder: Path, processes: int) -> int:
         "preview_every",
         "previews",
         "sampling",
+        "push",
     ):
         own.pop(aside)
     for aside in ("cache", "on_error", "least"):
@@ -148,6 +152,8 @@ def train_on(
     if finished.is_file() and read_notes(finished).get("step") == job.steps:
         if job.resume is None:
             say(f"run {job.run!r} is finished: {finished}")
+            if job.push is not None and main:
+                say(f"pushed: {push(finished.parent, job.push)}")
             return finished.parent
         accelerator.wait_for_everyone()  # all have read it; it is not what the run now comes to
         for done in (folder / "adapter", folder / "adapter-ema") if main else ():
@@ -189,7 +195,15 @@ def train_on(
 
     place_of_weights = torch.device("cpu") if shards() else hold_of(job.memory)
     transformer = load_transformer(job.model, job.precision, accelerator.device, place_of_weights).train()
+    if shards() and (job.adapter.recovery is not None or job.adapter.init in FROM_ERROR):
+        raise ValueError("adapter.recovery and adapter.init=residual or loftq need whole layers; launch without FSDP")
+    if job.adapter.recovery is not None:
+        layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
+        say(f"recovery adapter on {layers} layers")
     parameters = attach(transformer, job.adapter, job.seed)
+    start = None
+    if job.adapter.init in FROM_ERROR:
+        start = start_from_error(transformer, job.model, job.precision, job.adapter.init)
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
@@ -248,10 +262,17 @@ def train_on(
         }
         if average is not None:
             with average.used():
+                if start is not None:
+                    save_start(start, folder / "adapter-ema")
                 own = {"ema": job.ema, "validation": now.validation_ema}
                 save_adapter(transformer, folder / "adapter-ema", notes | own)
+        if start is not None:
+            save_start(start, folder / "adapter")
+        write_card(folder / "adapter", card_of(job, folder, now.validation))
         save_adapter(transformer, folder / "adapter", notes)
         tracker.adapter(folder / "adapter", notes)
+        if job.push is not None:
+            say(f"pushed: {push(folder / 'adapter', job.push)}")
     tracker.finish()
     say(f"{learned}\nadapter: {finished}" + (f"\naveraged: {folder / 'adapter-ema' / FILE}" if average else ""))
     accelerator.wait_for_everyone()

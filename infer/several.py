@@ -1,0 +1,66 @@
+"""Several adapters at once, each with its weight, at run time."""
+
+import math
+from dataclasses import dataclass, field
+
+from diffusers import FluxTransformer2DModel
+
+from infer.adapters import load_adapter, set_adapters
+from infer.flux import Model
+from infer.formats import find_adapter, read_notes
+
+
+@dataclass
+class Weighted:
+    """An adapter and how strongly it is on."""
+
+    path: str = ""
+    """A LoRA file of any program, or its folder."""
+    weight: float = 1.0
+    """Times its own strength."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of adapter {self.path} is {self.weight}; give a number")
+
+
+@dataclass
+class Trained:
+    """A trained adapter, and others that are on with it."""
+
+    path: str | None = None
+    """A LoRA file of any program, or its folder; null is no adapter."""
+    name: str | None = None
+    """Its name in the report; null takes the run's."""
+    weight: float = 1.0
+    """Times its own strength."""
+    also: list[Weighted] = field(default_factory=list)
+    """More adapters that are on at the same time, as in 'adapter.also=[{path:b,weight:0.5}]'."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.also:
+            raise ValueError("adapter.also is given without adapter.path; name the first adapter as adapter.path")
+        Weighted(self.path or "", self.weight)
+
+    def all(self) -> list[Weighted]:
+        """Raises:
+        ValueError: one of them is absent, or is no adapter of its own.
+        """
+        found = [] if self.path is None else [Weighted(self.path, self.weight), *self.also]
+        for one in found:
+            if read_notes(find_adapter(one.path)).get("recovers"):
+                raise ValueError(
+                    f"{one.path} is a recovery adapter, which belongs to quantized weights; give it to compare as "
+                    "recovery.<precision>=path and to train as adapter.recovery=path"
+                )
+        return found
+
+
+def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, name: str, model: Model) -> None:
+    """Load all of them, on together; the first is called `name`."""
+    weights = {}
+    for i, one in enumerate(chosen.all()):
+        own = name if i == 0 else f"{name}-{i + 1}"
+        load_adapter(transformer, one.path, own, model)
+        weights[own] = one.weight
+    set_adapters(transformer, weights)
