@@ -85,11 +85,13 @@ def reason(error: Exception) -> str | None:
         place = getattr(error, "filename", None) or "reading or writing a file"
         mend = MENDS.get(number, "check the path and its permissions")
         return f"{os.strerror(number)}: {place}; {mend}"
-    return str(error) if isinstance(error, ValueError) and _ours(error) else None
+    return str(error) if is_ours(error) else None
 
 
-def _ours(error: Exception) -> bool:
-    """Whether our own code raised it: a library's ValueError says nothing that a user could mend."""
+def is_ours(error: Exception) -> bool:
+    """Whether our own code raised this ValueError: a library's says nothing that a user could mend."""
+    if not isinstance(error, ValueError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     place = Path(frames[-1].filename) if frames else ROOT
     if not place.is_relative_to(ROOT):

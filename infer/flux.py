@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+from infer.errors import is_ours
 from infer.quantize import (
     Precision,
     check_device,
@@ -83,7 +84,10 @@ def check_model(model: Model) -> None:
             f"{folder} holds no model_index.json, so it is no diffusers checkpoint; a single-file checkpoint "
             "is turned into one with FluxPipeline.from_single_file(...).save_pretrained(...)"
         )
-    name = json.loads(index.read_text()).get("_class_name")
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} names no pipeline ({error!r}); copy the checkpoint again") from error
     if name != "FluxPipeline":
         raise ValueError(f"{index} is of a {name}, not a FluxPipeline; this toolkit reads FLUX.1 checkpoints")
     absent = [part for part in PARTS if not (folder / part).is_dir()]
@@ -94,7 +98,7 @@ def check_model(model: Model) -> None:
 @contextmanager
 def _loading(model: Model, part: str) -> Iterator[None]:
     """Turn the many ways in which a checkpoint can be absent into one message with its mend."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         yield
@@ -108,8 +112,13 @@ def _loading(model: Model, part: str) -> Iterator[None]:
             f"the Hub has no model {model.path!r} (or it is private): check the name, log in with `hf auth login`, "
             "or set model.path to a local folder"
         ) from error
-    except (OSError, HfHubHTTPError) as error:
-        # both libraries raise OSError for absent files, broken files, and for a Hub that cannot be reached
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # both libraries raise OSError for absent files, broken files, and for a Hub that cannot be reached; for what
+        # else is wrong in a file whatever its parser raises
+        if is_ours(error):
+            raise
         if "gated" in str(error):
             mend = "accept its licence on its Hub page, then log in with `hf auth login`"
         elif model.local is not None:
@@ -117,6 +126,8 @@ def _loading(model: Model, part: str) -> Iterator[None]:
         else:
             mend = "check the network, or download it elsewhere and set model.path to the local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not isinstance(error, OSError):
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"cannot load the {part} of {model.path}: {reason}; {mend}") from error
 
 
@@ -126,7 +137,24 @@ def read_config(model: Model, part: str) -> dict[str, Any]:
         return shape_config(model.path, part)
     with _loading(model, part):
         config: dict[str, Any] = json.loads(_config_file(model, part).read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of the {part} of {model.path} is no JSON object; copy the checkpoint again")
     return config
+
+
+def config_number(model: Model, part: str, name: str) -> float:
+    """A number of a part's config.json.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    value = read_config(model, part).get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"config.json of the {part} of {model.path} has {name}={value!r} where a number belongs; copy the "
+            "checkpoint again"
+        )
+    return value
 
 
 def _config_file(model: Model, part: str) -> Path:
@@ -159,16 +187,28 @@ def _load(
     if stored:
         _check_stored(model, stored, precision)
     with _loading(model, part), _quantizing(config or stored, device, hold):
-        loaded = cls.from_pretrained(
+        loaded, found = cls.from_pretrained(
             model.path,
             subfolder=part,
             revision=model.revision,
             quantization_config=config,
             device_map={"": hold},
             use_safetensors=True,
+            output_loading_info=True,
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
+    _check_whole(model, part, found)
     return _checked(loaded, precision)
+
+
+def _check_whole(model: Model, part: str, found: dict[str, Any]) -> None:
+    """Both libraries fill in at random what a file of weights lacks, with a warning."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"cannot load the {part} of {model.path}: its files lack {len(missing)} tensors ({missing[0]}, ...); copy "
+            "the checkpoint again"
+        )
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
@@ -240,9 +280,15 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
     with _loading(model, "vae"):
-        vae = AutoencoderKL.from_pretrained(
-            model.path, subfolder="vae", revision=model.revision, torch_dtype=dtype, use_safetensors=True
+        vae, found = AutoencoderKL.from_pretrained(
+            model.path,
+            subfolder="vae",
+            revision=model.revision,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+    _check_whole(model, "vae", found)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -257,7 +303,7 @@ def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
 
 def own_size(model: Model) -> int:
     """Pixels a side that the checkpoint was made for: what its autoencoder's config says (1024 for FLUX.1-dev)."""
-    return int(read_config(model, "vae")["sample_size"])
+    return int(config_number(model, "vae", "sample_size"))
 
 
 def part_folder(model: Model, part: str) -> Path:

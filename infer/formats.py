@@ -97,6 +97,9 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no LoRA file that can be read: {error}") from error
+    odd = [key for key, value in state.items() if not value.is_floating_point()]
+    if odd:
+        raise ValueError(f"{file} holds {state[odd[0]].dtype} in {odd[0]}; a LoRA file holds floating-point numbers")
     text = [key for key in state if _TEXT.match(key)]
     if text and not drop_text_encoder:
         raise ValueError(
@@ -138,21 +141,37 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
     return pairs
 
 
+def _object(file: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the configuration in {file} is no JSON ({error}); save the adapter again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"the configuration in {file} is no JSON object; save the adapter again")
+    return value
+
+
 class _Strengths:
     """A layer's strength: of its alpha key, of the file's configuration, or 1."""
 
     def __init__(self, file: Path, header: dict[str, str], state: dict[str, Tensor]) -> None:
         self.file = file
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = _object(file, header.get("lora_adapter_metadata", "{}"))
         self.config = {key.removeprefix("transformer."): value for key, value in config.items()}
         beside = file.with_name(PEFT_CONFIG)
         own = any(key.startswith(("base_model.model.transformer_blocks", "base_model.model.single_")) for key in state)
         if own and not any(key.endswith(".alpha") for key in state):
             if not beside.is_file():
                 raise ValueError(f"{file} is PEFT's, whose strength stands in {PEFT_CONFIG}; put that file beside it")
-            self.config = json.loads(beside.read_text())
+            self.config = _object(beside, beside.read_text(errors="replace"))
 
     def __call__(self, layer: str, rank: int, alpha: Tensor | None) -> float:
+        try:
+            return self._strength(layer, rank, alpha)
+        except (TypeError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+            raise ValueError(f"{self.file} does not say how strong {layer} is ({error}); train it again") from error
+
+    def _strength(self, layer: str, rank: int, alpha: Tensor | None) -> float:
         from peft.utils.other import get_pattern_key
 
         said = None

@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bad-cache")
 
 
-QUICK = {"picture": 5, "caption": 5, "table": 2, "mask": 2, "setting": 8, "adapter": 3, "checkpoint": 4, "model": 4,
+QUICK = {"picture": 3, "caption": 3, "table": 2, "mask": 2, "setting": 5, "adapter": 2, "checkpoint": 4, "model": 3,
          "report": 5}  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from infer.command import pick_device, run_command
 from infer.encode import release, text_encoder
-from infer.flux import Model, check_model, load_vae, read_config
+from infer.flux import Model, check_model, config_number, load_vae
 from infer.quantize import Precision
 from train.caption import all_texts
 from train.data import Data, check_left, read_samples
@@ -74,8 +74,8 @@ def build(
     warn = partial(tqdm.write, file=sys.stderr)
     gate = Gate(encode.decode_pixels)
     (keys,) = gather([make_keys(model, precision, data.text_length, encode.tile)] if main else [])
-    config = read_config(model, "vae")
-    cache = Cache(data, keys, config["shift_factor"], config["scaling_factor"], held)
+    shift, scale = (config_number(model, "vae", name) for name in ("shift_factor", "scaling_factor"))
+    cache = Cache(data, keys, shift, scale, held)
     index = Index(folder / "index", encode.flush_seconds, encode.threads, gate, warn, main)
     mine = range(rank, len(samples), ranks)
     with cache.timed("look"):

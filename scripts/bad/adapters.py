@@ -136,23 +136,22 @@ def cases() -> Iterator[Case]:
         ("a norm, which is no linear layer", "transformer.transformer_blocks.0.norm1.norm"),
         ("of a UNet", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
         ("of a text encoder", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"),
-        ("no prefix", "transformer_blocks.0.attn.to_q"),
         ("PEFT's own prefix", "base_model.model.transformer_blocks.0.attn.to_q"),
         ("ComfyUI's prefix", "diffusion_model.double_blocks.0.img_attn.qkv"),
         ("a name that leads out", "transformer.../../etc/passwd"),
         ("an empty name", "transformer."),
     ):
         yield tensors(name, lambda layer=layer: pair(layer), MISFIT)  # type: ignore[misc]
-    yield tensors("kohya's names of another width", lambda: {
+    yield tensors("kohya's names of too few rows", lambda: {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, width()),
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(3 * width(), 4),
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2 * width(), 4),
         "lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(4.0)}, MISFIT)  # fmt: skip
     yield tensors("weights of a whole model", lambda: {f"{LAYER}.weight": torch.ones(4, 4)}, MISFIT)
     yield tensors("alpha alone", lambda: {f"{LAYER}.alpha": torch.tensor(4.0)}, MISFIT)
     yield tensors("a good layer and an unknown one", lambda: pair() | pair("transformer.nowhere"), MISFIT)
     notes = {"lora_adapter_metadata": "{"}
     yield tensors("diffusers' notes that are no JSON", pair, UNREAD, notes)
-    notes = {"lora_adapter_metadata": json.dumps({"transformer.r": "many"})}
+    notes = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": ["many"]})}
     yield tensors("diffusers' notes of a wrong type", pair, MISFIT, notes)
 
     yield _path("a path that is not there", "nowhere", "no adapter at nowhere")

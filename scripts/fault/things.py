@@ -20,7 +20,7 @@ from scripts.bad.reports import RESULT
 from train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from train.config import Train
 from train.index import read_rows, write_rows
-from train.shards import Shelf, read_item, write_shard
+from train.shards import DamagedError, Shelf, read_item, write_shard
 from train.train import claim
 
 
@@ -111,8 +111,8 @@ def _read_items(folder: Path) -> Any:
         if key in shelf.found:
             try:
                 return read_item(shelf.found[key], key, "mean")["mean"].tolist()
-            except ValueError:
-                continue
+            except DamagedError as damage:
+                shelf.distrust(damage)  # as the program does
     raise ValueError("no shard is whole")
 
 
