@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from infer import report
@@ -42,9 +43,13 @@ from infer.flux import Model, check_model, load_scheduler, load_transformer, loa
 from infer.formats import read_pairs
 from infer.generate import Sampling, draw
 from infer.graph import Sampler
+from infer.judge import judge
 from infer.measure import measure
+from infer.networks import Networks, check_networks
 from infer.quantize import Precision, stored_bytes
-from infer.scores import Score, distance, find_scores, open_picture
+from infer.scores import Key, Row, find_scores, key_of
+from infer.sensitivity import decide
+from infer.sets import list_pictures
 from infer.several import Trained, load_chosen
 from infer.stack import obstacle
 
@@ -67,6 +72,12 @@ class Compare:
     memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
     """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    unrelated: list[str] = field(default_factory=list)
+    """Prompts that the adapter has nothing to do with: what it changes there is its drift. None draws none."""
+    references: str | None = None
+    """The folder of the training pictures, to see how like them the pictures are, and whether any was learned by heart;
+    null leaves these scores out."""
+    networks: Networks = field(default_factory=Networks)
     scores: dict[str, str] = field(default_factory=dict)
     """More scores: a name and the dotted path of a function (picture, prompt) -> number."""
     run: str = "compare"
@@ -88,9 +99,9 @@ class Compare:
         for name in self.recovery:
             if name not in self.precisions:
                 raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
-
-
-Row = dict[str, Any]
+        both = [prompt for prompt in self.prompts if prompt in self.unrelated]
+        if both:
+            raise ValueError(f"{both[0]!r} is among prompts and among unrelated; a prompt is one or the other")
 
 
 def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
@@ -98,18 +109,28 @@ def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
 
 
 def draw_precision(
-    options: Compare, name: str, adapter: tuple[str, str] | None, folder: Path, device: torch.device, bar: "tqdm[Any]"
+    options: Compare,
+    name: str,
+    adapter: tuple[str, str] | None,
+    folder: Path,
+    device: torch.device,
+    bar: "tqdm[Any]",
+    kept: dict[Key, Tensor],
 ) -> list[Row]:
-    """All pictures of one precision, without and then with the adapter (its name and path); frees everything after."""
+    """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
+
+    The pictures' packed latents go into `kept`, on the CPU.
+    """
     model, precision = options.model, options.precisions[name]
+    prompts = all_prompts(options)
     size = options.sampling.size(own_size(model))
     bar.set_postfix_str(f"{name}: prompts")
     with ExitStack() as stack:
         with measure(device) as load_text:
             encoder = stack.enter_context(text_encoder(model, precision, device, options.text_length))
         with measure(device) as encode:
-            texts: list[Text] = encoder(options.prompts)
-        for prompt in encoder.truncated(options.prompts):
+            texts: list[Text] = encoder(prompts)
+        for prompt in encoder.truncated(prompts):
             bar.write(f"T5 sees only the first {encoder.length} tokens of {prompt!r}")
         text_bytes = encoder.weights_bytes
     bar.set_postfix_str(f"{name}: loading")
@@ -145,7 +166,7 @@ def draw_precision(
         # loading kernels, compiling and capturing are not a picture's cost
         for _ in range(2 if path.graphs(device) else 1):
             warm_up()
-        for i, prompt in enumerate(options.prompts):
+        for i, prompt in enumerate(prompts):
             for seed in options.seeds:
                 bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")
                 with measure(device) as denoising:
@@ -175,41 +196,25 @@ def draw_precision(
                         "stages": stages,
                     }
                 )
+                kept[key_of(rows[-1])] = latents.cpu()
                 bar.update()
     del transformer, vae, warm_up
     release(device)
     return rows
 
 
-def score_rows(rows: list[Row], folder: Path, reference: str | None, own: dict[str, Score]) -> None:
-    """Fill in each row's scores: distance from the reference precision and from the picture without the adapter."""
-    pictures = {(r["precision"], r["adapter"], r["prompt"], r["seed"]): folder / r["image"] for r in rows}
-    adapted = any(row["adapter"] for row in rows)
-    for row in rows:
-        picture = open_picture(folder / row["image"])
-        same = (row["prompt"], row["seed"])
-        others: dict[str, Path | None] = {}
-        if reference is not None:
-            itself = row["precision"] == reference
-            others[f"_{reference}"] = None if itself else pictures[reference, row["adapter"], *same]
-        if adapted:
-            others["_base"] = pictures[row["precision"], None, *same] if row["adapter"] else None
-        for suffix, other in others.items():
-            figures = distance(picture, open_picture(other)) if other else {"psnr": None, "ssim": None}
-            row["scores"].update({name + suffix: value for name, value in figures.items()})
-        row["scores"].update({name: float(score(picture, row["prompt"])) for name, score in own.items()})
+def all_prompts(options: Compare) -> list[str]:
+    """What is drawn: the prompts, then with an adapter those that it has nothing to do with."""
+    return options.prompts + (options.unrelated if options.adapter.path is not None else [])
 
 
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1] for line in _cpuinfo() if line.startswith("model name")]
-    return f"cpu: {names[0].strip() if names else platform.processor() or platform.machine()}"
-
-
-def _cpuinfo() -> list[str]:
     file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.split(":")[1] for line in lines if line.startswith("model name")]
+    return f"cpu: {names[0].strip() if names else platform.processor() or platform.machine()}"
 
 
 def compare(options: Compare) -> Path:
@@ -217,6 +222,9 @@ def compare(options: Compare) -> Path:
     device = pick_device(options.device)
     run = check_run_name(options.run)
     check_model(options.model)
+    check_networks(options.networks)
+    if options.references is not None:
+        list_pictures(options.references)
     own = find_scores(options.scores)
     adapter = None
     if options.adapter.path is not None:
@@ -224,6 +232,8 @@ def compare(options: Compare) -> Path:
             read_pairs(one.path)  # what is wrong with it is said before a model is loaded
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
+    for name in names:
+        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:
@@ -235,17 +245,21 @@ def compare(options: Compare) -> Path:
                 ) from error
             if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
-    target, partial = run / "compare", run / f"compare.{os.getpid()}.partial"
+    target, unfinished = run / "compare", run / f"compare.{os.getpid()}.partial"
     clear_partials(run, "compare")
-    (partial / "images").mkdir(parents=True)
+    (unfinished / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []
-        pictures = len(names) * len(options.prompts) * len(options.seeds) * (2 if adapter else 1)
+        kept: dict[Key, Tensor] = {}
+        pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
-                rows += draw_precision(options, name, adapter, partial, device, bar)
-        reference = next((n for n in names if options.precisions[n].kind == "bf16"), None)
-        score_rows(rows, partial, reference, own)
+                rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+        plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
+        reference = next(plain, None)
+        rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))
+        found = rows, drift, unfinished, kept, reference, own
+        judged = judge(*found, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
         report.write(
@@ -260,16 +274,21 @@ def compare(options: Compare) -> Path:
                     "width": width,
                 },
                 "rows": rows,
+                **judged,
             },
-            partial,
+            unfinished,
         )
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        unfinished.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if not any(run.iterdir()):
             run.rmdir()
-    print(report.table(report.summarise(rows)))
+    print(report.table(judged["summary"]))
+    if paired := report.differences(judged["summary"]):
+        print(f"\ndifferences at the same prompt and seed, with 95 % limits:\n{paired}")
+    for score, reason in judged["absent"].items():
+        print(f"not measured: {score} ({reason})")
     print(f"report: {target / 'report.html'}")
     return target
 

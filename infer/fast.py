@@ -163,7 +163,6 @@ def install(
         ValueError: the layers cannot be stacked.
     """
     keep = keep or memory.keep
-    torch._dynamo.config.recompile_limit = 64  # one a shape, and a form of adapter
     heads = transformer.config.num_attention_heads
     wrap: Any = partial(torch.compile, fullgraph=True, dynamic=False, backend=BACKEND)
     if not memory.compiles(device):
@@ -172,6 +171,10 @@ def install(
     modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     doubles = len(transformer.transformer_blocks)
     built = [_double_parts(m) if i < doubles else _single_parts(m) for i, m in enumerate(modules)]
+    # one a shape, a form of adapter, and a mixture of kinds
+    mixtures = {tuple(group.frozen.kind for group in groups) for groups, _ in built}
+    torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
+    torch._dynamo.config.accumulated_recompile_limit = max(4 * limit, 256)
     for group in (group for groups, _ in built for group in groups):
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
         shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")

@@ -23,8 +23,8 @@ from infer.quantize import (
     keep_layout,
     multiply_plainly,
     quantization_config,
-    quantizing_on,
 )
+from infer.quantizing import quantizing_on
 from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -245,7 +245,7 @@ def load_transformer(
 
     check_device(precision, device)
     transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
-    if precision.kind == "int8" and not precision.llm_int8:
+    if not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
 

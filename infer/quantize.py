@@ -5,8 +5,6 @@ lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
+QUANTIZED = ("int8", "fp4", "nf4")
+MIXED = ("bf16", *QUANTIZED)  # what layers of one transformer may be beside each other
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -26,7 +26,8 @@ class Precision:
     """
 
     kind: str = "nf4"
-    """fp32, bf16 (not quantized), int8 (a scale a row, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023)."""
+    """fp32, bf16 (not quantized), int8 (a scale a row, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023); auto: nf4,
+    and its worst layers int8 or bf16 as far as `budget_gib` goes."""
     compute_dtype: str = "bf16"
     """bf16, fp16 or fp32: the matrix products, and whatever stays unquantized. LLM.int8 multiplies in fp16 whatever
     this says. Kinds fp32 and bf16 are their own compute dtype."""
@@ -38,24 +39,50 @@ class Precision:
     """LLM.int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
     skip_modules: list[str] = field(default_factory=list)
     """Names (or ends of names) of transformer layers to leave in `compute_dtype`."""
+    layers: dict[str, str] = field(default_factory=dict)
+    """Transformer layers of other kinds: a regular expression over whole layer names -> bf16, int8, fp4 or nf4; the
+    first that matches counts, and what none matches is of `kind`."""
+    budget_gib: float | None = None
+    """Kind auto only: the transformer's bytes. Within them the layers that suffer most from NF4 are int8 or bf16
+    (infer/sensitivity.py)."""
     t5: str = "same"
     """T5's kind; `same` follows `kind` with these settings."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"precision.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind not in (*KINDS, "auto"):
+            raise ValueError(f"precision.kind is {self.kind!r}; choose one of {', '.join(KINDS)}, or auto")
         if self.t5 not in ("same", *KINDS):
             raise ValueError(f"precision.t5 is {self.t5!r}; choose same or one of {', '.join(KINDS)}")
         if self.compute_dtype not in DTYPES:
             raise ValueError(f"precision.compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.outlier_threshold < 0:
             raise ValueError(f"precision.outlier_threshold is {self.outlier_threshold}; it must be 0 or more")
-        if self.llm_int8 and self.kind != "int8":
+        if self.llm_int8 and "int8" not in (self.kind, *self.layers.values()):
             raise ValueError(f"precision.llm_int8 is a way to multiply int8 weights, not {self.kind}; set it to false")
+        self._check_layers()
+        if self.kind == "auto" and self.budget_gib is None:
+            raise ValueError("precision.budget_gib is null; kind auto needs the transformer's bytes, such as 8")
+        if self.kind != "auto" and self.budget_gib is not None:
+            raise ValueError(f"precision.budget_gib belongs to kind auto, not {self.kind}; set precision.kind=auto")
+        if self.budget_gib is not None and not self.budget_gib > 0:
+            raise ValueError(f"precision.budget_gib is {self.budget_gib}; it must be above 0")
+
+    def _check_layers(self) -> None:
+        for pattern, kind in self.layers.items():
+            if kind not in MIXED:
+                raise ValueError(f"precision.layers gives {pattern!r} the kind {kind!r}; choose {', '.join(MIXED)}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"precision.layers names {pattern!r}, no regular expression: {error}") from error
+        if self.layers and self.kind in ("fp32", "auto"):
+            raise ValueError(
+                f"precision.layers cannot be mixed with kind {self.kind}; choose {', '.join(MIXED)} for the others"
+            )
 
     @property
     def quantized(self) -> bool:
-        return self.kind in ("int8", "fp4", "nf4")
+        return any(kind in (*QUANTIZED, "auto") for kind in (self.kind, *self.layers.values()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,14 +91,19 @@ class Precision:
 
     def for_t5(self) -> "Precision":
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
-        kind = self.kind if self.t5 == "same" else self.t5
+        kind = self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
         return Precision(kind, self.compute_dtype, self.double_quant, outlier_threshold=self.outlier_threshold)
 
 
 def quantization_config(precision: Precision, library: Any) -> Any | None:
     """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized."""
+    assert precision.kind != "auto", "a precision of kind auto is decided before anything is loaded"
     if not precision.quantized:
         return None
+    if precision.layers:
+        from infer.mixed import MixedConfig
+
+        return MixedConfig(precision)
     if precision.kind == "int8":
         return library.BitsAndBytesConfig(
             load_in_8bit=True,
@@ -104,47 +136,6 @@ def check_device(precision: Precision, device: torch.device) -> None:
         )
 
 
-@contextmanager
-def quantizing_on(device: torch.device, hold: torch.device) -> Iterator[None]:
-    """Within, diffusers quantizes on `device`, layer by layer, and keeps each on `hold`. On a CPU its two quantizers
-    refuse before bitsandbytes is asked.
-
-    Raises:
-        ValueError: the device is neither CUDA nor CPU.
-    """
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(
-            f"int8, fp4 and nf4 need a CUDA device or a CPU, not {device}: set precision=bf16 or device=cpu"
-        )
-    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
-
-    quantizers: tuple[Any, Any] = (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)
-    names = ("validate_environment", "update_device_map", "create_quantized_param")
-    own = [(quantizer, name, getattr(quantizer, name)) for quantizer in quantizers for name in names]
-    for quantizer, name, method in own:
-        if name == "validate_environment" and hold.type == "cpu":
-            setattr(quantizer, name, lambda self, *args, **kwargs: None)
-        if name == "update_device_map":
-            setattr(quantizer, name, lambda self, device_map: device_map or {"": hold})
-        if name == "create_quantized_param" and hold != device:
-            setattr(quantizer, name, _quantize_then_hold(method, device, hold))
-    try:
-        yield
-    finally:
-        for quantizer, name, method in own:
-            setattr(quantizer, name, method)
-
-
-def _quantize_then_hold(method: Any, device: torch.device, hold: torch.device) -> Any:
-    def create(self: Any, model: nn.Module, value: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
-        method(self, model, value, name, device, *args, **kwargs)
-        module, _, tensor = name.rpartition(".")
-        layer = model.get_submodule(module)
-        setattr(layer, tensor, getattr(layer, tensor).to(hold))
-
-    return create
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name, quantized ones included (they are subclasses)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -170,17 +161,17 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
         ValueError: a layer is stored otherwise than asked, or a name in `skip_modules` matches none.
     """
     layers = linear_layers(model)
-    skipped = [*precision.skip_modules, *kept]
-    for name in precision.skip_modules:
-        if not any(_names(name, layer) for layer in layers):
+    for name in (*precision.skip_modules, *precision.layers):
+        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
+        if not any(matches(name, layer) for layer in layers):
             raise ValueError(
-                f"precision.skip_modules names {name!r}, but no linear layer of the model has that name; "
+                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
                 f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
             )
     wrong = []
     count = 0
     for name, layer in layers.items():
-        asked = precision.kind if precision.quantized and not any(_names(s, name) for s in skipped) else None
+        asked = None if any(_names(end, name) for end in kept) else kind_asked(precision, name)
         found = kind_of(layer)
         count += found is not None
         if found != asked:
@@ -192,6 +183,15 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
             "load an unquantized one."
         )
     return count
+
+
+def kind_asked(precision: Precision, layer: str) -> str | None:
+    """`int8`, `fp4` or `nf4` if a precision says so of a transformer layer, else None."""
+    if any(_names(name, layer) for name in precision.skip_modules):
+        return None
+    kinds = (kind for pattern, kind in precision.layers.items() if re.fullmatch(pattern, layer))
+    kind = next(kinds, precision.kind)
+    return kind if kind in QUANTIZED else None
 
 
 def _names(skip: str, layer: str) -> bool:

@@ -52,10 +52,15 @@ def save(options: Save) -> Path:
     """Write the folder, whole or not at all.
 
     Raises:
-        ValueError: `out` is empty or exists.
+        ValueError: `out` is empty or exists, or the precision is a mixture.
     """
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
+    if options.precision.layers or options.precision.kind == "auto":
+        raise ValueError(
+            "a mixture of kinds is made while a checkpoint is read, and diffusers has no way to save one; load the "
+            "unquantized checkpoint with the same precision.layers or precision=auto, or save one kind"
+        )
     check_model(options.model)
     device = pick_device(options.device)
     out = Path(options.out)

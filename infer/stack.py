@@ -4,6 +4,7 @@ Each layer keeps a view of its part, so that nothing is stored twice and saving,
 they saw before.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from infer.dequantize import dequantize_4bit
-from infer.quantize import kind_of
+from infer.quantize import kind_of, linear_layers
+
+# layers of a block that read one input; what a block lacks (proj_mlp, of a double one) is left out
+TOGETHER = (
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
 
 
 class Stack(NamedTuple):
@@ -151,8 +158,33 @@ def _number(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, device=device)
 
 
+def groups(layers: Iterable[str]) -> list[list[str]]:
+    """Names of linear layers, those that read one input together, in the order of the first of each."""
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        ends = (end for end in TOGETHER if any(name.endswith(f".{own}") for own in end))
+        end = next(ends, None)
+        own = next((own for own in end or () if name.endswith(f".{own}")), "")
+        found.setdefault(f"{name.removesuffix(own)}{end[0]}" if end else name, []).append(name)
+    return list(found.values())
+
+
+def _split(transformer: nn.Module) -> str | None:
+    """Layers that read one input and are stored in several kinds, if there are any."""
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_layers(transformer).items()}
+    for group in groups(layers):
+        kinds = {kind_of(layers[name]) or "plain" for name in group}
+        if len(kinds) > 1:
+            names = ", ".join([group[0], *(name.rpartition(".")[2] for name in group[1:])])
+            return f"{names} read one input and are stored as {' and '.join(sorted(kinds))}"
+    return None
+
+
 def obstacle(transformer: nn.Module) -> str | None:
     """Why the fast path cannot stand in for the transformer's layers; None if it can."""
+    split = _split(transformer)
+    if split is not None:
+        return split
     for name, layer in transformer.named_modules():
         if "blocks." not in name or not hasattr(layer, "base_layer"):
             continue

@@ -24,21 +24,25 @@ from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
 from infer.merge import Merge
+from infer.networks import Networks
 from infer.quantize import KINDS, Precision
 from infer.recover import Recover
 from infer.save import Save
+from infer.sensitivity import Sensitivity
 from train.cache import Fill
 from train.config import Train
 from train.data import Data
 from train.encoding import Encode
 from train.flow import Flow
 from train.footprint import footprint
+from train.gap import Gap
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
 from train.sweep import Sweep
 from train.track import Told, Track
 from train.train import claim
+from train.transfer import Transfer
 
 CONFIGS = ROOT / "configs"
 ROOTS: dict[str, Any] = {
@@ -52,7 +56,11 @@ ROOTS: dict[str, Any] = {
     "recover": Recover,
     "plan": Plan,
     "track": Told,
+    "gap": Gap,
+    "sensitivity": Sensitivity,
+    "transfer": Transfer,
 }
+SEVERAL = ("compare", "gap", "transfer")  # roots with several precisions
 GROUPS: dict[str, Any] = {
     "adapter": Adapter,
     "data": Data,
@@ -60,6 +68,7 @@ GROUPS: dict[str, Any] = {
     "flow": Flow,
     "memory": Memory,
     "model": Model,
+    "networks": Networks,
     "optim": Optim,
     "precision": Precision,
     "sampling": Sampling,
@@ -112,7 +121,7 @@ def test_every_folder_is_tested() -> None:
     [(root, *file) for root in ROOTS for file in FILES if {file[0], f"{file[0]}@precisions.nf4"} & groups_of(root)],
 )
 def test_every_file_becomes_its_dataclass(root: str, group: str, name: str) -> None:
-    if root == "compare" and group == "precision":
+    if root in SEVERAL and group == "precision":
         options = made(root, f"+precision@precisions.own={name}")
         chosen = options.precisions["own"]
         assert {**options.precisions, "own": None} == {**made(root).precisions, "own": None}
@@ -148,19 +157,24 @@ def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     recovery = made("recover")
     others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
     assert differences(recovery, others) == {"model.path"}
-    for root in ("cache", "look", "plan", "save", "merge"):
+    for root in ("cache", "look", "plan", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == Told(Track("wandb"))
+    precisions = {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
+    for root in SEVERAL:
+        assert made(root).precisions == precisions
     comparison = made("compare")
-    assert comparison.precisions == {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
-    drawn = Compare(precisions=comparison.precisions, prompts=comparison.prompts)
+    drawn = Compare(precisions=precisions, prompts=comparison.prompts)
     assert differences(comparison, drawn) == {"model.path"}
+    assert differences(made("gap"), Gap(precisions=precisions)) == {"model.path"}
+    assert differences(made("transfer"), Transfer(precisions=precisions)) == {"model.path"}
     assert [Precision(kind).kind for kind in KINDS] == [made("train", f"precision={k}").precision.kind for k in KINDS]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments(name: str) -> None:
-    options = made("compare" if name.endswith("_compare") else "train", f"experiment={name}")
+    root = next((root for root in ("compare", "transfer") if name.endswith(f"_{root}")), "train")
+    options = made(root, f"experiment={name}")
     text = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
 
     def holds(part: Any, wanted: Any) -> None:
@@ -172,7 +186,7 @@ def test_experiments(name: str) -> None:
                 assert there == (float(value) if isinstance(there, float) else value)
 
     holds(options, {key: value for key, value in text.items() if key not in ("defaults", "hydra")})
-    assert made("compare" if name.endswith("_compare") else "train", f"experiment={name}", "run=x").run == "x"
+    assert made(root, f"experiment={name}", "run=x").run == "x"
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "hydra").glob("*/*.yaml")), ids=lambda file: file.stem)
@@ -214,6 +228,14 @@ WRONG = [
     ("train", "precision.compute_dtype=half", "precision.compute_dtype is 'half'; choose one of bf16"),
     ("train", "precision.compute_dtype=fp16", "precision.compute_dtype=fp16 gives NaN.*set it to bf16"),
     ("train", "precision.outlier_threshold=-1", "precision.outlier_threshold is -1.0; it must be 0 or more"),
+    ("train", "precision.kind=auto", "precision.budget_gib is null; kind auto needs the transformer's bytes"),
+    ("train", "precision=auto precision.budget_gib=0", "precision.budget_gib is 0.0; it must be above 0"),
+    ("train", "precision.budget_gib=8", "precision.budget_gib belongs to kind auto, not nf4; set precision.kind=auto"),
+    ("train", "precision=auto +precision.layers={proj_out:int8}", "precision.layers cannot be mixed with kind auto"),
+    ("train", "precision=fp32 +precision.layers={proj_out:int8}", "precision.layers cannot be mixed with kind fp32"),
+    ("train", "+precision.layers={proj_out:fp32}", "precision.layers gives 'proj_out' the kind 'fp32'; choose bf16"),
+    ("train", r"+precision.layers={\(:bf16}", r"precision.layers names '\(', no regular expression"),
+    ("train", "precision.llm_int8=true", "precision.llm_int8 is a way to multiply int8 weights, not nf4"),
     ("train", "adapter.rank=0", "adapter.rank is 0; it must be 1 or more"),
     ("train", "adapter.alpha=0", "adapter.alpha is 0.0; it must be above 0"),
     ("train", "adapter.alpha=nan", "adapter.alpha is nan; it must be above 0"),
@@ -307,6 +329,18 @@ WRONG = [
     ("recover", "rows=0", "rows is 0; it must be 1 or more"),
     ("recover", "rate=0", "rate is 0.0; it must be above 0"),
     ("recover", "held_out=[]", "recover needs prompts, and others as held_out"),
+    ("compare", "prompts=[a] unrelated=[a]", "'a' is among prompts and among unrelated"),
+    ("gap", "only=[nf4,int8]", "int8, nf4 are all quantized; add bf16"),
+    ("gap", "only=[]", r"only names \[\]; choose from bf16"),
+    ("gap", "levels=0", "levels is 0; it must be 1 or more"),
+    ("gap", "pictures=0", "pictures is 0; it must be 1 or more"),
+    ("sensitivity", "prompts=[]", "prompts is empty; give at least one"),
+    ("sensitivity", "out=a.yaml", "out is 'a.yaml', but budget_gib is null; say how many bytes"),
+    ("sensitivity", "budget_gib=-1", "budget_gib is -1.0; it must be above 0, or null"),
+    ("transfer", "seeds=[1]", r"seeds is \[1\]; give two or more"),
+    ("transfer", "seeds=[1,1]", r"seeds is \[1, 1\]; give two or more, each once"),
+    ("transfer", "prompts=[a]", "prompts and scores go together"),
+    ("transfer", "data.validation=0", "data.validation is 0.0, but the objective is measured on held-out"),
     ("save", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of"),
 ]
 

@@ -32,6 +32,7 @@ from infer.command import pick_device, run_command
 from infer.encode import release, text_encoder
 from infer.flux import Model, check_model, config_number, load_vae
 from infer.quantize import Precision
+from infer.sensitivity import decide
 from train.caption import all_texts
 from train.data import Data, check_left, read_samples
 from train.encoding import Encode, Seen, Work, encode_masks, encode_pictures, encode_texts
@@ -248,7 +249,8 @@ def fill(options: Fill) -> dict[str, int]:
     if state.num_processes > 1:
         device = state.device
     rank, ranks, main = state.process_index, state.num_processes, state.is_main_process
-    samples += prior_samples(data, options.model, options.precision, device, rank, ranks)
+    precision = decide(options.model, options.precision, device, print) if data.prior.count else options.precision
+    samples += prior_samples(data, options.model, precision, device, rank, ranks)
     state.wait_for_everyone()
     texts = [*all_texts(samples, data), *options.previews]
     place = device, rank, ranks, gather_object

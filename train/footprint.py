@@ -13,7 +13,7 @@ from torch import nn
 
 from infer.adapters import match_targets
 from infer.flux import Model, read_config
-from infer.quantize import Precision, linear_layers
+from infer.quantize import Precision, kind_asked, linear_layers
 from infer.shapes import SHAPES, shape_config
 from train.config import Train
 from train.flop import tokens_of
@@ -104,8 +104,7 @@ def weights_by_module(transformer: nn.Module, precision: Precision) -> dict[str,
         size = sum(p.numel() * precision.dtype.itemsize for p in module.parameters(recurse=False))
         if name in layers:
             layer = layers[name]
-            skipped = any(f".{skip}." in f".{name}." for skip in precision.skip_modules)
-            kind = precision.kind if precision.quantized and not skipped else "none"
+            kind = kind_asked(precision, name) or "none"
             size -= layer.in_features * layer.out_features * precision.dtype.itemsize
             size += layer_bytes(layer.out_features, layer.in_features, kind, precision)
         if size:

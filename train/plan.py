@@ -158,6 +158,11 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
 
 def plan(options: Plan) -> dict[str, Any]:
     """Print the plan; returns the JSON object."""
+    if options.precision.kind == "auto":
+        raise ValueError(
+            "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
+            "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
+        )
     job: Train = options
     if options.fit_gib is not None:
         found = propose(options, options.fit_gib)

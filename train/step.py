@@ -17,14 +17,19 @@ from train.config import Train
 from train.flow import losses, noised, predict
 
 
-def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
-    """The objective of each sample, [b], in fp32."""
+def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train) -> Tensor:
+    """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
     x = noised(batch.x0, batch.noise, batch.sigma)
     dtype = job.precision.dtype
     # the fast path casts for itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
-        velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+        return predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+
+
+def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
+    """The objective of each sample, [b], in fp32."""
+    velocity = batch_velocity(transformer, batch, job)
     return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
 
 

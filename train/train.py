@@ -38,6 +38,7 @@ from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
 from infer.residual import save_start, start_from_error
+from infer.sensitivity import decide
 from train.batch import choose
 from train.cache import build
 from train.caption import all_texts
@@ -146,6 +147,10 @@ def train_on(
     """The run, on the ranks that there are; None if it was stopped."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    if main:
+        job.precision = decide(job.model, job.precision, accelerator.device, say)
+    accelerator.wait_for_everyone()
+    job.precision = decide(job.model, job.precision, accelerator.device, say)  # other ranks read what was measured
     (begun,) = gather_object([claim(job, folder, ranks)] if main else [])
     check_shared(folder, rank)
     finished = folder / "adapter" / FILE

@@ -1,0 +1,93 @@
+"""The same pictures, noise and noise levels through a transformer at any precision: its velocities and its losses."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from infer.encode import release
+from infer.fast import choose_path, hold_of
+from infer.flux import load_transformer
+from infer.several import Trained, load_chosen
+from infer.stack import obstacle
+from train.batch import Samples, choose, validation_batch, validation_parts
+from train.cache import Cache, build
+from train.caption import all_texts
+from train.config import Train
+from train.data import check_left, read_samples
+from train.flow import losses
+from train.step import batch_velocity
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Probe:
+    """One picture at one noise level."""
+
+    picture: str  # its name
+    level: int
+    sigma: float
+    velocity: Tensor  # [tokens, channels * 4], fp32, on the CPU
+    loss: float  # the flow-matching objective, unweighted
+
+
+def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, Samples]:
+    """Encodings at a job's precision of T5, and what is held out, at most so many pictures of it evenly spread; where
+    nothing is held out, all are taken."""
+    samples, skipped = read_samples(job.data)
+    check_left(job.data, samples, skipped)
+    texts = list(dict.fromkeys(all_texts(samples, job.data)))
+    cache = build(job.data, samples, texts, job.model, job.precision, job.encode, device)
+    samples = [samples[i] for i in cache.kept]
+    check_left(job.data, samples, skipped + cache.skipped)
+    chosen = choose(samples, cache, job.data, job.seed)
+    held = chosen.validation or chosen.train
+    if most is not None and most < len(held):
+        held = [held[i * len(held) // most] for i in range(most)]
+    return cache, replace(chosen, validation=held)
+
+
+@contextmanager
+def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransformer2DModel]:
+    """The transformer at a job's precision, on its path, for the time of a with-block; sets `job.memory` to the path
+    that is taken."""
+    transformer = load_transformer(job.model, job.precision, device, hold_of(job.memory))
+    job.memory, _ = choose_path(transformer, job.memory, job.precision, device, say)  # a stream streams all blocks
+    try:
+        yield transformer
+    finally:
+        del transformer
+        release(device)
+
+
+def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained, name: str) -> None:
+    """Load adapters, the first under a name.
+
+    Raises:
+        ValueError: the path that was taken has no way to run it.
+    """
+    load_chosen(transformer, chosen, name, job.model)
+    reason = obstacle(transformer)
+    if job.memory.fused and reason:
+        raise ValueError(f"the fast path cannot run {chosen.path}: {reason}; set memory=plain")
+
+
+def probe(
+    transformer: Any, job: Train, cache: Cache, samples: Samples, device: torch.device, tick: Callable[[int], object]
+) -> list[Probe]:
+    """Every held-out picture at every level."""
+    found = []
+    with torch.no_grad():
+        for held in validation_parts(job, cache, samples, 0, 1):
+            batch = validation_batch(job, cache, samples, held, device)
+            velocity = batch_velocity(transformer, batch, job)
+            values = losses(velocity, batch.x0, batch.noise, batch.sigma, "none", batch.mask)
+            for (index, level, _), own, sigma, loss in zip(held, velocity.cpu(), batch.sigma, values, strict=True):
+                found.append(Probe(samples.all[index].name, level, float(sigma), own, float(loss)))
+            tick(len(held))
+    return found

@@ -1,0 +1,206 @@
+"""Must an adapter run at the precision that it was trained at? Adapters trained at each precision, with several seeds,
+are run at each precision.
+
+    python train/transfer.py experiment=tiny_transfer
+
+Each adapter is a training run of its own, runs/<run>/<precision>-<seed>, and resumes like one. Measured are the
+objective on the pictures that its run held out, with fixed noise, and with prompts the scores of pictures. Writes
+transfer.json, transfer.md and transfer.png to runs/<run>/.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from infer.quiet import quieten
+
+    quieten()
+
+import torch
+from tqdm import tqdm
+
+from infer.adapters import Adapter
+from infer.atomic import replace_file
+from infer.bootstrap import Interval
+from infer.command import check_run_name, pick_device, run_command
+from infer.compare import describe_device
+from infer.encode import Text, decode, text_encoder
+from infer.fast import Memory
+from infer.flux import Model, check_model, load_scheduler, load_vae, own_size
+from infer.generate import Sampling, draw
+from infer.quantize import Precision
+from infer.report import aligned
+from infer.scores import Row, Score, find_scores
+from infer.sensitivity import decide
+from infer.several import Trained
+from train.config import Train
+from train.data import Data
+from train.encoding import Encode
+from train.flow import Flow
+from train.gap import markdown
+from train.matrix import draw_matrix
+from train.optim import Optim
+from train.probe import loaded, prepare, probe, switch_on
+from train.train import train
+
+
+@dataclass
+class Transfer:
+    """What is trained, and what is measured. Fields that train.py has too mean the same."""
+
+    model: Model = field(default_factory=Model)
+    precisions: dict[str, Precision] = field(default_factory=dict)
+    """At each of them adapters are trained, and each of these is run."""
+    adapter: Adapter = field(default_factory=Adapter)
+    data: Data = field(default_factory=Data)
+    encode: Encode = field(default_factory=Encode)
+    flow: Flow = field(default_factory=Flow)
+    memory: Memory = field(default_factory=Memory)
+    optim: Optim = field(default_factory=Optim)
+    sampling: Sampling = field(default_factory=Sampling)
+    prompts: list[str] = field(default_factory=list)
+    """Drawn with each adapter at each precision, for the scores; none draws none."""
+    scores: dict[str, str] = field(default_factory=dict)
+    """A name and the dotted path of a function (picture, prompt) -> number."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """Training seeds: what is held out, the adapter's start, the noise. Limits are over these."""
+    steps: int = 1000
+    accumulation: int = 1
+    levels: int = 8
+    """Noise levels at which each held-out picture is measured."""
+    run: str = "transfer"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; give two or more, each once: the limits are over them")
+        if not self.precisions:
+            raise ValueError("precisions is empty; give at least one")
+        if bool(self.prompts) != bool(self.scores):
+            raise ValueError("prompts and scores go together: give both, or neither")
+        if not self.data.validation > 0:
+            raise ValueError("data.validation is 0.0, but the objective is measured on held-out pictures; set 0.2")
+
+    def job(self, name: str, seed: int) -> Train:
+        """The training run of one adapter."""
+        return Train(
+            self.model, self.precisions[name], self.adapter, self.data, self.encode, self.flow, self.memory,
+            self.optim, self.sampling, run=f"{self.run}/{name}-{seed}", seed=seed, steps=self.steps,
+            accumulation=self.accumulation, save_every=0, validate_every=0, validation_levels=self.levels,
+            device=self.device,
+        )  # fmt: skip
+
+
+def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[Row]:
+    """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
+    texts: list[Text] = []
+    if options.prompts:
+        with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
+            texts = encoder(options.prompts)
+    place = options.job(name, options.seeds[0])
+    with loaded(place, device, tqdm.write) as transformer:
+        vae, scheduler = load_vae(options.model, device), load_scheduler(options.model)
+        size = options.sampling.size(own_size(options.model))
+        for seed in options.seeds:
+            job = options.job(name, seed)
+            job.memory = place.memory
+            cache, samples = prepare(job, device, None)
+            for trained in options.precisions:
+                own = f"{trained}-{seed}".replace(".", "-")
+                adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"
+                switch_on(transformer, job, Trained(str(adapter)), own)
+                found = probe(transformer, job, cache, samples, device, lambda count: None)
+                row: Row = {"trained": trained, "run": name, "seed": seed, "loss": fmean(one.loss for one in found)}
+                pictures = [
+                    (decode(vae, draw(transformer, scheduler, text, seed, options.sampling, size, device), *size), p)
+                    for text, p in zip(texts, options.prompts, strict=True)
+                ]
+                row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
+                transformer.delete_adapters(own)
+                yield row
+        del transformer, vae
+
+
+def over_seeds(values: list[float]) -> Interval:
+    """The mean with Student's 95 % limits: a bootstrap of five values would be too narrow."""
+    from scipy.stats import t
+
+    mean = fmean(values)
+    if len(set(values)) == 1:
+        return Interval(mean, mean, mean, len(values))
+    margin = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - margin, mean + margin, len(values))
+
+
+def summarise(rows: list[Row]) -> list[Row]:
+    """One entry a (trained, run, figure): its mean over seeds, and `cost`: how much more it is than with the adapter
+    that was trained at the precision it runs at, paired by seed."""
+    by_place = {(row["trained"], row["run"], row["seed"]): row for row in rows}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    figures = [key for key in rows[0] if key not in ("trained", "run", "seed")]
+    found = []
+    for trained, run in dict.fromkeys((row["trained"], row["run"]) for row in rows):
+        own, matched = ([by_place[name, run, seed] for seed in seeds] for name in (trained, run))
+        for figure in figures:
+            cost = [a[figure] - b[figure] for a, b in zip(own, matched, strict=True)]
+            entry = {"trained": trained, "run": run, "figure": figure}
+            mean = over_seeds([row[figure] for row in own])
+            found.append(entry | {"mean": mean._asdict(), "cost": over_seeds(cost)._asdict()})
+    return found
+
+
+def _text(figure: Row, sign: str = "") -> str:
+    return f"{figure['mean']:{sign}.4f} [{figure['low']:{sign}.4f}, {figure['high']:{sign}.4f}]"
+
+
+def table(summary: list[Row], figure: str, key: str) -> list[list[str]]:
+    """Titles and cells of one figure: a line for each precision of training, a column for each precision of running."""
+    chosen = [entry for entry in summary if entry["figure"] == figure]
+    runs, trained = (list(dict.fromkeys(entry[name] for entry in chosen)) for name in ("run", "trained"))
+    cells = {(e["trained"], e["run"]): _text(e[key], "+" if key == "cost" else "") for e in chosen}
+    return [["trained at", *(f"run at {run}" for run in runs)], *([t, *(cells[t, r] for r in runs)] for t in trained)]
+
+
+def transfer(options: Transfer) -> Path:
+    """Train, measure, write the files; returns their folder."""
+    folder = check_run_name(options.run)
+    device = pick_device(options.device)
+    check_model(options.model)
+    scores = find_scores(options.scores)
+    for name, precision in options.precisions.items():
+        options.precisions[name] = decide(options.model, precision, device, print)
+    for seed in options.seeds:
+        for name in options.precisions:
+            print(f"training {name}, seed {seed}")
+            train(options.job(name, seed))
+    rows: list[Row] = []
+    with tqdm(total=len(options.precisions) ** 2 * len(options.seeds), unit="adapter", desc="transfer") as bar:
+        for name in options.precisions:
+            for row in run_at(options, name, device, scores):
+                rows.append(row)
+                bar.update()
+    summary = summarise(rows)
+    text = ""
+    for figure in dict.fromkeys(entry["figure"] for entry in summary):
+        for key, title in (("mean", figure), ("cost", f"{figure}, against the adapter trained where it runs")):
+            lines = table(summary, figure, key)
+            print(f"\n{title}:\n{aligned(lines, 1)}")
+            text += f"{title}\n\n{markdown(lines)}\n"
+    result: dict[str, Any] = {"model": options.model.path, "device": describe_device(device), "steps": options.steps}
+    content = json.dumps(result | {"summary": summary, "rows": rows}, indent=1, allow_nan=False) + "\n"
+    replace_file(folder / "transfer.png", lambda path: draw_matrix(summary, path))
+    replace_file(folder / "transfer.md", lambda path: path.write_text(text))
+    replace_file(folder / "transfer.json", lambda path: path.write_text(content))
+    print(f"transfer: {folder / 'transfer.png'}")
+    return folder
+
+
+if __name__ == "__main__":
+    run_command("transfer", Transfer, transfer)
