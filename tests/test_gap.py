@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from infer.adapters import Adapter, attach, load_adapter, save_adapter
-from infer.several import Trained
 from infer.encode import pack, text_encoder, to_moments
 from infer.fast import Memory
 from infer.flux import Model, load_transformer, load_vae
 from infer.quantize import Precision
+from infer.several import Trained
 from train.data import Data
 from train.flow import predict
 from train.gap import Gap, gap, summarise

@@ -19,7 +19,6 @@ from torchmetrics.image.kid import poly_mmd
 
 from infer.adapters import Adapter, attach, save_adapter
 from infer.compare import Compare, compare
-from infer.several import Trained
 from infer.flux import Model, load_transformer
 from infer.generate import Sampling
 from infer.judge import judge
@@ -28,6 +27,7 @@ from infer.quantize import Precision
 from infer.report import differences, table
 from infer.scores import Row, key_of, to_pixels
 from infer.sets import gaussian, list_pictures, nearest, polynomial, squared_distance, thumbnail
+from infer.several import Trained
 
 CPU = torch.device("cpu")
 
