@@ -63,13 +63,14 @@ def preview(
     del vae
     release(device)
     height, width = size
-    board = Image.new("RGB", (len(columns) * width, len(prompts) * (height + LABEL)), "white")
+    board = Image.new("RGB", (len(columns) * width, len(prompts) * (height + 2 * LABEL)), "white")
     pen = ImageDraw.Draw(board)
     for row, prompt in enumerate(prompts):
-        top = row * (height + LABEL)
-        pen.text((2, top + 1), f"{prompt}  (from the left: {', '.join(columns)})", fill="black")
+        top = row * (height + 2 * LABEL)
+        pen.text((2, top + 1), prompt, fill="black")
         for column, name in enumerate(columns):
-            board.paste(pictures[prompt, name], (column * width, top + LABEL))
+            pen.text((column * width + 2, top + LABEL + 1), name, fill="black")
+            board.paste(pictures[prompt, name], (column * width, top + 2 * LABEL))
     replace_file(file, lambda path: board.save(path, format="PNG"))
     return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]
 
