@@ -2,7 +2,7 @@
 
     python infer/recover.py model=dev precision=nf4 run=recover-nf4 'prompts=[...]' 'held_out=[...]'
     accelerate launch train/train.py ... precision=nf4 adapter.recovery=runs/recover-nf4/adapter
-    python infer/compare.py ... recovery.nf4=runs/recover-nf4/adapter
+    python infer/compare.py ... +recovery.nf4=runs/recover-nf4/adapter
 
 Layer by layer: each one's error W - Q, W read from its shard and dropped again, is approximated as the velocity feels
 it (infer/lowrank.py), and ranks go where a byte gains most. Nothing needs more memory than the quantized transformer in

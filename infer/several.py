@@ -51,7 +51,7 @@ class Trained:
             if read_notes(find_adapter(one.path)).get("recovers"):
                 raise ValueError(
                     f"{one.path} is a recovery adapter, which belongs to quantized weights; give it to compare as "
-                    "recovery.<precision>=path and to train as adapter.recovery=path"
+                    "+recovery.<precision>=path and to train as adapter.recovery=path"
                 )
         return found
 
