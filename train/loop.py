@@ -36,6 +36,7 @@ from train.progress import Parts, Progress, clear, restore, save
 from train.ranks import exchange, shards, start_alike, zero
 from train.sampler import batches_from
 from train.seeds import derive
+from train.spill import Spill
 from train.step import fit_budget, make_learner
 from train.stop import Stop
 from train.track import Tracker
@@ -112,6 +113,7 @@ def fit(
     start_memory(device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)
     stopping, save_now, saved = False, False, time.monotonic()
+    spill = Spill(device)
     stop.gently()
 
     def due(every: int) -> bool:
@@ -204,6 +206,8 @@ def fit(
         seconds, gigabytes = figures["seconds"], figures["memory_gib"]
         bar.set_postfix_str(f"{said}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False)
         bar.update()
+        if main and (warning := spill.note(seconds)) is not None:
+            bar.write(warning)
         refuse_more(job, samples, update, now, folder)
 
     bar.close()
