@@ -115,6 +115,8 @@ def settled(transformer: FluxTransformer2DModel, path: str, pairs: Pairs, model:
     layers = base_layers(transformer)
     if any(kind_of(layers[layer]) != precision.kind for layer in pairs):
         return minus(pairs, start)
+    if "recovery" in getattr(transformer, "peft_config", {}):
+        raise ValueError(f"{file} makes up for quantization itself (init={init}); leave the recovery adapter out")
     if init == "loftq":
         if model is None:
             raise ValueError(

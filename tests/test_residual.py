@@ -73,6 +73,10 @@ def test_starts_near_the_unquantized_weights_and_is_found_again(init: str, tmp_p
 
     again = load_transformer(TINY, NF4, CPU)
     load_adapter(again, str(tmp_path), "mine", TINY)
+    with pytest.raises(ValueError, match=r"makes up for quantization itself .*leave the recovery adapter out"):
+        both = load_transformer(TINY, NF4, CPU)
+        attach(both, Adapter(rank=2, targets="proj_out"), seed=0, name=RECOVERY)
+        load_adapter(both, str(tmp_path), "mine", TINY)
     exact = load_transformer(TINY, Precision("fp32", compute_dtype="fp32"), CPU)
     learned = {name: layer.weight.data.clone() for name, layer in base_layers(exact).items() if name in layers}
     load_adapter(exact, str(tmp_path), "mine")
