@@ -97,7 +97,11 @@ class Precision:
 
 def quantization_config(precision: Precision, library: Any) -> Any | None:
     """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized."""
-    assert precision.kind != "auto", "a precision of kind auto is decided before anything is loaded"
+    if precision.kind == "auto":  # the commands that know it have decided it before anything is loaded
+        raise ValueError(
+            "precision=auto works in train, compare, gap and transfer; elsewhere give the precision that "
+            "infer/sensitivity.py writes (out=configs/precision/mine.yaml)"
+        )
     if not precision.quantized:
         return None
     if precision.layers:
