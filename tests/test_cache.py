@@ -622,8 +622,10 @@ def add_slowly(self, key, item):
         os.kill(os.getpid(), signal.SIGKILL)
 Writer.add = add_slowly
 Path(own).touch()
+begun = time.monotonic()
 while not Path(other).exists():
     time.sleep(0.01)
+    assert time.monotonic() - begun < 200
 make(Data(pictures, resolution=32, cache=cache, flip=True), Model(model), encode=Encode(workers=1, flush_seconds=0))
 print(count[0])
 """
@@ -638,7 +640,7 @@ def test_processes_share_the_work_and_a_killed_one_is_continued(data: Data, tiny
         subprocess.Popen([*given, *ways, most], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=-3, text=True)
         for ways, most in ((marks, "3"), (marks[::-1], "99"))
     )
-    counted = second.communicate()[0]
+    counted = second.communicate(timeout=400)[0]
     assert first.wait() == -9 and second.returncode == 0
     written = [
         key for kind in ("pictures", "texts") for f in list_shards(Path(data.cache, kind)) for key in read_keys(f)
