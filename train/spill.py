@@ -35,6 +35,6 @@ class Spill:
         self.said = True
         return (
             f"warning: steps take {min(a, b, c):.2f} s where they took {usual:.2f}, with {100 * held:.0f} % of the "
-            "card's memory in use: the driver may be moving memory to the host. Turn off its system memory fallback, and "
-            "set memory=lean or memory.budget_gib"
+            "card's memory in use: the driver may be moving memory to the host. Turn off its system memory fallback, "
+            "and set memory=lean or memory.budget_gib"
         )
