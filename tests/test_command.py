@@ -65,7 +65,7 @@ MISTAKES = [
     ("+precision.bits=3", "there is no setting 'precision.bits'; choose"),
     ("~out", "out is taken away, but every setting has a value; leave the ~ out"),
     ("~precision.t5", "precision.t5 is taken away"),
-    ("precision=nf5", "there is no precision=nf5; did you mean nf4? there are bf16, fp32, fp4, int8, nf4"),
+    ("precision=nf5", "there is no precision=nf5; did you mean nf4? there are "),
     ("model=huge", "there is no model=huge; there are dev, schnell, tiny"),
     ("+optimm=adamw", "there is no setting 'optimm'"),
     ("precision@p=nf4", "there is no group 'precision@p'. Did you mean to override precision?"),
