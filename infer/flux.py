@@ -245,6 +245,12 @@ def load_transformer(
 
     check_device(precision, device)
     transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
+    axes, width = list(transformer.config.axes_dims_rope), transformer.config.attention_head_dim
+    if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
+        raise ValueError(
+            f"config.json of the transformer of {model.path} has axes_dims_rope={axes}, which are not three even "
+            f"numbers whose sum is attention_head_dim={width}; copy the checkpoint again"
+        )
     if not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
@@ -270,6 +276,11 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
         with _loading(model, name):
             parts[name] = transformers.AutoTokenizer.from_pretrained(
                 model.path, subfolder=name, revision=model.revision, trust_remote_code=False
+            )
+        words, wanted = len(parts[name]), parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        if words < wanted / 2:  # without its files transformers makes one that knows no word
+            raise ValueError(
+                f"the {name} of {model.path} knows {words} of its encoder's {wanted} words; copy the checkpoint again"
             )
     return parts
 

@@ -13,7 +13,7 @@ ROW = {"precision": "bf16", "adapter": None, "prompt": "a", "seed": 0, "image": 
        "seconds_per_step": 1.0, "weights_bytes": 1, "peak_memory_bytes": 1, "scores": {"own": 1.0},
        "stages": {"load": STAGE}}  # fmt: skip
 RESULT = {"model": "tiny", "device": "cpu", "versions": {"torch": "2"}, "sampling": {"steps": 1}, "rows": [ROW]}
-SAID = "results.json holds no comparison|Row 0|A report needs rows|is no picture|results.json"
+SAID = "must be finite|results.json holds no comparison|Row 0|A report needs rows|is no picture|results.json"
 
 
 def raw(name: str, content: bytes | None, said: str = SAID) -> Case:

@@ -124,7 +124,6 @@ def cases() -> Iterator[Case]:
         ("adapter.path=nowhere", "no adapter at nowhere"),
         ("text_length=0", "text_length is 0"),
         ("text_length=-3", "text_length is -3"),
-        ("prompts=['']", "prompt"),
         ("sampling.height=0", "sampling.height"),
     ):
         yield Case("setting", f"compare {argument}", partial(_beside, ["device=cpu", argument]), said, "compare")
