@@ -26,6 +26,7 @@ from infer.quantize import (
 )
 from infer.quantizing import quantizing_on
 from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
+from infer.whole import check_axes, check_stored, check_whole, check_words
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
@@ -185,7 +186,7 @@ def _load(
     stored = read_config(model, part).get("quantization_config")
     config = None if stored else quantization_config(precision, library)
     if stored:
-        _check_stored(model, stored, precision)
+        check_stored(model.path, stored, precision)
     with _loading(model, part), _quantizing(config or stored, device, hold):
         loaded, found = cls.from_pretrained(
             model.path,
@@ -197,18 +198,8 @@ def _load(
             output_loading_info=True,
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
-    _check_whole(model, part, found)
+    check_whole(model.path, part, found)
     return _checked(loaded, precision)
-
-
-def _check_whole(model: Model, part: str, found: dict[str, Any]) -> None:
-    """Both libraries fill in at random what a file of weights lacks, with a warning."""
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"cannot load the {part} of {model.path}: its files lack {len(missing)} tensors ({missing[0]}, ...); copy "
-            "the checkpoint again"
-        )
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
@@ -222,21 +213,6 @@ def _checked(loaded: Any, precision: Precision) -> Any:
     return loaded.eval().requires_grad_(False)
 
 
-def _check_stored(model: Model, stored: dict[str, Any], precision: Precision) -> None:
-    """What a quantized checkpoint was saved with cannot be changed by loading it: refuse what says otherwise."""
-    asked = {
-        "bnb_4bit_use_double_quant": ("double_quant", precision.double_quant, ("nf4", "fp4")),
-        "bnb_4bit_compute_dtype": ("compute_dtype", str(precision.dtype).removeprefix("torch."), ("nf4", "fp4")),
-        "llm_int8_threshold": ("outlier_threshold", precision.outlier_threshold, ("int8",)),
-    }
-    for key, (name, value, kinds) in asked.items():
-        if precision.kind in kinds and key in stored and stored[key] != value:
-            raise ValueError(
-                f"{model.path} was quantized with {key}={stored[key]}, but precision.{name} asks for {value}; "
-                f"set precision.{name} to what it was saved with, or load the unquantized checkpoint"
-            )
-
-
 def load_transformer(
     model: Model, precision: Precision, device: torch.device, hold: torch.device | None = None
 ) -> FluxTransformer2DModel:
@@ -245,12 +221,7 @@ def load_transformer(
 
     check_device(precision, device)
     transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
-    axes, width = list(transformer.config.axes_dims_rope), transformer.config.attention_head_dim
-    if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
-        raise ValueError(
-            f"config.json of the transformer of {model.path} has axes_dims_rope={axes}, which are not three even "
-            f"numbers whose sum is attention_head_dim={width}; copy the checkpoint again"
-        )
+    check_axes(model.path, transformer)
     if not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
@@ -277,11 +248,7 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
             parts[name] = transformers.AutoTokenizer.from_pretrained(
                 model.path, subfolder=name, revision=model.revision, trust_remote_code=False
             )
-        words, wanted = len(parts[name]), parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
-        if words < wanted / 2:  # without its files transformers makes one that knows no word
-            raise ValueError(
-                f"the {name} of {model.path} knows {words} of its encoder's {wanted} words; copy the checkpoint again"
-            )
+        check_words(model.path, name, parts[name], parts[name.replace("tokenizer", "text_encoder")])
     return parts
 
 
@@ -299,7 +266,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
             use_safetensors=True,
             output_loading_info=True,
         )
-    _check_whole(model, "vae", found)
+    check_whole(model.path, "vae", found)
     return vae.to(device).eval().requires_grad_(False)
 
 

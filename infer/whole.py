@@ -1,0 +1,57 @@
+"""Whether what was loaded is a whole checkpoint: both libraries fill in what is absent, with a warning at most."""
+
+from typing import Any
+
+from infer.quantize import Precision
+
+
+def check_whole(path: str, part: str, found: dict[str, Any]) -> None:
+    """Both libraries fill in at random what a file of weights lacks, with a warning."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"cannot load the {part} of {path}: its files lack {len(missing)} tensors ({missing[0]}, ...); copy "
+            "the checkpoint again"
+        )
+
+
+def check_stored(path: str, stored: dict[str, Any], precision: Precision) -> None:
+    """What a quantized checkpoint was saved with cannot be changed by loading it: refuse what says otherwise."""
+    asked = {
+        "bnb_4bit_use_double_quant": ("double_quant", precision.double_quant, ("nf4", "fp4")),
+        "bnb_4bit_compute_dtype": ("compute_dtype", str(precision.dtype).removeprefix("torch."), ("nf4", "fp4")),
+        "llm_int8_threshold": ("outlier_threshold", precision.outlier_threshold, ("int8",)),
+    }
+    for key, (name, value, kinds) in asked.items():
+        if precision.kind in kinds and key in stored and stored[key] != value:
+            raise ValueError(
+                f"{path} was quantized with {key}={stored[key]}, but precision.{name} asks for {value}; "
+                f"set precision.{name} to what it was saved with, or load the unquantized checkpoint"
+            )
+
+
+def check_axes(path: str, transformer: Any) -> None:
+    """The rotary embedding's widths, which nothing looks at before the first picture.
+
+    Raises:
+        ValueError: they do not fill a head.
+    """
+    axes, width = list(transformer.config.axes_dims_rope), transformer.config.attention_head_dim
+    if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
+        raise ValueError(
+            f"config.json of the transformer of {path} has axes_dims_rope={axes}, which are not three even numbers "
+            f"whose sum is attention_head_dim={width}; copy the checkpoint again"
+        )
+
+
+def check_words(path: str, name: str, tokenizer: Any, encoder: Any) -> None:
+    """The tokenizer's words: without its files transformers makes one that knows none.
+
+    Raises:
+        ValueError: it has less than half of those that the encoder embeds.
+    """
+    words, wanted = len(tokenizer), encoder.config.vocab_size
+    if words < wanted / 2:
+        raise ValueError(
+            f"the {name} of {path} knows {words} of its encoder's {wanted} words; copy the checkpoint again"
+        )
