@@ -6,8 +6,7 @@ The bundled model and FLUX.1-dev differ by their path alone.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from infer.errors import is_ours
+from infer.absent import loading
 from infer.quantize import (
     Precision,
     check_device,
@@ -96,47 +95,11 @@ def check_model(model: Model) -> None:
         raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
 
 
-@contextmanager
-def _loading(model: Model, part: str) -> Iterator[None]:
-    """Turn the many ways in which a checkpoint can be absent into one message with its mend."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{model.path} is gated: accept its licence on its Hub page, then log in with `hf auth login` "
-            "(or set HF_TOKEN), or set model.path to a local folder that holds it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"the Hub has no model {model.path!r} (or it is private): check the name, log in with `hf auth login`, "
-            "or set model.path to a local folder"
-        ) from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # both libraries raise OSError for absent files, broken files, and for a Hub that cannot be reached; for what
-        # else is wrong in a file whatever its parser raises
-        if is_ours(error):
-            raise
-        if "gated" in str(error):
-            mend = "accept its licence on its Hub page, then log in with `hf auth login`"
-        elif model.local is not None:
-            mend = "copy the checkpoint again, or name another folder as model.path"
-        else:
-            mend = "check the network, or download it elsewhere and set model.path to the local folder"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if not isinstance(error, OSError):
-            reason = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"cannot load the {part} of {model.path}: {reason}; {mend}") from error
-
-
 def read_config(model: Model, part: str) -> dict[str, Any]:
     """A part's config.json."""
     if model.random:
         return shape_config(model.path, part)
-    with _loading(model, part):
+    with loading(model.path, model.local is not None, part):
         config: dict[str, Any] = json.loads(_config_file(model, part).read_text())
     if not isinstance(config, dict):
         raise ValueError(f"config.json of the {part} of {model.path} is no JSON object; copy the checkpoint again")
@@ -187,7 +150,7 @@ def _load(
     config = None if stored else quantization_config(precision, library)
     if stored:
         check_stored(model.path, stored, precision)
-    with _loading(model, part), _quantizing(config or stored, device, hold):
+    with loading(model.path, model.local is not None, part), _quantizing(config or stored, device, hold):
         loaded, found = cls.from_pretrained(
             model.path,
             subfolder=part,
@@ -244,7 +207,7 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
         if model.random:
             parts[name] = shape_tokenizer(model.path, name)
             continue
-        with _loading(model, name):
+        with loading(model.path, model.local is not None, name):
             parts[name] = transformers.AutoTokenizer.from_pretrained(
                 model.path, subfolder=name, revision=model.revision, trust_remote_code=False
             )
@@ -257,7 +220,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
     if model.random:
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
-    with _loading(model, "vae"):
+    with loading(model.path, model.local is not None, "vae"):
         vae, found = AutoencoderKL.from_pretrained(
             model.path,
             subfolder="vae",
@@ -273,7 +236,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
 def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
     if model.random:
         return shape_scheduler(model.path)
-    with _loading(model, "scheduler"):
+    with loading(model.path, model.local is not None, "scheduler"):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.path, subfolder="scheduler", revision=model.revision
         )
@@ -290,7 +253,7 @@ def part_folder(model: Model, part: str) -> Path:
         return model.local / part
     from huggingface_hub import snapshot_download
 
-    with _loading(model, part):
+    with loading(model.path, model.local is not None, part):
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=[f"{part}/*"])) / part
 
 
