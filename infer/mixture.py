@@ -10,22 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from infer.quantize import weight_bytes
+
 LADDER = ("nf4", "int8", "bf16")
 
 
 def layer_bytes(layer: nn.Linear, kind: str, double_quant: bool) -> int:
-    """Bytes of a linear layer's weight as bf16, int8, fp4 or nf4, quantization constants included (as
-    infer.quantize.stored_bytes counts them)."""
-    count = layer.in_features * layer.out_features
-    if kind == "bf16":
-        return 2 * count
-    if kind == "int8":
-        return count + 4 * layer.out_features  # an absmax in fp32 for each row
-    blocks = -(-count // 64)
-    packed = (count + 1) // 2 + 16 * 4  # the code's sixteen values
-    if not double_quant:
-        return packed + 4 * blocks
-    return packed + blocks + 4 * -(-blocks // 256) + 256 * 4 + 4  # outer absmax, their code, the offset
+    """Bytes of a linear layer's weight as bf16, int8, fp4 or nf4."""
+    return weight_bytes(layer.out_features, layer.in_features, kind, double_quant)
 
 
 @dataclass

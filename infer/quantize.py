@@ -239,6 +239,21 @@ def _scales(layer: Any) -> Tensor:
     return scales
 
 
+def weight_bytes(rows: int, columns: int, kind: str | None, double_quant: bool, itemsize: int = 2) -> int:
+    """Bytes of a linear layer's weight [rows, columns] as int8, fp4 or nf4, quantization constants included (as
+    `stored_bytes` counts them), or unquantized with so many bytes a value."""
+    count = rows * columns
+    if kind == "int8":
+        return count + 4 * rows  # an absmax in fp32 for each row
+    if kind not in ("fp4", "nf4"):
+        return itemsize * count
+    blocks = -(-count // 64)
+    packed = (count + 1) // 2 + 16 * 4  # the code's sixteen values
+    if not double_quant:
+        return packed + 4 * blocks
+    return packed + blocks + 4 * -(-blocks // 256) + 256 * 4 + 4  # outer absmax, their code, the offset
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers as they lie in memory, quantization constants included."""
     total = 0

@@ -4,7 +4,9 @@ What is stored is counted; what a block's backward pass works with was measured 
 are in bytes. The unit of work is one activation of the transformer's width: batch x tokens x width x 2 bytes.
 """
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from infer.adapters import match_targets
 from infer.flux import Model, read_config
-from infer.quantize import Precision, kind_asked, linear_layers
+from infer.quantize import Precision, kind_asked, linear_layers, weight_bytes
 from infer.shapes import SHAPES, shape_config
 from train.config import Train
 from train.flop import tokens_of
@@ -78,22 +80,20 @@ def part_config(model: Model, part: str) -> dict[str, Any]:
 
 
 def empty_transformer(config: dict[str, Any]) -> FluxTransformer2DModel:
-    """Of the right shapes, without memory."""
+    """Of the right shapes, without memory; made once for a config, so leave it as it is."""
+    own = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+    return _empty(json.dumps(own, sort_keys=True))
+
+
+@lru_cache
+def _empty(config: str) -> FluxTransformer2DModel:
     with torch.device("meta"):
-        own = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
-        return FluxTransformer2DModel(**own)
+        return FluxTransformer2DModel(**json.loads(config))
 
 
-def layer_bytes(rows: int, columns: int, kind: str, precision: Precision) -> int:
+def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision) -> int:
     """A linear layer's weight [rows, columns] as it is stored, without its bias."""
-    count = rows * columns
-    if kind == "int8":
-        return count + 4 * rows
-    if kind in ("fp4", "nf4"):
-        blocks = -(-count // 64)
-        scales = blocks + 4 * -(-blocks // 256) + 4 * 256 + 4 if precision.double_quant else 4 * blocks
-        return count // 2 + scales + 4 * 16
-    return count * precision.dtype.itemsize
+    return weight_bytes(rows, columns, kind, precision.double_quant, precision.dtype.itemsize)
 
 
 def weights_by_module(transformer: nn.Module, precision: Precision) -> dict[str, int]:
@@ -104,7 +104,7 @@ def weights_by_module(transformer: nn.Module, precision: Precision) -> dict[str,
         size = sum(p.numel() * precision.dtype.itemsize for p in module.parameters(recurse=False))
         if name in layers:
             layer = layers[name]
-            kind = kind_asked(precision, name) or "none"
+            kind = kind_asked(precision, name)
             size -= layer.in_features * layer.out_features * precision.dtype.itemsize
             size += layer_bytes(layer.out_features, layer.in_features, kind, precision)
         if size:
