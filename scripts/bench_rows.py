@@ -3,6 +3,7 @@
 A row has `name`, `unit`, `target`, `measured`, `card`, `date`, `versions` and `command`, and whatever else was seen.
 """
 
+import argparse
 import datetime
 import json
 import platform
@@ -150,3 +151,37 @@ def write_rows(rows: list[Row], file: Path) -> None:
     """The rows into a file, in place of what it held, and as a table onto the screen."""
     replace_file(file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     print(table(rows))
+
+
+def command(
+    script: Path,
+    doc: str,
+    names: list[str],
+    groups: Callable[[list[str]], list[list[str]]],
+    worker: Callable[[list[str], Path], None],
+    rows_of: Callable[[dict[str, Row]], list[Row]],
+) -> None:
+    """A benchmark's command line: measure the variants, or make the rows of what was seen before.
+
+    groups: variants that share a process; worker: measures some within it; rows_of: what was seen, by variant -> rows.
+    """
+    kind = script.stem.removeprefix("bench_")
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT")
+    seen, rows = (Path(f"runs/bench/{kind}{end}.jsonl") for end in ("-seen", ""))
+    parser.add_argument("--seen", type=Path, default=seen, help="what was seen, by variant")
+    parser.add_argument("--rows", type=Path, default=rows, help="the rows")
+    parser.add_argument("--seconds", type=float, default=300, help="for one process")
+    parser.add_argument("--report", action="store_true", help="make the rows of what was seen before; no GPU is needed")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.out)
+        return
+    if not options.report:
+        if not torch.cuda.is_available():
+            sys.exit("error: this measures a GPU, and torch sees none")
+        options.seen.unlink(missing_ok=True)
+        run_workers(script, groups(options.only), options.seen, options.seconds, [])
+    write_rows(rows_of({line["variant"]: line for line in read_lines(options.seen)}), options.rows)

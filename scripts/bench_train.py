@@ -8,7 +8,6 @@ libraries' own parts: NF4 base, PEFT, full checkpointing, bf16 autocast, AdamW8b
 is the time of the step's matrix products at the rate that a large bf16 product reaches in the same run.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -266,31 +265,5 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [RATE, *VARIANTS]
-    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="VARIANT")
-    parser.add_argument(
-        "--seen", type=Path, default=Path("runs/bench/train-seen.jsonl"), help="what was seen, by variant"
-    )
-    parser.add_argument("--rows", type=Path, default=Path("runs/bench/train.jsonl"), help="the rows")
-    parser.add_argument("--seconds", type=float, default=300, help="for one process")
-    parser.add_argument("--report", action="store_true", help="make the rows of what was seen before; no GPU is needed")
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        worker(options.worker, options.out)
-        return
-    if not options.report:
-        if not torch.cuda.is_available():
-            sys.exit("error: this measures a GPU, and torch sees none")
-        options.seen.unlink(missing_ok=True)
-        bench_rows.run_workers(Path(__file__), groups(options.only), options.seen, options.seconds, [])
-    bench_rows.write_rows(
-        rows_of({line["variant"]: line for line in bench_rows.read_lines(options.seen)}), options.rows
-    )
-
-
 if __name__ == "__main__":
-    main()
+    bench_rows.command(Path(__file__), __doc__ or "", [RATE, *VARIANTS], groups, worker, rows_of)
