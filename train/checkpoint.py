@@ -93,11 +93,11 @@ def save_checkpoint(
 
 def retain(folder: Path, keep: int, best: list[int]) -> None:
     """Remove all checkpoints but the newest `keep` and those of the steps in `best`, and what killed processes left."""
-    for old in list_checkpoints(folder)[:-keep]:
-        if _step(old) not in best:
-            shutil.rmtree(old)
     for partial in folder.glob("step-*.partial"):
         shutil.rmtree(partial)
+    for old in list_checkpoints(folder)[:-keep]:
+        if _step(old) not in best:  # renamed first: one that is half removed is none
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 def best_steps(folder: Path, losses: dict[str, float], count: int) -> list[int]:
