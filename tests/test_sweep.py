@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ def test_a_sweep_written_in_an_experiment(tmp_path: Path) -> None:
 
 def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path) -> None:
     command = [*TRAIN, "-m", "run=s", *STAND_IN, "adapter.rank=2,99"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+    )
     log = tmp_path / "runs/s/rank-99/train.log"
     for _ in range(600):
         if log.is_file():

@@ -70,6 +70,7 @@ def of_kind(records: list[Any], kind: str) -> list[Any]:
 def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
+    wandb.teardown()  # what an earlier test began reads the environment no more
     monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
     track = Track("wandb", project="p", group="set", tags=["a"], mode="offline")
     told(track, run)

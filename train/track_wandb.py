@@ -43,7 +43,7 @@ class Wandb:
             name=run,
             id=identity,
             resume="allow",
-            dir=str(folder),
+            dir=str(folder.resolve()),  # the writing process may have been started elsewhere
             mode=mode,
             config=config,
         )
