@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = make_tracker(track, "set/mine", run, CONFIG)
     tracker.log(4, {"lr": 1e-4, "skipped": 1})
     tracker.log(5, {"lr": 1e-4, "skipped": 2})
+    time.sleep(2)  # for the system's figures
     tracker.fail(ValueError("the loss is nan"))
     wandb.teardown()
     records = read_wandb(run)
