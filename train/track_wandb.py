@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from infer.atomic import replace_file
 from train.track import Track
 
 LONGEST = 63  # characters of an alert's title
@@ -31,8 +32,7 @@ class Wandb:
         kept = folder / "wandb_id"
         identity = os.environ.get("WANDB_RUN_ID") or (kept.read_text().strip() if kept.is_file() else "")
         identity = identity or secrets.token_hex(4)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(identity)
+        replace_file(kept, lambda path: path.write_text(identity))
         # what artifacts hold waits for `wandb sync` there too, not in the home folder
         os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
         self.run = wandb.init(
