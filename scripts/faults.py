@@ -97,13 +97,17 @@ class Matrix:
                 self.report(what, f"the state after it is {str(found)[:200]}")
             if raised is None and found != states[2]:
                 self.report(what, "it said nothing and kept the old state")
-            try:
-                thing.write(folder, 2)
-                found = thing.read(folder)
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            if found != states[2]:
-                self.report(what, f"the next write gives {str(found)[:200]}")
+            self.write_again(thing, folder, states, what)
+
+    def write_again(self, thing: Thing, folder: Path, states: dict[int, Any], what: str) -> None:
+        """With the fault gone, the newer state is written and read."""
+        try:
+            thing.write(folder, 2)
+            found = thing.read(folder)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        if found != states[2]:
+            self.report(what, f"the next write gives {str(found)[:200]}")
 
     def damage(self, thing: Thing, rng: random.Random) -> None:
         """The newest state's bytes are cut or changed."""
@@ -154,13 +158,7 @@ class Matrix:
             self.report(what, f"it is read as {str(found)[:200]}")
         else:
             self.counts["unnoticed"] += 1
-        try:
-            thing.write(folder, 2)
-            found = thing.read(folder)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        if found != states[2]:
-            self.report(what, f"the next write gives {str(found)[:200]}")
+        self.write_again(thing, folder, states, what)
 
     def runs(self, job: Job, rng: random.Random, count: int) -> None:
         """A command meets a fault somewhere, and then again none."""

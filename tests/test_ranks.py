@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infer.adapters import FILE
+from infer.adapters import FILE, Adapter
 from infer.command import ROOT
 from infer.fast import Memory
 from infer.quantize import Precision
@@ -201,6 +201,10 @@ FSDP = launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 ZERO = launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
 REFUSED = [
     (Train(precision=Precision("int8")), FSDP, "precision.kind=int8 cannot be shared by FSDP: .*scales.*precision=nf4"),
+    (Train(precision=Precision("auto", budget_gib=8)), FSDP, "a mixture of precisions with int8 layers cannot"),
+    (Train(precision=Precision("nf4", layers={"proj_out": "int8"})), FSDP, "a mixture .*which loses their scales"),
+    (Train(adapter=Adapter(recovery="a")), FSDP, "adapter.recovery and .*need whole layers; launch without FSDP"),
+    (Train(adapter=Adapter(init="loftq")), FSDP, "init=residual or loftq need whole layers; launch without FSDP"),
     (Train(memory=Memory(graph=True)), FSDP, "memory.graph=True needs the fast path, which .*FSDP cuts them apart"),
     (Train(memory=Memory(compile=True)), FSDP, "memory.compile=True needs the fast path"),
     (Train(memory=Memory(budget_gib=8)), FSDP, "memory.budget_gib=8 needs the fast path"),

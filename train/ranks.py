@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from infer.adapters import FROM_ERROR
 from infer.command import pick_device
 from infer.fast import NEEDS_FUSED
 from infer.quantize import kind_of
@@ -99,6 +100,13 @@ def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> Non
             "precision.kind=int8 cannot be shared by FSDP: bitsandbytes keeps the scales on the weight itself, and "
             "they are lost when it is cut; use precision=nf4 or bf16, or configs/accelerate/ddp.yaml"
         )
+    if job.precision.kind == "auto" or "int8" in job.precision.layers.values():
+        raise ValueError(
+            "a mixture of precisions with int8 layers cannot be shared by FSDP, which loses their scales; use "
+            "precision=nf4 or bf16, or configs/accelerate/ddp.yaml"
+        )
+    if job.adapter.recovery is not None or job.adapter.init in FROM_ERROR:
+        raise ValueError("adapter.recovery and adapter.init=residual or loftq need whole layers; launch without FSDP")
     for name in NEEDS_FUSED:
         if getattr(job.memory, name):
             raise ValueError(

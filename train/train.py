@@ -200,8 +200,6 @@ def train_on(
 
     place_of_weights = torch.device("cpu") if shards() else hold_of(job.memory)
     transformer = load_transformer(job.model, job.precision, accelerator.device, place_of_weights).train()
-    if shards() and (job.adapter.recovery is not None or job.adapter.init in FROM_ERROR):
-        raise ValueError("adapter.recovery and adapter.init=residual or loftq need whole layers; launch without FSDP")
     if job.adapter.recovery is not None:
         layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
         say(f"recovery adapter on {layers} layers")
