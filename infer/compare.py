@@ -143,12 +143,12 @@ def draw_precision(
     scheduler = load_scheduler(model)
     one_step = Sampling(steps=1, guidance=options.sampling.guidance)
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
+    if path.graphs(device):
+        Sampler(transformer, stream)
     if stream is not None:
         assert options.memory.budget_gib is not None
         resident = stream.fit(options.memory.budget_gib, warm_up)
         bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
-    if path.graphs(device):
-        Sampler(transformer, stream)
     load = {
         "seconds": load_text.seconds + load_rest.seconds,
         "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fused import Double, Single, double_block, modulation, single_block
+from infer.pack import packed
 from infer.quantize import Precision, kind_of
 from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack
 from infer.stream import Stream
@@ -143,15 +144,18 @@ def _double_parts(block: Any) -> tuple[list[Group], Callable[[int], Double]]:
     return [group for pair in pairs for group in pair], parts
 
 
-def _single_parts(block: Any) -> tuple[list[Group], Callable[[int], Single]]:
+def _single_parts(block: Any, apart: bool) -> tuple[list[Group], Callable[[int], Single]]:
+    """apart: one product for q, k and v and one for the MLP, not one for all: half the weights dequantized at once."""
     attn = block.attn
     mod, down = Group(block, "norm.linear"), Group(block, "proj_out")
-    qkv_up = Group(block, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    qkv, up = ("attn.to_q", "attn.to_k", "attn.to_v"), ("proj_mlp",)
+    reads = [Group(block, *qkv), Group(block, *up)] if apart else [Group(block, *qkv, *up)]
 
     def parts(heads: int) -> Single:
-        return Single(heads, (attn.norm_q.weight, attn.norm_k.weight), mod.linear(), qkv_up.linear(), down.linear())
+        norms = attn.norm_q.weight, attn.norm_k.weight
+        return Single(heads, norms, mod.linear(), tuple(each.linear() for each in reads), down.linear())
 
-    return [mod, qkv_up, down], parts
+    return [mod, *reads, down], parts
 
 
 def install(
@@ -170,7 +174,11 @@ def install(
     runs = wrap(partial(_double, keep)), wrap(partial(_single, keep))
     modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     doubles = len(transformer.transformer_blocks)
-    built = [_double_parts(m) if i < doubles else _single_parts(m) for i, m in enumerate(modules)]
+    built = []
+    for i, module in enumerate(modules):
+        built.append(_double_parts(module) if i < doubles else _single_parts(module, apart=keep == "nothing"))
+        if memory.budget_gib is None:
+            _pack(built[-1][0], device)
     # one a shape, a form of adapter, and a mixture of kinds
     mixtures = {tuple(group.frozen.kind for group in groups) for groups, _ in built}
     torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
@@ -211,6 +219,14 @@ def install(
     return stream
 
 
+def _pack(groups: list[Group], device: torch.device) -> None:
+    """A block's weights into a piece of memory of their own."""
+    for group, frozen in zip(groups, packed([group.frozen for group in groups]), strict=True):
+        group.put(frozen)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what they lay in before: else loading would take twice the memory
+
+
 def _move_rest(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     """What is not streamed, to the device: norms, embedders, adapters."""
     nn.Module.to(transformer, device)  # diffusers' own `to` refuses int8
@@ -244,10 +260,7 @@ def choose_path(
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
     if reason is None:
-        stream = install(transformer, memory, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the layers' own weights took before they were stacked
-        return memory, stream
+        return memory, install(transformer, memory, device)
     for name in NEEDS_FUSED:
         if getattr(memory, name):
             raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")

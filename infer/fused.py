@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.product import add_product
 from infer.stack import Linear, Lora, Stack, dequantize
 
 
@@ -36,8 +37,11 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     weights = dequantize(frozen, x.dtype) if frozen.shared or dora else None
     bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
     y = functional.linear(x, weights, bias) if frozen.shared else _Product.apply(x, frozen)  # type: ignore[arg-type]
-    outputs = list(y.split(frozen.widths, dim=-1))
     downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
+    if downs and not dora and not torch.is_grad_enabled():
+        _add_updates(y, functional.linear(x, torch.cat(downs).to(x.dtype)), layers)
+        downs = []
+    outputs = list(y.split(frozen.widths, dim=-1))
     if not downs:
         return outputs
     thin = functional.linear(x, torch.cat(downs).to(x.dtype)).split([down.shape[0] for down in downs], dim=-1)
@@ -56,6 +60,20 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
             outputs[i] = outputs[i] + (gain - 1) * base + gain * update
         row += width
     return outputs
+
+
+def _add_updates(y: Tensor, thin: Tensor, layers: Linear) -> None:
+    """Add the adapters' updates to y [..., out] in place: one product for all, of a B that is block-diagonal.
+
+    thin: what all their A give, behind each other.
+    """
+    adapted = [i for i, adapters in enumerate(layers.adapters) if adapters]
+    widths, first, end = layers.frozen.widths, adapted[0], adapted[-1] + 1
+    ups = [
+        torch.cat([y.new_zeros(width, 0), *(_even(lora.up * lora.strength, 1) for lora in adapters)], dim=1)
+        for width, adapters in zip(widths[first:end], layers.adapters[first:end], strict=True)
+    ]
+    add_product(y[..., sum(widths[:first]) : sum(widths[:end])], thin, torch.block_diag(*ups).to(y.dtype))
 
 
 def _even(thin: Tensor, dimension: int) -> Tensor:
@@ -185,7 +203,7 @@ class Single(NamedTuple):
     heads: int
     norms: tuple[Tensor, Tensor]  # of q and k
     mod: Linear
-    qkv_up: Linear
+    reads: tuple[Linear, ...]  # q, k, v and the MLP's up, in one stack or in several
     down: Linear
 
 
@@ -195,7 +213,8 @@ def single_block(
     """txt and img [batch, tokens, width]; their common modulation [batch, 3 * width]."""
     x = torch.cat([txt, img], dim=1)
     shift, scale, gate = mod.chunk(3, dim=-1)
-    q, k, v, hidden = linear(modulated(x, shift, scale), block.qkv_up)
+    normed = modulated(x, shift, scale)
+    q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
     q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
     q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
     attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)

@@ -24,6 +24,8 @@ class Replay:
         self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any]] = {}
         self.seen: set[Hashable] = set()
         self.pool: Any = None
+        if stream is not None:
+            stream.moved.append(self.clear)
 
     def clear(self) -> None:
         """Forget what was captured: something that it holds fixed has changed."""
@@ -52,7 +54,9 @@ class Replay:
         if self.stream is not None:
             self.stream.rewind()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what ordinary calls held is the graph's now
+        # what ordinary calls held is the graph's now; it takes workspaces of its own
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # one pool for all: no two of them run at once, and what they leave is read before the next one runs
         # of this thread alone: with several processes NCCL's own looks after its events at any time

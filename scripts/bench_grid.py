@@ -25,10 +25,10 @@ from accelerate import Accelerator
 from infer.adapters import Adapter
 from infer.fast import Memory
 from infer.quantize import Precision
-from scripts import bench_rows, bench_train
+from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.bench_train import Held, measure
-from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant
+from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant, need
 
 FP4 = Precision("fp4")
 MLP, EVERY = "attention+mlp", "all"
@@ -97,16 +97,6 @@ CONFIGS: dict[str, Variant] = {
 }
 
 
-def need(variant: Variant) -> float:
-    """GiB that a config may take, generously: what keeps configs from sharing a card that is too small for them."""
-    weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind]
-    tokens = ((variant.resolution // 16) ** 2 + bench_train.TEXT) * variant.batch / 4608
-    work = {"nothing": 4.0, "attention": 5.0, "products": 20.0, "everything": 27.0}[variant.memory.keep]
-    if variant.memory.budget_gib is not None:
-        return variant.memory.budget_gib + 1
-    return weights + work * tokens + 1.5
-
-
 def groups(names: list[str], most: int) -> list[list[str]]:
     """Up to `most` configs of one precision a process, which loads its weights once."""
     found: list[list[str]] = []
@@ -136,10 +126,9 @@ def describe(variant: Variant) -> Row:
 def worker(names: list[str], out: Path) -> None:
     accelerator = Accelerator(mixed_precision="no")
     held = Held(accelerator.device)
-    bench_train.STEPS = 1
 
     def work(name: str) -> Row:
-        seen = measure(CONFIGS[name], held, accelerator)
+        seen = measure(CONFIGS[name], held, accelerator, steps=1)
         for meaningless in ("seconds", "spread", "device_gib", "warm_up_seconds"):
             seen.pop(meaningless)
         return {"config": describe(CONFIGS[name]), **seen}

@@ -73,7 +73,7 @@ def model() -> Model:
     return Model("black-forest-labs/FLUX.1-dev", weights="random")
 
 
-def measure_guide(variant: Variant, device: torch.device) -> Row:
+def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> Row:
     transformer = load_transformer(model(), variant.precision, device)
     vae = nn.Module.to(load_vae(model(), device), torch.float16)
     parts = load_text_parts(model(), variant.precision, device)
@@ -83,7 +83,7 @@ def measure_guide(variant: Variant, device: torch.device) -> Row:
     inputs: dict[str, Any] = {"prompt_embeds": t5.half(), "pooled_prompt_embeds": pooled.half(), "output_type": "pil"}
     inputs |= {"height": SIZE[0], "width": SIZE[1], "guidance_scale": 3.5}
     pipeline(num_inference_steps=2, **inputs)
-    with measured(device) as found:
+    with bench_rows.alone(gang), measured(device) as found:
         pipeline(num_inference_steps=variant.steps, generator=torch.Generator().manual_seed(0), **inputs)
     return seen(found, variant)
 
@@ -99,9 +99,10 @@ def seen(found: Any, variant: Variant, **more: Any) -> Row:
     }
 
 
-def measure_ours(variant: Variant, device: torch.device) -> Row:
+def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> Row:
     with text_encoder(model(), variant.precision, device, None) as encoder:
         text: Text = encoder([PROMPT])[0]
+    more: Row = {"text_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
     memory = Memory(budget_gib=variant.budget_gib)
     transformer = load_transformer(model(), variant.precision, device, hold_of(memory))
     if variant.adapted:
@@ -116,31 +117,38 @@ def measure_ours(variant: Variant, device: torch.device) -> Row:
         return latents
 
     start = time.perf_counter()
-    more: Row = {}
+    if memory.graphs(device):
+        Sampler(transformer, stream)
     if stream is not None:
         assert variant.budget_gib is not None
         more["resident_blocks"] = stream.fit(variant.budget_gib, lambda: picture(1))
         more["host_gib"] = stream.host_bytes / GIB
-    if memory.graphs(device):
-        Sampler(transformer, stream)
     picture(2)
     latents = picture(2)
     more["digest"] = hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()
     more["warm_up_seconds"] = time.perf_counter() - start
-    with measured(device) as found:
+    with bench_rows.alone(gang), measured(device) as found:
         picture(variant.steps)
     return seen(found, variant, **more)
 
 
-def measure(variant: Variant, device: torch.device) -> Row:
+def measure(variant: Variant, device: torch.device, gang: Path | None = None) -> Row:
     release(device)
-    return (measure_guide if variant.guide else measure_ours)(variant, device)
+    return (measure_guide if variant.guide else measure_ours)(variant, device, gang)
 
 
-def worker(names: list[str], out: Path) -> None:
+def need(name: str) -> float:
+    """GiB that a variant may take."""
+    variant = VARIANTS[name]
+    if variant.budget_gib is not None:
+        return variant.budget_gib + 8  # T5, before the budget counts
+    return {"nf4": 15.0, "int8": 21.0, "bf16": 36.0}[variant.precision.kind] + (4.0 if variant.guide else 0.0)
+
+
+def worker(names: list[str], out: Path, gang: Path | None) -> None:
     device = torch.device("cuda")
     for name in names:
-        if not bench_rows.attempt(name, out, device, lambda name=name: measure(VARIANTS[name], device)):  # type: ignore[misc]
+        if not bench_rows.attempt(name, out, device, lambda name=name: measure(VARIANTS[name], device, gang)):  # type: ignore[misc]
             sys.exit(1)
 
 
@@ -155,7 +163,7 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
         rows.append(make_row(f"sample {name}", "s", found["seconds"], None, found, seen=own))
         peaks = f"sample {name}, peak allocated", f"sample {name}, peak reserved"
         rows.append(make_row(peaks[0], "GiB", found["allocated_gib"], MEMORY.get(name), found))
-        rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], None, found))
+        rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], MEMORY.get(name), found))
     good = {name: found for name, found in results.items() if "error" not in found}
     for name, other, target in FASTER + SLOWER:
         if name in good and other in good:
@@ -171,6 +179,7 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
+    names = list(VARIANTS)
     bench_rows.command(
-        Path(__file__), __doc__ or "", list(VARIANTS), lambda names: [[name] for name in names], worker, rows_of
+        Path(__file__), __doc__ or "", names, lambda each: [[name] for name in each], worker, rows_of, need
     )

@@ -5,13 +5,17 @@ A row has `name`, `unit`, `target`, `measured`, `card`, `date`, `versions` and `
 
 import argparse
 import datetime
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +47,7 @@ def circumstances(device: torch.device) -> Row:
     """Where and when a figure comes from."""
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    command = " ".join(["python", name, *sys.argv[1:]]).split(" --out ")[0].split(" --worker ")[0]
+    command = " ".join(["python", name, *sys.argv[1:]]).split(" --out ")[0]
     return {
         "card": card(device),
         "date": datetime.date.today().isoformat(),
@@ -124,6 +128,70 @@ def run_workers(
         time.sleep(0.2)
 
 
+def run_gangs(
+    script: Path,
+    names: list[str],
+    out: Path,
+    seconds: float,
+    needs: Callable[[str], float],
+    space: float,
+) -> None:
+    """Run each variant in a process of its own: those that the card holds together load and compile side by side, and
+    are then timed one after another.
+
+    needs: GiB of a variant, of `space`. seconds: for loading and compiling; as much again for the timing of all.
+    """
+    gangs: list[list[str]] = []
+    for name in names:
+        room = next((gang for gang in gangs if sum(map(needs, [*gang, name])) <= space), None)
+        if room is None:
+            gangs.append([name])
+        else:
+            room.append(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
+    for gang in gangs:
+        with tempfile.TemporaryDirectory() as folder:
+            start = [sys.executable, str(script), "--out", str(out), "--gang", folder, "--worker"]
+            running = {name: subprocess.Popen([*start, name]) for name in gang}
+            _run_gang(running, Path(folder), seconds)
+        done = {line["variant"] for line in read_lines(out)}
+        for name, process in running.items():
+            if name not in done:
+                error = {"error": f"the process ended with code {process.returncode}"}
+                append(out, {"variant": name, **error, **circumstances(torch.device("cpu"))})
+
+
+def _run_gang(running: dict[str, "subprocess.Popen[bytes]"], folder: Path, seconds: float) -> None:
+    """Let them begin to be timed once all are ready, or late; return when all have ended."""
+    start, begun = time.monotonic(), False
+    while any(process.poll() is None for process in running.values()):
+        waited_for = [p for p in running.values() if p.poll() is None and not (folder / f"{p.pid}.ready").exists()]
+        if time.monotonic() - start > seconds:
+            for process in running.values() if begun else waited_for:
+                process.kill()
+                process.wait()
+            waited_for = []
+        if not begun and not waited_for:
+            (folder / "go").touch()
+            start, begun = time.monotonic(), True
+        time.sleep(0.1)
+
+
+@contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """In a gang's worker: have the device alone, once all of the gang are ready for that."""
+    if folder is None:
+        yield
+        return
+    (folder / f"{os.getpid()}.ready").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.1)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def append(file: Path, line: Row) -> None:
     with file.open("a") as stream:
         stream.write(json.dumps(line) + "\n")
@@ -158,12 +226,14 @@ def command(
     doc: str,
     names: list[str],
     groups: Callable[[list[str]], list[list[str]]],
-    worker: Callable[[list[str], Path], None],
+    worker: Callable[[list[str], Path, Path | None], None],
     rows_of: Callable[[dict[str, Row]], list[Row]],
+    needs: Callable[[str], float],
 ) -> None:
     """A benchmark's command line: measure the variants, or make the rows of what was seen before.
 
-    groups: variants that share a process; worker: measures some within it; rows_of: what was seen, by variant -> rows.
+    groups: variants that share a process; worker: measures some within it; rows_of: what was seen, by variant -> rows;
+    needs: GiB of a variant.
     """
     kind = script.stem.removeprefix("bench_")
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,16 +242,22 @@ def command(
     parser.add_argument("--seen", type=Path, default=seen, help="what was seen, by variant")
     parser.add_argument("--rows", type=Path, default=rows, help="the rows")
     parser.add_argument("--seconds", type=float, default=300, help="for one process")
+    together = "variants load and compile side by side as far as so many GiB hold them, and are timed one by one"
+    parser.add_argument("--together", type=float, metavar="GIB", help=together)
     parser.add_argument("--report", action="store_true", help="make the rows of what was seen before; no GPU is needed")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--gang", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.out)
+        worker(options.worker, options.out, options.gang)
         return
     if not options.report:
         if not torch.cuda.is_available():
             sys.exit("error: this measures a GPU, and torch sees none")
         options.seen.unlink(missing_ok=True)
-        run_workers(script, groups(options.only), options.seen, options.seconds, [])
+        if options.together is None:
+            run_workers(script, groups(options.only), options.seen, options.seconds, [])
+        else:
+            run_gangs(script, options.only, options.seen, options.seconds, needs, options.together)
     write_rows(rows_of({line["variant"]: line for line in read_lines(options.seen)}), options.rows)

@@ -11,7 +11,6 @@ is the time of the step's matrix products at the rate that a large bf16 product 
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +34,7 @@ from infer.quantize import stored_bytes
 from infer.shapes import DEV
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
-from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, VARIANTS, Variant
+from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
 from train.batch import Batch
 from train.config import Train
 from train.flop import step_flop
@@ -45,7 +44,6 @@ from train.step import fit_budget, make_learner
 
 GIB = 2**30
 RATE = "matrix rate, bf16, 8192"
-TEXT = 512  # T5 tokens
 STEPS = 6  # timed, after two that compile and capture and one that replays
 
 
@@ -64,30 +62,32 @@ def matrix_rate(device: torch.device, size: int = 8192, times: int = 20) -> floa
     return 2 * size**3 / seconds
 
 
-def make_batch(variant: Variant, config: Any, device: torch.device) -> Batch:
+def make_batch(variant: Variant, config: Any, device: torch.device, size: tuple[int, int] | None = None) -> Batch:
+    """size: height and width in place of the variant's."""
     noise = torch.Generator(device).manual_seed(0)
-    side, b = variant.resolution // 8, variant.batch
+    height, width = size or (variant.resolution, variant.resolution)
+    b = variant.batch
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=noise, device=device)
 
-    x0, other = (normal(b, config.in_channels // 4, side, side) for _ in range(2))
+    x0, other = (normal(b, config.in_channels // 4, height // 8, width // 8) for _ in range(2))
     t5, pooled = normal(b, TEXT, config.joint_attention_dim), normal(b, config.pooled_projection_dim)
     return Batch(
         x0, other, torch.full((b,), 0.5, device=device), t5, pooled, None, torch.full((b,), 1 / b, device=device)
     )
 
 
-def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], float]:
+def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], Tensor]:
     """The reference's micro-step: autocast, loss, backward."""
 
-    def learn(batch: Batch) -> float:
+    def learn(batch: Batch) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             x = noised(batch.x0, batch.noise, batch.sigma)
             velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, 1.0, torch.bfloat16)
         loss = losses(velocity, batch.x0, batch.noise, batch.sigma, "none").mean()
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return learn
 
@@ -138,12 +138,10 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     return times
 
 
-def mean_loss(each: Callable[[Batch], list[float]], batch: Batch) -> float:
-    losses = each(batch)
-    return sum(losses) / len(losses)
-
-
-def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = "") -> Row:
+def measure(
+    variant: Variant, held: Held, accelerator: Accelerator, name: str = "", gang: Path | None = None, steps: int = STEPS
+) -> Row:
+    """steps: how many are timed. gang: where other processes are at work too (bench_rows.alone)."""
     device, job = held.device, variant.job
     transformer, parameters = held.get(job)
     torch.cuda.synchronize(device)
@@ -158,8 +156,7 @@ def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = 
     else:
         job.memory, stream = choose_path(transformer, job.memory, job.precision, device, print)
         torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
-        each = make_learner(job, accelerator, transformer, parameters, stream)
-        learn = partial(mean_loss, each)
+        learn = make_learner(job, accelerator, transformer, parameters, stream)
     batch = make_batch(variant, transformer.config, device)
     optimizer = make_optimizer(job.optim, parameters)
     result: Row = {}
@@ -171,51 +168,61 @@ def measure(variant: Variant, held: Held, accelerator: Accelerator, name: str = 
         torch.cuda.reset_peak_memory_stats(device)
 
     def step() -> float:
-        loss = learn(batch)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        loss = learn(batch).mean()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not variant.reference:  # train/loop.py looks before it updates
+            assert torch.stack([loss, norm]).isfinite().all().item()
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss
+        return loss.item()
 
     for _ in range(3):
         loss = step()
     torch.cuda.synchronize(device)
     result["warm_up_seconds"] = time.perf_counter() - start
     seconds = []
-    for _ in range(STEPS):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        loss = step()
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    free, total = torch.cuda.mem_get_info(device)
-    if name in PROFILED:
-        result["kernel_ms"] = kernel_times(step)
+    with bench_rows.alone(gang):
+        for _ in range(steps):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            loss = step()
+            torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        if name in PROFILED:
+            result["kernel_ms"] = kernel_times(step)
+    if gang is None:
+        free, total = torch.cuda.mem_get_info(device)
+        result["device_gib"] = (total - free) / GIB
     return result | {
         "seconds": median(seconds),
         "spread": [min(seconds), max(seconds)],
         "before_gib": before / GIB,
         "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        "device_gib": (total - free) / GIB,
         "weights_gib": stored_bytes(transformer) / GIB,
         "adapter_parameters": sum(p.numel() for p in parameters),
         "loss": loss,
     }
 
 
-def worker(names: list[str], out: Path) -> None:
+def worker(names: list[str], out: Path, gang: Path | None) -> None:
     accelerator = Accelerator(mixed_precision="no")
     held = Held(accelerator.device)
 
     def work(name: str) -> Row:
         if name == RATE:
-            return {"flop_per_second": matrix_rate(held.device)}
-        return measure(VARIANTS[name], held, accelerator, name)
+            with bench_rows.alone(gang):
+                return {"flop_per_second": matrix_rate(held.device)}
+        return measure(VARIANTS[name], held, accelerator, name, gang)
 
     for name in names:
         if not bench_rows.attempt(name, out, held.device, lambda name=name: work(name)):  # type: ignore[misc]
             sys.exit(1)
+
+
+def need_of(name: str) -> float:
+    return 2.0 if name == RATE else need(VARIANTS[name])
 
 
 def groups(names: list[str]) -> list[list[str]]:
@@ -245,7 +252,8 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
             rows.append(make_row(f"train {name}", "s/step", found["seconds"], SECONDS.get(name), found, seen=own))
             peaks = f"train {name}, peak allocated", f"train {name}, peak reserved"
             rows.append(make_row(peaks[0], "GiB", found["allocated_gib"], MEMORY.get(name), found))
-            rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], None, found))
+            bound = MEMORY.get(name) if "resident_blocks" in found else None  # a budget counts what torch holds
+            rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], bound, found))
     for name, other, target in RATIOS:
         if name in good and other in good:
             ratio = good[other]["seconds"] / good[name]["seconds"]
@@ -266,4 +274,5 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    bench_rows.command(Path(__file__), __doc__ or "", [RATE, *VARIANTS], groups, worker, rows_of)
+    names = [RATE, *VARIANTS]
+    bench_rows.command(Path(__file__), __doc__ or "", names, groups, worker, rows_of, need_of)

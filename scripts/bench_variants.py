@@ -10,6 +10,8 @@ from train.config import Train
 from train.data import Data
 from train.optim import Optim
 
+TEXT = 512  # T5 tokens
+
 
 @dataclass
 class Variant:
@@ -68,6 +70,16 @@ def _variants() -> dict[str, Variant]:
     return found
 
 
+def need(variant: Variant) -> float:
+    """GiB that a config may take, generously: what keeps configs from sharing a card that is too small for them."""
+    weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind]
+    tokens = ((variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608
+    work = {"nothing": 4.0, "attention": 5.0, "products": 20.0, "everything": 27.0}[variant.memory.keep]
+    if variant.memory.budget_gib is not None:
+        return variant.memory.budget_gib + 1
+    return weights + work * tokens + 1.5
+
+
 VARIANTS = _variants()
 # what a variant's seconds, and its GiB, are to be; a ratio's other side is named
 RATIOS = [
@@ -90,4 +102,5 @@ MEMORY = {
     "nf4-512-lean": "<= 7.2",
     "nf4-1024-streamed": "<= 4.0",
     "nf4-512-streamed": "<= 2.4",
+    "nf4-1024-budget8": "<= 8.0",
 }

@@ -2,6 +2,7 @@
 
     python scripts/check_fast.py --gradients     # full size, NF4, 512x512: relative error of all adapter gradients
     python scripts/check_fast.py --curves        # the bundled model: LoRA, rsLoRA and DoRA, plain and fast
+    python scripts/check_fast.py --shapes        # full size: several resolutions in turn compile and capture once each
 
 Both paths round to bf16 in places of their own, so each is also held against the same gradients in fp32.
 """
@@ -9,8 +10,10 @@ Both paths round to bf16 in places of their own, so each is also held against th
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +25,13 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from infer.adapters import Adapter
 from infer.command import ROOT
 from infer.fast import Memory, choose_path
 from infer.flux import Model
+from infer.graph import Replay
 from infer.quantize import Precision
 from scripts import bench_rows
 from scripts.bench_rows import make_row
@@ -44,6 +49,9 @@ KINDS = {
     "rslora": Adapter(rank=8, alpha=8.0, rslora=True),
     "dora": Adapter(rank=8, alpha=8.0, dora=True),
 }
+
+
+SHAPES = (1024, 1024), (832, 1216), (512, 512)  # heights and widths
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
@@ -93,6 +101,43 @@ def gradients(out: Path) -> None:
         print(bench_rows.table([row]).splitlines()[-1], flush=True)
 
 
+def shapes(out: Path) -> None:
+    """Three shapes in turn, four times: what the last two rounds compile and capture, and how long they take."""
+    accelerator = Accelerator(mixed_precision="no")
+    device = accelerator.device
+    held, seen, captures = Held(device), bench_rows.circumstances(device), []
+    capture = Replay._capture
+
+    def counted(self: Replay, form: Any, inputs: Any) -> None:
+        captures.append(form)
+        capture(self, form, inputs)
+
+    Replay._capture = counted  # type: ignore[method-assign]
+    job = Variant(NF4, 1024, Memory()).job
+    transformer, parameters = held.get(job)
+    choose_path(transformer, job.memory, NF4, device, print)
+    learn = make_learner(job, accelerator, transformer, parameters, None)
+    batches = [make_batch(Variant(NF4, 1024), transformer.config, device, size) for size in SHAPES]
+    seconds: list[list[float]] = []
+    for turn in range(4):
+        if turn == 2:
+            graphs, captured = counters["stats"]["unique_graphs"], len(captures)
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds.append([])
+        for batch in batches:
+            start = time.perf_counter()
+            learn(batch).tolist()
+            seconds[-1].append(time.perf_counter() - start)
+    again = counters["stats"]["unique_graphs"] - graphs, len(captures) - captured
+    sizes = [f"{width}x{height}" for height, width in SHAPES]
+    more = {"shapes": sizes, "seconds": seconds, "compiled": graphs, "captured": captured}
+    more |= {"reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+    name = "three resolutions in one run: compiled or captured after two rounds"
+    row = make_row(name, "", float(sum(again)), "<= 0", seen, seen=more)
+    bench_rows.append(out, row)
+    print(bench_rows.table([row]).splitlines()[-1], more, flush=True)
+
+
 def curves(out: Path, steps: int) -> None:
     """Losses by step of the bundled model, plain and fast; each run is a real one of train/train.py."""
     pictures = Path("runs/check-fast-pictures")
@@ -133,11 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/check.jsonl"))
     options = parser.parse_args()
-    if not (options.gradients or options.curves):
-        parser.error("give --gradients or --curves")
+    if not (options.gradients or options.curves or options.shapes):
+        parser.error("give --gradients, --curves or --shapes")
     if not torch.cuda.is_available():
         sys.exit("error: this checks a GPU, and torch sees none")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +191,8 @@ def main() -> None:
         gradients(options.out)
     if options.curves:
         curves(options.out, options.steps)
+    if options.shapes:
+        shapes(options.out)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,40 @@ def test_a_worker_that_dies_loses_the_variant_it_was_at(tmp_path: Path) -> None:
     assert seen["a"]["pid"] != seen["b"]["pid"]
 
 
+GANG_WORKER = """
+import json, os, sys, time
+from pathlib import Path
+from scripts.bench_rows import alone
+out, gang, name = sys.argv[2], Path(sys.argv[4]), sys.argv[6]
+if name == "dies":
+    sys.exit(3)
+if name == "never ready":
+    time.sleep(1000)
+prepared = time.time()
+with alone(gang):
+    start = time.time()
+    time.sleep(0.3)
+    end = time.time()
+with open(out, "a") as file:
+    file.write(json.dumps({"variant": name, "prepared": prepared, "start": start, "end": end}) + "\\n")
+"""
+
+
+def test_a_gang_is_timed_one_by_one_once_all_are_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script, out = tmp_path / "worker.py", tmp_path / "seen.jsonl"
+    script.write_text(GANG_WORKER)
+    names = ["a", "dies", "b", "never ready", "large"]
+    bench_rows.run_gangs(script, names, out, 20, lambda name: 7.0 if name == "large" else 2.0, 8.0)
+    seen = {line["variant"]: line for line in bench_rows.read_lines(out)}
+    assert seen.keys() == set(names)
+    assert seen["dies"]["error"] == "the process ended with code 3"
+    assert seen["never ready"]["error"] == "the process ended with code -9"
+    first, second = sorted((seen["a"], seen["b"]), key=lambda line: line["start"])
+    assert max(first["prepared"], second["prepared"]) <= first["start"] and first["end"] <= second["start"]
+    assert seen["large"]["start"] >= second["end"]  # the card does not hold it beside them
+
+
 @pytest.mark.parametrize(
     ("measured", "target", "expected"),
     [(2.0, ">= 2.0", "yes"), (1.9, ">= 2.0", "no"), (9.1, "<= 9.0", "no"), (None, "<= 9.0", "no"), (1.0, None, "")],

@@ -14,8 +14,9 @@ from infer.dequantize import dequantize_4bit
 from infer.encode import text_encoder
 from infer.fast import KEEP, Memory, install, uninstall
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
+from infer.fused import linear
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
-from infer.stack import obstacle
+from infer.stack import Linear, Lora, Stack, obstacle
 from train.flow import predict
 
 CPU = torch.device("cpu")
@@ -159,6 +160,54 @@ def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, re
             slot.fill_(255)  # what is not copied when needed would show
         stream.holds = [None] * len(stream.slots)
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
+
+
+def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer, _ = make(Precision("nf4"), ADAPTERS["lora"], tiny)
+    stream = install(transformer, Memory(budget_gib=1), CPU)
+    assert stream is not None
+    sizes = [buffer.numel() for buffer in stream.host]
+    work, holes, forgotten = 100 * max(sizes), 2 * max(sizes), []
+    stream.moved.append(lambda: forgotten.append(len(stream.streamed)))
+
+    def taken(_: Any) -> int:
+        resident = len(sizes) - len(stream.streamed)
+        return work + sum(stream.resident_bytes(resident)) + (holes if resident else 0)
+
+    monkeypatch.setattr(stream, "_taken", taken)
+
+    def fit(extra: int) -> int:
+        return stream.fit((work + extra) / 2**30, lambda: None)
+
+    assert fit(sum(sizes) + holes) == 6 and not stream.streamed
+    assert fit(0) == 0 and len(stream.streamed) == 6
+    some = fit(sum(sizes))  # all of them would fit but for the holes
+    assert 0 < some < 6 and taken(None) <= work + sum(sizes)
+    assert forgotten and fit(max(sizes)) == 0
+    with pytest.raises(ValueError, match="with every block in host memory the work itself takes"):
+        fit(-1)
+
+
+def test_updates_in_place_while_sampling_are_those_of_training() -> None:
+    noise = torch.Generator().manual_seed(0)
+
+    def lora(rank: int, width: int) -> Lora:
+        down, up = torch.randn(rank, 32, generator=noise), torch.randn(width, rank, generator=noise)
+        return Lora(down, up, torch.tensor(0.7), None)
+
+    widths = 32, 32, 48, 64, 16
+    weights, x = torch.randn(sum(widths), 32, generator=noise), torch.randn(2, 10, 32, generator=noise)
+    frozen = Stack("plain", (sum(widths), 32), widths, weights, None, None, torch.randn(sum(widths), generator=noise))
+    layers = Linear(frozen, ((), (lora(4, 32), lora(3, 32)), (), (lora(2, 64),), ()))
+    expected, before = linear(x, layers), linear(x, Linear(frozen, ((),) * 5))
+    with torch.no_grad():
+        found = linear(x, layers)
+        compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)(x, layers)
+    for a, b, c, d in zip(found, compiled, expected, before, strict=True):
+        assert torch.allclose(a, c, atol=1e-4) and torch.allclose(b, c, atol=1e-4)
+        assert torch.equal(a, d) == (a.shape[-1] in (48, 16) or torch.equal(c, d))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

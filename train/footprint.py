@@ -163,11 +163,11 @@ def footprint(job: Train) -> Footprint:
     elif keep == "everything":
         kept += int(blocks * (activation * EVERYTHING + logs))
     work = int(WORK["fused"] * activation)
-    groups = (
-        "single_transformer_blocks.0.attn.to_",
-        "single_transformer_blocks.0.proj_mlp",
-    )  # q, k, v and MLP: one product
-    largest = sum(each.in_features * each.out_features for name, each in layers.items() if name.startswith(groups))
+    together = ["single_transformer_blocks.0.proj_mlp"]
+    if keep != "nothing":
+        together.append("single_transformer_blocks.0.attn.to_")  # q, k, v and MLP: one product
+    names = [name for name in layers if name.startswith(tuple(together))]
+    largest = sum(layers[name].in_features * layers[name].out_features for name in names)
     if not job.memory.fused:
         four = job.precision.kind in ("nf4", "fp4")
         work = int(WORK["plain 4-bit" if four else "plain"] * activation)

@@ -58,10 +58,11 @@ def make_learner(
     parameters: list[nn.Parameter],
     stream: Stream | None,
     turns: int = 1,
-) -> Callable[[Batch], list[float]]:
-    """A function that adds a batch's gradient to the parameters' and returns each sample's loss.
+) -> Callable[[Batch], Tensor]:
+    """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device.
 
-    turns: how many parts of each batch are learned from one after another, before an update.
+    It does not wait for the device. turns: how many parts of each batch are learned from one after another, before an
+    update.
     """
 
     def backward(batch: Batch) -> Tensor:
@@ -83,25 +84,25 @@ def make_learner(
     replay = Replay(apart, stream) if graphs(job, accelerator) else None
     seen: set[tuple[int, ...]] = set()
 
-    def learn(batch: Batch) -> list[float]:
+    def learn(batch: Batch) -> Tensor:
         start, form = time.perf_counter(), tuple(batch.x0.shape)
         if replay is None:
             values = backward(batch)
         else:
-            values, gradients = replay(*vars(batch).values())
+            places, gradients = replay(*vars(batch).values())
+            values = places.clone()  # the next replay writes to the same places
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
-                    # the next replay writes to the same place
                     parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
                 else:
                     parameter.grad += gradient
-        found: list[float] = values.tolist()  # waits for the device
         if form not in seen:
             seen.add(form)
+            values.tolist()  # waits for the device
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
                 pixels = f"{form[0]} of {form[3] * 8}x{form[2] * 8} pixels"
                 tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
-        return found
+        return values
 
     return learn
 
@@ -114,10 +115,9 @@ def fit_budget(
     def work() -> None:
         states = [torch.empty_like(parameter) for _ in range(2) for parameter in parameters]  # Adam's, made later
         learn(largest)
+        for parameter in parameters:
+            parameter.grad = None
         del states
 
     assert job.memory.budget_gib is not None
-    resident = stream.fit(job.memory.budget_gib, work)
-    for parameter in parameters:
-        parameter.grad = None
-    return resident
+    return stream.fit(job.memory.budget_gib, work)

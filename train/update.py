@@ -59,20 +59,20 @@ def tell(
     batches: list[list[Place]],
     batch_size: int,
     begun: int,
-    losses: list[list[float]],
+    losses: list[Tensor],
     norm: Tensor,
     stop: bool,
     save: bool,
 ) -> Update:
-    """Tell all ranks. losses: of this rank's samples, a list a part; norm: a tensor on the device; any rank's `stop`
-    counts, and any rank's `save`."""
+    """Tell all ranks, once the device is done. losses: of this rank's samples, [b] a part; norm: [], on the device too;
+    any rank's `stop` counts, and any rank's `save`."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     every = [divide(batches, other, ranks, batch_size, begun) for other in range(ranks)]
-    own = torch.zeros(ranks, len(every[0]), batch_size, dtype=torch.float64)
+    own = torch.zeros(ranks, len(every[0]), batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
-        own[rank, part, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    said = torch.cat([own.flatten(), torch.tensor([stop, save], dtype=torch.float64)]).to(accelerator.device)
-    reduced: Any = accelerator.reduce(torch.cat([said, norm.detach().double().view(1)]), "sum")
+        own[rank, part, : len(values)] = values
+    wishes = torch.tensor([stop, save], dtype=torch.float64).to(accelerator.device)
+    reduced: Any = accelerator.reduce(torch.cat([own.flatten(), wishes, norm.detach().double().view(1)]), "sum")
     *flat, stops, saves, norms = reduced.tolist()
     told: Any = torch.tensor(flat, dtype=torch.float64).view(own.shape).tolist()
     found = [
