@@ -16,18 +16,33 @@ from infer.stack import Linear, Lora, Stack, dequantize
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias with frozen 4-bit weights that are not kept from the forward to the backward pass."""
+    """x W^T + bias, and the adapters' updates added to it in place, with frozen W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Stack) -> Tensor:
-        ctx.frozen = frozen
+    def forward(
+        ctx: Any, x: Tensor, frozen: Stack, weights: Tensor | None, thin: Tensor | None, up: Tensor | None, first: int
+    ) -> Tensor:
+        """weights: W; None: dequantized here and for the gradient, and not kept between. thin: what the adapters' A
+        give; up: their B, of the outputs from `first` on."""
         bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-        return functional.linear(x, dequantize(frozen, x.dtype), bias)
+        y = functional.linear(x, dequantize(frozen, x.dtype) if weights is None else weights, bias)
+        if thin is not None and up is not None:
+            add_product(y[..., first : first + up.shape[0]], thin, up)
+        ctx.save_for_backward(weights, thin, up)
+        ctx.frozen, ctx.first = frozen, first
+        return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
-        return gradient @ dequantize(ctx.frozen, gradient.dtype, turn=1), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, thin, up = ctx.saved_tensors
+        if weights is None:
+            # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
+            weights = dequantize(ctx.frozen, gradient.dtype, turn=1)
+        if thin is None:
+            return gradient @ weights, None, None, None, None, None
+        part = gradient[..., ctx.first : ctx.first + up.shape[0]]
+        learned = part.flatten(0, -2).T @ thin.flatten(0, -2)
+        return gradient @ weights, None, None, part @ up, learned, None
 
 
 def linear(x: Tensor, layers: Linear) -> list[Tensor]:
@@ -35,21 +50,23 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     frozen = layers.frozen
     dora = any(lora.magnitude is not None for adapters in layers.adapters for lora in adapters)
     weights = dequantize(frozen, x.dtype) if frozen.shared or dora else None
-    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-    y = functional.linear(x, weights, bias) if frozen.shared else _Product.apply(x, frozen)  # type: ignore[arg-type]
     downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
-    if downs and not dora and not torch.is_grad_enabled():
-        _add_updates(y, functional.linear(x, torch.cat(downs).to(x.dtype)), layers)
-        downs = []
+    thin = functional.linear(x, torch.cat(downs).to(x.dtype)) if downs else None
+    if thin is not None and frozen.in_place and not dora:
+        up, first = _up(layers)
+        whole: Tensor = _Product.apply(x, frozen, weights, thin, up.to(x.dtype), first)
+        return list(whole.split(frozen.widths, dim=-1))
+    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+    y = _Product.apply(x, frozen, None, None, None, 0) if weights is None else functional.linear(x, weights, bias)
     outputs = list(y.split(frozen.widths, dim=-1))
-    if not downs:
+    if thin is None:
         return outputs
-    thin = functional.linear(x, torch.cat(downs).to(x.dtype)).split([down.shape[0] for down in downs], dim=-1)
+    thins = thin.split([down.shape[0] for down in downs], dim=-1)
     taken = row = 0
     for i, adapters in enumerate(layers.adapters):
         width = frozen.widths[i]
         for lora in adapters:
-            update = functional.linear(thin[taken], _even(lora.up * lora.strength, 1).to(x.dtype))
+            update = functional.linear(thins[taken], _even(lora.up * lora.strength, 1).to(x.dtype))
             taken += 1
             if lora.magnitude is None:
                 outputs[i] = outputs[i] + update
@@ -62,18 +79,15 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     return outputs
 
 
-def _add_updates(y: Tensor, thin: Tensor, layers: Linear) -> None:
-    """Add the adapters' updates to y [..., out] in place: one product for all, of a B that is block-diagonal.
-
-    thin: what all their A give, behind each other.
-    """
+def _up(layers: Linear) -> tuple[Tensor, int]:
+    """All adapters' B as one block-diagonal matrix [out, rank], and the output that it begins at."""
     adapted = [i for i, adapters in enumerate(layers.adapters) if adapters]
     widths, first, end = layers.frozen.widths, adapted[0], adapted[-1] + 1
-    ups = [
-        torch.cat([y.new_zeros(width, 0), *(_even(lora.up * lora.strength, 1) for lora in adapters)], dim=1)
-        for width, adapters in zip(widths[first:end], layers.adapters[first:end], strict=True)
-    ]
-    add_product(y[..., sum(widths[:first]) : sum(widths[:end])], thin, torch.block_diag(*ups).to(y.dtype))
+    ups = []
+    for width, adapters in zip(widths[first:end], layers.adapters[first:end], strict=True):
+        own = [_even(lora.up * lora.strength, 1) for lora in adapters]
+        ups.append(torch.cat(own, dim=1) if own else layers.adapters[first][0].up.new_zeros(width, 0))
+    return torch.block_diag(*ups), sum(widths[:first])
 
 
 def _even(thin: Tensor, dimension: int) -> Tensor:

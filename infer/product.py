@@ -4,16 +4,71 @@
 tensor too; `torch.addmm` would copy y first.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
+
+THIN = 256  # up to so many columns of x, the pass over y takes longer than the product
 
 
 @torch.library.custom_op("flux_lora::add_product", mutates_args=("y",))
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
     """y [..., out] += x [..., in] weight^T, weight [out, in]; has no gradient. The rows of y are equally far apart."""
-    y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.T)
+    rows, thin = y.view(-1, y.shape[-1]), x.flatten(0, -2)
+    if y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= THIN:
+        _on_cuda(rows, thin, weight)
+    else:
+        rows.addmm_(thin, weight.T)
 
 
 @add_product.register_fake
 def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
     return None
+
+
+@lru_cache
+def _kernel() -> Any:
+    # Triton comes with torch's CUDA builds alone
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+        y, x, weight, rows, columns, stride,
+        inner: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr, deep: tl.constexpr,
+    ) -> None:  # fmt: skip
+        row = tl.program_id(1) * tall + tl.arange(0, tall)
+        column = tl.program_id(0) * wide + tl.arange(0, wide)
+        place = y + row.to(tl.int64)[:, None] * stride + column[None, :]
+        within = (row < rows)[:, None] & (column < columns)[None, :]
+        old = tl.load(place, mask=within, other=0.0)
+        total = old.to(tl.float32)
+        for start in range(0, inner, deep):
+            k = start + tl.arange(0, deep)
+            a = tl.load(
+                x + row[:, None] * inner + k[None, :], mask=(row < rows)[:, None] & (k < inner)[None, :], other=0.0
+            )
+            b = tl.load(
+                weight + column[None, :] * inner + k[:, None],
+                mask=(column < columns)[None, :] & (k < inner)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(a, b, total)
+        tl.store(place, total.to(old.dtype), mask=within)
+
+    return add
+
+
+def _on_cuda(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """In one kernel: cuBLAS reads and writes y by tiles made for long products."""
+    rows, columns, inner = *y.shape, x.shape[1]
+    assert y.stride(1) == 1 and rows * inner < 2**31, "rows that lie in one piece, and 32-bit places in x"
+    x, weight = x.contiguous(), weight.contiguous()
+    tall, wide = 128, 128
+    with torch.cuda.device(y.device):
+        _kernel()[(-(-columns // wide), -(-rows // tall))](
+            y, x, weight, rows, columns, y.stride(0),
+            inner=inner, tall=tall, wide=wide, deep=32 if inner <= 32 else 64, num_warps=8,
+        )  # fmt: skip

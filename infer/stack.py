@@ -36,6 +36,7 @@ class Stack(NamedTuple):
     )  # double quantization: absmax of absmax, its code book, each layer's offset
     bias: Tensor | None
     shared: bool = True  # 4-bit: one dequantized copy for a block's recomputation and its gradient
+    in_place: bool = True  # adapters' updates are added to the product in place
 
 
 class Lora(NamedTuple):

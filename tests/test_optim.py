@@ -1,6 +1,7 @@
 """Rates and updates against formulas written out by hand."""
 
 import math
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -8,7 +9,7 @@ import torch
 from prodigyopt import Prodigy
 from torch import nn
 
-from train.optim import Optim, make_optimizer, make_schedule
+from train.optim import Optim, make_optimizer, make_schedule, step_if
 
 
 def expected(schedule: str, warmup: int, step: int, steps: int) -> float:
@@ -99,3 +100,33 @@ def test_prodigy_finds_its_rate(warmup: int) -> None:
         optimizer.step()
         schedule.step()
     assert (parameter - 3).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
+def test_an_update_that_the_device_decides_on_is_the_ordinary_one(clip: float) -> None:
+    noise = torch.Generator().manual_seed(0)
+    values = [torch.randn(5, 3, generator=noise), torch.randn(7, generator=noise)]
+    gradients = [[torch.randn(value.shape, generator=noise) for value in values] for _ in range(4)]
+    bad = [torch.full_like(values[0], 2.0), torch.tensor([1.0, float("nan"), 3.0, 4.0, 5.0, float("inf"), 7.0])]
+
+    def learn(decided: bool) -> tuple[list[torch.Tensor], Any]:
+        parameters = [nn.Parameter(value.clone()) for value in values]
+        optimizer: Any = make_optimizer(Optim(lr=0.1, clip=clip), parameters)
+        for step, each in enumerate([*gradients[:2], bad, *gradients[2:]]):
+            for parameter, gradient in zip(parameters, each, strict=True):
+                parameter.grad = gradient.clone()
+            norm = nn.utils.get_total_norm(each)
+            if decided:
+                step_if(optimizer, norm.isfinite(), norm, clip)
+            elif step != 2:
+                nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
+                optimizer.step()
+            if step == 2:  # as it was, for the dump that says where it was not finite
+                assert torch.equal(parameters[1].grad.isnan(), bad[1].isnan())  # type: ignore[union-attr]
+        return [parameter.data for parameter in parameters], optimizer.state_dict()
+
+    (found, state), (expected, ordinary) = learn(True), learn(False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7) and not torch.equal(a, values[0 if a.ndim == 2 else 1])
+    assert [one["step"] for one in state["state"].values()] == [4.0, 4.0]
+    assert state["state"].keys() == ordinary["state"].keys()

@@ -30,7 +30,7 @@ from train.data import sources_of
 from train.ema import make_average
 from train.journal import Journal
 from train.lock import Hold
-from train.optim import make_optimizer, make_schedule
+from train.optim import make_optimizer, make_schedule, step_if
 from train.preview import preview
 from train.progress import Parts, Progress, clear, restore, save
 from train.ranks import exchange, shards, start_alike, zero
@@ -41,7 +41,7 @@ from train.step import fit_budget, make_learner
 from train.stop import Stop
 from train.track import Tracker
 from train.trouble import leave_out, note_spike, refuse_more
-from train.update import divide, tell
+from train.update import divide, hear, tell
 from train.validation import validate
 from train.zero import ZeroTwo
 
@@ -113,6 +113,8 @@ def fit(
     start_memory(device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)
     stopping, save_now, saved = False, False, time.monotonic()
+    # the update is queued before anybody has seen the losses, or the device would wait for it
+    ahead = isinstance(optimizer, torch.optim.AdamW)
     spill = Spill(device)
     stop.gently()
 
@@ -178,14 +180,18 @@ def fit(
         exchange(parameters, accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         overdue = main and job.save_minutes > 0 and time.monotonic() - saved > 60 * job.save_minutes
-        update = tell(accelerator, batches, job.data.batch_size, begun, losses, norm, stop.wanted(), overdue)
+        told = tell(accelerator, batches, job.data.batch_size, begun, losses, norm, stop.wanted(), overdue)
+        if ahead:
+            step_if(optimizer, told.isfinite().all(), norm, job.optim.clip)
+        update = hear(told, ranks, batches, job.data.batch_size, begun)
         loss = sum(share * weights[samples.all[place.sample].source] * value for place, value, share in update.losses)
         now.step += 1
         rate = schedule.get_last_lr()[0]
         figures = {"lr": float(rate), "memory_gib": memory_bytes(device) / 2**30}
         if update.finite:
-            nn.utils.clip_grads_with_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf, norm)
-            optimizer.step()
+            if not ahead:
+                nn.utils.clip_grads_with_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf, norm)
+                optimizer.step()
             schedule.step()
             if average:
                 average.update()

@@ -1,12 +1,13 @@
 """The optimizer of an adapter and its learning rate over the steps."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -17,7 +18,7 @@ class Optim:
     """How the adapter learns."""
 
     name: str = "adamw"
-    """adamw (fused on CUDA), adamw8bit and paged_adamw8bit (bitsandbytes), or prodigy (finds its own rate; lr=1)."""
+    """adamw (fused), adamw8bit and paged_adamw8bit (bitsandbytes), or prodigy (finds its own rate; lr=1)."""
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
@@ -61,7 +62,7 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
         "weight_decay": optim.weight_decay,
     }
     if optim.name == "adamw":
-        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **common)
+        return torch.optim.AdamW(parameters, fused=True, **common)
     if optim.name == "prodigy":
         try:
             from prodigyopt import Prodigy
@@ -72,6 +73,21 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
 
     kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
     return kinds[optim.name](parameters, **common)  # type: ignore[no-any-return]
+
+
+def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: float) -> None:
+    """An update by gradients clipped to a norm, or none where `finite` [] is false: the device decides, so that nobody
+    has to wait for it to know. Gradients that are not finite are left as they are.
+
+    By the means of torch.amp.GradScaler, which fused optimizers read: the gradient is divided by a scale as it is read,
+    here by that of torch.nn.utils.clip_grads_with_norm_.
+    """
+    fused: Any = optimizer
+    largest = clip if clip > 0 else math.inf
+    fused.grad_scale = 1 / (largest / (norm + 1e-6)).clamp(max=1.0)
+    fused.found_inf = 1.0 - finite.float()
+    fused.step()
+    del fused.grad_scale, fused.found_inf
 
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -48,10 +48,8 @@ class Update:
     """Of the gradient, before it is clipped."""
     stop: bool
     save: bool
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.norm) and all(math.isfinite(loss) for _, loss, _ in self.losses)
+    finite: bool
+    """Whether every loss and gradient is."""
 
 
 def tell(
@@ -63,23 +61,33 @@ def tell(
     norm: Tensor,
     stop: bool,
     save: bool,
-) -> Update:
-    """Tell all ranks, once the device is done. losses: of this rank's samples, [b] a part; norm: [], on the device too;
-    any rank's `stop` counts, and any rank's `save`."""
+) -> Tensor:
+    """What `hear` reads, alike on all ranks; it is finite where every loss and every rank's norm are.
+
+    losses: of this rank's samples, [b] a part; norm: [], on the device too; any rank's `stop` counts, and any rank's
+    `save`.
+    """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    every = [divide(batches, other, ranks, batch_size, begun) for other in range(ranks)]
-    own = torch.zeros(ranks, len(every[0]), batch_size, dtype=torch.float64, device=accelerator.device)
+    parts = len(divide(batches, rank, ranks, batch_size, begun))
+    own = torch.zeros(ranks, parts, batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
         own[rank, part, : len(values)] = values
     wishes = torch.tensor([stop, save], dtype=torch.float64).to(accelerator.device)
-    reduced: Any = accelerator.reduce(torch.cat([own.flatten(), wishes, norm.detach().double().view(1)]), "sum")
-    *flat, stops, saves, norms = reduced.tolist()
-    told: Any = torch.tensor(flat, dtype=torch.float64).view(own.shape).tolist()
+    told: Tensor = accelerator.reduce(torch.cat([own.flatten(), wishes, norm.detach().double().view(1)]), "sum")
+    return told
+
+
+def hear(told: Tensor, ranks: int, batches: list[list[Place]], batch_size: int, begun: int) -> Update:
+    """Wait for the device and read what all ranks told."""
+    every = [divide(batches, other, ranks, batch_size, begun) for other in range(ranks)]
+    heard = told.tolist()
+    *flat, stops, saves, norms = heard
+    losses: Any = torch.tensor(flat, dtype=torch.float64).view(ranks, -1, batch_size).tolist()
     found = [
-        (place, told[other][number][i], part.weight / ranks / len(batches))
+        (place, losses[other][number][i], part.weight / ranks / len(batches))
         for other, parts in enumerate(every)
         for number, part in enumerate(parts)
         if part.weight > 0
         for i, place in enumerate(part.places)
     ]
-    return Update(found, norms / ranks, stops > 0, saves > 0)
+    return Update(found, norms / ranks, stops > 0, saves > 0, all(map(math.isfinite, heard)))
