@@ -17,6 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from infer.allocator import prepare
 from infer.credentials import check_values
 from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
 from infer.setting import REFUSED, check_settings, explain
@@ -29,6 +30,7 @@ OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema`, and do the work."""
+    prepare()
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -10,7 +10,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from infer import allocator
 from infer.stream import Stream
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Replay:
@@ -21,7 +26,7 @@ class Replay:
 
     def __init__(self, function: Callable[..., Any], stream: Stream | None = None) -> None:
         self.function, self.stream = function, stream
-        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any]] = {}
+        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any, int]] = {}
         self.seen: set[Hashable] = set()
         self.pool: Any = None
         if stream is not None:
@@ -40,13 +45,14 @@ class Replay:
                 self.seen.add(form)
                 return self.function(*inputs)
             self._capture(form, inputs)
-        graph, places, output = self.captured[form]
+        graph, places, output, work = self.captured[form]
         for place, x in zip(places, inputs, strict=True):
             if place is not None and x is not None:
                 place.copy_(x)
         if self.stream is not None:
             self.stream.rewind()
         graph.replay()
+        allocator.count_replay(_device(), work)
         return output
 
     def _capture(self, form: Hashable, inputs: tuple[Tensor | None, ...]) -> None:
@@ -60,12 +66,13 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         # one pool for all: no two of them run at once, and what they leave is read before the next one runs
         # of this thread alone: with several processes NCCL's own looks after its events at any time
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        place = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with allocator.watched(_device()) as work, place:
             output = self.function(*places)
             if self.stream is not None:
                 self.stream.join()
         self.pool = graph.pool()
-        self.captured[form] = graph, places, output
+        self.captured[form] = graph, places, output, work[0]
 
 
 def adapters_state(transformer: FluxTransformer2DModel) -> Hashable:

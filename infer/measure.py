@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from infer import allocator
+
 
 @dataclass
 class Measure:
@@ -37,13 +39,13 @@ def measure(device: torch.device) -> Iterator[Measure]:
     result = Measure()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        allocator.reset_peak(device)
         start = time.perf_counter()
         yield result
         torch.cuda.synchronize(device)
         result.seconds = time.perf_counter() - start
-        result.peak_memory_bytes = torch.cuda.max_memory_allocated(device)
-        result.peak_reserved_bytes = torch.cuda.max_memory_reserved(device)
+        result.peak_memory_bytes = allocator.peak(device)
+        result.peak_reserved_bytes = allocator.peak_reserved(device)
         return
     process, over = psutil.Process(os.getpid()), threading.Event()
 

@@ -66,9 +66,10 @@ def _on_cuda(y: Tensor, x: Tensor, weight: Tensor) -> None:
     rows, columns, inner = *y.shape, x.shape[1]
     assert y.stride(1) == 1 and rows * inner < 2**31, "rows that lie in one piece, and 32-bit places in x"
     x, weight = x.contiguous(), weight.contiguous()
-    tall, wide = 128, 128
+    # measured on an H100, 4,608 rows: 71 us for 9,216 columns of rank 48, 19 us for 3,072 of rank 16
+    tall, wide, warps = (64, 64, 4) if inner > 32 else (128, 128, 8)
     with torch.cuda.device(y.device):
         _kernel()[(-(-columns // wide), -(-rows // tall))](
             y, x, weight, rows, columns, y.stride(0),
-            inner=inner, tall=tall, wide=wide, deep=32 if inner <= 32 else 64, num_warps=8,
+            inner=inner, tall=tall, wide=wide, deep=32 if inner <= 32 else 64, num_warps=warps,
         )  # fmt: skip

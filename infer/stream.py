@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infer import allocator
 from infer.pack import pack, packed_bytes, unpacked
 from infer.stack import Stack
 
@@ -165,11 +166,11 @@ class Stream:
         """Bytes that torch holds on the device for the work, compiled, captured and repeated."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
+        allocator.reset_peak(self.device)
         for _ in range(3):
             work()
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_reserved(self.device)
+        return allocator.peak_reserved(self.device)
 
     def resident_bytes(self, resident: int) -> list[int]:
         """What each block would take that stays on the device."""

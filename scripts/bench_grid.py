@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from infer.adapters import Adapter
+from infer.allocator import prepare
 from infer.fast import Memory
 from infer.quantize import Precision
 from scripts import bench_rows
@@ -139,6 +140,7 @@ def worker(names: list[str], out: Path) -> None:
 
 
 def main() -> None:
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS), metavar="CONFIG")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/grid.jsonl"))

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from diffusers import FluxPipeline
 from torch import nn
 
+from infer import allocator
 from infer.adapters import Adapter, attach
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
@@ -102,7 +103,7 @@ def seen(found: Any, variant: Variant, **more: Any) -> Row:
 def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> Row:
     with text_encoder(model(), variant.precision, device, None) as encoder:
         text: Text = encoder([PROMPT])[0]
-    more: Row = {"text_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
+    more: Row = {"text_reserved_gib": allocator.peak_reserved(device) / GIB}
     memory = Memory(budget_gib=variant.budget_gib)
     transformer = load_transformer(model(), variant.precision, device, hold_of(memory))
     if variant.adapted:

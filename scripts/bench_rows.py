@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from infer.allocator import prepare
 from infer.atomic import replace_file
 from infer.command import ROOT
 
@@ -235,6 +236,7 @@ def command(
     groups: variants that share a process; worker: measures some within it; rows_of: what was seen, by variant -> rows;
     needs: GiB of a variant.
     """
+    prepare()
     kind = script.stem.removeprefix("bench_")
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT")

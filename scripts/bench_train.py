@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from infer import allocator
 from infer.adapters import attach
 from infer.encode import release
 from infer.fast import choose_path, hold_of, uninstall
@@ -146,7 +147,7 @@ def measure(
     transformer, parameters = held.get(job)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    allocator.reset_peak(device)
     torch.backends.cuda.enable_cudnn_sdp(True)
     start = time.perf_counter()
     stream = None
@@ -161,11 +162,8 @@ def measure(
     optimizer = make_optimizer(job.optim, parameters)
     result: Row = {}
     if stream is not None:
-        torch.cuda.reset_peak_memory_stats(device)
         result["resident_blocks"] = fit_budget(job, learn, parameters, stream, batch)
         result["host_gib"] = stream.host_bytes / GIB
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
 
     def step() -> float:
         loss = learn(batch).mean()
@@ -200,8 +198,8 @@ def measure(
         "seconds": median(seconds),
         "spread": [min(seconds), max(seconds)],
         "before_gib": before / GIB,
-        "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "allocated_gib": allocator.peak(device) / GIB,
+        "reserved_gib": allocator.peak_reserved(device) / GIB,
         "weights_gib": stored_bytes(transformer) / GIB,
         "adapter_parameters": sum(p.numel() for p in parameters),
         "loss": loss,

@@ -27,7 +27,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from infer import allocator
 from infer.adapters import Adapter
+from infer.allocator import prepare
 from infer.command import ROOT
 from infer.fast import Memory, choose_path
 from infer.flux import Model
@@ -122,7 +124,7 @@ def shapes(out: Path) -> None:
     for turn in range(4):
         if turn == 2:
             graphs, captured = counters["stats"]["unique_graphs"], len(captures)
-            torch.cuda.reset_peak_memory_stats(device)
+            allocator.reset_peak(device)
         seconds.append([])
         for batch in batches:
             start = time.perf_counter()
@@ -131,20 +133,21 @@ def shapes(out: Path) -> None:
     again = counters["stats"]["unique_graphs"] - graphs, len(captures) - captured
     sizes = [f"{width}x{height}" for height, width in SHAPES]
     more = {"shapes": sizes, "seconds": seconds, "compiled": graphs, "captured": captured}
-    more |= {"reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+    more |= {"reserved_gib": allocator.peak_reserved(device) / 2**30}
     name = "three resolutions in one run: compiled or captured after two rounds"
     row = make_row(name, "", float(sum(again)), "<= 0", seen, seen=more)
     bench_rows.append(out, row)
     print(bench_rows.table([row]).splitlines()[-1], more, flush=True)
 
 
-def curves(out: Path, steps: int) -> None:
+def curves(out: Path, steps: int, kinds: list[str]) -> None:
     """Losses by step of the bundled model, plain and fast; each run is a real one of train/train.py."""
     pictures = Path("runs/check-fast-pictures")
     if not (pictures / "metadata.jsonl").is_file():
         make_style(pictures, 36, 0)
     seen = bench_rows.circumstances(torch.device("cuda"))
-    for name, adapter in KINDS.items():
+    for name in kinds:
+        adapter = KINDS[name]
         series = {}
         for path, memory in (("plain", PLAIN), ("fast", Memory())):
             job = Train(
@@ -175,11 +178,13 @@ def curves(out: Path, steps: int) -> None:
 
 
 def main() -> None:
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="adapters for --curves")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/check.jsonl"))
     options = parser.parse_args()
     if not (options.gradients or options.curves or options.shapes):
@@ -190,7 +195,7 @@ def main() -> None:
     if options.gradients:
         gradients(options.out)
     if options.curves:
-        curves(options.out, options.steps)
+        curves(options.out, options.steps, options.kinds)
     if options.shapes:
         shapes(options.out)
 

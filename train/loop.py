@@ -21,6 +21,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from tqdm import tqdm
 
+from infer import allocator
 from infer.encode import Text
 from infer.stream import Stream
 from train.batch import Samples, largest_batch, make_stream, training_batch
@@ -49,13 +50,13 @@ from train.zero import ZeroTwo
 def start_memory(device: torch.device) -> None:
     """Forget the peak of what came before the training itself."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        allocator.reset_peak(device)
 
 
 def memory_bytes(device: torch.device) -> int:
     """The peak so far. CUDA: of what torch allocated. CPU: of the process's resident set."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return allocator.peak(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
