@@ -51,6 +51,25 @@ def _pin(stream: "Stream") -> None:
         places.append(buffer.data_ptr())
 
 
+def streamed_of(blocks: int, resident: int) -> list[int]:
+    """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
+    return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
+
+
+def residents(sizes: list[int], spare: int) -> int:
+    """How many blocks of these sizes may stay on the device in so many bytes."""
+    resident = 0
+    while resident < len(sizes) and sum(resident_bytes(sizes, resident + 1)) <= spare:
+        resident += 1
+    return resident
+
+
+def resident_bytes(sizes: list[int], resident: int) -> list[int]:
+    """Of the blocks that stay on the device."""
+    streamed = set(streamed_of(len(sizes), resident))
+    return [size for i, size in enumerate(sizes) if i not in streamed]
+
+
 class Stream:
     """The streamed blocks of a transformer: where each lies on the host, and which slot it is computed from."""
 
@@ -73,12 +92,12 @@ class Stream:
         self.keep(0)
 
     def keep(self, resident: int) -> None:
-        """Have so many blocks stay on the device, spread evenly so that the copies have their time too."""
+        """Have so many blocks stay on the device."""
         count = len(self.blocks) - resident
         assert 0 <= count <= len(self.blocks), f"there are {len(self.blocks)} blocks, not {resident}"
         for forget in self.moved:
             forget()
-        self.streamed = [i * len(self.blocks) // count for i in range(count)]
+        self.streamed = streamed_of(len(self.blocks), resident)
         self.place = {block: number for number, block in enumerate(self.streamed)}
         self.slots: list[Tensor] = []  # what was there before is freed first
         largest = max((self.host[i].numel() for i in self.streamed), default=0)
@@ -141,23 +160,22 @@ class Stream:
         Raises:
             ValueError: the work does not fit with every block streamed.
         """
-        budget, resident = int(budget_gib * 2**30), 0
-        self.keep(resident)
+        budget, sizes = int(budget_gib * 2**30), [buffer.numel() for buffer in self.host]
+        self.keep(0)
         taken = self._taken(work)
         if taken > budget:
             raise ValueError(
                 f"memory.budget_gib is {budget_gib}, but with every block in host memory the work itself takes "
                 f"{taken / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or batch_size"
             )
-        while resident < len(self.blocks) and sum(self.resident_bytes(resident + 1)) <= budget - taken:
-            resident += 1
+        resident = residents(sizes, budget - taken)
         while resident > 0:
             self.keep(resident)
             excess = self._taken(work) - budget
             if excess <= 0:
                 break
             # the allocator's holes are not the same for every number of blocks
-            resident = max(resident - max(1, round(excess / max(self.resident_bytes(resident)))), 0)
+            resident = max(resident - max(1, round(excess / max(sizes))), 0)
         else:
             self.keep(0)
         return resident
@@ -171,12 +189,6 @@ class Stream:
             work()
         torch.cuda.synchronize(self.device)
         return allocator.peak_reserved(self.device)
-
-    def resident_bytes(self, resident: int) -> list[int]:
-        """What each block would take that stays on the device."""
-        count = len(self.blocks) - resident
-        streamed = {i * len(self.blocks) // count for i in range(count)}
-        return [buffer.numel() for i, buffer in enumerate(self.host) if i not in streamed]
 
     def done(self, block: int, backwards: bool) -> None:
         """A block is computed: fetch the one that takes its slot next."""

@@ -25,11 +25,15 @@ from accelerate import Accelerator
 from infer.adapters import Adapter
 from infer.allocator import prepare
 from infer.fast import Memory
+from infer.flux import Model
 from infer.quantize import Precision
 from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.bench_train import Held, measure
 from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant, need
+from train.config import Train
+from train.data import Data
+from train.optim import Optim
 
 FP4 = Precision("fp4")
 MLP, EVERY = "attention+mlp", "all"
@@ -122,6 +126,18 @@ def describe(variant: Variant) -> Row:
     job = variant.job
     parts = {name: asdict(getattr(job, name)) for name in ("precision", "adapter", "memory")}
     return {**parts, "optim": job.optim.name, "resolution": variant.resolution, "batch_size": variant.batch}
+
+
+def job_of(config: Row) -> Train:
+    """What `describe` described."""
+    return Train(
+        model=Model("black-forest-labs/FLUX.1-dev", weights="random"),
+        precision=Precision(**config["precision"]),
+        adapter=Adapter(**config["adapter"]),
+        memory=Memory(**config["memory"]),
+        optim=Optim(name=config["optim"]),
+        data=Data(resolution=config["resolution"], batch_size=config["batch_size"]),
+    )
 
 
 def worker(names: list[str], out: Path) -> None:

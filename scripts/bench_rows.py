@@ -153,7 +153,8 @@ def run_gangs(
     out.touch()
     for gang in gangs:
         with tempfile.TemporaryDirectory() as folder:
-            start = [sys.executable, str(script), "--out", str(out), "--gang", folder, "--worker"]
+            together = ["--together", f"{space:g}"]  # which the rows' command then names
+            start = [sys.executable, str(script), *together, "--out", str(out), "--gang", folder, "--worker"]
             running = {name: subprocess.Popen([*start, name]) for name in gang}
             _run_gang(running, Path(folder), seconds)
         done = {line["variant"] for line in read_lines(out)}

@@ -36,7 +36,7 @@ GANG_WORKER = """
 import json, os, sys, time
 from pathlib import Path
 from scripts.bench_rows import alone
-out, gang, name = sys.argv[2], Path(sys.argv[4]), sys.argv[6]
+out, gang, name = sys.argv[4], Path(sys.argv[6]), sys.argv[8]
 if name == "dies":
     sys.exit(3)
 if name == "never ready":

@@ -17,6 +17,7 @@ from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.fused import linear
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.stack import Linear, Lora, Stack, obstacle
+from infer.stream import resident_bytes
 from train.flow import predict
 
 CPU = torch.device("cpu")
@@ -174,7 +175,7 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
 
     def taken(_: Any) -> int:
         resident = len(sizes) - len(stream.streamed)
-        return work + sum(stream.resident_bytes(resident)) + (holes if resident else 0)
+        return work + sum(resident_bytes(sizes, resident)) + (holes if resident else 0)
 
     monkeypatch.setattr(stream, "_taken", taken)
 

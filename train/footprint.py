@@ -17,21 +17,21 @@ from infer.adapters import match_targets
 from infer.flux import Model, read_config
 from infer.quantize import Precision, kind_asked, linear_layers, weight_bytes
 from infer.shapes import SHAPES, shape_config
+from infer.stream import SLOTS, resident_bytes, residents
 from train.config import Train
 from train.flop import tokens_of
 
 # measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
 WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
 # an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
-PRODUCTS, EVERYTHING = 7.0, 15.6
+PRODUCTS, EVERYTHING = 7.0, 11.5
 STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}  # of an optimizer, a parameter
 SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
-SLOTS = 3  # blocks on the device at once, where blocks are streamed (infer/stream.py)
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
-# what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise: by kind and path
-ALLOCATOR = {"fused": {"int8": 3.6}, "plain": {"int8": 2.1, "nf4": 0.4, "fp4": 0.4}}
-ALLOCATOR_ELSE, ALLOCATOR_STREAMED = 1.4, 0.5
+# what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
+# products are kept
+HOLES, HOLES_PLAIN, HOLES_STREAMED, HOLES_KEPT = 0.3, 0.15, 0.18, 1.05
 
 
 @dataclass
@@ -192,7 +192,7 @@ def footprint(job: Train) -> Footprint:
         checkpoints=kept,
         block=work,
         workspace=WORKSPACE,
-        allocator=int(_allocator(job) * 2**30),
+        allocator=int(_holes(job) * 2**30),
         context=CONTEXT,
         host=0,
         resident=blocks,
@@ -204,10 +204,13 @@ def footprint(job: Train) -> Footprint:
     return result
 
 
-def _allocator(job: Train) -> float:
+def _holes(job: Train) -> float:
+    if not job.memory.fused:
+        return HOLES_PLAIN
     if job.memory.budget_gib is not None:
-        return ALLOCATOR_STREAMED
-    return ALLOCATOR["fused" if job.memory.fused else "plain"].get(job.precision.kind, ALLOCATOR_ELSE)
+        return HOLES_STREAMED
+    kept = job.memory.keep in ("products", "everything") and job.precision.kind in ("nf4", "fp4")
+    return HOLES_KEPT if kept else HOLES
 
 
 def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
@@ -226,12 +229,6 @@ def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
             f"about {fixed / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
             "batch_size"
         )
-    resident = 0
-    for size in sorted(by_block):
-        if size > spare:
-            break
-        spare -= size
-        resident += 1
-    result.resident, result.host = resident, sum(by_block)
-    slots = SLOTS * max(by_block) if resident < len(by_block) else 0
-    result.weights = rest + slots + sum(sorted(by_block)[:resident])
+    result.resident, result.host = residents(by_block, spare), sum(by_block)
+    slots = min(SLOTS, len(by_block) - result.resident) * max(by_block)
+    result.weights = rest + slots + sum(resident_bytes(by_block, result.resident))

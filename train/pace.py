@@ -25,8 +25,8 @@ class Card:
 
 
 CARDS = {
-    "H200": Card(139.8, 989e12, 4.8e12, 50e9),
-    "H100": Card(79.2, 989e12, 3.35e12, 50e9),
+    "H200": Card(139.8, 989e12, 4.8e12, 56e9),
+    "H100": Card(79.2, 989e12, 3.35e12, 56e9),
     "A100 80GB": Card(79.2, 312e12, 2.04e12),
     "L40S": Card(44.5, 362e12, 0.864e12),
     "RTX 5090": Card(31.4, 209e12, 1.79e12, 50e9),
@@ -38,9 +38,9 @@ CARDS = {
     "RTX 4060": Card(7.6, 30e12, 0.272e12, 12e9),
 }
 RATE = 0.8  # of the datasheet's, in a large product of random matrices
-PRODUCTS = 0.95  # of that, in a step's products
-HOST = 0.016  # seconds a step that the device waits for the host
-PASSES = 90  # times that a block's fused kernels read or write an activation
+PRODUCTS = 0.88  # of that, in a step's products
+HOST = 0.006  # seconds a step that the device waits for the host
+PASSES = 105  # times that a block's fused kernels read or write an activation
 COPY = 0.9  # of the bandwidth
 
 
@@ -50,9 +50,10 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
     recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"
-    linear = linear_flop(config, tokens) * (3 if recomputed else 2)
+    # a block is recomputed but for its last product, whose value nobody needs again
+    linear = linear_flop(config, tokens) * (2.6 if recomputed else 2)
     attention = attention_flop(config, tokens) * (3.5 if kept else 4.5)
-    reached = 0.74 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
+    reached = 0.83 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
     rate = card.flops * RATE
     time = batch * (linear / (PRODUCTS * rate) + attention / (reached * rate))
     time += batch * tokens * width * 2 * PASSES * blocks / (COPY * card.bandwidth)
