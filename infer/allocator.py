@@ -47,7 +47,10 @@ def peak_reserved(device: torch.device) -> int:
 
 
 def count_replay(device: torch.device, work: int) -> None:
-    """Count a replay that works with so many bytes beyond what it leaves allocated."""
+    """Count a replay that works with so many bytes beyond what it leaves allocated.
+
+    What graphs of other shapes left within that memory, an adapter's gradients each, is counted twice.
+    """
     number = _number(device)
     _allocated[number] = max(_allocated.get(number, 0), torch.cuda.memory_allocated(device) + work)
 

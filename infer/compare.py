@@ -145,10 +145,6 @@ def draw_precision(
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, stream)
-    if stream is not None:
-        assert options.memory.budget_gib is not None
-        resident = stream.fit(options.memory.budget_gib, warm_up)
-        bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
     load = {
         "seconds": load_text.seconds + load_rest.seconds,
         "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
@@ -162,6 +158,10 @@ def draw_precision(
             reason = obstacle(transformer)
             if path.fused and reason:
                 raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
+        if stream is not None:
+            assert options.memory.budget_gib is not None
+            resident = stream.fit(options.memory.budget_gib, warm_up)
+            bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
         for _ in range(2 if path.graphs(device) else 1):

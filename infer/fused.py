@@ -35,14 +35,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, thin, up = ctx.saved_tensors
-        if weights is None:
-            # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
-            weights = dequantize(ctx.frozen, gradient.dtype, turn=1)
+        passed = None
+        if ctx.needs_input_grad[0]:
+            if weights is None:
+                # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
+                weights = dequantize(ctx.frozen, gradient.dtype, turn=1)
+            passed = gradient @ weights
         if thin is None:
-            return gradient @ weights, None, None, None, None, None
+            return passed, None, None, None, None, None
         part = gradient[..., ctx.first : ctx.first + up.shape[0]]
         learned = part.flatten(0, -2).T @ thin.flatten(0, -2)
-        return gradient @ weights, None, None, part @ up, learned, None
+        return passed, None, None, part @ up, learned, None
 
 
 def linear(x: Tensor, layers: Linear) -> list[Tensor]:

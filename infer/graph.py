@@ -3,6 +3,7 @@
 A captured call reads its inputs from fixed places and leaves its outputs in others, which the next call overwrites.
 """
 
+import gc
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -30,18 +31,27 @@ class Replay:
         self.seen: set[Hashable] = set()
         self.pool: Any = None
         if stream is not None:
-            stream.moved.append(self.clear)
+            stream.captured.append(self.release)
+
+    def release(self) -> None:
+        """Give back the memory of what was captured; the next call of each form captures it again."""
+        if self.captured:
+            torch.cuda.synchronize()
+        self.captured.clear()
+        self.pool = None
+        torch.cuda.empty_cache()  # before that, what a graph had is of no use to ordinary calls
 
     def clear(self) -> None:
-        """Forget what was captured: something that it holds fixed has changed."""
-        self.captured.clear()
+        """Forget what was seen: something that it holds fixed has changed, and ordinary calls compile anew."""
+        self.release()
         self.seen.clear()
-        self.pool = None
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         form = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
         if form not in self.captured:
             if form not in self.seen:
+                if self._tight():
+                    self.release()
                 self.seen.add(form)
                 return self.function(*inputs)
             self._capture(form, inputs)
@@ -55,11 +65,17 @@ class Replay:
         allocator.count_replay(_device(), work)
         return output
 
+    def _tight(self) -> bool:
+        """Whether an ordinary call may lack the memory that graphs keep for themselves."""
+        largest = max((work for *_, work in self.captured.values()), default=0)
+        return largest > 0 and (self.stream is not None or torch.cuda.mem_get_info()[0] < largest)
+
     def _capture(self, form: Hashable, inputs: tuple[Tensor | None, ...]) -> None:
         places = [None if x is None else x.clone() for x in inputs]
         if self.stream is not None:
             self.stream.rewind()
         torch.cuda.synchronize()
+        gc.collect()  # another model's memory is not given back in the middle of a capture
         # what ordinary calls held is the graph's now; it takes workspaces of its own
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

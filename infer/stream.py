@@ -30,7 +30,7 @@ def _moved(frozen: Stack, device: torch.device) -> Stack:
 
 
 def _pin(stream: "Stream") -> None:
-    """Lock the buffers in host memory for as long as the stream lives, so that the GPU copies from them by itself.
+    """Lock the blocks in host memory for as long as the stream lives, so that the GPU copies from them by itself.
 
     torch's own pinned tensors are rounded up to a power of two: 9.7 GiB for the 6.2 of FLUX.1-dev's NF4 blocks.
 
@@ -38,17 +38,20 @@ def _pin(stream: "Stream") -> None:
         ValueError: the system does not lock so much.
     """
     cuda: Any = torch.cuda.cudart()
-    places: list[int] = []
-    weakref.finalize(stream, lambda: [cuda.cudaHostUnregister(place) for place in places]).atexit = False
-    for buffer in stream.host:
-        code = cuda.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        if code != cuda.cudaError.success:
-            raise ValueError(
-                f"memory.budget_gib keeps {stream.host_bytes / 2**30:.1f} GiB in pinned host memory, and the system "
-                f"did not lock it ({cuda.cudaGetErrorString(code)}); free host memory, raise its limit (ulimit -l), or "
-                "set memory.budget_gib=null"
-            )
-        places.append(buffer.data_ptr())
+    code = cuda.cudaHostRegister(stream.home.data_ptr(), stream.home.numel(), 0)
+    if code != cuda.cudaError.success:
+        raise ValueError(
+            f"memory.budget_gib keeps {stream.host_bytes / 2**30:.1f} GiB in pinned host memory, and the system did "
+            f"not lock it ({cuda.cudaGetErrorString(code)}); free host memory, raise its limit (ulimit -l), or set "
+            "memory.budget_gib=null"
+        )
+    weakref.finalize(stream, cuda.cudaHostUnregister, stream.home.data_ptr()).atexit = False
+
+
+def _place(groups: list[Any], buffer: Tensor) -> None:
+    """Have a block's groups use their weights in a buffer that they are packed in."""
+    for group, frozen in zip(groups, unpacked(buffer, [group.frozen for group in groups]), strict=True):
+        group.put(frozen)
 
 
 def streamed_of(blocks: int, resident: int) -> list[int]:
@@ -76,15 +79,16 @@ class Stream:
     def __init__(self, blocks: list[list[Any]], device: torch.device) -> None:
         """blocks: each block's groups (infer/fast.py), in the order of computation; they may lie on the host."""
         self.blocks, self.device = blocks, device
-        self.moved: list[Callable[[], None]] = []  # what to forget when blocks are given other places
-        self.host: list[Tensor] = []
-        for groups in blocks:
-            stacks = [group.frozen for group in groups]
-            buffer = torch.empty(packed_bytes(stacks), dtype=torch.uint8)
-            pack(buffer, stacks)
+        self.captured: list[Callable[[], None]] = []  # each releases graphs that use the blocks where they are
+        stacks = [[group.frozen for group in groups] for groups in blocks]
+        self.home = torch.empty(sum(map(packed_bytes, stacks)), dtype=torch.uint8)
+        self.host = list(self.home.split([packed_bytes(each) for each in stacks]))
+        del stacks
+        for groups, buffer in zip(blocks, self.host, strict=True):
+            pack(buffer, [group.frozen for group in groups])
             for group in groups:
                 group.put(_moved(group.frozen, device))
-            self.host.append(buffer)
+            _place(groups, buffer)  # what they lay in before is free
         cuda = device.type == "cuda"
         if cuda:
             _pin(self)
@@ -95,11 +99,12 @@ class Stream:
         """Have so many blocks stay on the device."""
         count = len(self.blocks) - resident
         assert 0 <= count <= len(self.blocks), f"there are {len(self.blocks)} blocks, not {resident}"
-        for forget in self.moved:
-            forget()
+        self.release()
+        for groups, buffer in zip(self.blocks, self.host, strict=True):
+            _place(groups, buffer)  # what they have on the device is freed first
         self.streamed = streamed_of(len(self.blocks), resident)
         self.place = {block: number for number, block in enumerate(self.streamed)}
-        self.slots: list[Tensor] = []  # what was there before is freed first
+        self.slots: list[Tensor] = []
         largest = max((self.host[i].numel() for i in self.streamed), default=0)
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(min(SLOTS, count))]
         self.arriving: list[torch.cuda.Event | None] = [None] * len(self.slots)
@@ -107,13 +112,17 @@ class Stream:
         for i, groups in enumerate(self.blocks):
             streamed = i in self.place
             home = self.slots[self.place[i] % len(self.slots)] if streamed else self.host[i].to(self.device)
-            for group, frozen in zip(groups, unpacked(home, [group.frozen for group in groups]), strict=True):
-                group.put(frozen)
+            _place(groups, home)
+
+    def release(self) -> None:
+        """Have captured graphs give back their memory: what they do not do themselves takes its own within a budget."""
+        for release in self.captured:
+            release()
 
     @property
     def host_bytes(self) -> int:
         """Pinned memory: every block has its place on the host, resident ones too."""
-        return sum(buffer.numel() for buffer in self.host)
+        return self.home.numel()
 
     def _fetch(self, number: int) -> None:
         """Copy a block into its slot, once all that was queued so far is done with the slot."""
@@ -176,8 +185,8 @@ class Stream:
                 break
             # the allocator's holes are not the same for every number of blocks
             resident = max(resident - max(1, round(excess / max(sizes))), 0)
-        else:
-            self.keep(0)
+            if resident == 0:
+                self.keep(0)
         return resident
 
     def _taken(self, work: Callable[[], object]) -> int:

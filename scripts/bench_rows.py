@@ -156,7 +156,12 @@ def run_gangs(
             together = ["--together", f"{space:g}"]  # which the rows' command then names
             start = [sys.executable, str(script), *together, "--out", str(out), "--gang", folder, "--worker"]
             running = {name: subprocess.Popen([*start, name]) for name in gang}
-            _run_gang(running, Path(folder), seconds)
+            try:
+                _run_gang(running, Path(folder), seconds)
+            finally:
+                for process in running.values():
+                    process.kill()
+                    process.wait()
         done = {line["variant"] for line in read_lines(out)}
         for name, process in running.items():
             if name not in done:
@@ -188,6 +193,8 @@ def alone(folder: Path | None) -> Iterator[None]:
         return
     (folder / f"{os.getpid()}.ready").touch()
     while not (folder / "go").exists():
+        if not folder.exists():
+            raise RuntimeError("the benchmark that started this process is gone")
         time.sleep(0.1)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -41,7 +41,9 @@ from train.config import Train
 from train.flop import step_flop
 from train.flow import losses, noised, predict
 from train.optim import make_optimizer, step_if
+from train.sampler import Place
 from train.step import fit_budget, make_learner
+from train.update import hear, tell
 
 GIB = 2**30
 RATE = "matrix rate, bf16, 8192"
@@ -159,23 +161,33 @@ def measure(
         torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
         learn = make_learner(job, accelerator, transformer, parameters, stream)
     batch = make_batch(variant, transformer.config, device)
-    optimizer = make_optimizer(job.optim, parameters)
+    optimizer: Any = make_optimizer(job.optim, parameters)
     result: Row = {}
     if stream is not None:
         result["resident_blocks"] = fit_budget(job, learn, parameters, stream, batch)
         result["host_gib"] = stream.host_bytes / GIB
 
+    places = [[Place(0, i, i, 0) for i in range(variant.batch)]]
+
     def step() -> float:
-        loss = learn(batch).mean()
+        losses = learn(batch)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        told = torch.stack([loss, norm])
-        if not variant.reference and isinstance(optimizer, torch.optim.AdamW):  # as train/loop.py does
+        if variant.reference:
+            nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            return losses.mean().item()
+        # as train/loop.py does
+        told = tell(accelerator, places, variant.batch, 1, [losses], norm, False, False)
+        ahead = isinstance(optimizer, torch.optim.AdamW)
+        if ahead:
             step_if(optimizer, told.isfinite().all(), norm, 1.0)
-        else:
+        update = hear(told, 1, places, variant.batch, 1)
+        if not ahead:
             nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
             optimizer.step()
         optimizer.zero_grad()
-        return float(told.tolist()[0])
+        return sum(loss * share for _, loss, share in update.losses)
 
     for _ in range(3):
         loss = step()

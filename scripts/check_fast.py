@@ -121,10 +121,10 @@ def shapes(out: Path) -> None:
     learn = make_learner(job, accelerator, transformer, parameters, None)
     batches = [make_batch(Variant(NF4, 1024), transformer.config, device, size) for size in SHAPES]
     seconds: list[list[float]] = []
+    allocator.reset_peak(device)
     for turn in range(4):
         if turn == 2:
             graphs, captured = counters["stats"]["unique_graphs"], len(captures)
-            allocator.reset_peak(device)
         seconds.append([])
         for batch in batches:
             start = time.perf_counter()

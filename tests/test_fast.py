@@ -15,6 +15,7 @@ from infer.encode import text_encoder
 from infer.fast import KEEP, Memory, install, uninstall
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.fused import linear
+from infer.product import add_product
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.stack import Linear, Lora, Stack, obstacle
 from infer.stream import resident_bytes
@@ -171,7 +172,7 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
     assert stream is not None
     sizes = [buffer.numel() for buffer in stream.host]
     work, holes, forgotten = 100 * max(sizes), 2 * max(sizes), []
-    stream.moved.append(lambda: forgotten.append(len(stream.streamed)))
+    stream.captured.append(lambda: forgotten.append(len(stream.streamed)))
 
     def taken(_: Any) -> int:
         resident = len(sizes) - len(stream.streamed)
@@ -191,7 +192,8 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
         fit(-1)
 
 
-def test_updates_in_place_while_sampling_are_those_of_training() -> None:
+@pytest.mark.parametrize("ranks", [((), (4, 3), (), (2,), ()), ((4,), (4,), (4,), (), ()), ((), (), (), (5,), (5,))])
+def test_updates_added_in_place_are_those_that_are_not(ranks: tuple[tuple[int, ...], ...]) -> None:
     noise = torch.Generator().manual_seed(0)
 
     def lora(rank: int, width: int) -> Lora:
@@ -199,16 +201,26 @@ def test_updates_in_place_while_sampling_are_those_of_training() -> None:
         return Lora(down, up, torch.tensor(0.7), None)
 
     widths = 32, 32, 48, 64, 16
+    adapters = tuple(tuple(lora(rank, width) for rank in own) for own, width in zip(ranks, widths, strict=True))
     weights, x = torch.randn(sum(widths), 32, generator=noise), torch.randn(2, 10, 32, generator=noise)
     frozen = Stack("plain", (sum(widths), 32), widths, weights, None, None, torch.randn(sum(widths), generator=noise))
-    layers = Linear(frozen, ((), (lora(4, 32), lora(3, 32)), (), (lora(2, 64),), ()))
-    expected, before = linear(x, layers), linear(x, Linear(frozen, ((),) * 5))
-    with torch.no_grad():
-        found = linear(x, layers)
-        compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)(x, layers)
-    for a, b, c, d in zip(found, compiled, expected, before, strict=True):
-        assert torch.allclose(a, c, atol=1e-4) and torch.allclose(b, c, atol=1e-4)
-        assert torch.equal(a, d) == (a.shape[-1] in (48, 16) or torch.equal(c, d))
+    leaves = [x.requires_grad_(), *(tensor.requires_grad_() for own in adapters for one in own for tensor in one[:2])]
+    signs = torch.randn(2, 10, sum(widths), generator=noise)
+
+    def taken(run: Any, in_place: bool) -> list[Tensor]:
+        outputs = run(x, Linear(frozen._replace(in_place=in_place), adapters))
+        return [*outputs, *torch.autograd.grad((torch.cat(outputs, dim=-1) * signs).sum(), leaves)]
+
+    expected = taken(linear, False)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    for run in (linear, compiled):
+        assert error(taken(run, True), expected) < 1e-5
+        with torch.no_grad():
+            outputs = run(x, Linear(frozen, adapters))
+            assert error(outputs, expected[: len(widths)]) < 1e-5
+            before = linear(x, Linear(frozen, ((),) * 5))
+    changed = [not torch.equal(a, b) for a, b in zip(outputs, before, strict=True)]
+    assert changed == [bool(own) for own in adapters]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -290,3 +302,19 @@ def test_full_size_shapes_are_flux_dev() -> None:
 def test_random_weights_of_an_unknown_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights=random knows the sizes of .*FLUX.1-dev"):
         Model("someone/else", weights="random")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rank", [8, 24, 40, 256, 264])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_adds_products_and_touches_nothing_else(rank: int, dtype: torch.dtype) -> None:
+    noise = torch.Generator("cuda").manual_seed(0)
+    whole = torch.randn(2, 77, 1000, dtype=dtype, device="cuda", generator=noise)
+    thin = torch.randn(2, 77, rank, dtype=dtype, device="cuda", generator=noise)
+    up = torch.randn(520, rank, dtype=dtype, device="cuda", generator=noise)
+    found = whole.clone()
+    add_product(found[..., 136:656], thin, up)
+    expected = whole.double()
+    expected[..., 136:656] += thin.double() @ up.double().T
+    assert (found.double() - expected).norm() / expected.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert torch.equal(found[..., :136], whole[..., :136]) and torch.equal(found[..., 656:], whole[..., 656:])

@@ -102,6 +102,19 @@ def test_prodigy_finds_its_rate(warmup: int) -> None:
     assert (parameter - 3).abs().max() < 0.3
 
 
+def test_a_first_update_that_is_left_out_changes_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer: Any = make_optimizer(Optim(lr=0.1), [parameter])
+    for gradient, finite in ((torch.full((3,), math.nan), False), (torch.zeros(3), True)):
+        parameter.grad = gradient
+        norm = nn.utils.get_total_norm([gradient])
+        step_if(optimizer, torch.tensor(finite), norm, 1.0)
+        if not finite:
+            assert torch.equal(parameter.data, torch.ones(3))
+    state = optimizer.state[parameter]
+    assert state["step"] == 1 and not state["exp_avg"].any() and parameter.isfinite().all()
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
 def test_an_update_that_the_device_decides_on_is_the_ordinary_one(clip: float) -> None:
     noise = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ DEV = Model("black-forest-labs/FLUX.1-dev")
 
 @pytest.mark.parametrize("seen", SEEN, ids=lambda seen: seen["name"])
 def test_within_5_percent_of_what_a_gpu_allocated_and_held(seen: dict[str, Any]) -> None:
-    taken = footprint(job_of(seen))
+    taken = footprint(job_of(seen["config"]))
     assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.05)
     if seen["held_gib"] is not None:  # by the allocator as it is set up now
         assert (taken.allocated + taken.allocator) / GIB == pytest.approx(seen["held_gib"], rel=0.05)

@@ -22,6 +22,7 @@ from infer.command import DIFFERS, MEND, ROOT, STOPPED
 from infer.flux import Model
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
+from train import progress
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.config import Train
 from train.data import Data
@@ -182,6 +183,23 @@ def test_a_checkpoint_by_name(
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="step-000002 is damaged"):
         train(replace(job, resume="step-000002"))
+
+
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_is_gone_on_from(
+    job: Train, place: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(place, "unfused")
+
+    def older(path: Path) -> Any:
+        adapter, optimizer, state = read_checkpoint(path)
+        for group in optimizer["param_groups"]:
+            assert group["fused"]
+            group["fused"] = False
+        return adapter, optimizer, state
+
+    monkeypatch.setattr(progress, "read_checkpoint", older)
+    train(replace(job, run="unfused", resume="step-000004"))
+    assert not differences(whole, ended(folder))
 
 
 def test_a_checkpoint_names_its_base_and_holds_none_of_it(

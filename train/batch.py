@@ -84,19 +84,24 @@ class _Part:
     weight: float
 
 
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device; on CUDA behind what is queued there, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _stack(parts: list[_Part], device: torch.device) -> Batch:
     mask = None
     if any(part.mask is not None for part in parts):
         ones = torch.ones(parts[0].x0.shape[1:])
-        mask = torch.stack([ones if part.mask is None else part.mask for part in parts])[:, None].to(device)
+        mask = _send(torch.stack([ones if part.mask is None else part.mask for part in parts])[:, None], device)
     return Batch(
-        torch.stack([part.x0 for part in parts]).to(device),
-        torch.stack([part.noise for part in parts]).to(device),
-        torch.stack([part.sigma for part in parts]).to(device),
-        torch.stack([part.text.t5 for part in parts]).to(device),
-        torch.stack([part.text.pooled for part in parts]).to(device),
+        _send(torch.stack([part.x0 for part in parts]), device),
+        _send(torch.stack([part.noise for part in parts]), device),
+        _send(torch.stack([part.sigma for part in parts]), device),
+        _send(torch.stack([part.text.t5 for part in parts]), device),
+        _send(torch.stack([part.text.pooled for part in parts]), device),
         mask,
-        torch.tensor([part.weight for part in parts], device=device),
+        _send(torch.tensor([part.weight for part in parts]), device),
     )
 
 

@@ -31,7 +31,7 @@ WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
 # what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
 # products are kept
-HOLES, HOLES_PLAIN, HOLES_STREAMED, HOLES_KEPT = 0.3, 0.15, 0.18, 1.05
+HOLES, HOLES_PLAIN, HOLES_STREAMED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
 
 
 @dataclass
@@ -163,11 +163,11 @@ def footprint(job: Train) -> Footprint:
     elif keep == "everything":
         kept += int(blocks * (activation * EVERYTHING + logs))
     work = int(WORK["fused"] * activation)
-    together = ["single_transformer_blocks.0.proj_mlp"]
-    if keep != "nothing":
-        together.append("single_transformer_blocks.0.attn.to_")  # q, k, v and MLP: one product
-    names = [name for name in layers if name.startswith(tuple(together))]
-    largest = sum(layers[name].in_features * layers[name].out_features for name in names)
+    single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
+    size = {name.split(".", 2)[2]: each.in_features * each.out_features for name, each in single.items()}
+    reads = [size["proj_mlp"], sum(size[f"attn.to_{name}"] for name in "qkv")]
+    # the weights of one product; memory=lean has one for q, k and v and one for the MLP
+    largest = max(size["proj_out"], max(reads) if keep == "nothing" else sum(reads))
     if not job.memory.fused:
         four = job.precision.kind in ("nf4", "fp4")
         work = int(WORK["plain 4-bit" if four else "plain"] * activation)

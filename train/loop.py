@@ -142,6 +142,8 @@ def fit(
             kinds: list[Any] = [("validation_loss", now.validation, nullcontext())]
             if average:
                 kinds.append(("validation_loss_ema", now.validation_ema, average.used()))
+            if stream is not None:
+                stream.release()  # measuring and drawing take their memory within the budget
             for name, history, used in kinds:
                 with used:
                     value = validate(job, accelerator, transformer, cache, samples)
@@ -157,6 +159,8 @@ def fit(
         if previews and due(job.preview_every):
             if main or shards():  # shared weights are gathered by all
                 bar.set_postfix_str("drawing previews")
+                if stream is not None:
+                    stream.release()
                 file = folder / "previews" / f"step-{now.step:06d}.png"
                 transformer.eval()
                 averaged = average.used() if average else None
@@ -201,7 +205,7 @@ def fit(
         else:
             figures |= {"skipped": now.skipped + 1}
             leave_out(job, accelerator, cache, samples, transformer, own, update, now, events, folder)
-            with warnings.catch_warnings(action="ignore"):  # that no optimizer's step came before
+            with warnings.catch_warnings(action="ignore"):  # that no step of the optimizer's came before
                 schedule.step()
         optimizer.zero_grad()
         stopping, save_now = update.stop, update.save

@@ -82,12 +82,15 @@ def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: fl
     By the means of torch.amp.GradScaler, which fused optimizers read: the gradient is divided by a scale as it is read,
     here by that of torch.nn.utils.clip_grads_with_norm_.
     """
+    assert all(group["fused"] for group in optimizer.param_groups), "only the fused optimizer reads a scale"
     fused: Any = optimizer
     largest = clip if clip > 0 else math.inf
     fused.grad_scale = 1 / (largest / (norm + 1e-6)).clamp(max=1.0)
     fused.found_inf = 1.0 - finite.float()
-    fused.step()
-    del fused.grad_scale, fused.found_inf
+    try:
+        fused.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
 
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

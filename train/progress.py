@@ -97,6 +97,9 @@ def restore(parts: Parts, job: Train, accelerator: Accelerator) -> bool:
     if parts.average is not None:
         parts.average.load(average, updates)
     set_adapter_state(parts.transformer, adapter)
+    for group, own in zip(optimizer["param_groups"], parts.optimizer.param_groups, strict=True):
+        if "fused" in own:  # how it is computed, which is not a checkpoint's affair
+            group["fused"] = own["fused"]
     parts.optimizer.load_state_dict(optimizer_to(optimizer, accelerator.device))
     parts.schedule.load_state_dict(schedule)
     parts.progress = Progress(**state)

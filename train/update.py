@@ -72,8 +72,9 @@ def tell(
     own = torch.zeros(ranks, parts, batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
         own[rank, part, : len(values)] = values
-    wishes = torch.tensor([stop, save], dtype=torch.float64).to(accelerator.device)
-    told: Tensor = accelerator.reduce(torch.cat([own.flatten(), wishes, norm.detach().double().view(1)]), "sum")
+    # filled there: a copy from the host would wait for all that is queued
+    wishes = [own.new_full((1,), float(wish)) for wish in (stop, save)]
+    told: Tensor = accelerator.reduce(torch.cat([own.flatten(), *wishes, norm.detach().double().view(1)]), "sum")
     return told
 
 
