@@ -5,6 +5,7 @@ own peak since a reset leaves it out; here each replay is counted with what it w
 """
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ def prepare() -> None:
     """Have segments grow instead of lying side by side; call before CUDA is first used. A user's own setting stays.
 
     FLUX.1-dev's training step at 1024x1024 then holds 0.3 GiB beyond what is allocated, else 1.2 (H100, torch 2.11).
+    Not under WSL 2, where such segments fail at the first allocation on some cards (pytorch/pytorch#192330).
     """
     given = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    if sys.platform == "linux" and not given:
+    if sys.platform == "linux" and "microsoft" not in platform.release().lower() and not given:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -53,12 +53,33 @@ def test_a_replay_counts_with_what_it_works_with(monkeypatch: pytest.MonkeyPatch
     assert allocator.peak(CUDA) == 130
 
 
+@pytest.mark.parametrize(
+    ("system", "release", "expected"),
+    [
+        ("linux", "6.8.0-52-generic", "expandable_segments:True"),
+        ("linux", "6.6.87.2-microsoft-standard-WSL2", None),
+        ("win32", "11", None),
+    ],
+)
+def test_segments_grow_where_the_system_can(
+    system: str, release: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.release", lambda: release)
+    allocator.prepare()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_a_users_own_setting_of_the_allocator_stays(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.release", lambda: "6.8.0")
     if own is not None:
         monkeypatch.setenv(own, "max_split_size_mb:64")
     allocator.prepare()
