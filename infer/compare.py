@@ -198,7 +198,7 @@ def draw_precision(
                 )
                 kept[key_of(rows[-1])] = latents.cpu()
                 bar.update()
-    del transformer, vae, warm_up
+    del transformer, vae, warm_up, stream
     release(device)
     return rows
 

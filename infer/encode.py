@@ -5,7 +5,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     return latents
 
 
-@lru_cache
+@cache  # all of them: captured graphs read them where they are
 def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]; do not write to them."""
     ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, dtype)

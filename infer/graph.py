@@ -37,6 +37,7 @@ class Replay:
         """Give back the memory of what was captured; the next call of each form captures it again."""
         if self.captured:
             torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()  # those of the captured calls lie in their memory
         self.captured.clear()
         self.pool = None
         torch.cuda.empty_cache()  # before that, what a graph had is of no use to ordinary calls
@@ -50,10 +51,10 @@ class Replay:
         form = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
         if form not in self.captured:
             if form not in self.seen:
-                if self._tight():
-                    self.release()
+                if self.stream is not None:
+                    self.release()  # both do not fit a budget
                 self.seen.add(form)
-                return self.function(*inputs)
+                return self._ordinary(inputs)
             self._capture(form, inputs)
         graph, places, output, work = self.captured[form]
         for place, x in zip(places, inputs, strict=True):
@@ -65,10 +66,15 @@ class Replay:
         allocator.count_replay(_device(), work)
         return output
 
-    def _tight(self) -> bool:
-        """Whether an ordinary call may lack the memory that graphs keep for themselves."""
-        largest = max((work for *_, work in self.captured.values()), default=0)
-        return largest > 0 and (self.stream is not None or torch.cuda.mem_get_info()[0] < largest)
+    def _ordinary(self, inputs: tuple[Tensor | None, ...]) -> Any:
+        """A call that is not captured; if memory runs out, again with what graphs keep for themselves."""
+        try:
+            return self.function(*inputs)
+        except torch.OutOfMemoryError:
+            if not self.captured:
+                raise
+        self.release()
+        return self.function(*inputs)
 
     def _capture(self, form: Hashable, inputs: tuple[Tensor | None, ...]) -> None:
         places = [None if x is None else x.clone() for x in inputs]

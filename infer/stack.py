@@ -5,7 +5,7 @@ they saw before.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,7 @@ def adapters_of(layer: Any) -> tuple[Lora, ...]:
     return tuple(found)
 
 
-@lru_cache
+@cache  # all of them: captured graphs read them where they are
 def _number(value: float, device: torch.device) -> Tensor:
     # a tensor and not a Python number, which would be compiled in
     return torch.tensor(value, device=device)

@@ -100,6 +100,8 @@ class Stream:
         count = len(self.blocks) - resident
         assert 0 <= count <= len(self.blocks), f"there are {len(self.blocks)} blocks, not {resident}"
         self.release()
+        if self.copies is not None:
+            torch.cuda.synchronize(self.device)  # a slot's memory is given back while nothing is copied there
         for groups, buffer in zip(self.blocks, self.host, strict=True):
             _place(groups, buffer)  # what they have on the device is freed first
         self.streamed = streamed_of(len(self.blocks), resident)

@@ -142,7 +142,7 @@ def fit(
             kinds: list[Any] = [("validation_loss", now.validation, nullcontext())]
             if average:
                 kinds.append(("validation_loss_ema", now.validation_ema, average.used()))
-            if stream is not None:
+            if stream is not None and samples.validation:
                 stream.release()  # measuring and drawing take their memory within the budget
             for name, history, used in kinds:
                 with used:

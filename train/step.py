@@ -75,10 +75,12 @@ def make_learner(
         kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        values = backward(Batch(*tensors))  # type: ignore[arg-type]
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter, gradient in zip(parameters, kept, strict=True):
-            parameter.grad = gradient
+        try:
+            values = backward(Batch(*tensors))  # type: ignore[arg-type]
+            gradients = [parameter.grad for parameter in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
         return values, gradients
 
     replay = Replay(apart, stream) if graphs(job, accelerator) else None
