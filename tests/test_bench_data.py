@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_data
+from scripts import bench_data, painted
 from train.data import Data, read_samples
 from train.picture import decode, pixel_hash
 
 
 def test_pictures_differ_and_are_painted_once(tmp_path: Path) -> None:
-    bench_data.paint_folder(tmp_path / "all", 40, 64)
+    painted.paint_folder(tmp_path / "all", 40, 64)
     samples, _ = read_samples(Data(str(tmp_path / "all")))
     assert len({pixel_hash(decode(sample.read(), sample.name)) for sample in samples}) == len(samples) == 40
     assert {Path(sample.name).suffix for sample in samples} == {".png", ".jpg"}
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*")}
-    bench_data.paint_folder(tmp_path / "all", 40, 64)
+    painted.paint_folder(tmp_path / "all", 40, 64)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "all").rglob("*")} == times
-    bench_data.part_of(tmp_path / "some", tmp_path / "all", 7)
+    painted.part_of(tmp_path / "some", tmp_path / "all", 7)
     some, _ = read_samples(Data(str(tmp_path / "some")))
     assert [sample.read() for sample in some] == [sample.read() for sample in samples[:7]]
 
