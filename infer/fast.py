@@ -77,8 +77,8 @@ class Memory:
     graph: bool | None = None
     """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
     budget_gib: float | None = None
-    """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and are
-    copied when their turn comes. null keeps all on the device."""
+    """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
+    are copied when their turn comes. null keeps all on the device."""
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
