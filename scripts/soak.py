@@ -251,6 +251,7 @@ class Soak:
                 self.wrong.append(f"{self.job.name}: {len(other)} results differ, such as {other[0]}")
             left = [str(path) for path in Path().rglob("*.partial")]
             self.counts["left"] += len(left)
+            self.wrong += [f"{self.job.name}: {path} is left over" for path in left]
         clear()
 
     def look(self, when: str, check: Callable[[], str | None]) -> None:

@@ -137,3 +137,33 @@ def test_without_locks_everything_is_granted(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(claims_module.fcntl, "lockf", broken)
     with pytest.raises(OSError, match="Input/output"):
         own.take(KEYS[2])
+
+
+def test_what_a_killed_process_left_is_removed_once_nobody_else_is_writing(tmp_path: Path) -> None:
+    left = tmp_path / ".18eb-aa.safetensors.7.partial"
+    other = Other(tmp_path)
+    assert other.ask("take", KEYS[0]) == "True"
+    left.write_bytes(b"half of a sh")
+    with Writer(shelf_of(tmp_path), 1, 0) as writer:
+        assert left.exists()  # perhaps the other one is writing it
+        assert writer.claims.take(KEYS[1])
+    other.kill()
+    with Writer(shelf_of(tmp_path), 1, 0) as writer:
+        assert not left.exists() and writer.claims.take(KEYS[0])
+
+
+def test_all_claimed_is_nobody_elses_until_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = Claims(tmp_path), Other(tmp_path)
+    with own.everything() as alone:
+        assert alone and other.ask("take", KEYS[0]) == "False"
+    assert other.ask("take", KEYS[0]) == "True"
+    with own.everything() as alone:
+        assert not alone
+    other.kill()
+
+    def none(*_: object) -> None:
+        raise OSError(claims_module.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claims_module.fcntl, "lockf", none)
+    with own.everything() as alone:
+        assert not alone

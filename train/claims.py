@@ -7,7 +7,8 @@ no locks, everything is granted: then two may make the same thing, which costs t
 """
 
 import fcntl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from errno import EACCES, EAGAIN, ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 
@@ -33,6 +34,23 @@ class Claims:
                 raise
         self.held.add(key)
         return True
+
+    @contextmanager
+    def everything(self) -> Iterator[bool]:
+        """Within, whether this process has claimed all that there may be: nobody else is making anything here. Call
+        before anything else is claimed. False too where the file system has no locks."""
+        assert not self.held, "letting go of everything would let go of these"
+        try:
+            fcntl.lockf(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (EACCES, EAGAIN, ENOLCK, ENOSYS, EOPNOTSUPP):
+                raise
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self.stream, fcntl.LOCK_UN)
 
     def free(self, keys: Iterable[str]) -> None:
         """Let go of these: they are written, or given up."""

@@ -230,6 +230,12 @@ def hold(folder: Path, alone: bool = False) -> IO[bytes]:
     return stream
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left; the caller knows that nobody is writing."""
+    for partial in folder.glob(PARTIAL):
+        partial.unlink(missing_ok=True)
+
+
 def prune(folder: Path, keep: Collection[str]) -> None:
     """Remove every item but these, second copies, damaged shards and what killed processes left.
 
@@ -254,5 +260,4 @@ def prune(folder: Path, keep: Collection[str]) -> None:
     for mark in folder.glob("*.damaged"):
         mark.with_suffix(".safetensors").unlink(missing_ok=True)
         mark.unlink()
-    for partial in folder.glob(PARTIAL):
-        partial.unlink()
+    remove_partials(folder)

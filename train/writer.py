@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from train.claims import Claims
-from train.shards import Item, Shelf, write_shard
+from train.shards import Item, Shelf, remove_partials, write_shard
 
 PAUSE = 0.2  # seconds between looks at what another process is making
 
@@ -30,6 +30,9 @@ class Writer:
         self.items: dict[str, Item] = {}
         self.size, self.last = 0, time.monotonic()
         self.claims = Claims(shelf.folder)
+        with self.claims.everything() as alone:
+            if alone:
+                remove_partials(shelf.folder)
         self.thread = ThreadPoolExecutor(1)
         self.writing: tuple[Future[Path], list[str]] | None = None
 
