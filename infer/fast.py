@@ -186,8 +186,9 @@ def install(
     for group in (group for groups, _ in built for group in groups):
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
         shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
-        # a product that is kept has to stay as it is
-        group.frozen = group.frozen._replace(shared=shared, in_place=keep != "products")
+        # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
+        in_place = keep != "products" and memory.compiles(device)
+        group.frozen = group.frozen._replace(shared=shared, in_place=in_place)
     stream = None
     if memory.budget_gib is not None:
         stream = Stream([groups for groups, _ in built], device)
