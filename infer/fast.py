@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fused import Double, Single, double_block, modulation, single_block
-from infer.pack import packed
+from infer.pack import pack, packed_bytes, place
 from infer.quantize import Precision, kind_of
 from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack
 from infer.stream import Stream
@@ -223,8 +223,11 @@ def install(
 
 def _pack(groups: list[Group], device: torch.device) -> None:
     """A block's weights into a piece of memory of their own."""
-    for group, frozen in zip(groups, packed([group.frozen for group in groups]), strict=True):
-        group.put(frozen)
+    stacks = [group.frozen for group in groups]
+    buffer = torch.empty(packed_bytes(stacks), dtype=torch.uint8, device=stacks[0].stored.device)
+    pack(buffer, stacks)
+    del stacks
+    place(groups, buffer)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what they lay in before: else loading would take twice the memory
 

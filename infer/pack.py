@@ -5,8 +5,8 @@ before it was packed is free to the last byte, where tensors moved one by one le
 """
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from infer.stack import Stack
@@ -63,8 +63,7 @@ def pack(buffer: Tensor, stacks: list[Stack]) -> None:
             view.copy_(tensor)
 
 
-def packed(stacks: list[Stack]) -> list[Stack]:
-    """The stacks in a new buffer on their device."""
-    buffer = torch.empty(packed_bytes(stacks), dtype=torch.uint8, device=stacks[0].stored.device)
-    pack(buffer, stacks)
-    return unpacked(buffer, stacks)
+def place(groups: list[Any], buffer: Tensor) -> None:
+    """Have a block's groups (infer/fast.py) use their weights in a buffer that they are packed in."""
+    for group, frozen in zip(groups, unpacked(buffer, [group.frozen for group in groups]), strict=True):
+        group.put(frozen)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infer import allocator
-from infer.pack import pack, packed_bytes, unpacked
+from infer.pack import pack, packed_bytes, place
 from infer.stack import Stack
 
 SLOTS = 3
@@ -46,12 +46,6 @@ def _pin(stream: "Stream") -> None:
             "memory.budget_gib=null"
         )
     weakref.finalize(stream, cuda.cudaHostUnregister, stream.home.data_ptr()).atexit = False
-
-
-def _place(groups: list[Any], buffer: Tensor) -> None:
-    """Have a block's groups use their weights in a buffer that they are packed in."""
-    for group, frozen in zip(groups, unpacked(buffer, [group.frozen for group in groups]), strict=True):
-        group.put(frozen)
 
 
 def streamed_of(blocks: int, resident: int) -> list[int]:
@@ -88,7 +82,7 @@ class Stream:
             pack(buffer, [group.frozen for group in groups])
             for group in groups:
                 group.put(_moved(group.frozen, device))
-            _place(groups, buffer)  # what they lay in before is free
+            place(groups, buffer)  # what they lay in before is free
         cuda = device.type == "cuda"
         if cuda:
             _pin(self)
@@ -103,7 +97,7 @@ class Stream:
         if self.copies is not None:
             torch.cuda.synchronize(self.device)  # a slot's memory is given back while nothing is copied there
         for groups, buffer in zip(self.blocks, self.host, strict=True):
-            _place(groups, buffer)  # what they have on the device is freed first
+            place(groups, buffer)  # what they have on the device is freed first
         self.streamed = streamed_of(len(self.blocks), resident)
         self.place = {block: number for number, block in enumerate(self.streamed)}
         self.slots: list[Tensor] = []
@@ -114,7 +108,7 @@ class Stream:
         for i, groups in enumerate(self.blocks):
             streamed = i in self.place
             home = self.slots[self.place[i] % len(self.slots)] if streamed else self.host[i].to(self.device)
-            _place(groups, home)
+            place(groups, home)
 
     def release(self) -> None:
         """Have captured graphs give back their memory: what they do not do themselves takes its own within a budget."""

@@ -33,18 +33,17 @@ PARTS = ("train", "infer", "check", "plan")
 def plan_rows(seen: list[Row]) -> list[Row]:
     """The plan's largest errors over configs whose peaks were measured (bench_grid's lines)."""
     seen = [line for line in seen if "error" not in line]
+    plans = {line["name"]: footprint(job_of(line["config"])) for line in seen}
+    groups = {"configs": seen, "configs that nothing was fitted to": [line for line in seen if not line["fitted"]]}
     rows = []
     for name, key in (("allocated", "allocated_gib"), ("held by the allocator", "held_gib")):
-        for kind, some in (
-            ("configs", seen),
-            ("configs that nothing was fitted to", [x for x in seen if not x["fitted"]]),
-        ):
+        holes = key == "held_gib"
+        for kind, some in groups.items():
             errors = {}
-            for line in some:
-                taken = footprint(job_of(line["config"]))
-                planned = taken.allocated + (taken.allocator if key == "held_gib" else 0)
-                if line.get(key) is not None:
-                    errors[line["name"]] = 100 * (planned / GIB / line[key] - 1)
+            for line in (line for line in some if line.get(key) is not None):
+                taken = plans[line["name"]]
+                planned = taken.allocated + holes * taken.allocator
+                errors[line["name"]] = 100 * (planned / GIB / line[key] - 1)
             if errors:
                 worst = max(map(abs, errors.values()))
                 label = f"plan: largest error of {len(errors)} {kind}, {name}"
@@ -71,8 +70,10 @@ def measure(folder: Path, gib: float) -> None:
             print(f"{part}: {script} ended with code {code}", file=sys.stderr)
     if (folder / "grid.jsonl").is_file():
         # nothing was fitted to these: the constants stand since before
-        seen = [{**line, "name": line["variant"], "fitted": False} for line in read_lines(folder / "grid.jsonl")]
-        seen = [{**line, "held_gib": line.get("reserved_gib")} for line in seen]
+        seen = [
+            {**line, "name": line["variant"], "fitted": False, "held_gib": line.get("reserved_gib")}
+            for line in read_lines(folder / "grid.jsonl")
+        ]
         write_rows(plan_rows(seen), folder / "plan.jsonl")
 
 

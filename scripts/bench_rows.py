@@ -122,8 +122,7 @@ def run_workers(
             done = {line["variant"] for line in read_lines(out)}
             left = [name for name in group if name not in done]
             if left:
-                reason = {"error": f"the process ended with code {code}", **circumstances(torch.device("cpu"))}
-                append(out, {"variant": left[0], **reason})
+                note_lost(out, left[0], code)
                 if left[1:]:
                     waiting.insert(0, (left[1:], need))
         time.sleep(0.2)
@@ -165,8 +164,7 @@ def run_gangs(
         done = {line["variant"] for line in read_lines(out)}
         for name, process in running.items():
             if name not in done:
-                error = {"error": f"the process ended with code {process.returncode}"}
-                append(out, {"variant": name, **error, **circumstances(torch.device("cpu"))})
+                note_lost(out, name, process.returncode)
 
 
 def _run_gang(running: dict[str, "subprocess.Popen[bytes]"], folder: Path, seconds: float) -> None:
@@ -199,6 +197,12 @@ def alone(folder: Path | None) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def note_lost(out: Path, name: str, code: int) -> None:
+    """Record that the process which was to measure a variant ended without saying anything of it."""
+    error = f"the process ended with code {code}"
+    append(out, {"variant": name, "error": error, **circumstances(torch.device("cpu"))})
 
 
 def append(file: Path, line: Row) -> None:

@@ -178,7 +178,7 @@ def measure(
             optimizer.zero_grad()
             return losses.mean().item()
         # as train/loop.py does
-        told = tell(accelerator, places, variant.batch, 1, [losses], norm, False, False)
+        told = tell(accelerator, variant.batch, [losses], norm, False, False)
         ahead = isinstance(optimizer, torch.optim.AdamW)
         if ahead:
             step_if(optimizer, told.isfinite().all(), norm, 1.0)

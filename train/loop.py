@@ -185,7 +185,7 @@ def fit(
         exchange(parameters, accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         overdue = main and job.save_minutes > 0 and time.monotonic() - saved > 60 * job.save_minutes
-        told = tell(accelerator, batches, job.data.batch_size, begun, losses, norm, stop.wanted(), overdue)
+        told = tell(accelerator, job.data.batch_size, losses, norm, stop.wanted(), overdue)
         if ahead:
             step_if(optimizer, told.isfinite().all(), norm, job.optim.clip)
         update = hear(told, ranks, batches, job.data.batch_size, begun)
@@ -205,7 +205,7 @@ def fit(
         else:
             figures |= {"skipped": now.skipped + 1}
             leave_out(job, accelerator, cache, samples, transformer, own, update, now, events, folder)
-            with warnings.catch_warnings(action="ignore"):  # that no step of the optimizer's came before
+            with warnings.catch_warnings(action="ignore"):  # of an optimizer that has not stepped yet
                 schedule.step()
         optimizer.zero_grad()
         stopping, save_now = update.stop, update.save

@@ -53,14 +53,7 @@ class Update:
 
 
 def tell(
-    accelerator: Accelerator,
-    batches: list[list[Place]],
-    batch_size: int,
-    begun: int,
-    losses: list[Tensor],
-    norm: Tensor,
-    stop: bool,
-    save: bool,
+    accelerator: Accelerator, batch_size: int, losses: list[Tensor], norm: Tensor, stop: bool, save: bool
 ) -> Tensor:
     """What `hear` reads, alike on all ranks; it is finite where every loss and every rank's norm are.
 
@@ -68,8 +61,7 @@ def tell(
     `save`.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    parts = len(divide(batches, rank, ranks, batch_size, begun))
-    own = torch.zeros(ranks, parts, batch_size, dtype=torch.float64, device=accelerator.device)
+    own = torch.zeros(ranks, len(losses), batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
         own[rank, part, : len(values)] = values
     # filled there: a copy from the host would wait for all that is queued
