@@ -4,17 +4,17 @@ Parts are loaded one at a time so that T5, the autoencoder and the transformer n
 The bundled model and FLUX.1-dev differ by their path alone.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from typing import TYPE_CHECKING, Any
 
 from infer.absent import loading
+from infer.headers import check_transformer
 from infer.quantize import (
     Precision,
     check_device,
@@ -23,9 +23,12 @@ from infer.quantize import (
     multiply_plainly,
     quantization_config,
 )
-from infer.quantizing import quantizing_on
 from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
 from infer.whole import check_axes, check_stored, check_whole, check_words
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
@@ -93,6 +96,7 @@ def check_model(model: Model) -> None:
     absent = [part for part in PARTS if not (folder / part).is_dir()]
     if absent:
         raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
+    check_transformer(model.path, folder / "transformer", read_config(model, "transformer"))
 
 
 def read_config(model: Model, part: str) -> dict[str, Any]:
@@ -166,6 +170,8 @@ def _load(
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
+    from infer.quantizing import quantizing_on
+
     return quantizing_on(device, hold) if wanted else nullcontext()
 
 
@@ -183,8 +189,8 @@ def load_transformer(
     import diffusers
 
     check_device(precision, device)
-    transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
-    check_axes(model.path, transformer)
+    transformer = _load(model, "transformer", diffusers.FluxTransformer2DModel, diffusers, precision, device, hold)
+    check_axes(model.path, transformer.config)
     if not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
@@ -215,8 +221,12 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
     return parts
 
 
-def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
-    """The autoencoder, frozen."""
+def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The autoencoder, frozen; in bf16, if nothing is said."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    dtype = torch.bfloat16 if dtype is None else dtype
     if model.random:
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
@@ -234,6 +244,8 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
 
 
 def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     if model.random:
         return shape_scheduler(model.path)
     with loading(model.path, model.local is not None, "scheduler"):

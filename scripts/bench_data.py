@@ -60,7 +60,7 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     from infer.command import pick_device
     from infer.flux import Model
     from infer.quantize import Precision
-    from train.cache import build
+    from train.build import build
     from train.caption import all_texts
     from train.data import Data, read_samples
     from train.encoding import Encode
@@ -117,7 +117,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     import warnings
 
     from train.batch import Samples, make_stream
-    from train.cache import admit
+    from train.build import admit
     from train.caption import all_texts
     from train.data import Data, read_samples
     from train.index import Index, identify

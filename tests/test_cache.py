@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from infer.command import ROOT
 from infer.flux import Model
 from infer.quantize import Precision
-from train import cache as cache_module
+from train import build as build_module
 from train.bucket import View
-from train.cache import build
+from train.build import build
 from train.caption import all_texts
 from train.data import Data, Prior, read_samples
 from train.encoding import Encode
@@ -149,8 +149,8 @@ def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pyte
     def never(*args: object, **options: object) -> None:
         raise AssertionError("something is encoded")
 
-    monkeypatch.setattr(cache_module, "load_vae", never)
-    monkeypatch.setattr(cache_module, "text_encoder", never)
+    monkeypatch.setattr(build_module, "load_vae", never)
+    monkeypatch.setattr(build_module, "text_encoder", never)
     monkeypatch.setattr("train.index.decode", never)
     second = make(data, tiny)
     assert misses(second) == (0, 0) and second.counts["pictures_hits"] == second.counts["texts_hits"] == 4
