@@ -23,6 +23,7 @@ from infer.quantize import (
     multiply_plainly,
     quantization_config,
 )
+from infer.remembered import Remembered
 from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
 from infer.whole import check_axes, check_stored, check_whole, check_words
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+MEMORY = Path("runs/cache")  # what was read of local checkpoints
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
@@ -272,12 +274,13 @@ def part_folder(model: Model, part: str) -> Path:
 def fingerprint(model: Model, part: str) -> str:
     """A hash of a part's weights and config: what a cache or an adapter made with it depends on.
 
-    Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them.
+    Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them; what was read of a
+    local folder is remembered (infer/remembered.py).
     """
     if model.random:
         return shape_fingerprint(model.path, part)
     folder = part_folder(model, part)
-    digest = hashlib.sha256()
+    digest, remembered = hashlib.sha256(), Remembered(MEMORY)
     for file in sorted(folder.iterdir()):
         if file.suffix not in (".safetensors", ".json", ".model", ".txt"):
             continue
@@ -286,6 +289,6 @@ def fingerprint(model: Model, part: str) -> str:
         if len(blob) == 64 and file.is_symlink():
             digest.update(blob.encode())
             continue
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(remembered.sha256(file))
+    remembered.save()
     return digest.hexdigest()

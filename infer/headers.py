@@ -37,7 +37,7 @@ def stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a file is absent, cut off or none of safetensors.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in shards_of(folder):
         try:
             with safe_open(file, framework="numpy") as reader:
@@ -64,7 +64,7 @@ def check_transformer(path: str, folder: Path, config: dict[str, Any]) -> None:
             f"config.json of the transformer of {path} is not that of a FLUX.1 transformer ({error!r}); copy it again"
         ) from error
     stored = stored_sizes(folder)
-    wanted = {f"{name}.weight": (size,) for name, size in norms.items()}
+    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
     wanted |= {f"{name}.bias": (layer.rows,) for name, layer in layers.items()}
     weights = {f"{name}.weight": tuple(layer) for name, layer in layers.items()}
     missing = (wanted.keys() | weights.keys()) - stored.keys()

@@ -54,13 +54,13 @@ def merge(options: Merge) -> Path:
     Raises:
         ValueError: `out` is empty or exists, an adapter does not fit, or the checkpoint is quantized already.
     """
+    check_device_name(options.device)
+    check_model(options.model)
     chosen = options.adapter.all()
     if not chosen:
         raise ValueError("adapter.path is null; give the LoRA file to merge, more of them as adapter.also=[{path:b}]")
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
-    check_device_name(options.device)
-    check_model(options.model)
     device, out = pick_device(options.device), Path(options.out)
     config = read_config(options.model, "transformer")
     read = [(one, read_pairs(one.path)) for one in chosen]

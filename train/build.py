@@ -5,6 +5,7 @@ of a text its words, the T5 length, both encoders' weights and T5's precision (t
 nothing, and an edited one is never taken for the old one. Runs and processes share one folder (train/shards.py).
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from infer.encode import release, text_encoder
 from infer.flux import Model, config_number, load_vae
 from infer.quantize import Precision
+from infer.remembered import Remembered
 from train.data import Data
 from train.encode import Encode
 from train.encoding import Seen, Work, encode_masks, encode_pictures, encode_texts
@@ -29,6 +31,7 @@ from train.store import Cache
 from train.workers import Gate, work_ahead
 from train.writer import Todo, Writer
 
+RIGHT = "right"
 Gather = Callable[[list[Any]], list[Any]]
 """Waits for all ranks and gives each the lists of all, one after another: accelerate's gather_object."""
 
@@ -60,7 +63,8 @@ def build(
     (keys,) = gather([make_keys(model, precision, data.text_length, encode.tile)] if main else [])
     shift, scale = (config_number(model, "vae", name) for name in ("shift_factor", "scaling_factor"))
     cache = Cache(data, keys, shift, scale, held)
-    index = Index(folder / "index", encode.flush_seconds, encode.threads, gate, warn, main)
+    remembered = Remembered(folder)
+    index = Index(folder / "index", encode.flush_seconds, encode.threads, gate, warn, main, remembered)
     mine = range(rank, len(samples), ranks)
     with cache.timed("look"):
         known = gather(list(zip(mine, identify([samples[i] for i in mine], data, index), strict=True)))
@@ -72,14 +76,15 @@ def build(
         "masks": _first([picture.mask for picture in cache.pictures]),
         "texts": list(dict.fromkeys(texts)),
     }
-    counts, todo = {}, {}
+    counts, todo, asked = {}, {}, {}
     for kind in units:
         shelf = Shelf(folder / kind, {key for unit in units[kind] for key in cache.entries(kind, unit)}, warn)
         cache.shelves[kind] = shelf
         own = units[kind][rank::ranks]
         used = shelf.wanted if ranks == 1 else {key for unit in own for key in cache.entries(kind, unit)}
+        asked[kind] = used
         with cache.timed("check"):
-            check(shelf, used, encode, gather)
+            check(shelf, used, encode, gather, remembered)
         absent = used - shelf.found.keys()
         counts[f"{kind}_hits"], counts[f"{kind}_misses"] = len(used) - len(absent), len(absent)
         todo[kind] = [unit for unit in own if absent and not absent.isdisjoint(cache.entries(kind, unit))]
@@ -112,14 +117,18 @@ def build(
     for own_counts in gather([counts]):  # here all wait for all
         for name, count in own_counts.items():
             cache.counts[name] = cache.counts.get(name, 0) + count
-    for shelf in cache.shelves.values():
+    for kind, shelf in cache.shelves.items():
         shelf.refresh()
         if shelf.wanted - shelf.found.keys():
             raise ValueError(
                 f"{shelf.folder} lacks what another rank has encoded, or it was removed meanwhile; "
                 "set data.cache to one folder that all ranks share, and start again"
             )
+        if encode.verify:  # what was there has been compared, and the rest written just now
+            for file, own_keys in shelf.by_shard(asked[kind]).items():
+                remembered.value(file, _compared(own_keys), lambda: RIGHT)
         shelf.wanted = set()
+    remembered.save()
     cache.truncated = gather(cut_texts(cache, units["texts"][rank::ranks]))
     return cache
 
@@ -157,13 +166,19 @@ def admit(cache: Cache, samples: list[Sample], known: dict[int, Picture | Fault]
         raise ValueError(f"none of {len(samples)} samples can be used: {said}")
 
 
-def check(shelf: Shelf, used: Collection[str], encode: Encode, gather: Gather) -> None:
-    """Find what is there, compared with its checksums if encode.verify; a shard that any rank finds damaged counts for
-    all as absent."""
+def check(shelf: Shelf, used: Collection[str], encode: Encode, gather: Gather, remembered: Remembered) -> None:
+    """Find what is there, compared with its checksums if encode.verify, unless it was before and its file is as it was;
+    a shard that any rank finds damaged counts for all as absent."""
 
     def compare(group: tuple[Path, list[str]]) -> DamagedError | None:
+        file, keys = group
+
+        def find() -> str:
+            verify(file, set(keys))
+            return RIGHT
+
         try:
-            verify(group[0], set(group[1]))
+            remembered.value(file, _compared(keys), find)
         except DamagedError as damage:
             return damage
         return None
@@ -175,9 +190,15 @@ def check(shelf: Shelf, used: Collection[str], encode: Encode, gather: Gather) -
             if damage:
                 shelf.distrust(damage)
                 damaged.append(str(damage.file))
+        remembered.save()
         if not gather(damaged):
             return
         shelf.forget()
+
+
+def _compared(keys: Collection[str]) -> str:
+    """What is remembered of a shard whose items of these keys were compared with their checksums."""
+    return f"checksums of {hashlib.sha256(''.join(sorted(keys)).encode()).hexdigest()}"
 
 
 def cut_texts(cache: Cache, texts: list[str]) -> list[str]:

@@ -18,9 +18,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.command import check_device_name, pick_device, run_command
-from infer.flux import Model, check_model
+from infer.flux import MEMORY, Model, check_model
 from infer.quantize import Precision
 from infer.quiet import ready
+from infer.remembered import forget
 from train.data import Data, check_left, read_samples
 from train.encode import Encode
 
@@ -40,6 +41,8 @@ class Fill:
     """Further texts: the prompts of the run's previews."""
     prune: bool = False
     """Remove what this config does not use, while nobody else uses the cache."""
+    recheck: bool = False
+    """Read all weights, pictures and encodings again, though their files are as they were when they were last read."""
     device: str = "auto"
 
 
@@ -60,6 +63,9 @@ def fill(options: Fill) -> dict[str, int]:
     check_device_name(options.device)
     check_model(options.model)
     data = options.data
+    if options.recheck:
+        for folder in (MEMORY, Path(data.cache)):
+            forget(folder)
     samples, skipped = read_samples(data)
     check_left(data, samples, skipped)
     ready()

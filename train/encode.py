@@ -30,8 +30,8 @@ class Encode:
     flush_seconds: float = 30.0
     """or after this long: what a killed process has to encode again."""
     verify: bool = True
-    """Compare the checksums of all that the run uses before it starts, so that what is damaged is encoded again. False
-    starts sooner, and damage stops the run when it is met."""
+    """Compare the checksums of all that the run uses before it starts, of each file once and again when it has changed,
+    so that what is damaged is encoded again. False leaves that out, and damage stops the run when it is met."""
 
     def __post_init__(self) -> None:
         if self.batch_pixels is not None and self.batch_pixels < 1:
