@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from infer.errors import is_ours
 
 
@@ -25,12 +23,12 @@ def loading(path: str, local: bool, part: str) -> Iterator[None]:
             f"the Hub has no model {path!r} (or it is private): check the name, log in with `hf auth login`, "
             "or set model.path to a local folder"
         ) from error
-    except (MemoryError, torch.OutOfMemoryError):
+    except MemoryError:
         raise
     except Exception as error:
         # both libraries raise OSError for absent files, broken files, and for a Hub that cannot be reached; for what
         # else is wrong in a file whatever its parser raises
-        if is_ours(error):
+        if is_ours(error) or type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does without
             raise
         if "gated" in str(error):
             mend = "accept its licence on its Hub page, then log in with `hf auth login`"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,69 +15,17 @@ from infer.attached import save_adapter as save_adapter
 from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
-from infer.flux import Model, fingerprint
+from infer.flux import Model, fingerprint, read_config
 from infer.formats import FILE as FILE
-from infer.formats import Pairs, read_pairs
+from infer.formats import Pairs, check_fit, read_pairs
 from infer.formats import find_adapter as find_adapter
 from infer.formats import read_notes as read_notes
 from infer.formats_write import lora_config
+from infer.layers import Linear, linear_shapes
+from infer.lora import INITS, RECOVERY, Adapter
 from infer.quantize import Precision
 from infer.residual import settled
-from infer.targets import PRESETS, base_layers, match_targets
-
-RECOVERY = "recovery"
-"""The name of the adapter that gives back what quantization took; it stays on beside every other."""
-INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "residual": True, "loftq": True}
-FROM_ERROR = ("residual", "loftq")
-
-
-@dataclass
-class Adapter:
-    """A LoRA adapter (Hu et al. 2021) to train."""
-
-    rank: int = 16
-    alpha: float = 16.0
-    """Strength: the update is alpha / rank x B A."""
-    dropout: float = 0.0
-    rslora: bool = False
-    """Strength alpha / sqrt(rank) (Kalajdzievski 2023), so that high ranks learn as fast."""
-    dora: bool = False
-    """Learn each weight column's magnitude apart from its direction (Liu et al. 2024); slower."""
-    init: str = "default"
-    """default (Kaiming-uniform A, zero B), gaussian (normal A, zero B) or orthogonal; or from the quantization error
-    (infer/residual.py): residual (its best approximation of this rank) or loftq (quantized again around it)."""
-    targets: str = "attention"
-    """A preset (attention, attention+mlp, double, single, all) or a regular expression over whole layer names."""
-    start: str | None = None
-    """A LoRA file of any program to go on from; null starts anew. Of a higher rank or more layers, the rest is new."""
-    recovery: str | None = None
-    """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")
-        if not self.alpha > 0:
-            raise ValueError(f"adapter.alpha is {self.alpha}; it must be above 0 (alpha = rank is strength 1)")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.init not in INITS:
-            raise ValueError(f"adapter.init is {self.init!r}; choose one of {', '.join(INITS)}")
-        if self.init == "orthogonal" and self.rank % 2:
-            raise ValueError(f"adapter.rank is {self.rank}; orthogonal initialisation needs an even rank")
-        if self.init != "default" and self.start is not None:
-            raise ValueError(f"adapter.init is {self.init} and adapter.start is given; choose one of them")
-        if self.init in FROM_ERROR and (self.dora or self.recovery is not None):
-            other = "adapter.dora" if self.dora else "adapter.recovery"
-            raise ValueError(
-                f"adapter.init={self.init} is not made for {other}; set adapter.init=default, or leave it out"
-            )
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(
-                f"adapter.targets {self.targets!r} is neither a preset ({', '.join(PRESETS)}) nor a regular "
-                f"expression: {error}"
-            ) from error
+from infer.targets import base_layers, match_targets
 
 
 def attach(
@@ -90,7 +38,7 @@ def attach(
     Raises:
         ValueError: the targets match nothing, or what is to be started from does not fit.
     """
-    targets = match_targets(transformer, adapter.targets)
+    targets = match_targets(base_layers(transformer), adapter.targets)
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=adapter.rank,
@@ -120,17 +68,21 @@ def attach(
     return parameters
 
 
-def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str) -> None:
-    """Have a new adapter begin as the one in the file `adapter.start`.
+def shapes_of(transformer: nn.Module) -> dict[str, Linear]:
+    """The sizes of the model's own linear layers."""
+    return {name: Linear(layer.out_features, layer.in_features) for name, layer in base_layers(transformer).items()}
+
+
+def read_start(adapter: Adapter, layers: Mapping[str, Linear]) -> Pairs:
+    """What the adapter in the file `adapter.start` holds. layers: the transformer's.
 
     Raises:
-        ValueError: it has layers, ranks or a kind that the new one has not.
+        ValueError: it cannot be read, or has layers, ranks or a kind that the new one has not.
     """
     assert adapter.start is not None
     pairs = read_pairs(adapter.start)
-    check_fit(pairs, transformer, adapter.start)
-    own = strengths(transformer, name)
-    lost = sorted(pairs.keys() - own.keys())
+    check_fit(pairs, layers, adapter.start)
+    lost = sorted(pairs.keys() - set(match_targets(layers, adapter.targets)))
     if lost:
         raise ValueError(
             f"adapter.start {adapter.start} adapts {len(lost)} layers that adapter.targets={adapter.targets} does not "
@@ -143,36 +95,23 @@ def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str)
         raise ValueError(
             f"adapter.start {adapter.start} is {'LoRA' if adapter.dora else 'DoRA'}; set adapter.dora to it"
         )
-    for layer, pair in pairs.items():
+    return pairs
+
+
+def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str) -> None:
+    """Have a new adapter begin as the one in the file `adapter.start`.
+
+    Raises:
+        ValueError: as `read_start`.
+    """
+    own = strengths(transformer, name)
+    for layer, pair in read_start(adapter, shapes_of(transformer)).items():
         module: Any = transformer.get_submodule(layer)
         rank = pair.down.shape[0]
         module.lora_A[name].weight.data[:rank] = pair.down
         module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / own[layer])
         if pair.magnitude is not None:
             module.lora_magnitude_vector[name].weight.data.copy_(pair.magnitude)
-
-
-def check_fit(pairs: Pairs, transformer: nn.Module, path: str) -> None:
-    """Compare pairs with the layers that they are for.
-
-    Raises:
-        ValueError: a layer is unknown to the transformer, or has other features.
-    """
-    layers = base_layers(transformer)
-    unknown = [layer for layer in pairs if layer not in layers]
-    if unknown:
-        raise ValueError(
-            f"{path} does not fit this model: {len(unknown)} of {len(pairs)} layers are unknown to it "
-            f"({unknown[0]}, ...); choose the adapter's own base model"
-        )
-    for name, pair in pairs.items():
-        wide, narrow = pair.up.shape[0], pair.down.shape[1]
-        layer = layers[name]
-        if (wide, narrow) != (layer.out_features, layer.in_features):
-            raise ValueError(
-                f"{path} does not fit this model at {name}: it maps {narrow} to {wide} features where the layer maps "
-                f"{layer.in_features} to {layer.out_features}; choose the adapter's own base model"
-            )
 
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
@@ -201,18 +140,32 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str, mode
     if name in getattr(transformer, "peft_config", {}):
         raise ValueError(f"there is an adapter {name!r} already; give this one another name")
     pairs = read_pairs(path)
-    check_fit(pairs, transformer, path)
+    check_fit(pairs, shapes_of(transformer), path)
     put_pairs(transformer, settled(transformer, path, pairs, model), name)
     if RECOVERY in transformer.peft_config and name != RECOVERY:
         set_adapters(transformer, {name: 1.0})
     return len(pairs)
 
 
-def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, precision: Precision) -> int:
-    """Load a recovery adapter, to stay on beside every other; returns its layers.
+def check_adapter(adapter: Adapter, model: Model, precision: Precision) -> None:
+    """Read the files that an adapter is to be trained from or beside, before anything is encoded or loaded.
 
     Raises:
-        ValueError: it is none, or was made for another checkpoint or another rounding.
+        ValueError: one cannot be read, or does not fit the model.
+    """
+    layers = linear_shapes(read_config(model, "transformer"))
+    match_targets(layers, adapter.targets)
+    if adapter.start is not None:
+        read_start(adapter, layers)
+    if adapter.recovery is not None:
+        check_recovery(adapter.recovery, model, precision)
+        check_fit(read_pairs(adapter.recovery), layers, adapter.recovery)
+
+
+def check_recovery(path: str, model: Model, precision: Precision) -> None:
+    """
+    Raises:
+        ValueError: it is no recovery adapter, or was made for another checkpoint or another rounding.
     """
     made = read_notes(find_adapter(path)).get("recovers")
     if made is None:
@@ -222,6 +175,15 @@ def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, 
         if made[key] != value:
             said = "another checkpoint" if key == "base" else f"{key}={made[key]}, not {value}"
             raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
+
+
+def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, precision: Precision) -> int:
+    """Load a recovery adapter, to stay on beside every other; returns its layers.
+
+    Raises:
+        ValueError: as `check_recovery`, or it does not fit this transformer.
+    """
+    check_recovery(path, model, precision)
     return load_adapter(transformer, path, RECOVERY)
 
 

@@ -174,3 +174,9 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:.{next(digits for digits, above in enumerate((1000, 100, 10, 0.1, 0)) if abs(value) >= above)}f}"
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Titles and cells as a table in Markdown, the first two columns of text."""
+    rule = ["---", "---"] + ["---:"] * (len(lines[0]) - 2)
+    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], rule, *lines[1:]))

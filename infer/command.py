@@ -3,24 +3,28 @@
 The exit codes are those of infer/errors.py; a config is checked before any model is loaded.
 """
 
+from __future__ import annotations
+
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from infer.allocator import prepare
 from infer.credentials import check_values
 from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
 from infer.setting import REFUSED, check_settings, explain
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
 T = TypeVar("T")
@@ -30,7 +34,6 @@ OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema`, and do the work."""
-    prepare()
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -94,18 +97,27 @@ def _folder(options: Any) -> Path | None:
         return None
 
 
+def check_device_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: it names no kind of device that is used here.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device is {name!r}; choose auto, cuda or cpu")
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`, `cuda`, `cuda:1` or `cpu` -> device.
 
     Raises:
         ValueError: there is no such device here.
     """
+    check_device_name(name)
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; choose auto, cuda or cpu") from error
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}, but torch sees no CUDA device here; set device=cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -12,9 +12,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
-
-    quieten()
 
 from infer.command import run_command
 from infer.formats import FILE, find_adapter, read_notes, read_pairs

@@ -4,7 +4,6 @@ What the backward pass needs is computed again, block by block, except for what 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +14,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fused import Double, Single, double_block, modulation, single_block
+from infer.memory import NEEDS_FUSED, Memory
 from infer.pack import pack, packed_bytes, place
 from infer.quantize import Precision, kind_of
 from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack
 from infer.stream import Stream
 
 BACKEND = "inductor"
-KEEP = ("nothing", "attention", "products", "everything")
-NEEDS_FUSED = ("compile", "graph", "budget_gib")
 
 aten = torch.ops.aten
 ATTENTION = [
@@ -61,45 +59,6 @@ def _double(keep: str, block: Double, txt: Tensor, img: Tensor, temb: Tensor, co
 
 def _single(keep: str, block: Single, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
     return _again(keep, single_block, block, txt, img, modulation(functional.silu(temb), block.mod), cos, sin)
-
-
-@dataclass
-class Memory:
-    """How time is traded for memory: what a block keeps for its backward pass, and where its weights are."""
-
-    keep: str = "attention"
-    """What a block keeps for its backward pass: nothing (all is computed again from its input), attention (all but the
-    attention is), products (all but the matrix products is) or everything."""
-    fused: bool = True
-    """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
-    compile: bool | None = None
-    """torch.compile the blocks; null does so on CUDA."""
-    graph: bool | None = None
-    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
-    budget_gib: float | None = None
-    """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
-    are copied when their turn comes. null keeps all on the device."""
-
-    def __post_init__(self) -> None:
-        if self.keep not in KEEP:
-            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
-        if not self.fused:
-            if self.keep not in ("nothing", "everything"):
-                raise ValueError(
-                    f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
-                )
-            asked = [name for name in NEEDS_FUSED if getattr(self, name)]
-            if asked:
-                raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
-        if self.budget_gib is not None and not self.budget_gib > 0:
-            raise ValueError(f"memory.budget_gib is {self.budget_gib}; it must be above 0, or null for no bound")
-
-    def compiles(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.compile is None else self.compile
-
-    def graphs(self, device: torch.device) -> bool:
-        """Whether sampling is captured."""
-        return self.fused and device.type == "cuda" and self.graph is not False
 
 
 class Group:

@@ -4,18 +4,17 @@ Parts are loaded one at a time so that T5, the autoencoder and the transformer n
 The bundled model and FLUX.1-dev differ by their path alone.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from typing import TYPE_CHECKING, Any
 
 from infer.absent import loading
-from infer.compute import compute_dtype, compute_in
+from infer.headers import check_transformer
 from infer.quantize import (
     Precision,
     check_device,
@@ -24,10 +23,15 @@ from infer.quantize import (
     multiply_plainly,
     quantization_config,
 )
-from infer.quantizing import quantizing_on
+from infer.remembered import Remembered
 from infer.shapes import SHAPES, random_part, shape_config, shape_fingerprint, shape_scheduler, shape_tokenizer
 from infer.whole import check_axes, check_stored, check_whole, check_words
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+MEMORY = Path("runs/cache")  # what was read of local checkpoints
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
@@ -94,6 +98,7 @@ def check_model(model: Model) -> None:
     absent = [part for part in PARTS if not (folder / part).is_dir()]
     if absent:
         raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
+    check_transformer(model.path, folder / "transformer", read_config(model, "transformer"))
 
 
 def read_config(model: Model, part: str) -> dict[str, Any]:
@@ -167,10 +172,14 @@ def _load(
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
+    from infer.quantizing import quantizing_on
+
     return quantizing_on(device, hold) if wanted else nullcontext()
 
 
 def _checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
+    from infer.compute import compute_dtype, compute_in
+
     # T5 keeps these in the compute dtype itself: they overflow fp16 (transformers, _keep_in_fp32_modules)
     check_quantized(loaded, precision, tuple(getattr(loaded, "_keep_in_fp32_modules", None) or ()))
     keep_layout(loaded)
@@ -185,8 +194,8 @@ def load_transformer(
     import diffusers
 
     check_device(precision, device)
-    transformer = _load(model, "transformer", FluxTransformer2DModel, diffusers, precision, device, hold)
-    check_axes(model.path, transformer)
+    transformer = _load(model, "transformer", diffusers.FluxTransformer2DModel, diffusers, precision, device, hold)
+    check_axes(model.path, transformer.config)
     if not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
@@ -217,8 +226,14 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
     return parts
 
 
-def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
-    """The autoencoder, frozen."""
+def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The autoencoder, frozen; in bf16, if nothing is said."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from infer.compute import compute_dtype, compute_in
+
+    dtype = torch.bfloat16 if dtype is None else dtype
     if model.random:
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         vae = random_part(model.path, "vae", Precision(kind), device)
@@ -239,6 +254,8 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
 
 
 def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     if model.random:
         return shape_scheduler(model.path)
     with loading(model.path, model.local is not None, "scheduler"):
@@ -265,12 +282,13 @@ def part_folder(model: Model, part: str) -> Path:
 def fingerprint(model: Model, part: str) -> str:
     """A hash of a part's weights and config: what a cache or an adapter made with it depends on.
 
-    Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them.
+    Weights downloaded from the Hub are stored under their own SHA-256, which saves reading them; what was read of a
+    local folder is remembered (infer/remembered.py).
     """
     if model.random:
         return shape_fingerprint(model.path, part)
     folder = part_folder(model, part)
-    digest = hashlib.sha256()
+    digest, remembered = hashlib.sha256(), Remembered(MEMORY)
     for file in sorted(folder.iterdir()):
         if file.suffix not in (".safetensors", ".json", ".model", ".txt"):
             continue
@@ -279,6 +297,6 @@ def fingerprint(model: Model, part: str) -> str:
         if len(blob) == 64 and file.is_symlink():
             digest.update(blob.encode())
             continue
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(remembered.sha256(file))
+    remembered.save()
     return digest.hexdigest()

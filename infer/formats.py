@@ -4,15 +4,21 @@ What a file holds is, for each layer, a pair A and B and a strength: the layer b
 in the layers' names (infer/names.py), in what they fuse, and in where the strength stands.
 """
 
+from __future__ import annotations
+
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from infer.layers import Linear
 from infer.names import halves_swapped, layers_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -72,7 +78,7 @@ def read_notes(file: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or its notes are no JSON object.
     """
     try:
-        with safe_open(file, framework="pt") as reader:
+        with safe_open(file, framework="numpy") as reader:  # "pt" would import torch
             notes = json.loads((reader.metadata() or {}).get("flux_lora", "{}"))
         if not isinstance(notes, dict):
             raise ValueError(f"its notes are {notes!r}")
@@ -139,6 +145,28 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
+
+
+def check_fit(pairs: Pairs, layers: Mapping[str, Linear], path: str) -> None:
+    """Compare pairs with the layers that they are for.
+
+    Raises:
+        ValueError: a layer is unknown to the transformer, or has other features.
+    """
+    unknown = [layer for layer in pairs if layer not in layers]
+    if unknown:
+        raise ValueError(
+            f"{path} does not fit this model: {len(unknown)} of {len(pairs)} layers are unknown to it "
+            f"({unknown[0]}, ...); choose the adapter's own base model"
+        )
+    for name, pair in pairs.items():
+        wide, narrow = pair.up.shape[0], pair.down.shape[1]
+        layer = layers[name]
+        if (wide, narrow) != layer:
+            raise ValueError(
+                f"{path} does not fit this model at {name}: it maps {narrow} to {wide} features where the layer maps "
+                f"{layer.columns} to {layer.rows}; choose the adapter's own base model"
+            )
 
 
 def _object(file: Path, text: str) -> dict[str, Any]:

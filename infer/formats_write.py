@@ -4,27 +4,30 @@ diffusers' and PEFT's files name its layers; kohya's and ComfyUI's name Black Fo
 and v with an A each, B is block-diagonal and the rank the sum of theirs.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter
 from functools import reduce
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft import LoraConfig
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from infer.atomic import replace_file
 from infer.formats import PEFT_FILE, Pairs
 from infer.names import MLP_RATIO, halves_swapped, original_name
-from infer.tensors import packed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 
 
 def lora_config(pairs: Pairs) -> LoraConfig:
     """PEFT's configuration of pairs: every layer by its whole name, with its own rank and alpha."""
+    from peft import LoraConfig
+
     ranks = {layer: pair.down.shape[0] for layer, pair in pairs.items()}
     alphas = {layer: pair.strength * pair.down.shape[0] for layer, pair in pairs.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -41,6 +44,8 @@ def lora_config(pairs: Pairs) -> LoraConfig:
 
 def scaled(up: Tensor, strength: float) -> Tensor:
     """B with the strength in it, in its own dtype if nothing is lost, else in fp32."""
+    import torch
+
     exact = up.float() * strength
     low = exact.to(up.dtype)
     return low if torch.equal(low.float(), exact) else exact
@@ -52,6 +57,10 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
     Raises:
         ValueError: the format is unknown, or cannot hold these pairs.
     """
+    import torch
+
+    from infer.tensors import packed
+
     if form not in FORMATS:
         raise ValueError(f"to is {form!r}; choose one of {', '.join(FORMATS)}")
     header = {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
@@ -84,6 +93,8 @@ def _named(pairs: Pairs, prefix: str, baked: bool) -> dict[str, Tensor]:
 
 def _fused(pairs: Pairs, form: str) -> dict[str, Tensor]:
     """Black Forest Labs' layers under kohya's or ComfyUI's keys, with alpha keys."""
+    import torch
+
     if any(pair.magnitude is not None for pair in pairs.values()):
         raise ValueError(f"{form} files hold no DoRA of FLUX.1's fused layers; use to=diffusers or peft, or merge it")
     groups = dict(original_name(layer) for layer in pairs)
@@ -101,6 +112,8 @@ def _fused(pairs: Pairs, form: str) -> dict[str, Tensor]:
 
 def _joined(pairs: Pairs, layers: tuple[str, ...]) -> tuple[Tensor, Tensor, float]:
     """A, B and strength of the one layer that holds these; where their A differ, B is block-diagonal."""
+    import torch
+
     there = [pairs[layer] for layer in layers if layer in pairs]
     if len(layers) == 1:
         return there[0][:3]

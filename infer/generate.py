@@ -1,14 +1,16 @@
 """(prompt, seed) -> picture. The noise of a seed is the same for every precision, dtype and adapter."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from torch import Tensor
 
-from infer.compute import compute_dtype_of
-from infer.encode import FACTOR, Text, pack
-from infer.graph import Sampler
+    from infer.encode import Text
 
 
 @dataclass
@@ -38,6 +40,10 @@ class Sampling:
 
 def noise(seed: int, height: int, width: int, channels: int) -> Tensor:
     """Packed noise [1, tokens, channels * 4] of a picture of height x width pixels, drawn in fp32 on the CPU."""
+    import torch
+
+    from infer.encode import FACTOR, pack
+
     generator = torch.Generator().manual_seed(seed)
     return pack(torch.randn((1, channels, height // FACTOR, width // FACTOR), generator=generator))
 
@@ -52,6 +58,12 @@ def draw(
     device: torch.device,
 ) -> Tensor:
     """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels."""
+    import torch
+    from diffusers import FluxPipeline
+
+    from infer.compute import compute_dtype_of
+    from infer.graph import Sampler
+
     pipeline = FluxPipeline(
         scheduler=scheduler,
         transformer=transformer,

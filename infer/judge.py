@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from infer.encode import release
+from infer.judges import Score
 from infer.likeness import score_likeness
 from infer.networks import TRAINING, Networks, clip_score, load_networks
-from infer.scores import Key, Row, Score, score_pairs, score_prompts
+from infer.scores import Key, Row, score_pairs, score_prompts
 from infer.summary import summarise
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.bootstrap import Interval
+from infer.judges import list_pictures
 from infer.networks import Embed, Loaded
 from infer.scores import Row, open_picture
-from infer.sets import gaussian, list_pictures, nearest, nearest_cosine, polynomial, squared_distance, thumbnail
+from infer.sets import gaussian, nearest, nearest_cosine, polynomial, squared_distance, thumbnail
 
 CHUNK = 64  # pictures decoded at once
 

@@ -9,43 +9,25 @@ rounds twice, and an update smaller than half a step is lost there: that is refu
 `out` gets merge.md and merge.json, which say for each layer how much of the update is left; with prompts, pictures too.
 """
 
-import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
 
-    quieten()
-
-from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
-
-from infer.adapters import check_fit
 from infer.atomic import sync_folder, sync_tree
-from infer.command import pick_device, run_command
+from infer.command import check_device_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
-from infer.formats import Pair, read_pairs
+from infer.formats import check_fit, read_pairs
 from infer.generate import Sampling
-from infer.merge_report import Kept, compare_pictures, kept_of, report, straight_loss
-from infer.originals import Originals
-from infer.quantize import Precision, linear_layers, quantization_config
-from infer.requantize import quantized_layer
-from infer.residual import settled
+from infer.layers import linear_shapes
+from infer.quantize import Precision
+from infer.quiet import ready
 from infer.save import save_beside
 from infer.several import Trained
-
-Part = tuple[Pair, float]  # an adapter's pair and the weight it is on with
 
 
 @dataclass
@@ -66,84 +48,42 @@ class Merge:
     device: str = "auto"
 
 
-def merged(weight: Tensor, parts: list[Part]) -> Tensor:
-    """W [out, in] in fp32 with the updates in it."""
-    for pair, amount in parts:
-        update = pair.strength * (pair.up.float() @ pair.down.float())
-        if pair.magnitude is not None:
-            whole = weight + update
-            update = whole * (pair.magnitude.float() / whole.norm(dim=1))[:, None] - weight
-        weight = weight + amount * update
-    return weight
-
-
-def write_transformer(options: Merge, originals: Originals, parts: dict[str, list[Part]], folder: Path,
-                      device: torch.device) -> list[Kept]:  # fmt: skip
-    """The merged transformer, one shard in memory at a time; returns what is left of each layer's update."""
-    import diffusers
-
-    config = read_config(options.model, "transformer")
-    with init_empty_weights():
-        layers = linear_layers(FluxTransformer2DModel.from_config(config))
-    precision, kept = options.precision, []
-    index: dict[str, str] = {}
-    skipped = [f".{name}." for name in precision.skip_modules]
-    folder.mkdir()
-    bar = tqdm(total=sum(map(len, originals.shards.values())), unit="tensor", desc="merging")
-    for file, names in originals.shards.items():
-        shard: dict[str, Tensor] = {}
-        for name in names:
-            value, layer = originals.tensors[name], name.removesuffix(".weight")
-            own = parts.get(layer, []) if name.endswith(".weight") else []
-            linear = layer in layers and name.endswith(".weight")
-            quantize = linear and precision.quantized and not any(skip in f".{layer}." for skip in skipped)
-            exact = merged(value.float(), own) if own else value
-            if own:
-                kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
-            if quantize:
-                state = quantized_layer(exact, precision, device).state_dict(prefix=f"{layer}.")
-                shard |= {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-            else:
-                shard[name] = exact.to(precision.dtype)
-            bar.update()
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    bar.close()
-    if precision.quantized:
-        made: Any = quantization_config(precision, diffusers)
-        config |= {"quantization_config": made.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    if len(originals.shards) > 1:
-        total = sum((folder / file).stat().st_size for file in originals.shards)
-        body = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
-    return kept
-
-
 def merge(options: Merge) -> Path:
     """Write the folder, whole or not at all.
 
     Raises:
         ValueError: `out` is empty or exists, an adapter does not fit, or the checkpoint is quantized already.
     """
+    check_device_name(options.device)
+    check_model(options.model)
     chosen = options.adapter.all()
     if not chosen:
         raise ValueError("adapter.path is null; give the LoRA file to merge, more of them as adapter.also=[{path:b}]")
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
-    check_model(options.model)
     device, out = pick_device(options.device), Path(options.out)
+    config = read_config(options.model, "transformer")
+    read = [(one, read_pairs(one.path)) for one in chosen]
+    for one, pairs in read:
+        check_fit(pairs, linear_shapes(config), one.path)
+    ready()
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+
+    from infer.merge_report import compare_pictures, report, straight_loss
+    from infer.merging import Part, write_transformer
+    from infer.originals import Originals
+    from infer.residual import settled
+
     with init_empty_weights():
-        empty = FluxTransformer2DModel.from_config(read_config(options.model, "transformer"))
+        empty = FluxTransformer2DModel.from_config(config)
     parts: dict[str, list[Part]] = {}
-    for one in chosen:
-        pairs = read_pairs(one.path)
-        check_fit(pairs, empty, one.path)
+    for one, pairs in read:
         for layer, pair in settled(empty, one.path, pairs, None).items():
             parts.setdefault(layer, []).append((pair, one.weight))
     if any(len(own) > 1 and any(pair.magnitude is not None for pair, _ in own) for own in parts.values()):
         raise ValueError("DoRA is merged alone: its magnitude says nothing of a sum with another adapter")
-    if "quantization_config" in read_config(options.model, "transformer"):
+    if "quantization_config" in config:
         loss = straight_loss(load_transformer(options.model, options.precision, device), parts, options.precision)
         raise ValueError(
             f"{options.model.path} is quantized already: merged straight into it, {100 * loss:.0f} % of the update "

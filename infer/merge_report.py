@@ -59,7 +59,7 @@ def kept_of(
 
 def straight_loss(transformer: FluxTransformer2DModel, parts: dict[str, Any], precision: Precision) -> float:
     """The share of the update that merging straight into quantized weights loses, the mean over at most 16 layers."""
-    from infer.merge import merged
+    from infer.merging import merged
 
     layers, lost = base_layers(transformer), []
     for name in list(parts)[:16]:

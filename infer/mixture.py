@@ -4,13 +4,16 @@ All begin as NF4; then the step that takes the most squared error away for each 
 again, while it fits. Errors of different layers are taken to be independent: their squares add up.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from infer.quantize import weight_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LADDER = ("nf4", "int8", "bf16")
 

@@ -7,7 +7,6 @@ under the published weights that torchmetrics brings.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from infer.judges import Networks, check_paths
 from infer.scores import to_pixels
 
-GIVES = {
-    "clip": ("clip_t", "clip_i", "cmmd"),
-    "dino": ("dino", "kid", "nearest_dino"),
-    "lpips": ("lpips",),
-    "image_reward": ("image_reward",),
-}
 TRAINING = ("dino", "nearest_dino", "kid", "clip_i", "cmmd")  # scores that need the training pictures too
 Embed = Callable[[list[Image.Image]], Tensor]
 BATCH = 16
-
-
-@dataclass
-class Networks:
-    """Where the networks are; null leaves one out, and the report says so."""
-
-    clip: str | None = None
-    """A CLIPModel with its processor (CLIP-T, CLIP-I, CMMD): a folder or a Hub id."""
-    dino: str | None = None
-    """A vision model of transformers with its image processor, such as DINOv2 (DINO, KID): a folder or a Hub id."""
-    lpips: str | None = None
-    """AlexNet as torchvision saves it (alexnet-owt-7be5be79.pth, or the same as .safetensors): a file."""
-    image_reward: str | None = None
-    """ImageReward's name or checkpoint file; needs its package (`pip install image-reward`)."""
-
-    def absent(self) -> dict[str, str]:
-        """Every score that no network is there for, and which one it needs."""
-        return {
-            score: f"networks.{name} is null"
-            for name, scores in GIVES.items()
-            if getattr(self, name) is None
-            for score in scores
-        }
 
 
 @dataclass
@@ -69,6 +40,7 @@ def check_networks(networks: Networks) -> None:
     Raises:
         ValueError: it is not there, or another network.
     """
+    check_paths(networks)
     for name, wanted in (("clip", "a CLIP model"), ("dino", "a vision model")):
         path = getattr(networks, name)
         if path is None:
@@ -79,11 +51,6 @@ def check_networks(networks: Networks) -> None:
             raise ValueError(f"networks.{name} {path} is of type {kind}, not {wanted}; name another, or set it to null")
     if networks.lpips is not None:
         _alexnet(networks.lpips)
-    if networks.image_reward is not None and find_spec("ImageReward") is None:
-        raise ValueError(
-            f"networks.image_reward is {networks.image_reward!r}, but its package is not here; "
-            "`pip install image-reward`, or set it to null"
-        )
 
 
 def load_networks(networks: Networks, device: torch.device) -> Loaded:
@@ -108,11 +75,6 @@ def clip_score(embed: Embed, text: Callable[[list[str]], Tensor], picture: Image
 def _read(name: str, path: str, cls: str, **options: Any) -> Any:
     import transformers
 
-    if (path.startswith((".", "/", "~")) or path.count("/") != 1) and not Path(path).is_dir():
-        raise ValueError(
-            f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); check the spelling, "
-            "or set it to null to go without"
-        )
     try:
         return getattr(transformers, cls).from_pretrained(path, **options)
     except (OSError, ValueError) as error:  # what transformers raises for absent and for broken files
@@ -166,8 +128,6 @@ def _alexnet(path: str) -> nn.Sequential:
         nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
     )  # fmt: skip
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"networks.lpips is {path!r}, and there is no such file; give AlexNet's, or set it to null")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

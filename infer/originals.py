@@ -11,8 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.flux import Model, part_folder, read_config
-
-SINGLE = "diffusion_pytorch_model.safetensors"
+from infer.headers import SINGLE
 
 
 class Originals:

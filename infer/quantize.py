@@ -4,18 +4,22 @@ The libraries do the work, through `from_pretrained(quantization_config=...)`; t
 lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards that what was asked for happened.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
 QUANTIZED = ("int8", "fp4", "nf4")
 MIXED = ("bf16", *QUANTIZED)  # what layers of one transformer may be beside each other
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 
 
 @dataclass
@@ -87,9 +91,17 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """Of everything that is not quantized, and of the 4-bit products."""
-        return DTYPES[self.compute_dtype if self.quantized else self.kind]
+        import torch
 
-    def for_t5(self) -> "Precision":
+        dtype: torch.dtype = getattr(torch, DTYPES[self.compute_dtype if self.quantized else self.kind])
+        return dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value of `dtype`."""
+        return 4 if (self.compute_dtype if self.quantized else self.kind) == "fp32" else 2
+
+    def for_t5(self) -> Precision:
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
         kind = self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
         return Precision(kind, self.compute_dtype, self.double_quant, outlier_threshold=self.outlier_threshold)
@@ -115,6 +127,8 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
             llm_int8_skip_modules=list(precision.skip_modules),
             llm_int8_has_fp16_weight=False,
         )
+    import torch
+
     return library.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=precision.kind,
@@ -131,6 +145,8 @@ def check_device(precision: Precision, device: torch.device) -> None:
     Raises:
         ValueError: it has none.
     """
+    import torch
+
     if device.type != "cuda" or precision.dtype != torch.bfloat16:
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -142,18 +158,35 @@ def check_device(precision: Precision, device: torch.device) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name, quantized ones included (they are subclasses)."""
+    from torch import nn
+
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def kind_of(layer: nn.Module) -> str | None:
     """`int8`, `fp4` or `nf4` for a quantized layer, else None."""
     import bitsandbytes as bnb
+    import torch
 
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return "int8" if layer.weight.dtype == torch.int8 else None
     if isinstance(layer, bnb.nn.Linear4bit):
         return str(layer.weight.quant_type) if layer.weight.quant_state is not None else None
     return None
+
+
+def check_named(precision: Precision, layers: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: `skip_modules` or `layers` names what none of the model's linear layers is called.
+    """
+    for name in (*precision.skip_modules, *precision.layers):
+        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
+        if not any(matches(name, layer) for layer in layers):
+            raise ValueError(
+                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
+                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
+            )
 
 
 def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...] = ()) -> int:
@@ -165,13 +198,7 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
         ValueError: a layer is stored otherwise than asked, or a name in `skip_modules` matches none.
     """
     layers = linear_layers(model)
-    for name in (*precision.skip_modules, *precision.layers):
-        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
-        if not any(matches(name, layer) for layer in layers):
-            raise ValueError(
-                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
-                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
-            )
+    check_named(precision, layers)
     wrong = []
     count = 0
     for name, layer in layers.items():
@@ -228,9 +255,11 @@ def multiply_plainly(model: nn.Module) -> None:
 
 
 def _plain_int8(layer: Any, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
     scales = _scales(layer)
     weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
-    return nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+    return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def _scales(layer: Any) -> Tensor:
@@ -256,6 +285,8 @@ def weight_bytes(rows: int, columns: int, kind: str | None, double_quant: bool, 
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers as they lie in memory, quantization constants included."""
+    from torch import Tensor
+
     total = 0
     for tensor in (*model.parameters(), *model.buffers()):
         total += tensor.numel() * tensor.element_size()

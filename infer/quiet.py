@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from functools import cache
 
 NOISE = (
     "requires torchvision",  # transformers: image processors that nobody uses here
@@ -12,6 +13,15 @@ NOISE = (
     "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place
     "`torch_dtype` is deprecated",  # diffusers 0.42 renames an argument that older ones need
 )
+
+
+@cache
+def ready() -> None:
+    """Ready torch and its kin for a command, once what the user typed is known to be right: imports them."""
+    from infer.allocator import prepare
+
+    prepare()
+    quieten()
 
 
 def quieten() -> None:

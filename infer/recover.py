@@ -16,32 +16,16 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
 
-    quieten()
-
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
-from tqdm import tqdm
-
-from infer.adapters import RECOVERY, put_pairs, recovers
 from infer.atomic import replace_file
-from infer.attached import save_adapter
-from infer.calibrate import Record, Rows, collect, record, relative_errors, stacked, velocities
-from infer.command import check_run_name, pick_device, run_command
-from infer.compute import compute_dtype, compute_dtype_of
-from infer.encode import release
+from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer
-from infer.formats import Pair, Pairs
 from infer.generate import Sampling
-from infer.lowrank import Factors, allot, approximate
-from infer.originals import Originals, streamed_transformer
-from infer.quantize import Precision, dequantized, stored_bytes
-from infer.targets import base_layers
+from infer.lora import RECOVERY
+from infer.quantize import Precision, stored_bytes
+from infer.quiet import ready
 
 
 @dataclass
@@ -82,53 +66,6 @@ class Recover:
             raise ValueError("recover needs prompts, and others as held_out, as in 'prompts=[a red star]'")
 
 
-def recovered(transformer: FluxTransformer2DModel, originals: Originals, rows: dict[str, Rows], options: Recover,
-              device: torch.device) -> Pairs:  # fmt: skip
-    """The adapter's pairs, in bf16."""
-    factors: dict[str, Factors] = {}
-    costs = {}
-    for name, layer in tqdm(base_layers(transformer).items(), unit="layer", desc="approximating errors"):
-        error = originals.weight(name).to(device) - dequantized(layer).to(device)
-        seen = rows.pop(name)
-        inputs, gradients = torch.cat(seen.inputs).to(device), torch.cat(seen.gradients).to(device)
-        own = approximate(error, inputs, gradients, options.most, seen.tokens)
-        factors[name] = Factors(own.down.bfloat16().cpu(), own.up.bfloat16().cpu(), own.gains.cpu())
-        costs[name] = 2 * sum(error.shape)
-    budget = int(options.share * stored_bytes(transformer))
-    ranks = allot({name: own.gains for name, own in factors.items()}, costs, budget)
-    return {
-        name: Pair(factors[name].down[:rank].contiguous(), factors[name].up[:, :rank].contiguous(), 1.0)
-        for name, rank in ranks.items()
-    }
-
-
-def polish(
-    transformer: FluxTransformer2DModel, records: list[Record], exact: Tensor, options: Recover, device: torch.device
-) -> None:
-    """Train the attached recovery adapter towards the velocities `exact` of the records."""
-    parameters = [p for name, p in transformer.named_parameters() if f".{RECOVERY}." in name]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=options.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.polish)
-    generator = torch.Generator().manual_seed(options.seed)
-    order = [int(i) for _ in range(-(-options.polish // len(records))) for i in
-             torch.randperm(len(records), generator=generator)][: options.polish]  # fmt: skip
-    dtype = compute_dtype_of(transformer)
-    for at in tqdm(order, unit="step", desc="polishing"):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = transformer(**stacked([records[at]], device, dtype))[0]
-        wanted = exact[at : at + 1].to(device)
-        ((found.float() - wanted).square().mean() / wanted.square().mean()).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    for parameter in parameters:
-        parameter.data = parameter.data.bfloat16()
-        parameter.requires_grad_(False)
-
-
 def recover(options: Recover) -> Path:
     """Make and measure the adapter; returns its folder.
 
@@ -137,10 +74,23 @@ def recover(options: Recover) -> Path:
     """
     if not options.precision.quantized:
         raise ValueError(f"precision is {options.precision.kind}, which loses nothing; choose nf4, fp4 or int8")
-    device, folder = pick_device(options.device), check_run_name(options.run)
+    check_device_name(options.device)
+    folder = check_run_name(options.run)
     if (folder / "adapter").exists():
         raise ValueError(f"{folder / 'adapter'} exists; choose another name with run=..., or delete it")
     check_model(options.model)
+    device = pick_device(options.device)
+    ready()
+    import torch
+
+    from infer.adapters import put_pairs, recovers
+    from infer.attached import save_adapter
+    from infer.calibrate import collect, record, relative_errors, velocities
+    from infer.compute import compute_dtype
+    from infer.encode import release
+    from infer.originals import Originals, streamed_transformer
+    from infer.recovering import polish, recovered
+
     originals = Originals(options.model)
     transformer = load_transformer(options.model, options.precision, device)
     size = stored_bytes(transformer)

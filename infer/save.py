@@ -4,26 +4,27 @@ python infer/save.py model=dev precision=nf4 out=models/dev-nf4
 python infer/compare.py model.path=models/dev-nf4 'only=[nf4]'
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
-
-    quieten()
-
-import diffusers
-import torch
 
 from infer.atomic import clear_partials, sync_folder, sync_tree
-from infer.command import pick_device, run_command
+from infer.command import check_device_name, pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
+from infer.quiet import ready
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Save:
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
     """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
+    import diffusers
+
     parts = load_text_parts(model, precision, device)
     parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
     for part in PARTS:
@@ -61,8 +64,10 @@ def save(options: Save) -> Path:
             "a mixture of kinds is made while a checkpoint is read, and diffusers has no way to save one; load the "
             "unquantized checkpoint with the same precision.layers or precision=auto, or save one kind"
         )
+    check_device_name(options.device)
     check_model(options.model)
     device = pick_device(options.device)
+    ready()
     out = Path(options.out)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     clear_partials(out.parent, out.name)

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-Score = Callable[[Image.Image, str], float]
+from infer.judges import Score
+
 Pair = Callable[[Image.Image, Image.Image], float]
 Row = dict[str, Any]
 Key = tuple[str, str | None, str, int]
@@ -39,26 +40,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """|value - reference| / |reference| over all their elements."""
     reference = reference.float()
     return float((value.float() - reference).norm() / reference.norm())
-
-
-def find_scores(names: dict[str, str]) -> dict[str, Score]:
-    """Named dotted paths -> functions (picture, prompt) -> number.
-
-    Raises:
-        ValueError: a path leads to no function.
-    """
-    from hydra.utils import get_method
-
-    found: dict[str, Score] = {}
-    for name, path in names.items():
-        try:
-            found[name] = get_method(path)
-        except Exception as error:  # whatever importing the user's module raises
-            raise ValueError(
-                f"scores.{name} is {path!r}, which is no function that can be imported ({error}); "
-                "write module.function of (picture, prompt) -> number"
-            ) from error
-    return found
 
 
 def open_picture(file: Path) -> Image.Image:

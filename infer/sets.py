@@ -7,7 +7,6 @@ close to itself.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from torch.nn import functional
 
 from infer.bootstrap import Interval
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 SIDE = 32  # pixels at which pictures are compared with the training set
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,25 +58,6 @@ def squared_distance(a: Tensor, b: Tensor, kernel: Kernel) -> Interval:
 def _rows(values: Tensor, itself: bool) -> Tensor:
     """Row sums, without the diagonal if a set is compared with itself."""
     return values.sum(1) - (values.diagonal() if itself else 0)
-
-
-def list_pictures(folder: str, option: str = "references") -> list[Path]:
-    """The pictures in a folder and its subfolders; what begins with a dot is none.
-
-    Raises:
-        ValueError: it is no folder, or holds no picture.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{option} is {folder!r}, which is no folder; give the folder of the training pictures")
-    found = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
-    if not found:
-        raise ValueError(f"{option} {folder} holds no picture ({', '.join(SUFFIXES)}); give the training pictures")
-    return found
 
 
 def thumbnail(picture: Image.Image, shape: float = 1.0) -> Tensor:

@@ -1,13 +1,16 @@
 """Several adapters at once, each with its weight, at run time."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from diffusers import FluxTransformer2DModel
-
-from infer.adapters import load_adapter, set_adapters
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Trained:
 
 def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, name: str, model: Model) -> None:
     """Load all of them, on together; the first is called `name`."""
+    from infer.adapters import load_adapter, set_adapters
+
     weights = {}
     for i, one in enumerate(chosen.all()):
         own = name if i == 0 else f"{name}-{i + 1}"

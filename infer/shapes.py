@@ -5,16 +5,19 @@ weights in memory. The sizes are those of the published checkpoints (black-fores
 part). Pictures drawn with it are noise.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from infer.quantize import Precision, quantization_config
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from torch import Tensor, nn
 
 DEV: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -108,6 +111,10 @@ def random_part(
 
     The weights depend on the part and the device's kind alone.
     """
+    import torch
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from torch import nn
+
     config = shape_config(path, part)
     with torch.device("meta"):
         if part == "transformer":
@@ -156,6 +163,8 @@ def _fill(
 ) -> None:
     """Random values for a module's own meta tensors: layers keep the variance of what they read, norms are ones."""
     import bitsandbytes as bnb
+    import torch
+    from torch import nn
 
     for name, old in list(module.named_parameters(recurse=False)):
         if not old.is_meta:
@@ -193,6 +202,8 @@ def _fill(
 
 
 def _full_shape(module: nn.Module, old: Tensor) -> tuple[int, ...]:
+    from torch import nn
+
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(old.shape)
 
 
@@ -204,4 +215,6 @@ def shape_tokenizer(path: str, part: str) -> Any:
 
 
 def shape_scheduler(path: str) -> FlowMatchEulerDiscreteScheduler:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     return FlowMatchEulerDiscreteScheduler(**shape_config(path, "scheduler"))

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from infer import allocator
+from infer.memory import SLOTS, residents, streamed_of
 from infer.pack import pack, packed_bytes, place
 from infer.stack import Stack
-
-SLOTS = 3
 
 
 def _moved(frozen: Stack, device: torch.device) -> Stack:
@@ -46,25 +45,6 @@ def _pin(stream: "Stream") -> None:
             "memory.budget_gib=null"
         )
     weakref.finalize(stream, cuda.cudaHostUnregister, stream.home.data_ptr()).atexit = False
-
-
-def streamed_of(blocks: int, resident: int) -> list[int]:
-    """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
-    return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
-
-
-def residents(sizes: list[int], spare: int) -> int:
-    """How many blocks of these sizes may stay on the device in so many bytes."""
-    resident = 0
-    while resident < len(sizes) and sum(resident_bytes(sizes, resident + 1)) <= spare:
-        resident += 1
-    return resident
-
-
-def resident_bytes(sizes: list[int], resident: int) -> list[int]:
-    """Of the blocks that stay on the device."""
-    streamed = set(streamed_of(len(sizes), resident))
-    return [size for i, size in enumerate(sizes) if i not in streamed]
 
 
 class Stream:

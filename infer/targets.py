@@ -1,10 +1,15 @@
 """Which linear layers an adapter is put on: presets and regular expressions over their names."""
 
-import re
+from __future__ import annotations
 
-from torch import nn
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from infer.quantize import linear_layers
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 MLP = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
@@ -27,13 +32,12 @@ def base_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def match_targets(transformer: nn.Module, targets: str) -> list[str]:
-    """Names of the linear layers that a preset or a regular expression means.
+def match_targets(layers: Collection[str], targets: str) -> list[str]:
+    """Those of the linear layers, by name, that a preset or a regular expression means.
 
     Raises:
         ValueError: none; the message lists what there is.
     """
-    layers = base_layers(transformer)
     pattern = re.compile(PRESETS.get(targets, targets))
     found = [name for name in layers if pattern.fullmatch(name)]
     if not found:

@@ -1,5 +1,6 @@
 """Whether what was loaded is a whole checkpoint: both libraries fill in what is absent, with a warning at most."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from infer.quantize import Precision
@@ -30,13 +31,13 @@ def check_stored(path: str, stored: dict[str, Any], precision: Precision) -> Non
             )
 
 
-def check_axes(path: str, transformer: Any) -> None:
-    """The rotary embedding's widths, which nothing looks at before the first picture.
+def check_axes(path: str, config: Mapping[str, Any]) -> None:
+    """The rotary embedding's widths in a transformer's config, which nothing looks at before the first picture.
 
     Raises:
         ValueError: they do not fill a head.
     """
-    axes, width = list(transformer.config.axes_dims_rope), transformer.config.attention_head_dim
+    axes, width = list(config.get("axes_dims_rope", (16, 56, 56))), config.get("attention_head_dim", 128)
     if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
         raise ValueError(
             f"config.json of the transformer of {path} has axes_dims_rope={axes}, which are not three even numbers "

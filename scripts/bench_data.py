@@ -60,7 +60,7 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     from infer.command import pick_device
     from infer.flux import Model
     from infer.quantize import Precision
-    from train.cache import build
+    from train.build import build
     from train.caption import all_texts
     from train.data import Data, read_samples
     from train.encoding import Encode
@@ -116,8 +116,9 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     """What training knows of its samples before the first is encoded: captions, identities, buckets and an epoch."""
     import warnings
 
+    from infer.remembered import Remembered
     from train.batch import Samples, make_stream
-    from train.cache import admit
+    from train.build import admit
     from train.caption import all_texts
     from train.data import Data, read_samples
     from train.index import Index, identify
@@ -130,7 +131,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     before, start = resident(), time.perf_counter()
     samples, _ = read_samples(data)
     texts = all_texts(samples, data)
-    known = Index(cache / "index", 30, own_cores(), Gate(2**26), warnings.warn, True)
+    known = Index(cache / "index", 30, own_cores(), Gate(2**26), warnings.warn, True, Remembered(cache))
     with Path(os.devnull).open("rb") as nothing:
         store = Cache(data, Keys("", 0, ""), 0, 1, nothing)
         admit(store, samples, dict(enumerate(identify(samples, data, known))))

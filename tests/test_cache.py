@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -27,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from infer.command import ROOT
 from infer.flux import Model
 from infer.quantize import Precision
-from train import cache as cache_module
+from infer.remembered import NAME, Remembered
+from train import build as build_module
 from train.bucket import View
-from train.cache import build
+from train.build import build
 from train.caption import all_texts
 from train.data import Data, Prior, read_samples
 from train.encoding import Encode
@@ -74,9 +76,9 @@ def make(data: Data, model: Model, samples: list[Sample] | None = None, **option
 
 
 def files(data: Data) -> dict[str, int]:
-    """Every file in the cache, with the time at which it was written."""
-    root = Path(data.cache)
-    return {p.relative_to(root).as_posix(): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    """Every file in the cache with the time at which it was written, but for what is remembered of files."""
+    found = [path for path in Path(data.cache).rglob("*") if path.is_file() and NAME not in path.name]
+    return {path.relative_to(data.cache).as_posix(): path.stat().st_mtime_ns for path in found}
 
 
 def name_of(sample: Sample) -> str:
@@ -141,6 +143,55 @@ def test_samples_are_what_diffusers_encodes_after_any_shuffle(data: Data, tiny: 
     assert min(apart) > 0.02  # so the tolerance tells them from each other, mirrored ones too
 
 
+def test_second_start_reads_neither_pictures_nor_encodings(
+    data: Data, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written a moment ago would be read again, so here it is taken for older."""
+    monkeypatch.setattr("infer.remembered.RECENT", -1.0)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i, name in enumerate(CAPTIONS):
+        picture(9 + i, SIZES[name]).convert("L").save(masks / name)
+    data = replace(data, masks=str(masks))
+    verified: list[Path] = []
+    real = build_module.verify
+    monkeypatch.setattr(build_module, "verify", lambda file, keys: (verified.append(file), real(file, keys)))
+
+    def start() -> tuple[Cache, list[str]]:
+        read: list[str] = []
+
+        def noting(sample: Sample, name: str) -> Any:
+            content = getattr(sample, name)
+            return lambda: (read.append(f"{name} {name_of(sample)}"), content())[1]
+
+        samples = [replace(s, read=noting(s, "read"), read_mask=noting(s, "read_mask")) for s in read_samples(data)[0]]
+        return make(data, tiny, samples), read
+
+    first, read = start()
+    assert {line.partition(" ")[2] for line in read} == set(CAPTIONS)
+    verified.clear()
+    second, read = start()
+    assert read == [] and verified == [] and misses(second) == (0, 0)
+    assert [p.identity for p in second.pictures] == [p.identity for p in first.pictures]
+
+    time.sleep(0.02)
+    other = Path(data.path, "d.png")
+    before = other.stat()
+    content = other.read_bytes()
+    other.write_bytes(content)  # the same again: read, and found to be the same
+    assert start()[1] == ["read d.png"]
+    picture(50, SIZES["d.png"]).save(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    third, read = start()
+    assert set(read) >= {"read d.png"} and misses(third)[0] == 1
+    shard = list_shards(Path(data.cache, "pictures"))[0]
+    stored = bytearray(shard.read_bytes())
+    stored[-1] ^= 1
+    shard.write_bytes(stored)
+    mended, _ = start()
+    assert shard in verified and misses(mended)[0] >= 1
+
+
 def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(data, tiny)
     before = files(data)
@@ -149,8 +200,8 @@ def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pyte
     def never(*args: object, **options: object) -> None:
         raise AssertionError("something is encoded")
 
-    monkeypatch.setattr(cache_module, "load_vae", never)
-    monkeypatch.setattr(cache_module, "text_encoder", never)
+    monkeypatch.setattr(build_module, "load_vae", never)
+    monkeypatch.setattr(build_module, "text_encoder", never)
     monkeypatch.setattr("train.index.decode", never)
     second = make(data, tiny)
     assert misses(second) == (0, 0) and second.counts["pictures_hits"] == second.counts["texts_hits"] == 4
@@ -239,7 +290,7 @@ def keys_of(data: Data, model: Model, precision: Precision, encode: Encode) -> t
     """All keys, with nothing encoded."""
     keys = make_keys(model, precision, data.text_length, encode.tile)
     samples, _ = read_samples(data)
-    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
+    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False, Remembered(Path(data.cache)))
     found: Any = identify(samples, data, index)
     with Path(os.devnull).open("rb") as nothing:
         cache = Cache(data, keys, 0, 1, nothing, pictures=found)
@@ -526,7 +577,7 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     again = make(data, tiny, used)
     assert misses(again) == (0, 0)
     check(again, used, tiny)
-    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False)
+    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False, Remembered(Path(data.cache)))
     identify(samples, data, index)
     assert len(index.rows) == 4 and len(list_shards(index.folder)) == 2  # d.png alone was decoded again
 

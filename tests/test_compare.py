@@ -182,7 +182,7 @@ def test_an_interrupted_comparison_leaves_the_old_one(options: Compare, monkeypa
     options = replace(options, only=["bf16"])
     folder = compare(options)
     before = (folder / "results.json").read_bytes()
-    monkeypatch.setattr("infer.compare.decode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("infer.comparison.decode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         compare(options)
     assert (folder / "results.json").read_bytes() == before

@@ -39,9 +39,9 @@ from train.gap import Gap
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
+from train.run import claim
 from train.sweep import Sweep
 from train.track import Told, Track
-from train.train import claim
 from train.transfer import Transfer
 
 CONFIGS = ROOT / "configs"

@@ -12,13 +12,13 @@ from infer import fast, shapes
 from infer.adapters import Adapter, adapter_state, attach, load_adapter, save_adapter, switch
 from infer.dequantize import dequantize_4bit
 from infer.encode import text_encoder
-from infer.fast import KEEP, Memory, install, uninstall
+from infer.fast import install, uninstall
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.fused import linear
+from infer.memory import KEEP, Memory, resident_bytes
 from infer.product import add_product
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.stack import Linear, Lora, Stack, obstacle
-from infer.stream import resident_bytes
 from train.flow import predict
 
 CPU = torch.device("cpu")

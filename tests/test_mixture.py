@@ -200,7 +200,7 @@ def short(tiny: Model) -> Sensitivity:
 def test_a_layers_error_is_that_of_a_model_with_it_alone(short: Sensitivity, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against loading the transformer with that group quantized by the library."""
     chosen = [["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k", "transformer_blocks.1.attn.to_v"]]
-    monkeypatch.setattr("infer.sensitivity.groups", lambda layers: chosen)
+    monkeypatch.setattr("infer.layer_errors.groups", lambda layers: chosen)
     transformer = load_transformer(short.model, Precision("bf16"), CPU)
     inputs = inputs_of(transformer, short, (128, 128), CPU)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}

@@ -12,15 +12,15 @@ import torch
 from infer.adapters import Adapter, attach
 from infer.command import ROOT
 from infer.encode import text_encoder
-from infer.fast import KEEP, Memory
 from infer.flux import Model, load_transformer
+from infer.memory import KEEP, Memory
 from infer.quantize import KINDS, Precision, stored_bytes
 from scripts.bench import plan_rows
 from scripts.bench_grid import job_of
 from scripts.bench_variants import VARIANTS
 from train.config import Train
 from train.data import Data
-from train.footprint import empty_transformer, footprint, part_config, text_bytes, weights_by_module
+from train.footprint import footprint, part_config, text_bytes, weights_by_module
 from train.optim import Optim, make_optimizer
 from train.pace import CARDS, seconds
 from train.plan import Plan, announce, check_fits, overrides, plan, propose
@@ -72,7 +72,7 @@ def test_seconds_are_near_those_measured_on_an_h100() -> None:
 def test_weights_are_the_bundled_models_own(kind: str, tiny: Model) -> None:
     precision = Precision("nf4", double_quant=True) if kind == "nested" else Precision(kind)
     expected = stored_bytes(load_transformer(tiny, precision, torch.device("cpu")))
-    found = sum(weights_by_module(empty_transformer(part_config(tiny, "transformer")), precision).values())
+    found = sum(weights_by_module(part_config(tiny, "transformer"), precision).values())
     assert found == pytest.approx(expected, rel=1e-3)
     with text_encoder(tiny, precision, torch.device("cpu"), None) as encoder:
         assert text_bytes(tiny, precision) == pytest.approx(encoder.weights_bytes, rel=0.02)

@@ -211,8 +211,8 @@ def test_a_checkpoint_names_its_base_and_holds_none_of_it(
     stored = sum(file.stat().st_size for file in (place / "runs/whole/checkpoints/step-000008").iterdir())
     assert 4 * values * 4 < stored < 4 * values * 4 + 200_000  # weights, their average and two moments in fp32
     shutil.rmtree(copied(place, "based") / "adapter")
-    monkeypatch.setattr("train.train.fingerprint", lambda *_: "f" * 64)
-    monkeypatch.setattr("train.train.load_transformer", None)  # it is refused before
+    monkeypatch.setattr("train.run.fingerprint", lambda *_: "f" * 64)
+    monkeypatch.setattr("train.run.load_transformer", None)  # it is refused before
     with pytest.raises(ValueError, match=r"another base model \(its transformer's hash was \w{12}, is ffffffffffff\)"):
         train(replace(job, run="based"))
 

@@ -22,11 +22,12 @@ from infer.compare import Compare, compare
 from infer.flux import Model, load_transformer
 from infer.generate import Sampling
 from infer.judge import judge
+from infer.judges import list_pictures
 from infer.networks import Networks, _alexnet, check_networks, load_networks
 from infer.quantize import Precision
 from infer.report import differences, table
 from infer.scores import Row, key_of, to_pixels
-from infer.sets import gaussian, list_pictures, nearest, polynomial, squared_distance, thumbnail
+from infer.sets import gaussian, nearest, polynomial, squared_distance, thumbnail
 from infer.several import Trained
 
 CPU = torch.device("cpu")

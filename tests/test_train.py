@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from infer.adapters import FILE, Adapter
 from infer.command import ROOT
-from infer.fast import KEEP, Memory
 from infer.flux import Model
+from infer.memory import KEEP, Memory
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
 from tests.wandb_file import read_wandb
@@ -119,7 +119,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
     assert events("whole") == events("killed")
     # the same command once more trains nothing
-    monkeypatch.setattr(sys.modules["train.train"], "fit", None)
+    monkeypatch.setattr(sys.modules["train.run"], "fit", None)
     assert same(whole, adapter(train(replace(job, run="killed"))))
     assert "is finished" in capsys.readouterr().out
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from infer.encode import Text
 from train.bucket import View
-from train.cache import Cache
 from train.caption import draw_text, texts_of
 from train.config import Train
 from train.data import Data, Sample, sources_of, split
 from train.flow import sample_sigma
 from train.sampler import Place, Stream
 from train.seeds import generator
+from train.store import Cache
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from infer.adapters import FROM_ERROR
 from infer.card import Card
 from infer.flux import own_size
+from infer.lora import FROM_ERROR
 from train.config import Train
 from train.preview import samples_of
 

@@ -3,13 +3,13 @@
 import re
 from dataclasses import dataclass, field
 
-from infer.adapters import Adapter
-from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
+from infer.lora import Adapter
+from infer.memory import Memory
 from infer.quantize import Precision
 from train.data import Data
-from train.encoding import Encode
+from train.encode import Encode
 from train.flow import Flow
 from train.optim import Optim
 from train.sweep import Sweep

@@ -3,15 +3,16 @@
 x_sigma = (1 - sigma) x_0 + sigma noise, and the transformer predicts the velocity noise - x_0.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import FluxTransformer2DModel
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-from torch import Tensor
-
-from infer.encode import image_ids, pack
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from torch import Tensor
 
 DENSITIES = ("uniform", "logit_normal", "shifted")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
@@ -48,6 +49,8 @@ def shift_for(tokens: int) -> float:
 
 def sample_sigma(flow: Flow, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Noise levels [batch] in (0, 1)."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
     scheme = "none" if flow.density == "uniform" else "logit_normal"
     u: Tensor = compute_density_for_timestep_sampling(
         scheme, batch, flow.logit_mean, flow.logit_std, device="cpu", generator=generator
@@ -80,6 +83,10 @@ def predict(
 
     t5 [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own.
     """
+    import torch
+
+    from infer.encode import image_ids, pack
+
     config = getattr(transformer, "module", transformer).config  # DistributedDataParallel wraps it
     height, width = x.shape[-2:]
     guided = torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
@@ -104,6 +111,10 @@ def losses(
     mask: what the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None counts all. The mean is
     over all latents, so a sample of which less counts, counts less.
     """
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    from infer.encode import pack
+
     error = (velocity - pack(noise - x0)).square()
     if mask is not None:
         error = error * pack(mask.expand_as(x0))

@@ -66,8 +66,9 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
         except ValueError as error:
             faults.add(str(folder / name), str(error))
             continue
-        read_mask = None if masks is None else partial(read_bytes, str(masks / mask_of[name]))
-        samples.append(Sample(str(folder / name), captions, index, partial(read_bytes, str(folder / name)), read_mask))
+        file, mask = folder / name, None if masks is None else masks / mask_of[name]
+        read_mask = None if mask is None else partial(read_bytes, str(mask))
+        samples.append(Sample(str(file), captions, index, partial(read_bytes, str(file)), read_mask, file, mask))
     for name in listed:
         faults.add(str(folder / metadata[0]), f"names {name!r}, which is not in {folder}; add it or take the line out")
     return samples

@@ -4,20 +4,15 @@ What is stored is counted; what a block's backward pass works with was measured 
 are in bytes. The unit of work is one activation of the transformer's width: batch x tokens x width x 2 bytes.
 """
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import torch
-from diffusers import FluxTransformer2DModel
-from torch import nn
-
-from infer.adapters import match_targets
 from infer.flux import Model, read_config
-from infer.quantize import Precision, kind_asked, linear_layers, weight_bytes
+from infer.layers import linear_shapes, norm_sizes
+from infer.memory import SLOTS, resident_bytes, residents
+from infer.quantize import Precision, kind_asked, weight_bytes
 from infer.shapes import SHAPES, shape_config
-from infer.stream import SLOTS, resident_bytes, residents
+from infer.targets import match_targets
 from train.config import Train
 from train.flop import tokens_of
 
@@ -79,36 +74,16 @@ def part_config(model: Model, part: str) -> dict[str, Any]:
     return read_config(model, part)
 
 
-def empty_transformer(config: dict[str, Any]) -> FluxTransformer2DModel:
-    """Of the right shapes, without memory; made once for a config, so leave it as it is."""
-    own = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
-    return _empty(json.dumps(own, sort_keys=True))
-
-
-@lru_cache
-def _empty(config: str) -> FluxTransformer2DModel:
-    with torch.device("meta"):
-        return FluxTransformer2DModel(**json.loads(config))
-
-
 def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision) -> int:
     """A linear layer's weight [rows, columns] as it is stored, without its bias."""
-    return weight_bytes(rows, columns, kind, precision.double_quant, precision.dtype.itemsize)
+    return weight_bytes(rows, columns, kind, precision.double_quant, precision.itemsize)
 
 
-def weights_by_module(transformer: nn.Module, precision: Precision) -> dict[str, int]:
-    """Bytes of every module's own parameters as they will be stored."""
-    layers = linear_layers(transformer)
-    found = {}
-    for name, module in transformer.named_modules():
-        size = sum(p.numel() * precision.dtype.itemsize for p in module.parameters(recurse=False))
-        if name in layers:
-            layer = layers[name]
-            kind = kind_asked(precision, name)
-            size -= layer.in_features * layer.out_features * precision.dtype.itemsize
-            size += layer_bytes(layer.out_features, layer.in_features, kind, precision)
-        if size:
-            found[name] = size
+def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str, int]:
+    """Bytes of every module's own parameters as they will be stored. config: the transformer's."""
+    found = {name: count * precision.itemsize for name, count in norm_sizes(config).items()}
+    for name, layer in linear_shapes(config).items():
+        found[name] = layer_bytes(*layer, kind_asked(precision, name), precision) + layer.rows * precision.itemsize
     return found
 
 
@@ -117,8 +92,8 @@ def text_bytes(model: Model, precision: Precision) -> int:
     t5, clip, own = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
     width, inner, hidden = t5["d_model"], t5["num_heads"] * t5["d_kv"], t5["d_ff"]
     each = 4 * layer_bytes(inner, width, own.kind, own) + 2 * layer_bytes(hidden, width, own.kind, own)
-    kept = width * hidden * (4 if own.dtype == torch.float16 else own.dtype.itemsize)
-    total = t5["num_layers"] * (each + kept) + t5["vocab_size"] * width * own.dtype.itemsize
+    kept = width * hidden * (4 if own.quantized and own.compute_dtype == "fp16" else own.itemsize)
+    total = t5["num_layers"] * (each + kept) + t5["vocab_size"] * width * own.itemsize
     width, hidden = clip["hidden_size"], clip["intermediate_size"]
     weights = clip["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
     weights += (clip["vocab_size"] + clip["max_position_embeddings"]) * width
@@ -139,32 +114,31 @@ def footprint(job: Train) -> Footprint:
         ValueError: the adapter's targets match no layer, or the budget is too small even with every block streamed.
     """
     config = part_config(job.model, "transformer")
-    transformer = empty_transformer(config)
-    sizes = weights_by_module(transformer, job.precision)
-    layers = linear_layers(transformer)
-    targets = [layers[name] for name in match_targets(transformer, job.adapter.targets)]
-    tensors = [job.adapter.rank * side for layer in targets for side in (layer.in_features, layer.out_features)]
+    sizes = weights_by_module(config, job.precision)
+    layers = linear_shapes(config)
+    targets = [layers[name] for name in match_targets(layers, job.adapter.targets)]
+    tensors = [job.adapter.rank * side for layer in targets for side in (layer.columns, layer.rows)]
     if job.adapter.dora:
-        tensors += [layer.out_features for layer in targets]
+        tensors += [layer.rows for layer in targets]
     optimizer = sum((8.0 if "8bit" in job.optim.name and n < SMALL else STATES[job.optim.name]) * n for n in tensors)
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job)) * job.data.batch_size
-    activation = tokens * width * 2 if job.precision.dtype.itemsize == 2 else tokens * width * 4
+    activation = tokens * width * job.precision.itemsize
     logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp
     keep = job.memory.keep
     kept = blocks * activation
     if keep == "attention":
         kept += blocks * (activation + logs)
     elif keep == "products":
-        adapted = sum(layer.out_features / width for layer in targets) / blocks
+        adapted = sum(layer.rows / width for layer in targets) / blocks
         kept += int(blocks * (activation * (1 + PRODUCTS + 0.75 * adapted) + logs))
     elif keep == "everything":
         kept += int(blocks * (activation * EVERYTHING + logs))
     work = int(WORK["fused"] * activation)
     single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
-    size = {name.split(".", 2)[2]: each.in_features * each.out_features for name, each in single.items()}
+    size = {name.split(".", 2)[2]: each.columns * each.rows for name, each in single.items()}
     reads = [size["proj_mlp"], sum(size[f"attn.to_{name}"] for name in "qkv")]
     # the weights of one product; memory=lean has one for q, k and v and one for the MLP
     largest = max(size["proj_out"], max(reads) if keep == "nothing" else sum(reads))

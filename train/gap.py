@@ -7,38 +7,40 @@ Needs no network but FLUX itself. Precisions run one after another, bf16 first, 
 Writes gap.json, gap.png and gap.md to runs/<run>/gap/.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
 
-    quieten()
-
-import torch
 from tqdm import tqdm
 
 from infer.atomic import replace_file
-from infer.bootstrap import interval
-from infer.command import check_run_name, pick_device, run_command
-from infer.compare import describe_device
-from infer.fast import Memory
+from infer.cells import markdown_table
+from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
 from infer.formats import read_pairs
+from infer.memory import Memory
 from infer.quantize import Precision, stored_bytes
+from infer.quiet import ready
 from infer.report import aligned
-from infer.scores import Row, relative_error
-from infer.sensitivity import decide
 from infer.several import Trained
 from train.config import Train
-from train.curves import draw_curves
-from train.data import Data
-from train.encoding import Encode
+from train.data import Data, check_left, read_samples
+from train.encode import Encode
 from train.flow import Flow
-from train.probe import Probe, loaded, prepare, probe, switch_on
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.probe import Probe
+
+Row = dict[str, Any]
 
 
 @dataclass
@@ -91,6 +93,9 @@ class Gap:
 
 def measure(options: Gap, device: torch.device) -> list[Row]:
     """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error."""
+    from infer.scores import relative_error
+    from train.probe import loaded, prepare, probe, switch_on
+
     rows: list[Row] = []
     reference: dict[str | None, list[Probe]] = {}
     own = options.adapter.path and (options.adapter.name or Path(options.run).name).replace(".", "-")
@@ -126,6 +131,8 @@ def summarise(rows: list[Row]) -> list[Row]:
     `error` is the velocity's relative error, `loss` the objective, `cost` the loss above the first precision's with the
     same adapter, paired by picture and noise.
     """
+    from infer.bootstrap import interval
+
     groups: dict[tuple[str, str | None], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["precision"], row["adapter"]), []).append(row)
@@ -171,18 +178,21 @@ def table(summary: list[Row]) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: list[list[str]]) -> str:
-    rule = ["---", "---"] + ["---:"] * (len(lines[0]) - 2)
-    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], rule, *lines[1:]))
-
-
 def gap(options: Gap) -> Path:
     """Measure, write the files, return their folder."""
-    device = pick_device(options.device)
+    check_device_name(options.device)
     folder = check_run_name(options.run) / "gap"
     check_model(options.model)
-    for one in options.adapter.all():
+    chosen = options.adapter.all()
+    check_left(options.data, *read_samples(options.data))
+    device = pick_device(options.device)
+    for one in chosen:
         read_pairs(one.path)  # what is wrong with it is said before a model is loaded
+    ready()
+    from infer.layer_errors import decide
+    from infer.measure import describe_device
+    from train.curves import draw_curves
+
     for name in options.order():
         options.precisions[name] = decide(options.model, options.precisions[name], device, print)
     rows = measure(options, device)
@@ -191,7 +201,7 @@ def gap(options: Gap) -> Path:
     result = {"model": options.model.path, "device": describe_device(device), "summary": summary, "rows": rows}
     content = json.dumps(result, indent=1, allow_nan=False) + "\n"
     replace_file(folder / "gap.png", lambda path: draw_curves(summary, path))
-    replace_file(folder / "gap.md", lambda path: path.write_text(markdown(lines)))
+    replace_file(folder / "gap.md", lambda path: path.write_text(markdown_table(lines)))
     replace_file(folder / "gap.json", lambda path: path.write_text(content))
     print(aligned(lines))
     print(f"gap: {folder / 'gap.png'}")

@@ -1,8 +1,8 @@
 """What each sample's picture and mask are: a hash of their decoded pixels, and their size.
 
 To decode everything at every start only to learn this would take longer than all the rest of it, so shards
-(train/shards.py) keep which bytes gave which pixels. The bytes themselves are always hashed: a file's name, length and
-time say nothing about what is in it.
+(train/shards.py) keep which bytes gave which pixels. The bytes themselves are hashed, and a file that is there as it
+was, inode and times included, is not read again for that (infer/remembered.py).
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from infer.remembered import Remembered
 from train.data import Data
 from train.picture import DECODING, FORMATS, decode, decode_mask, pixel_hash
 from train.shards import DamagedError, list_shards, mark_damaged, prune, read_item, read_keys, write_shard
@@ -102,6 +103,8 @@ class Index:
     """How many pixels are decoded at once."""
     warn: Warn
     show: bool
+    remembered: Remembered
+    """The hashes of files that were read before."""
     rows: dict[bytes, Row] = field(default_factory=dict)
     new: dict[bytes, Row] = field(default_factory=dict)
 
@@ -121,9 +124,18 @@ def digest(content: bytes, *settings: object) -> bytes:
 def identify(samples: list[Sample], data: Data, index: Index) -> list[Picture | Fault]:
     """What each of the samples is, in their order."""
 
+    def remember(file: Path | None, read: Callable[[], bytes], *settings: object) -> bytes:
+        def find() -> str:
+            return digest(read(), *settings).hex()
+
+        if file is None:
+            return bytes.fromhex(find())
+        return bytes.fromhex(index.remembered.value(file, repr((PIL.__version__, DECODING, *settings)), find))
+
     def hash_bytes(sample: Sample) -> tuple[bytes, bytes | None]:
-        picture = digest(sample.read(), "picture", data.background)
-        return picture, digest(sample.read_mask(), "mask", picture) if sample.read_mask else None
+        picture = remember(sample.file, sample.read, "picture", data.background)
+        read_mask = sample.read_mask
+        return picture, remember(sample.mask_file, read_mask, "mask", picture) if read_mask else None
 
     def find_picture(key: bytes) -> Row:
         sample = pictures[key]
@@ -144,6 +156,7 @@ def identify(samples: list[Sample], data: Data, index: Index) -> list[Picture | 
 
     bar = tqdm(samples, "hashing pictures", unit="picture", disable=not index.show)
     keys = list(work_ahead(lambda sample: _try(sample, hash_bytes, sample), bar, index.workers))
+    index.remembered.save()
     hashed = [(sample, *key) for sample, key in zip(samples, keys, strict=True) if not isinstance(key, Fault)]
     pictures = {picture: sample for sample, picture, _ in reversed(hashed)}  # of equal ones the first
     _remember(index, pictures)

@@ -6,28 +6,29 @@ Takes train.py's data options, prints a summary and writes runs/<run>/data.html,
 one JSON object with the counts. Exit code 0: training could start; 2: it could not, and the text says what to mend.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
-
-    quieten()
 
 from tqdm import tqdm
 
 from infer.atomic import replace_file
 from infer.command import check_run_name, run_command
 from infer.flux import Model, check_model, part_folder
+from infer.quiet import ready
 from train.data import Data, check_left, read_samples, sources_of, split
-from train.sheet import render
-from train.survey import Survey, reasons, sources, survey
 from train.workers import Gate, own_cores
+
+if TYPE_CHECKING:
+    from train.survey import Survey
 
 WIDTH = 160  # characters of a line in the terminal
 LINES = 20  # of each list in the terminal; the page has them all
@@ -64,9 +65,9 @@ def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
     Raises:
         ValueError: the tokenizer is not here and cannot be downloaded.
     """
+    check_model(model)
     from transformers import AutoTokenizer
 
-    check_model(model)
     folder = part_folder(model, "tokenizer_2")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -105,6 +106,8 @@ def refusal(found: Survey, data: Data) -> str | None:
 
 def counts(found: Survey) -> dict[str, Any]:
     """The survey in numbers, as JSON has them."""
+    from train.survey import reasons, sources
+
     buckets = found.buckets()
     fits = [fits for place in found.usable if (fits := found.fits[place])]
     return {
@@ -174,14 +177,18 @@ def look(options: Look) -> None:
     """Print the summary, write the page, and leave with exit code 2 if training could not start."""
     data = options.data
     page = check_run_name(options.run) / "data.html"
+    # all that is broken is listed, whatever training does at the first of it
+    samples, skipped = read_samples(replace(data, on_error="skip"))
+    ready()
+    from train.sheet import render
+    from train.survey import survey
+
     count_tokens, length, absent = None, None, ""
     try:
         count_tokens, length = token_counter(options.model)
         length = data.text_length or length
     except ValueError as error:
         absent = f"T5 tokens are not counted: {error}"
-    # all that is broken is listed, whatever training does at the first of it
-    samples, skipped = read_samples(replace(data, on_error="skip"))
     workers, gate = options.workers or own_cores(), Gate(options.decode_pixels)
     with tqdm(total=len(samples), desc="reading pictures", unit="picture") as bar:
         found = survey(data, samples, skipped, count_tokens, length, workers, gate, bar.update)

@@ -25,7 +25,6 @@ from infer import allocator
 from infer.encode import Text
 from infer.stream import Stream
 from train.batch import Samples, largest_batch, make_stream, training_batch
-from train.cache import Cache
 from train.config import Train
 from train.data import sources_of
 from train.ema import make_average
@@ -40,6 +39,7 @@ from train.seeds import derive
 from train.spill import Spill
 from train.step import fit_budget, make_learner
 from train.stop import Stop
+from train.store import Cache
 from train.track import Tracker
 from train.trouble import leave_out, note_spike, refuse_more
 from train.update import divide, hear, tell

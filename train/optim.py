@@ -1,13 +1,15 @@
 """The optimizer of an adapter and its learning rate over the steps."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -54,6 +56,8 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
     Raises:
         ValueError: Prodigy is asked for and not installed.
     """
+    import torch
+
     parameters = list(parameters)
     common: dict[str, Any] = {
         "lr": optim.lr,
@@ -95,6 +99,8 @@ def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: fl
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate, one call of `step` an update."""
+    from diffusers.optimization import get_scheduler
+
     name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         name, optimizer, num_warmup_steps=optim.warmup, num_training_steps=steps

@@ -7,26 +7,26 @@ Takes train.py's options. Needs no GPU, no checkpoint and no network for FLUX.1-
 JSON object with `peak_memory_bytes` and its parts.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
-
-    quieten()
 
 from infer.command import run_command
-from infer.fast import Memory
+from infer.memory import Memory
 from train.config import Train
 from train.footprint import Footprint, footprint
 from train.pace import CARDS, seconds
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 PARTS = ("weights", "adapters", "gradients", "optimizer", "checkpoints", "block", "workspace", "allocator", "context")
@@ -153,6 +153,8 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
         ValueError: the GPU is too small.
     """
     if device.type == "cuda":
+        import torch
+
         say(line(check_fits(job, torch.cuda.get_device_properties(device).total_memory / GIB)))
 
 

@@ -82,4 +82,6 @@ def prior_samples(
         del transformer, vae
         release(device)
     source = len(sources_of(data)) - 1
-    return [Sample(str(file), (prior.prompt.strip(),), source, partial(read_bytes, str(file))) for file in files]
+    return [
+        Sample(str(file), (prior.prompt.strip(),), source, partial(read_bytes, str(file)), file=file) for file in files
+    ]

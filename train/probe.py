@@ -15,12 +15,13 @@ from infer.flux import load_transformer
 from infer.several import Trained, load_chosen
 from infer.stack import obstacle
 from train.batch import Samples, choose, validation_batch, validation_parts
-from train.cache import Cache, build
+from train.build import build
 from train.caption import all_texts
 from train.config import Train
 from train.data import check_left, read_samples
 from train.flow import losses
 from train.step import batch_velocity
+from train.store import Cache
 
 Say = Callable[[str], object]
 

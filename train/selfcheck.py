@@ -10,6 +10,8 @@ line is one JSON object; exit code 0: the same, 4: not. FLUX_LAUNCH="accelerate 
 place of `python` for the runs on several GPUs.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shlex
@@ -23,17 +25,13 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
-
-    quieten()
 
 import psutil
-from torch import Tensor
 
-from infer.command import DIFFERS, DONE, ROOT, check_run_name, run_command
-from infer.flux import check_model
-from train.checkpoint import list_checkpoints, read_checkpoint
+from infer.command import DIFFERS, DONE, ROOT, run_command
+from train.check import check_run
 from train.config import Train
+from train.data import check_left, read_samples
 
 STEPS = 6  # of each run
 KILLED = 3  # the step in whose journal's line the first kill comes
@@ -70,7 +68,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -122,6 +120,8 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def differences(a: Any, b: Any) -> list[dict[str, Any]]:
     """Each leaf in which two nested containers differ, in bits, and by how much."""
+    from torch import Tensor
+
     one, two = flat(a), flat(b)
     found: list[dict[str, Any]] = []
     for name in dict.fromkeys([*one, *two]):
@@ -137,6 +137,8 @@ def differences(a: Any, b: Any) -> list[dict[str, Any]]:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """All that a finished run has come to."""
+    from train.checkpoint import list_checkpoints, read_checkpoint
+
     adapter, optimizer, state = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     return {"adapter": adapter, "optimizer": optimizer, "state": state, "metrics": lines(folder)}
 
@@ -152,8 +154,12 @@ def check(job: Train) -> None:
             "selfcheck.py starts its runs by itself; start it with python, and for several processes set FLUX_LAUNCH "
             "to what starts them, such as FLUX_LAUNCH='accelerate launch --config_file configs/accelerate/ddp.yaml'"
         )
-    check_model(job.model)
-    folder = check_run_name(job.run) / "selfcheck"
+    folder = check_run(job) / "selfcheck"
+    check_left(job.data, *read_samples(job.data))
+    from torch import Tensor
+
+    from train.checkpoint import list_checkpoints
+
     shutil.rmtree(folder, ignore_errors=True)
     runs = {name: command_of(sys.argv[1:], f"{job.run}/selfcheck/{name}") for name in ("straight", "killed", "again")}
     print(f"training {STEPS} steps straight on", flush=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 POLICIES = ("raise", "skip")
 
@@ -58,6 +59,10 @@ class Sample:
     """The picture file's bytes. Raises ValueError, naming the file, if they cannot be read."""
     read_mask: Callable[[], bytes] | None = None
     """The mask file's bytes."""
+    file: Path | None = None
+    """The file that `read` reads and nothing else is in; None where there is none of its own."""
+    mask_file: Path | None = None
+    """The same of `read_mask`."""
 
 
 @dataclass(frozen=True)

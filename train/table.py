@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infer.remembered import Remembered
 from train.picture import SUFFIXES
 from train.source import Faults, Sample, Source, clean
 
@@ -29,11 +30,11 @@ def unpacked(source: Source, cache: Path) -> Path | None:
     place = Path(source.path)
     if not place.exists() or _saved(place):
         return None
-    digest = hashlib.sha256(repr(source.subset).encode())
+    digest, remembered = hashlib.sha256(repr(source.subset).encode()), Remembered(cache)
     for file in _tables(place):
         digest.update(f"/{file.relative_to(place)}/".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(remembered.sha256(file))
+    remembered.save()
     return cache / "tables" / digest.hexdigest()[:32]
 
 
@@ -126,13 +127,17 @@ def _tables(place: Path) -> list[Path]:
 
 def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
     """The table, and the folders that its pictures may be in where it holds paths; relative ones are in the first."""
+    place = Path(source.path)
+    if place.suffix in KINDS and not place.exists():
+        raise ValueError(
+            f"{source.path!r} does not exist; give a {place.suffix} file that does, or a folder of pictures"
+        )
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
             f"{source.path!r} is read by `datasets`, which is not installed here: pip install datasets"
         ) from error
-    place = Path(source.path)
     saved = place.is_dir() and _saved(place)
     if place.is_dir() and not saved:
         tables = _tables(place)

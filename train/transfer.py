@@ -8,6 +8,8 @@ objective on the pictures that its run held out, with fixed noise, and with prom
 transfer.json, transfer.md and transfer.png to runs/<run>/.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import sys
@@ -15,40 +17,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
 
-    quieten()
-
-import torch
 from tqdm import tqdm
 
-from infer.adapters import Adapter
 from infer.atomic import replace_file
 from infer.bootstrap import Interval
+from infer.cells import markdown_table
 from infer.command import check_run_name, pick_device, run_command
-from infer.compare import describe_device
-from infer.encode import Text, decode, text_encoder
-from infer.fast import Memory
-from infer.flux import Model, check_model, load_scheduler, load_vae, own_size
+from infer.flux import Model, load_scheduler, load_vae, own_size
 from infer.generate import Sampling, draw
+from infer.lora import Adapter
+from infer.memory import Memory
 from infer.quantize import Precision
+from infer.quiet import ready
 from infer.report import aligned
-from infer.scores import Row, Score, find_scores
-from infer.sensitivity import decide
 from infer.several import Trained
+from train.check import check_run
 from train.config import Train
-from train.data import Data
-from train.encoding import Encode
+from train.data import Data, check_left, read_samples
+from train.encode import Encode
 from train.flow import Flow
-from train.gap import markdown
-from train.matrix import draw_matrix
 from train.optim import Optim
-from train.probe import loaded, prepare, probe, switch_on
 from train.train import train
+
+if TYPE_CHECKING:
+    import torch
+
+    from infer.encode import Text
+    from infer.judges import Score
+
+Row = dict[str, Any]
 
 
 @dataclass
@@ -100,6 +102,9 @@ class Transfer:
 
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[Row]:
     """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
+    from infer.encode import decode, text_encoder
+    from train.probe import loaded, prepare, probe, switch_on
+
     texts: list[Text] = []
     if options.prompts:
         with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
@@ -171,8 +176,16 @@ def table(summary: list[Row], figure: str, key: str) -> list[list[str]]:
 def transfer(options: Transfer) -> Path:
     """Train, measure, write the files; returns their folder."""
     folder = check_run_name(options.run)
+    for name in options.precisions:
+        check_run(options.job(name, options.seeds[0]))
+    check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
-    check_model(options.model)
+    ready()
+    from infer.judges import find_scores
+    from infer.layer_errors import decide
+    from infer.measure import describe_device
+    from train.matrix import draw_matrix
+
     scores = find_scores(options.scores)
     for name, precision in options.precisions.items():
         options.precisions[name] = decide(options.model, precision, device, print)
@@ -192,7 +205,7 @@ def transfer(options: Transfer) -> Path:
         for key, title in (("mean", figure), ("cost", f"{figure}, against the adapter trained where it runs")):
             lines = table(summary, figure, key)
             print(f"\n{title}:\n{aligned(lines, 1)}")
-            text += f"{title}\n\n{markdown(lines)}\n"
+            text += f"{title}\n\n{markdown_table(lines)}\n"
     result: dict[str, Any] = {"model": options.model.path, "device": describe_device(device), "steps": options.steps}
     content = json.dumps(result | {"summary": summary, "rows": rows}, indent=1, allow_nan=False) + "\n"
     replace_file(folder / "transfer.png", lambda path: draw_matrix(summary, path))

@@ -20,11 +20,11 @@ from torch import nn
 from infer.adapters import adapter_state
 from infer.atomic import replace_file
 from train.batch import Samples, choices, training_batch
-from train.cache import Cache
 from train.config import Train
 from train.journal import Journal
 from train.progress import Progress
 from train.spikes import remember, threshold
+from train.store import Cache
 from train.update import Part, Update
 
 DUMPS = 3  # the latest are kept

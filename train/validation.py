@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from train.batch import Samples, validation_batch, validation_parts
-from train.cache import Cache
 from train.config import Train
 from train.ranks import shards
 from train.step import batch_losses
+from train.store import Cache
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:

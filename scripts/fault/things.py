@@ -20,8 +20,8 @@ from scripts.bad.reports import RESULT
 from train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from train.config import Train
 from train.index import read_rows, write_rows
+from train.run import claim
 from train.shards import DamagedError, Shelf, read_item, write_shard
-from train.train import claim
 
 
 @dataclass(frozen=True)

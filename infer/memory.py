@@ -1,0 +1,71 @@
+"""How time is traded for memory: the settings of the fast path (infer/fast.py), checked without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+KEEP = ("nothing", "attention", "products", "everything")
+NEEDS_FUSED = ("compile", "graph", "budget_gib")
+SLOTS = 3  # places on the device that streamed blocks take in turn
+
+
+@dataclass
+class Memory:
+    """How time is traded for memory: what a block keeps for its backward pass, and where its weights are."""
+
+    keep: str = "attention"
+    """What a block keeps for its backward pass: nothing (all is computed again from its input), attention (all but the
+    attention is), products (all but the matrix products is) or everything."""
+    fused: bool = True
+    """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
+    compile: bool | None = None
+    """torch.compile the blocks; null does so on CUDA."""
+    graph: bool | None = None
+    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
+    budget_gib: float | None = None
+    """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
+    are copied when their turn comes. null keeps all on the device."""
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
+        if not self.fused:
+            if self.keep not in ("nothing", "everything"):
+                raise ValueError(
+                    f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
+                )
+            asked = [name for name in NEEDS_FUSED if getattr(self, name)]
+            if asked:
+                raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
+        if self.budget_gib is not None and not self.budget_gib > 0:
+            raise ValueError(f"memory.budget_gib is {self.budget_gib}; it must be above 0, or null for no bound")
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
+
+    def graphs(self, device: torch.device) -> bool:
+        """Whether sampling is captured."""
+        return self.fused and device.type == "cuda" and self.graph is not False
+
+
+def streamed_of(blocks: int, resident: int) -> list[int]:
+    """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
+    return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
+
+
+def residents(sizes: list[int], spare: int) -> int:
+    """How many blocks of these sizes may stay on the device in so many bytes."""
+    resident = 0
+    while resident < len(sizes) and sum(resident_bytes(sizes, resident + 1)) <= spare:
+        resident += 1
+    return resident
+
+
+def resident_bytes(sizes: list[int], resident: int) -> list[int]:
+    """Of the blocks that stay on the device."""
+    streamed = set(streamed_of(len(sizes), resident))
+    return [size for i, size in enumerate(sizes) if i not in streamed]

@@ -1,0 +1,271 @@
+"""A training run from its config to its adapter's file, on the ranks that there are."""
+
+import shutil
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from infer.adapters import FILE, attach, check_adapter, load_recovery, read_notes, save_adapter, strengths, update_norm
+from infer.atomic import replace_file
+from infer.card import push, write_card
+from infer.command import STOPPED
+from infer.encode import release
+from infer.fast import choose_path, hold_of
+from infer.flux import fingerprint, load_transformer, own_size, part_folder, read_config
+from infer.headers import check_transformer
+from infer.layer_errors import decide
+from infer.lora import FROM_ERROR
+from infer.residual import save_start, start_from_error
+from train.batch import choose
+from train.build import build
+from train.caption import all_texts
+from train.card import card_of
+from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from train.config import Train
+from train.data import check_left
+from train.lock import Hold, hold_run
+from train.loop import fit
+from train.plan import announce
+from train.prior import prior_samples
+from train.progress import refuse_other
+from train.ranks import check_shared, make_accelerator, shard, shards
+from train.source import Sample, Skipped
+from train.stop import Stop
+from train.track import make_tracker
+from train.watch import watching
+
+
+def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped], stop: Stop) -> Path:
+    """Train; returns the adapter's folder. Stopped by a signal it leaves by SystemExit, with code 3.
+
+    samples, skipped: what `read_samples` found.
+    """
+    accelerator = make_accelerator(job)
+    with watching(accelerator.process_index, accelerator.num_processes, print):
+        held = hold_run(folder, accelerator.print) if accelerator.is_main_process else nullcontext()
+        with held as hold:
+            adapter = train_on(job, accelerator, folder, samples, skipped, stop, hold)
+    if adapter is None:
+        sys.exit(STOPPED)
+    return adapter
+
+
+def claim(job: Train, folder: Path, processes: int) -> int:
+    """Write the run's config, or once it has a checkpoint compare it with the one that is there; returns the number of
+    processes that the run began with.
+
+    Raises:
+        ValueError: the run exists with another config.
+    """
+    own = asdict(job) | {"processes": processes}
+    # these change nothing about what is learned
+    for aside in (
+        "track",
+        "sweep",
+        "device",
+        "memory",
+        "save_every",
+        "save_minutes",
+        "keep",
+        "keep_best",
+        "resume",
+        "stop_after_bad",
+        "spikes",
+        "validate_every",
+        "preview_every",
+        "previews",
+        "sampling",
+        "push",
+    ):
+        own.pop(aside)
+    for aside in ("cache", "on_error", "least"):
+        own["data"].pop(aside)
+    own["encode"] = {"tile": job.encode.tile}
+    file = folder / "config.yaml"
+    if (list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()) and file.is_file():
+        try:
+            there = yaml.safe_load(file.read_bytes())
+            begun = int(there["processes"])
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is not what this run wrote ({type(error).__name__}: {error}); put it back, or delete {folder} "
+                "to start over"
+            ) from error
+        own["processes"] = begun  # the batches stay as they were, whoever computes them
+        other = _differences(there, own)
+        if other:
+            raise ValueError(
+                f"run {job.run!r} exists with another config ({'; '.join(other[:5])}{', ...' if other[5:] else ''}); "
+                f"choose another name with run=..., or delete {folder} to start over"
+            )
+        return begun
+    replace_file(file, lambda path: path.write_bytes(yaml.safe_dump(own, sort_keys=False, allow_unicode=True).encode()))
+    return processes
+
+
+def _differences(a: Any, b: Any, name: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = dict.fromkeys([*a, *b])
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
+
+
+def train_on(
+    job: Train,
+    accelerator: Accelerator,
+    folder: Path,
+    samples: list[Sample],
+    skipped: list[Skipped],
+    stop: Stop,
+    hold: Hold | None,
+) -> Path | None:
+    """The run, on the ranks that there are; None if it was stopped."""
+    main, say = accelerator.is_main_process, accelerator.print
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if main:
+        job.precision = decide(job.model, job.precision, accelerator.device, say)
+    accelerator.wait_for_everyone()
+    job.precision = decide(job.model, job.precision, accelerator.device, say)  # other ranks read what was measured
+    (begun,) = gather_object([claim(job, folder, ranks)] if main else [])
+    check_shared(folder, rank)
+    finished = folder / "adapter" / FILE
+    if finished.is_file() and read_notes(finished).get("step") == job.steps:
+        if job.resume is None:
+            say(f"run {job.run!r} is finished: {finished}")
+            if job.push is not None and main:
+                say(f"pushed: {push(finished.parent, job.push)}")
+            return finished.parent
+        accelerator.wait_for_everyone()  # all have read it; it is not what the run now comes to
+        for done in (folder / "adapter", folder / "adapter-ema") if main else ():
+            if done.is_dir():
+                shutil.rmtree(f"{done}.aside", ignore_errors=True)
+                done.rename(f"{done}.aside")
+    if begun != ranks:
+        say(
+            f"note: the run began with {begun} processes and goes on with {ranks}: the samples of each update stay the "
+            "same and in their order; figures may differ by rounding"
+            + (f", and {ranks - begun} processes only repeat what others do" if ranks > begun else "")
+        )
+    (base,) = gather_object([fingerprint(job.model, "transformer")] if main else [])
+    latest = find_checkpoint(folder / "checkpoints", job.resume, lambda _: None) if main else None
+    if latest is not None:  # before any model is loaded
+        refuse_other(read_checkpoint(latest)[2], None, base, folder)
+    check_adapter(job.adapter, job.model, job.precision)
+    if not job.model.random:
+        path, config = job.model.path, read_config(job.model, "transformer")
+        check_transformer(path, part_folder(job.model, "transformer"), config)
+    if not read_config(job.model, "transformer").get("guidance_embeds"):
+        say(
+            f"note: {job.model.path} has no guidance embedding (schnell and its kin): an adapter trained on it undoes "
+            "the few-step distillation with time; train few steps, or on FLUX.1-dev"
+        )
+
+    if not shards():
+        announce(job, accelerator.device, say)
+    # pictures and texts are encoded and their encoders freed before the transformer is loaded
+    samples += prior_samples(job.data, job.model, job.precision, accelerator.device, rank, ranks)
+    accelerator.wait_for_everyone()
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
+    place = accelerator.device, rank, ranks, gather_object
+    cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *place)
+    for one in skipped + cache.skipped:
+        say(f"skipped: {one.name} {one.reason}")
+    for text in cache.truncated:
+        say(f"T5 does not see the end of {text!r}")
+    samples = [samples[i] for i in cache.kept]
+    check_left(job.data, samples, skipped + cache.skipped)
+    chosen = choose(samples, cache, job.data, job.seed)
+    say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
+
+    place_of_weights = torch.device("cpu") if shards() else hold_of(job.memory)
+    transformer = load_transformer(job.model, job.precision, accelerator.device, place_of_weights).train()
+    if job.adapter.recovery is not None:
+        layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
+        say(f"recovery adapter on {layers} layers")
+    parameters = attach(transformer, job.adapter, job.seed)
+    start = None
+    if job.adapter.init in FROM_ERROR:
+        start = start_from_error(transformer, job.model, job.precision, job.adapter.init)
+    say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
+    if shards():
+        shard(transformer, parameters, job, accelerator.device, say)
+    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say)
+    # its backward reads beyond its bounds where a gradient is a slice (torch 2.11); the fast path gives it none
+    torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
+    previews = {prompt: cache.text(prompt) for prompt in job.previews}
+    tracker = make_tracker(job.track if main else type(job.track)("none"), job.run, folder, asdict(job))
+    try:
+        parts = fit(
+            job,
+            accelerator,
+            transformer,
+            parameters,
+            cache,
+            chosen,
+            stream,
+            previews,
+            job.sampling.size(own_size(job.model)),
+            tracker,
+            folder,
+            base,
+            begun,
+            stop,
+            hold,
+        )
+    except BaseException as error:
+        tracker.fail(error)
+        raise
+    if parts is None:
+        tracker.finish()
+        say(f"stopped ({stop.asked or 'another process was asked to'}); its state is saved, the same command goes on")
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return None
+    now, average = parts.progress, parts.average
+
+    norm = update_norm(transformer)
+    if not norm > 0:  # NaN too
+        raise ValueError(f"the adapter's norm is {norm} after {job.steps} steps: nothing was learned; raise optim.lr")
+    learned = f"learned: adapter norm {norm:.3f}"
+    for name, history in (("validation loss", now.validation), ("of the averaged weights", now.validation_ema)):
+        if history:
+            before, after = history["0"], history[str(job.steps)]
+            learned += f", {name} {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
+    if now.skipped:
+        learned += f"\n{now.skipped} updates were left out as not finite: {folder / 'events.jsonl'} names their samples"
+    if main:
+        notes = {
+            "step": job.steps,
+            "adapter": asdict(job.adapter),
+            "precision": asdict(job.precision),
+            "base": base,
+            "trigger": job.data.trigger,
+            "validation": now.validation,
+        }
+        if average is not None:
+            with average.used():
+                if start is not None:
+                    save_start(start, folder / "adapter-ema")
+                own = {"ema": job.ema, "validation": now.validation_ema}
+                save_adapter(transformer, folder / "adapter-ema", notes | own)
+        if start is not None:
+            save_start(start, folder / "adapter")
+        write_card(folder / "adapter", card_of(job, folder, now.validation))
+        save_adapter(transformer, folder / "adapter", notes)
+        tracker.adapter(folder / "adapter", notes)
+        if job.push is not None:
+            say(f"pushed: {push(folder / 'adapter', job.push)}")
+    tracker.finish()
+    say(f"{learned}\nadapter: {finished}" + (f"\naveraged: {folder / 'adapter-ema' / FILE}" if average else ""))
+    accelerator.wait_for_everyone()
+    del transformer
+    release(accelerator.device)
+    accelerator.end_training()
+    return finished.parent
