@@ -13,12 +13,14 @@ import torch
 from torch.nn import functional
 
 from infer import compute
-from infer.adapters import Adapter, attach
+from infer.adapters import attach
 from infer.command import ROOT
 from infer.compute import compute_dtype, compute_dtype_of
 from infer.encode import decode, to_posterior
-from infer.fast import Memory, install
+from infer.fast import install
 from infer.flux import Model, load_text_parts, load_transformer, load_vae
+from infer.lora import Adapter
+from infer.memory import Memory
 from infer.quantize import Precision, dequantized, linear_layers, stored_bytes
 from scripts.tiny.make_style import make_style
 
