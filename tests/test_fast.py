@@ -318,3 +318,28 @@ def test_the_kernel_adds_products_and_touches_nothing_else(rank: int, dtype: tor
     expected[..., 136:656] += thin.double() @ up.double().T
     assert (found.double() - expected).norm() / expected.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-3)
     assert torch.equal(found[..., :136], whole[..., :136]) and torch.equal(found[..., 656:], whole[..., 656:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp4", "nf4", "double"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_blocks_of_a_checkpoint_held_on_the_host_are_those_on_the_gpu(kind: str, adapter: str, tiny: Model) -> None:
+    precision = Precision("nf4", double_quant=True) if kind == "double" else Precision(kind)
+    device, found = torch.device("cuda"), []
+    for hold in (device, CPU):
+        transformer = load_transformer(tiny, precision, device, hold).train()
+        assert check_quantized(transformer, precision) == (0 if kind == "bf16" else len(linear_layers(transformer)))
+        attach(transformer, ADAPTERS[adapter], 0)
+        memory = Memory(compile=False, budget_gib=None if hold == device else 1.0)
+        stream = install(transformer, memory, device)
+        assert (stream is None) == (hold == device)
+        if stream is not None:
+            stream.keep(2)
+        noise = torch.Generator().manual_seed(0)
+        x = torch.randn(1, transformer.config.in_channels // 4, 16, 16, generator=noise).to(device)
+        t5 = torch.randn(1, 20, transformer.config.joint_attention_dim, generator=noise).to(device)
+        pooled = torch.randn(1, transformer.config.pooled_projection_dim, generator=noise).to(device)
+        with torch.no_grad():
+            sigma = torch.tensor([0.5], device=device)
+            found.append(predict(transformer, x, t5, pooled, sigma, 1.0, precision.dtype))
+    assert torch.equal(*found)

@@ -20,13 +20,12 @@ from infer.shapes import SHAPES, shape_config
 from infer.stream import SLOTS, resident_bytes, residents
 from train.config import Train
 from train.flop import tokens_of
+from train.optim import state_bytes
 
 # measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
 WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
 # an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
 PRODUCTS, EVERYTHING = 7.0, 11.5
-STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}  # of an optimizer, a parameter
-SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
 # what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
@@ -146,7 +145,6 @@ def footprint(job: Train) -> Footprint:
     tensors = [job.adapter.rank * side for layer in targets for side in (layer.in_features, layer.out_features)]
     if job.adapter.dora:
         tensors += [layer.out_features for layer in targets]
-    optimizer = sum((8.0 if "8bit" in job.optim.name and n < SMALL else STATES[job.optim.name]) * n for n in tensors)
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -188,7 +186,7 @@ def footprint(job: Train) -> Footprint:
         weights=sum(sizes.values()),
         adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
         gradients=4 * sum(tensors),
-        optimizer=int(optimizer),
+        optimizer=state_bytes(job.optim.name, tensors),
         checkpoints=kept,
         block=work,
         workspace=WORKSPACE,
