@@ -17,7 +17,7 @@ from infer.adapters import match_targets
 from infer.flux import Model, read_config
 from infer.quantize import Precision, kind_asked, linear_layers, weight_bytes
 from infer.shapes import SHAPES, shape_config
-from infer.stream import SLOTS, resident_bytes, residents
+from infer.stream import device_bytes, residents
 from train.config import Train
 from train.flop import tokens_of
 from train.optim import state_bytes
@@ -185,7 +185,7 @@ def footprint(job: Train) -> Footprint:
     result = Footprint(
         weights=sum(sizes.values()),
         adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
-        gradients=4 * sum(tensors),
+        gradients=4 * sum(tensors) * (2 if _sums_apart(job) else 1),
         optimizer=state_bytes(job.optim.name, tensors),
         checkpoints=kept,
         block=work,
@@ -200,6 +200,11 @@ def footprint(job: Train) -> Footprint:
     if job.memory.budget_gib is not None:
         _stream(result, by_block, job)
     return result
+
+
+def _sums_apart(job: Train) -> bool:
+    """Whether the gradients of an update's micro-batches are added up beside those that a captured step leaves."""
+    return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
 
 
 def _holes(job: Train) -> float:
@@ -219,14 +224,13 @@ def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
     """
     budget = int((job.memory.budget_gib or 0) * 2**30)
     rest = result.weights - sum(by_block)
-    fixed = rest + SLOTS * max(by_block) + result.allocated - result.weights + result.allocator
-    spare = budget - fixed
-    if spare < 0:
+    work = rest + result.allocated - result.weights + result.allocator
+    least = work + device_bytes(by_block, 0)
+    if least > budget:
         raise ValueError(
             f"memory.budget_gib is {job.memory.budget_gib}, but with every block in host memory the work itself takes "
-            f"about {fixed / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
+            f"about {least / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
             "batch_size"
         )
-    result.resident, result.host = residents(by_block, spare), sum(by_block)
-    slots = min(SLOTS, len(by_block) - result.resident) * max(by_block)
-    result.weights = rest + slots + sum(resident_bytes(by_block, result.resident))
+    result.resident, result.host = residents(by_block, budget - work), sum(by_block)
+    result.weights = rest + device_bytes(by_block, result.resident)
