@@ -25,7 +25,7 @@ from infer.compute import NAMES, compute_dtype_of
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import choose_path, hold_of
 from infer.flux import load_scheduler, load_transformer, load_vae, own_size
-from infer.formats import read_pairs
+from infer.formats import find_adapter, read_notes, read_pairs
 from infer.generate import Sampling, draw
 from infer.graph import Sampler
 from infer.judge import judge
@@ -157,6 +157,12 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
     if options.adapter.path is not None:
         for one in options.adapter.all():
             read_pairs(one.path)  # what is wrong with it is said before a model is loaded
+            init = read_notes(find_adapter(one.path)).get("adapter", {}).get("init")
+            if init == "loftq" and options.memory.budget_gib is not None:
+                raise ValueError(
+                    f"{one.path} is of adapter.init=loftq, whose base is rounded again on the device, where "
+                    "memory.budget_gib keeps only a part of it; set memory.budget_gib=null"
+                )
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name in names:

@@ -57,12 +57,15 @@ def streamed_of(blocks: int, resident: int) -> list[int]:
     return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
 
 
-def residents(sizes: list[int], spare: int) -> int:
-    """How many blocks of these sizes may stay on the device in so many bytes."""
-    resident = 0
-    while resident < len(sizes) and sum(resident_bytes(sizes, resident + 1)) <= spare:
-        resident += 1
-    return resident
+def residents(sizes: list[int], room: int) -> int:
+    """How many blocks of these sizes may stay on the device where they and the slots may have so many bytes."""
+    return max((count for count in range(len(sizes) + 1) if device_bytes(sizes, count) <= room), default=0)
+
+
+def device_bytes(sizes: list[int], resident: int) -> int:
+    """Of the blocks that stay on the device and of the slots that the others take turns in."""
+    streamed = [sizes[i] for i in streamed_of(len(sizes), resident)]
+    return sum(resident_bytes(sizes, resident)) + min(SLOTS, len(streamed)) * max(streamed, default=0)
 
 
 def resident_bytes(sizes: list[int], resident: int) -> list[int]:

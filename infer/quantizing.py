@@ -44,6 +44,15 @@ def _quantize_then_hold(method: Any, device: torch.device, hold: torch.device) -
         method(self, model, value, name, device, *args, **kwargs)
         module, _, tensor = name.rpartition(".")
         layer = model.get_submodule(module)
-        setattr(layer, tensor, getattr(layer, tensor).to(hold))
+        layer._parameters[tensor] = held(getattr(layer, tensor), hold)
 
     return create
+
+
+def held(parameter: nn.Parameter, hold: torch.device) -> nn.Parameter:
+    """A parameter on another device, of its own class, with its quantization constants.
+
+    bitsandbytes' classes move them along; a plain parameter's `to` gives a tensor, which no module takes as its own.
+    """
+    moved = parameter.to(hold)
+    return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, parameter.requires_grad)

@@ -13,6 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from infer.quantize import Precision, quantization_config
+from infer.quantizing import held
 
 if TYPE_CHECKING:
     import torch
@@ -193,8 +194,7 @@ def _fill(
             new = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
         else:
             new = nn.Parameter(value.to(hold), False)
-        held: Any = new if hold == device else new.to(hold)
-        module.register_parameter(name, held)
+        module.register_parameter(name, held(new, hold))
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.is_meta:  # position ids: the only buffers of these parts
             assert name == "position_ids", f"{name} is no buffer that is known here"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infer import allocator
-from infer.memory import SLOTS, residents, streamed_of
+from infer.memory import SLOTS, device_bytes, residents, streamed_of
 from infer.pack import pack, packed_bytes, place
 from infer.stack import Stack
 
@@ -67,6 +67,7 @@ class Stream:
         if cuda:
             _pin(self)
         self.copies = torch.cuda.Stream(device) if cuda else None
+        self.copying = False  # since the last join
         self.keep(0)
 
     def keep(self, resident: int) -> None:
@@ -111,6 +112,7 @@ class Stream:
         if self.copies is None:
             target[: buffer.numel()].copy_(buffer)
             return
+        self.copying = True
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):
             target[: buffer.numel()].copy_(buffer, non_blocking=True)
@@ -131,12 +133,18 @@ class Stream:
         """Have the first blocks in the slots, as a training step finds and leaves them: a captured one relies on it."""
         for number in range(len(self.slots)):
             self.need(self.streamed[number])
+        self.join()
 
     def join(self) -> None:
-        """Wait for what is still being copied."""
-        if self.copies is not None:
+        """Wait for what is still being copied.
+
+        A call that copies nothing, as where all blocks stay on the device or each streamed one has its slot, has
+        nothing to wait for: while it is captured, waiting for what came before it is an error.
+        """
+        if self.copies is not None and self.copying:
             torch.cuda.current_stream(self.device).wait_stream(self.copies)
             self.arriving = [None] * len(self.slots)
+        self.copying = False
 
     def fit(self, budget_gib: float, work: Callable[[], object]) -> int:
         """Have as many blocks stay on the device as a budget allows beside `work`, which is run to see what it takes;
@@ -153,7 +161,7 @@ class Stream:
                 f"memory.budget_gib is {budget_gib}, but with every block in host memory the work itself takes "
                 f"{taken / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or batch_size"
             )
-        resident = residents(sizes, budget - taken)
+        resident = residents(sizes, budget - taken + device_bytes(sizes, 0))
         while resident > 0:
             self.keep(resident)
             excess = self._taken(work) - budget

@@ -164,7 +164,7 @@ def measure(
     optimizer: Any = make_optimizer(job.optim, parameters)
     result: Row = {}
     if stream is not None:
-        result["resident_blocks"] = fit_budget(job, learn, parameters, stream, batch)
+        result["resident_blocks"] = fit_budget(job, learn, parameters, optimizer, stream, batch)
         result["host_gib"] = stream.host_bytes / GIB
 
     places = [[Place(0, i, i, 0) for i in range(variant.batch)]]

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from tests.browser import Browser
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(mark.kwargs.get("reason") == "needs a GPU" for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """The bundled checkpoint."""

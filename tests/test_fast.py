@@ -1,5 +1,7 @@
 """The fast path against diffusers' and PEFT's own layers: outputs, gradients, switches, streaming, full-size shapes."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from infer.encode import text_encoder
 from infer.fast import install, uninstall
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.fused import linear
-from infer.memory import KEEP, Memory, resident_bytes
+from infer.memory import KEEP, Memory, device_bytes
 from infer.product import add_product
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.stack import Linear, Lora, Stack, obstacle
@@ -144,6 +146,37 @@ def test_adapters_attached_and_switched_after_installing_count(tiny: Model, tmp_
     assert adapter_state(transformer, "mine").keys() == adapter_state(source).keys()
 
 
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_adapters_loaded_in_bf16_draw_what_they_were_trained_to(
+    kind: str, adapter: str, tiny: Model, tmp_path: Any
+) -> None:
+    precision = Precision(kind)
+    source, _ = make(exact(kind) if kind != "bf16" else Precision("fp32"), ADAPTERS[adapter], tiny)
+    save_adapter(source, tmp_path, {})
+    transformer = load_transformer(tiny, precision, CPU)
+
+    def draw(model: FluxTransformer2DModel, dtype: torch.dtype) -> Tensor:
+        noise = torch.Generator().manual_seed(3)
+        t5 = torch.randn(1, 20, model.config.joint_attention_dim, generator=noise)
+        pooled = torch.randn(1, model.config.pooled_projection_dim, generator=noise)
+        x = torch.randn(1, model.config.in_channels // 4, 8, 8, generator=noise)
+        with torch.no_grad():
+            return predict(model, x, t5, pooled, torch.tensor([0.5]), 1.0, dtype).float()
+
+    expected = draw(source, torch.float32)
+    load_adapter(transformer, str(tmp_path), "mine")
+    plain = error([draw(transformer, torch.bfloat16)], [expected])
+    install(transformer, Memory(), CPU)
+    assert error([draw(transformer, torch.bfloat16)], [expected]) < max(0.02, 1.3 * plain)
+    switch(transformer, False)
+    assert error([draw(transformer, torch.bfloat16)], [expected]) > 0.05  # the adapter counts
+    layer: Any = transformer.single_transformer_blocks[0].attn.to_q
+    assert layer.lora_A["mine"].weight.dtype == torch.bfloat16
+    if adapter == "dora":
+        assert layer.lora_magnitude_vector["mine"].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("kind", "resident"), [("nf4", 0), ("double", 3), ("int8", 1), ("bf16", 6)])
 def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, resident: int, tiny: Model) -> None:
     precision = Precision("nf4", double_quant=True) if kind == "double" else Precision(kind)
@@ -164,6 +197,36 @@ def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, re
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
 
+@pytest.mark.parametrize(("resident", "waits"), [(6, False), (3, False), (2, True)])
+def test_a_stream_waits_for_its_own_copies_alone(
+    resident: int, waits: bool, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a step is captured, waiting for copies from before it is an error; CUDA played by hand."""
+    transformer, parameters = make(Precision("nf4"), ADAPTERS["lora"], tiny)
+    stream: Any = install(transformer, Memory(budget_gib=1), CPU)
+    stream.keep(resident)
+    waited: list[str] = []
+    current = SimpleNamespace(wait_stream=lambda _: waited.append("all"), wait_event=lambda _: waited.append("one"))
+    stream.copies = SimpleNamespace(wait_stream=lambda _: None, record_event=lambda: "event")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    step(transformer, parameters, Precision("nf4"))
+    stream.rewind()
+    waited.clear()
+    step(transformer, parameters, Precision("nf4"))  # what is captured
+    stream.join()
+    assert bool(waited) == waits and stream.arriving == [None] * len(stream.slots)
+
+
+def test_more_blocks_stay_with_more_room_and_the_last_need_no_slots() -> None:
+    sizes = [5] * 3 + [2] * 6
+    found = [residents(sizes, room) for room in range(3 * 5, sum(sizes) + 1)]
+    assert found == sorted(found) and found[0] == 0 and found[-1] == len(sizes)
+    for room, count in zip(range(3 * 5, sum(sizes) + 1), found, strict=True):
+        assert device_bytes(sizes, count) <= room
+    assert device_bytes(sizes, len(sizes)) == sum(sizes) < device_bytes(sizes, len(sizes) - 1) + 2
+
+
 def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
     tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +239,7 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
 
     def taken(_: Any) -> int:
         resident = len(sizes) - len(stream.streamed)
-        return work + sum(resident_bytes(sizes, resident)) + (holes if resident else 0)
+        return work + device_bytes(sizes, resident) + (holes if resident else 0)
 
     monkeypatch.setattr(stream, "_taken", taken)
 
@@ -184,12 +247,13 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
         return stream.fit((work + extra) / 2**30, lambda: None)
 
     assert fit(sum(sizes) + holes) == 6 and not stream.streamed
-    assert fit(0) == 0 and len(stream.streamed) == 6
+    least = device_bytes(sizes, 0)
+    assert fit(least) == 0 and len(stream.streamed) == 6
     some = fit(sum(sizes))  # all of them would fit but for the holes
-    assert 0 < some < 6 and taken(None) <= work + sum(sizes)
-    assert forgotten and fit(max(sizes)) == 0
+    assert 0 <= some < 6 and taken(None) <= work + sum(sizes)
+    assert forgotten and fit(least + max(sizes)) == 0
     with pytest.raises(ValueError, match="with every block in host memory the work itself takes"):
-        fit(-1)
+        fit(least - 1)
 
 
 @pytest.mark.parametrize("ranks", [((), (4, 3), (), (2,), ()), ((4,), (4,), (4,), (), ()), ((), (), (), (5,), (5,))])
@@ -318,3 +382,28 @@ def test_the_kernel_adds_products_and_touches_nothing_else(rank: int, dtype: tor
     expected[..., 136:656] += thin.double() @ up.double().T
     assert (found.double() - expected).norm() / expected.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-3)
     assert torch.equal(found[..., :136], whole[..., :136]) and torch.equal(found[..., 656:], whole[..., 656:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp4", "nf4", "double"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_blocks_of_a_checkpoint_held_on_the_host_are_those_on_the_gpu(kind: str, adapter: str, tiny: Model) -> None:
+    precision = Precision("nf4", double_quant=True) if kind == "double" else Precision(kind)
+    device, found = torch.device("cuda"), []
+    for hold in (device, CPU):
+        transformer = load_transformer(tiny, precision, device, hold).train()
+        assert check_quantized(transformer, precision) == (0 if kind == "bf16" else len(linear_layers(transformer)))
+        attach(transformer, ADAPTERS[adapter], 0)
+        memory = Memory(compile=False, budget_gib=None if hold == device else 1.0)
+        stream = install(transformer, memory, device)
+        assert (stream is None) == (hold == device)
+        if stream is not None:
+            stream.keep(2)
+        noise = torch.Generator().manual_seed(0)
+        x = torch.randn(1, transformer.config.in_channels // 4, 16, 16, generator=noise).to(device)
+        t5 = torch.randn(1, 20, transformer.config.joint_attention_dim, generator=noise).to(device)
+        pooled = torch.randn(1, transformer.config.pooled_projection_dim, generator=noise).to(device)
+        with torch.no_grad():
+            sigma = torch.tensor([0.5], device=device)
+            found.append(predict(transformer, x, t5, pooled, sigma, 1.0, precision.dtype))
+    assert torch.equal(*found)

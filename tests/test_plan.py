@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infer.adapters import Adapter, attach
 from infer.command import ROOT
 from infer.encode import text_encoder
+from infer.fast import install
 from infer.flux import Model, load_transformer
-from infer.memory import KEEP, Memory
+from infer.memory import KEEP, Memory, device_bytes
 from infer.quantize import KINDS, Precision, stored_bytes
 from scripts.bench import plan_rows
 from scripts.bench_grid import job_of
@@ -21,9 +23,10 @@ from scripts.bench_variants import VARIANTS
 from train.config import Train
 from train.data import Data
 from train.footprint import footprint, part_config, text_bytes, weights_by_module
-from train.optim import Optim, make_optimizer
+from train.optim import NAMES, Optim, make_optimizer, state_bytes
 from train.pace import CARDS, seconds
 from train.plan import Plan, announce, check_fits, overrides, plan, propose
+from train.step import fit_budget
 
 GIB = 2**30
 SEEN = [json.loads(line) for line in (Path(__file__).parent / "plan_grid.jsonl").read_text().splitlines()]
@@ -95,6 +98,81 @@ def test_adapters_and_their_states_are_counted(adapter: Adapter, optim: str, tin
         value for state in optimizer.state.values() for key, value in state.items() if key.startswith(("exp", "state"))
     ]
     assert taken.optimizer == sum(value.numel() * value.element_size() for value in states)
+
+
+@pytest.mark.parametrize("began", ["zero", "trained"])
+def test_the_four_states_of_prodigy_are_counted(began: str, tiny: Model) -> None:
+    parameters = attach(load_transformer(tiny, Precision("bf16"), torch.device("cpu")), Adapter(rank=4), 0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+        if began == "trained":
+            parameter.data += 1
+    optimizer = make_optimizer(Optim("prodigy", lr=1.0), parameters)
+    optimizer.step()
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    found = sum(value.numel() * value.element_size() for value in states)
+    counted = state_bytes("prodigy", (parameter.numel() for parameter in parameters))
+    zeros = 4 * sum(parameter.numel() for parameter in parameters[1::2])  # B: where it began is one number
+    assert counted == found if began == "trained" else counted == pytest.approx(found + zeros, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_budget_leaves_room_for_the_states_that_are_not_there_yet(name: str, tiny: Model) -> None:
+    parameters = attach(load_transformer(tiny, Precision("bf16"), torch.device("cpu")), Adapter(rank=64), 0)
+    optimizer = make_optimizer(Optim(name, lr=1.0), parameters)
+    job = Train(model=tiny, memory=Memory(budget_gib=1.0), optim=Optim(name))
+    held: list[int] = []
+
+    class Taking(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.empty.memory_format:
+                held.append(made.numel() * made.element_size())
+            return made
+
+    def fit(_: float, work: Any) -> int:
+        with Taking():
+            work()
+        return 0
+
+    batch, stream = SimpleNamespace(x0=torch.zeros(1)), SimpleNamespace(fit=fit)
+    for _ in range(2):
+        fit_budget(job, lambda _: None, parameters, optimizer, stream, batch)  # type: ignore[arg-type]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert held == [state_bytes(name, (parameter.numel() for parameter in parameters)), 0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
+def test_as_many_blocks_stay_as_the_plan_says(kind: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision, memory = Precision(kind), Memory("nothing", budget_gib=4.0)
+    transformer = load_transformer(tiny, precision, torch.device("cpu"))
+    attach(transformer, Adapter(rank=4), 0)
+    job = Train(model=tiny, precision=precision, adapter=Adapter(rank=4), memory=memory, data=Data(resolution=128))
+    stream = install(transformer, memory, torch.device("cpu"))
+    assert stream is not None
+    sizes, whole = [buffer.numel() for buffer in stream.host], footprint(job)
+    assert whole.resident == len(sizes)
+    work = whole.allocated + whole.allocator - whole.weights  # as the plan has it, and what is in no block
+    work += sum(weights_by_module(part_config(tiny, "transformer"), precision).values()) - sum(sizes)
+    monkeypatch.setattr(stream, "_taken", lambda _: work + device_bytes(sizes, len(sizes) - len(stream.streamed)))
+    found = set()
+    for room in range(device_bytes(sizes, 0), sum(sizes), sum(sizes) // 16):
+        budget = (work + room + sizes[-1] // 2) / GIB
+        planned = footprint(replace(job, memory=replace(memory, budget_gib=budget)))
+        assert abs(stream.fit(budget, lambda: None) - planned.resident) <= 1
+        found.add(planned.resident)
+    assert len(found) > 2
+
+
+def test_gradients_of_several_micro_batches_lie_beside_those_of_a_captured_step() -> None:
+    job = Train(model=DEV, accumulation=4)
+    once = footprint(replace(job, accumulation=1)).gradients
+    assert footprint(job).gradients == 2 * once
+    assert footprint(replace(job, memory=Memory(graph=False))).gradients == once
 
 
 def test_less_is_kept_in_less_memory_and_more_time() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from infer.flux import Model, load_text_parts, load_transformer
 from infer.quantize import KINDS, Precision, check_quantized, dequantized, kind_of, linear_layers, stored_bytes
+from infer.quantizing import held
 from infer.save import Save, save
 
 CPU = torch.device("cpu")
@@ -46,6 +47,45 @@ def test_weights_are_what_the_papers_say() -> None:
     step = original.float().abs().amax(1, keepdim=True) / 127
     assert ((int8 - int8_by_hand(original)).abs() <= 1.01 * step).all()
     assert ((int8 - int8_by_hand(original)).abs() < 0.1 * step).float().mean() > 0.99
+
+
+MOST = {
+    "bf16": Precision("bf16"),
+    "int8": Precision("int8"),
+    "fp4": Precision("fp4"),
+    "nf4": Precision("nf4"),
+    "nested": Precision("nf4", double_quant=True),
+    "mixed": Precision("nf4", layers={r"single_transformer_blocks\..*": "int8", ".*norm.*": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("precision", MOST.values(), ids=MOST)
+def test_weights_held_elsewhere_than_they_were_quantized_are_the_same(precision: Precision) -> None:
+    # one memory by two names: tensors are moved as from a GPU to the host
+    elsewhere = torch.device("cpu", 0)
+    assert not isinstance(nn.Parameter(torch.zeros(1)).to(elsewhere), nn.Parameter)
+    here, there = (load_transformer(TINY, precision, CPU, hold) for hold in (CPU, elsewhere))
+    assert check_quantized(there, precision) == check_quantized(here, precision)
+    mine, own = here.state_dict(), there.state_dict()
+    assert mine.keys() == own.keys() and all(torch.equal(mine[key], own[key].to(CPU)) for key in mine)
+    for a, b in zip(here.named_parameters(), there.named_parameters(), strict=True):
+        assert a[0] == b[0] and type(a[1]) is type(b[1]) and not b[1].requires_grad
+    layers = linear_layers(there)
+    assert all(
+        torch.equal(dequantized(layer), dequantized(layers[name])) for name, layer in linear_layers(here).items()
+    )
+
+
+def test_a_held_weight_keeps_its_class_and_takes_its_constants_along() -> None:
+    meta = torch.device("meta")
+    for kind in ("int8", "nf4"):
+        layer = next(iter(linear_layers(load_transformer(TINY, Precision(kind), CPU)).values()))
+        moved = held(layer.weight, meta)
+        assert type(moved) is type(layer.weight) and moved.is_meta
+        constants = moved.SCB if kind == "int8" else moved.quant_state.absmax
+        assert constants.is_meta
+        bias = held(layer.bias, meta)
+        assert type(bias) is nn.Parameter and bias.is_meta and bias.dtype == layer.bias.dtype
 
 
 def output(precision: Precision) -> torch.Tensor:

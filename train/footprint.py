@@ -9,19 +9,18 @@ from typing import Any
 
 from infer.flux import Model, read_config
 from infer.layers import linear_shapes, norm_sizes
-from infer.memory import SLOTS, resident_bytes, residents
+from infer.memory import device_bytes, residents
 from infer.quantize import Precision, kind_asked, weight_bytes
 from infer.shapes import SHAPES, shape_config
 from infer.targets import match_targets
 from train.config import Train
 from train.flop import tokens_of
+from train.optim import state_bytes
 
 # measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
 WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
 # an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
 PRODUCTS, EVERYTHING = 7.0, 11.5
-STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}  # of an optimizer, a parameter
-SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
 # what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
@@ -120,7 +119,6 @@ def footprint(job: Train) -> Footprint:
     tensors = [job.adapter.rank * side for layer in targets for side in (layer.columns, layer.rows)]
     if job.adapter.dora:
         tensors += [layer.rows for layer in targets]
-    optimizer = sum((8.0 if "8bit" in job.optim.name and n < SMALL else STATES[job.optim.name]) * n for n in tensors)
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -161,8 +159,8 @@ def footprint(job: Train) -> Footprint:
     result = Footprint(
         weights=sum(sizes.values()),
         adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
-        gradients=4 * sum(tensors),
-        optimizer=int(optimizer),
+        gradients=4 * sum(tensors) * (2 if _sums_apart(job) else 1),
+        optimizer=state_bytes(job.optim.name, tensors),
         checkpoints=kept,
         block=work,
         workspace=WORKSPACE,
@@ -176,6 +174,11 @@ def footprint(job: Train) -> Footprint:
     if job.memory.budget_gib is not None:
         _stream(result, by_block, job)
     return result
+
+
+def _sums_apart(job: Train) -> bool:
+    """Whether the gradients of an update's micro-batches are added up beside those that a captured step leaves."""
+    return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
 
 
 def _holes(job: Train) -> float:
@@ -195,14 +198,13 @@ def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
     """
     budget = int((job.memory.budget_gib or 0) * 2**30)
     rest = result.weights - sum(by_block)
-    fixed = rest + SLOTS * max(by_block) + result.allocated - result.weights + result.allocator
-    spare = budget - fixed
-    if spare < 0:
+    work = rest + result.allocated - result.weights + result.allocator
+    least = work + device_bytes(by_block, 0)
+    if least > budget:
         raise ValueError(
             f"memory.budget_gib is {job.memory.budget_gib}, but with every block in host memory the work itself takes "
-            f"about {fixed / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
+            f"about {least / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
             "batch_size"
         )
-    result.resident, result.host = residents(by_block, spare), sum(by_block)
-    slots = min(SLOTS, len(by_block) - result.resident) * max(by_block)
-    result.weights = rest + slots + sum(resident_bytes(by_block, result.resident))
+    result.resident, result.host = residents(by_block, budget - work), sum(by_block)
+    result.weights = rest + device_bytes(by_block, result.resident)

@@ -109,7 +109,7 @@ def fit(
     learn = make_learner(job, accelerator, transformer, parameters, stream, -(-begun // ranks))
     weights = [source.weight for source in sources_of(job.data)]
     if stream is not None:
-        resident = fit_budget(job, learn, parameters, stream, largest_batch(job, cache, samples, device))
+        resident = fit_budget(job, learn, parameters, optimizer, stream, largest_batch(job, cache, samples, device))
         accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
     start_memory(device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)

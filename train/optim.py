@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
+# bytes of states for each parameter: Adam's two, Prodigy's two beside them
+STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}
+SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
 
 
 @dataclass
@@ -77,6 +80,12 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
 
     kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
     return kinds[optim.name](parameters, **common)  # type: ignore[no-any-return]
+
+
+def state_bytes(name: str, sizes: Iterable[int]) -> int:
+    """Bytes of an optimizer's states for tensors of so many parameters each, at most: of tensors that begin as zeros
+    Prodigy does not keep where they began."""
+    return int(sum((8.0 if "8bit" in name and size < SMALL else STATES[name]) * size for size in sizes))
 
 
 def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: float) -> None:

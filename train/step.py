@@ -16,6 +16,7 @@ from infer.stream import Stream
 from train.batch import Batch
 from train.config import Train
 from train.flow import losses, noised, predict
+from train.optim import state_bytes
 
 
 def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train) -> Tensor:
@@ -111,12 +112,20 @@ def make_learner(
 
 
 def fit_budget(
-    job: Train, learn: Callable[[Batch], object], parameters: list[nn.Parameter], stream: Stream, largest: Batch
+    job: Train,
+    learn: Callable[[Batch], object],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stream: Stream,
+    largest: Batch,
 ) -> int:
     """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""
+    whole = state_bytes(job.optim.name, (parameter.numel() for parameter in parameters))
+    # what the first update makes; a run that resumes has it already
+    absent = 0 if optimizer.state else whole
 
     def work() -> None:
-        states = [torch.empty_like(parameter) for _ in range(2) for parameter in parameters]  # Adam's, made later
+        states = torch.empty(absent, dtype=torch.uint8, device=largest.x0.device)
         learn(largest)
         for parameter in parameters:
             parameter.grad = None
