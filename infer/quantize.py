@@ -228,12 +228,12 @@ def multiply_plainly(model: nn.Module) -> None:
 
 
 def _plain_int8(layer: Any, x: Tensor) -> Tensor:
-    scales = _scales(layer)
+    scales = scales_of(layer)
     weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
     return nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-def _scales(layer: Any) -> Tensor:
+def scales_of(layer: Any) -> Tensor:
     """An int8 layer's absmax of each row [out]; the first forward pass moves it."""
     scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     return scales
@@ -266,7 +266,7 @@ def stored_bytes(model: nn.Module) -> int:
             state = state.state2
     for module in model.modules():
         if kind_of(module) == "int8":
-            scales = _scales(module)
+            scales = scales_of(module)
             total += scales.numel() * scales.element_size()
     return total
 
@@ -279,7 +279,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
     rows: Tensor
     kind = kind_of(layer)
     if kind == "int8":
-        rows = bnb.functional.int8_vectorwise_dequant(weight.data, _scales(layer))
+        rows = bnb.functional.int8_vectorwise_dequant(weight.data, scales_of(layer))
         return rows.float()
     if kind is not None:
         rows = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
