@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from infer.compute import compute_dtype_of
 from infer.encode import text_encoder
 from infer.flux import Model, load_scheduler, own_size
 from infer.generate import Sampling, draw
@@ -72,7 +73,7 @@ def velocities(transformer: FluxTransformer2DModel, records: list[Record], devic
     found = []
     with torch.no_grad():
         for i in tqdm(range(0, len(records), size), unit="batch", desc="velocities"):
-            batch = stacked(records[i : i + size], device, transformer.dtype)
+            batch = stacked(records[i : i + size], device, compute_dtype_of(transformer))
             found.append(transformer(**batch)[0].float().cpu())
     return torch.cat(found)
 
@@ -125,7 +126,7 @@ def collect(
         with torch.enable_grad():
             for one in tqdm(records, unit="record", desc="what each layer sees and does"):
                 seen.clear()
-                velocity = transformer(**stacked([one], device, transformer.dtype))[0]
+                velocity = transformer(**stacked([one], device, compute_dtype_of(transformer)))[0]
                 probe = torch.randn(velocity.shape, generator=generator).to(velocity)
                 velocity.backward(probe)
     finally:

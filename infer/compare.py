@@ -37,6 +37,7 @@ from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
 from infer.command import check_run_name, pick_device, run_command
+from infer.compute import NAMES, compute_dtype_of
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
@@ -191,6 +192,7 @@ def draw_precision(
                         "seconds": denoising.seconds + decoding.seconds,
                         "seconds_per_step": denoising.seconds / options.sampling.steps,
                         "weights_bytes": weights,
+                        "compute_dtype": NAMES[compute_dtype_of(transformer)],
                         "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
                         "scores": {},
                         "stages": stages,

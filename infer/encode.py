@@ -14,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from infer.compute import compute_dtype_of
 from infer.flux import Model, load_text_parts
 from infer.quantize import Precision, stored_bytes
 
@@ -86,10 +87,10 @@ def release(device: torch.device) -> None:
 
 def to_posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [batch, 3, height, width] in [-1, 1] -> the posterior's mean and deviation, each
-    [batch, channels, height / 8, width / 8], as the autoencoder gives them."""
+    [batch, channels, height / 8, width / 8], in the dtype that the autoencoder is stored in."""
     with torch.no_grad():
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
+        posterior = vae.encode(pixels.to(vae.device, compute_dtype_of(vae))).latent_dist
+    return posterior.mean.to(vae.dtype), posterior.std.to(vae.dtype)
 
 
 def normalise(mean: Tensor, deviation: Tensor, shift: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -127,6 +128,6 @@ def decode(vae: AutoencoderKL, packed: Tensor, height: int, width: int) -> Image
     """Packed latents [1, tokens, channels * 4] -> the picture."""
     latents = unpack(packed.float(), height, width) / vae.config.scaling_factor + vae.config.shift_factor
     with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+        pixels = vae.decode(latents.to(vae.device, compute_dtype_of(vae))).sample
     picture: Image.Image = VaeImageProcessor(vae_scale_factor=FACTOR).postprocess(pixels.float())[0]
     return picture

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from infer.absent import loading
+from infer.compute import compute_dtype, compute_in
 from infer.quantize import (
     Precision,
     check_device,
@@ -145,7 +146,7 @@ def _load(
     hold = hold or device
     if model.random:
         loaded = random_part(model.path, part, precision, device, hold)
-        return _checked(loaded, precision)
+        return _checked(loaded, precision, device)
     stored = read_config(model, part).get("quantization_config")
     config = None if stored else quantization_config(precision, library)
     if stored:
@@ -162,17 +163,18 @@ def _load(
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
     check_whole(model.path, part, found)
-    return _checked(loaded, precision)
+    return _checked(loaded, precision, device)
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
     return quantizing_on(device, hold) if wanted else nullcontext()
 
 
-def _checked(loaded: Any, precision: Precision) -> Any:
+def _checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
     # T5 keeps these in the compute dtype itself: they overflow fp16 (transformers, _keep_in_fp32_modules)
     check_quantized(loaded, precision, tuple(getattr(loaded, "_keep_in_fp32_modules", None) or ()))
     keep_layout(loaded)
+    compute_in(loaded, compute_dtype(precision.dtype, device))
     return loaded.eval().requires_grad_(False)
 
 
@@ -219,7 +221,9 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
     """The autoencoder, frozen."""
     if model.random:
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        return random_part(model.path, "vae", Precision(kind), device).eval().requires_grad_(False)
+        vae = random_part(model.path, "vae", Precision(kind), device)
+        compute_in(vae, compute_dtype(dtype, device))
+        return vae.eval().requires_grad_(False)
     with loading(model.path, model.local is not None, "vae"):
         vae, found = AutoencoderKL.from_pretrained(
             model.path,
@@ -230,6 +234,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype = torch.bflo
             output_loading_info=True,
         )
     check_whole(model.path, "vae", found)
+    compute_in(vae, compute_dtype(dtype, device))
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -193,7 +193,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, half: bool) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """As diffusers' RMSNorm, over the last dimension."""
     y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
-    return y.to(weight.dtype) * weight
+    return y.to(x.dtype) * weight.to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

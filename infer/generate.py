@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from infer.compute import compute_dtype_of
 from infer.encode import FACTOR, Text, pack
 from infer.graph import Sampler
 
@@ -63,7 +64,7 @@ def draw(
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(transformer.forward, Sampler):
         transformer.forward.refresh()
-    dtype = transformer.dtype
+    dtype = compute_dtype_of(transformer)
     height, width = size
     with torch.no_grad():
         latents: Tensor = pipeline(

@@ -33,6 +33,7 @@ from infer.atomic import replace_file
 from infer.attached import save_adapter
 from infer.calibrate import Record, Rows, collect, record, relative_errors, stacked, velocities
 from infer.command import check_run_name, pick_device, run_command
+from infer.compute import compute_dtype, compute_dtype_of
 from infer.encode import release
 from infer.flux import Model, check_model, load_transformer
 from infer.formats import Pair, Pairs
@@ -114,9 +115,10 @@ def polish(
     generator = torch.Generator().manual_seed(options.seed)
     order = [int(i) for _ in range(-(-options.polish // len(records))) for i in
              torch.randperm(len(records), generator=generator)][: options.polish]  # fmt: skip
+    dtype = compute_dtype_of(transformer)
     for at in tqdm(order, unit="step", desc="polishing"):
-        with torch.autocast(device.type, transformer.dtype):
-            found = transformer(**stacked([records[at]], device, options.precision.dtype))[0]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = transformer(**stacked([records[at]], device, dtype))[0]
         wanted = exact[at : at + 1].to(device)
         ((found.float() - wanted).square().mean() / wanted.square().mean()).backward()
         optimizer.step()
@@ -153,7 +155,7 @@ def recover(options: Recover) -> Path:
         raise ValueError(f"share is {options.share}: too little for rank 1 anywhere; raise it")
     put_pairs(transformer, pairs, RECOVERY)
     release(device)
-    teacher = streamed_transformer(options.model, device, torch.bfloat16)
+    teacher = streamed_transformer(options.model, device, compute_dtype(torch.bfloat16, device))
     if options.polish:
         polish(transformer, records, velocities(teacher, records, device, 16), options, device)
     exact = velocities(teacher, unseen, device, 16)

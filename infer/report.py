@@ -219,6 +219,9 @@ def _heading(rows: Sequence[Row]) -> str:
 def _facts(result: Row) -> dict[str, str]:
     names = ("versions", "sampling")
     pairs = {name: ", ".join(f"{key} {value}" for key, value in result[name].items()) for name in names}
+    dtypes = {row["precision"]: row["compute_dtype"] for row in result["rows"] if "compute_dtype" in row}
+    if dtypes:
+        pairs["computed in"] = ", ".join(f"{precision} {dtype}" for precision, dtype in dtypes.items())
     return {"model": result["model"], "device": result["device"], **pairs}
 
 

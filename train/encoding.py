@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from infer.compute import compute_dtype_of
 from infer.encode import TextEncoder, to_posterior
 from train.bucket import cut, cut_mask
 from train.data import Data
@@ -128,7 +129,7 @@ def encode_pictures(vae: AutoencoderKL, work: Work, data: Data) -> None:
             picture = decode(content, sample.name, data.background, data.most_pixels)
             if pixel_hash(picture) != seen.identity:
                 raise ValueError(f"{sample.name} changed while it was being encoded; start again")
-            return [(key, cut(picture, view).to(vae.dtype)) for key, view in entry.items.items()]
+            return [(key, cut(picture, view).to(compute_dtype_of(vae))) for key, view in entry.items.items()]
 
     def store(keys: list[str], fetch: Callable[[], list[Tensor]]) -> None:
         for key, *item in zip(keys, *fetch(), strict=True):

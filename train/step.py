@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from infer.compute import compute_dtype_of
 from infer.graph import Replay
 from infer.stream import Stream
 from train.batch import Batch
@@ -20,7 +21,7 @@ from train.flow import losses, noised, predict
 def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train) -> Tensor:
     """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
     x = noised(batch.x0, batch.noise, batch.sigma)
-    dtype = job.precision.dtype
+    dtype = compute_dtype_of(transformer)
     # the fast path casts for itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
