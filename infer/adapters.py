@@ -15,6 +15,7 @@ from infer.attached import save_adapter as save_adapter
 from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
+from infer.compute import compute_dtype_of
 from infer.flux import Model, fingerprint
 from infer.formats import FILE as FILE
 from infer.formats import Pairs, read_pairs
@@ -176,7 +177,7 @@ def check_fit(pairs: Pairs, transformer: nn.Module, path: str) -> None:
 
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
-    """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone."""
+    """Attach pairs that fit as a frozen adapter in the dtype that the transformer computes in, on and alone."""
     with torch.random.fork_rng():
         transformer.add_adapter(lora_config(pairs), adapter_name=name)
     attached = strengths(transformer, name)
@@ -187,7 +188,7 @@ def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> N
         if pair.magnitude is not None:
             values[module.lora_magnitude_vector[name]] = pair.magnitude
         for holder, value in values.items():
-            holder.weight.data = value.to(holder.weight.device, transformer.dtype)
+            holder.weight.data = value.to(holder.weight.device, compute_dtype_of(transformer))
             holder.weight.requires_grad_(False)
 
 

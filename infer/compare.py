@@ -37,7 +37,7 @@ from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
 from infer.command import check_run_name, pick_device, run_command
-from infer.compute import NAMES, compute_dtype_of
+from infer.compute import NAMES, product_dtype_of, stored_on
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
@@ -192,7 +192,7 @@ def draw_precision(
                         "seconds": denoising.seconds + decoding.seconds,
                         "seconds_per_step": denoising.seconds / options.sampling.steps,
                         "weights_bytes": weights,
-                        "compute_dtype": NAMES[compute_dtype_of(transformer)],
+                        "compute_dtype": NAMES[product_dtype_of(transformer)],
                         "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
                         "scores": {},
                         "stages": stages,
@@ -235,7 +235,7 @@ def compare(options: Compare) -> Path:
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name in names:
-        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
+        options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:

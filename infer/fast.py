@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from infer.compute import in_half
 from infer.fused import Double, Single, double_block, modulation, single_block
-from infer.half import in_half
 from infer.pack import pack, packed_bytes, place
 from infer.quantize import Precision, kind_of
 from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack

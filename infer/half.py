@@ -141,21 +141,9 @@ def compute_in_half(model: nn.Module, llm_int8: bool) -> None:
         if not linear:
             continue
         layer: Any = module
-        kind = kind_of(layer)
-        if kind in ("nf4", "fp4"):
-            layer.weight.quant_state.dtype = torch.float16  # a checkpoint that was saved quantized may say bf16
-        if kind == "int8" and llm_int8:
+        if kind_of(layer) == "int8" and llm_int8:
             layer.forward = partial(_llm_int8, layer.forward, layer)
         else:
             layer.forward = partial(_forward, layer)
-    model.in_half = True  # type: ignore[assignment]
-
-
-def in_half(model: nn.Module) -> bool:
-    """Whether a transformer carries fp32 and multiplies in fp16."""
-    return bool(getattr(model, "in_half", False))
-
-
-def carried_dtype(model: Any) -> torch.dtype:
-    """Of a transformer's residual stream: of what goes into it and comes out of it."""
-    return torch.float32 if in_half(model) else model.dtype
+    model._compute_dtype = torch.float32  # type: ignore[assignment]  # of what goes in and comes out
+    model._in_half = True  # type: ignore[assignment]

@@ -30,7 +30,8 @@ class Precision:
     and its worst layers int8 or bf16 as far as `budget_gib` goes."""
     compute_dtype: str = "bf16"
     """bf16, fp16 or fp32: the matrix products, and whatever stays unquantized. LLM.int8 multiplies in fp16 whatever
-    this says. Kinds fp32 and bf16 are their own compute dtype."""
+    this says. Kind fp32 is its own compute dtype, and so is bf16 but for fp16, in which its weights are stored too.
+    fp16: infer/half.py, by itself where a card has no bf16."""
     double_quant: bool = False
     """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
     llm_int8: bool = False
@@ -87,7 +88,9 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """Of everything that is not quantized, and of the 4-bit products."""
-        return DTYPES[self.compute_dtype if self.quantized else self.kind]
+        if self.quantized or (self.kind, self.compute_dtype) == ("bf16", "fp16"):
+            return DTYPES[self.compute_dtype]
+        return DTYPES[self.kind]
 
     def for_t5(self) -> "Precision":
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
@@ -123,21 +126,6 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
         bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=list(precision.skip_modules),
     )
-
-
-def check_device(precision: Precision, device: torch.device) -> None:
-    """Refuse a card that would emulate bf16, many times slower.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if device.type != "cuda" or precision.dtype != torch.bfloat16:
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no bf16 (cards from 2020 on have: RTX 30, A10, A100 and newer); "
-            "set precision.compute_dtype=fp16 to compare, and train on a newer card"
-        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -214,6 +202,18 @@ def keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers dequantize to a dtype, whatever the checkpoint was saved with."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            state: Any = module.weight.quant_state
+            if state is not None:
+                state.dtype = dtype
 
 
 def multiply_plainly(model: nn.Module) -> None:
