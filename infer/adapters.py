@@ -15,6 +15,7 @@ from infer.attached import save_adapter as save_adapter
 from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
+from infer.compute import compute_dtype_of
 from infer.flux import Model, fingerprint, read_config
 from infer.formats import FILE as FILE
 from infer.formats import Pairs, check_fit, read_pairs
@@ -115,15 +116,15 @@ def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str)
 
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
-    """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone; DoRA's magnitudes in fp32,
-    since each scales a whole row of a weight."""
+    """Attach pairs that fit as a frozen adapter in the dtype that the transformer computes in, on and alone; DoRA's
+    magnitudes in fp32, since each scales a whole row of a weight."""
     with torch.random.fork_rng():
         transformer.add_adapter(lora_config(pairs), adapter_name=name)
     attached = strengths(transformer, name)
     assert attached.keys() == pairs.keys(), f"{len(attached)} of {len(pairs)} layers were attached"
     for layer, pair in pairs.items():
         module: Any = transformer.get_submodule(layer)
-        dtype = transformer.dtype
+        dtype = compute_dtype_of(transformer)
         values = {module.lora_A[name]: pair.down.to(dtype), module.lora_B[name]: pair.up.to(dtype)}
         if pair.magnitude is not None:
             values[module.lora_magnitude_vector[name]] = pair.magnitude.float()

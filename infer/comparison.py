@@ -21,7 +21,7 @@ from tqdm import tqdm
 from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
-from infer.compute import NAMES, compute_dtype_of
+from infer.compute import NAMES, product_dtype_of, stored_on
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import choose_path, hold_of
 from infer.flux import load_scheduler, load_transformer, load_vae, own_size
@@ -129,7 +129,7 @@ def draw_precision(
                         "seconds": denoising.seconds + decoding.seconds,
                         "seconds_per_step": denoising.seconds / options.sampling.steps,
                         "weights_bytes": weights,
-                        "compute_dtype": NAMES[compute_dtype_of(transformer)],
+                        "compute_dtype": NAMES[product_dtype_of(transformer)],
                         "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
                         "scores": {},
                         "stages": stages,
@@ -166,7 +166,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name in names:
-        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
+        options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from infer.compute import in_half
 from infer.fused import Double, Single, double_block, modulation, single_block
 from infer.memory import NEEDS_FUSED, Memory
 from infer.pack import pack, packed_bytes, place
@@ -142,12 +143,13 @@ def install(
     mixtures = {tuple(group.frozen.kind for group in groups) for groups, _ in built}
     torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
     torch._dynamo.config.accumulated_recompile_limit = max(4 * limit, 256)
+    half = in_half(transformer)
     for group in (group for groups, _ in built for group in groups):
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
         shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
         # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
-        in_place = keep != "products" and memory.compiles(device)
-        group.frozen = group.frozen._replace(shared=shared, in_place=in_place)
+        in_place = keep != "products" and memory.compiles(device) and not half
+        group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half)
     stream = None
     if memory.budget_gib is not None:
         stream = Stream([groups for groups, _ in built], device)

@@ -17,8 +17,8 @@ from infer.absent import loading
 from infer.headers import check_transformer
 from infer.quantize import (
     Precision,
-    check_device,
     check_quantized,
+    dequantize_to,
     keep_layout,
     multiply_plainly,
     quantization_config,
@@ -178,12 +178,18 @@ def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> Abstra
 
 
 def _checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
+    import torch
+
     from infer.compute import compute_dtype, compute_in
 
     # T5 keeps these in the compute dtype itself: they overflow fp16 (transformers, _keep_in_fp32_modules)
     check_quantized(loaded, precision, tuple(getattr(loaded, "_keep_in_fp32_modules", None) or ()))
     keep_layout(loaded)
-    compute_in(loaded, compute_dtype(precision.dtype, device))
+    dtype = compute_dtype(precision.dtype, device)
+    if dtype != precision.dtype:
+        compute_in(loaded, dtype)
+    elif dtype == torch.float16:
+        dequantize_to(loaded, dtype)
     return loaded.eval().requires_grad_(False)
 
 
@@ -192,11 +198,17 @@ def load_transformer(
 ) -> FluxTransformer2DModel:
     """The transformer, frozen, in eval mode, on `device`, or on `hold` (the CPU, for `infer/stream.py`)."""
     import diffusers
+    import torch
 
-    check_device(precision, device)
+    from infer.compute import compute_dtype, stored_on
+    from infer.half import compute_in_half
+
+    precision = stored_on(precision, device)
     transformer = _load(model, "transformer", diffusers.FluxTransformer2DModel, diffusers, precision, device, hold)
     check_axes(model.path, transformer.config)
-    if not precision.llm_int8:
+    if compute_dtype(precision.dtype, device) == torch.float16:
+        compute_in_half(transformer, precision.llm_int8)
+    elif not precision.llm_int8:
         multiply_plainly(transformer)
     return transformer
 
@@ -205,11 +217,12 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
     """Both text encoders with their tokenizers, by their names in a FluxPipeline; T5 at the precision's `t5`."""
     import transformers
 
-    t5_precision = precision.for_t5()
+    from infer.compute import NAMES, small_dtype, stored_on
+
+    t5_precision = stored_on(precision.for_t5(), device)
+    clip_precision = Precision(NAMES[small_dtype(device)])
     parts = {
-        "text_encoder": _load(
-            model, "text_encoder", transformers.CLIPTextModel, transformers, Precision("bf16"), device
-        ),
+        "text_encoder": _load(model, "text_encoder", transformers.CLIPTextModel, transformers, clip_precision, device),
         "text_encoder_2": _load(
             model, "text_encoder_2", transformers.T5EncoderModel, transformers, t5_precision, device
         ),
@@ -227,16 +240,14 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
 
 
 def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKL:
-    """The autoencoder, frozen; in bf16, if nothing is said."""
-    import torch
+    """The autoencoder, frozen; dtype None: what the device has (infer/compute.py)."""
     from diffusers import AutoencoderKL
 
-    from infer.compute import compute_dtype, compute_in
+    from infer.compute import NAMES, compute_dtype, compute_in, small_dtype
 
-    dtype = torch.bfloat16 if dtype is None else dtype
+    dtype = dtype or small_dtype(device)
     if model.random:
-        kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        vae = random_part(model.path, "vae", Precision(kind), device)
+        vae = random_part(model.path, "vae", Precision(NAMES[dtype]), device)
         compute_in(vae, compute_dtype(dtype, device))
         return vae.eval().requires_grad_(False)
     with loading(model.path, model.local is not None, "vae"):

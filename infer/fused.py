@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.half import attend, scaled_product
 from infer.product import add_product
 from infer.stack import Linear, Lora, Stack, dequantize
 
@@ -25,7 +26,12 @@ class _Product(torch.autograd.Function):
         """weights: W; None: dequantized here and for the gradient, and not kept between. thin: what the adapters' A
         give; up: their B, of the outputs from `first` on."""
         bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-        y = functional.linear(x, dequantize(frozen, x.dtype) if weights is None else weights, bias)
+        whole = dequantize(frozen, _dtype(frozen, x)) if weights is None else weights
+        if frozen.half:
+            y = scaled_product(x, whole.T)
+            y = y if bias is None else y + bias
+        else:
+            y = functional.linear(x, whole, bias)
         if thin is not None and up is not None:
             add_product(y[..., first : first + up.shape[0]], thin, up)
         ctx.save_for_backward(weights, thin, up)
@@ -39,8 +45,8 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if weights is None:
                 # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
-                weights = dequantize(ctx.frozen, gradient.dtype, turn=1)
-            passed = gradient @ weights
+                weights = dequantize(ctx.frozen, _dtype(ctx.frozen, gradient), turn=1)
+            passed = scaled_product(gradient, weights) if ctx.frozen.half else gradient @ weights
         if thin is None:
             return passed, None, None, None, None, None
         part = gradient[..., ctx.first : ctx.first + up.shape[0]]
@@ -48,11 +54,16 @@ class _Product(torch.autograd.Function):
         return passed, None, None, part @ up, learned, None
 
 
+def _dtype(frozen: Stack, x: Tensor) -> torch.dtype:
+    """Of the weights in a product with x."""
+    return torch.float16 if frozen.half else x.dtype
+
+
 def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     """Each layer's output [..., out] for x [..., in], adapters included."""
     frozen = layers.frozen
     dora = any(lora.magnitude is not None for adapters in layers.adapters for lora in adapters)
-    weights = dequantize(frozen, x.dtype) if frozen.shared or dora else None
+    weights = dequantize(frozen, _dtype(frozen, x)) if frozen.shared or dora else None
     downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
     thin = functional.linear(x, torch.cat(downs).to(x.dtype)) if downs else None
     if thin is not None and frozen.in_place and not dora:
@@ -60,7 +71,10 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
         whole: Tensor = _Product.apply(x, frozen, weights, thin, up.to(x.dtype), first)
         return list(whole.split(frozen.widths, dim=-1))
     bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-    y = _Product.apply(x, frozen, None, None, None, 0) if weights is None else functional.linear(x, weights, bias)
+    if weights is None or frozen.half:
+        y = _Product.apply(x, frozen, weights, None, None, 0)
+    else:
+        y = functional.linear(x, weights, bias)
     outputs = list(y.split(frozen.widths, dim=-1))
     if thin is None:
         return outputs
@@ -169,9 +183,10 @@ class _WholeGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]."""
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attention(q: Tensor, k: Tensor, v: Tensor, half: bool) -> Tensor:
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/half.py."""
+    multiply = attend if half else functional.scaled_dot_product_attention
+    out = multiply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     whole: Tensor = _WholeGradient.apply(out.transpose(1, 2).flatten(2))
     return whole
 
@@ -219,12 +234,12 @@ def double_block(
         q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
         parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
     q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.qkv[0].frozen.half)
     for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
         _, _, gate, shift, scale, gate_mlp = mods[i]
         x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
         hidden = functional.gelu(linear(modulated(x, shift, scale), block.up[i])[0], approximate="tanh")
-        streams[i] = _bounded(x + gate_mlp[:, None] * linear(hidden, block.down[i])[0])
+        streams[i] = x + gate_mlp[:, None] * linear(hidden, block.down[i])[0]
     return streams[0], streams[1]
 
 
@@ -248,11 +263,7 @@ def single_block(
     q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
     q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
     q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
-    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half)
     y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
-    txt, img = _bounded(x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
+    txt, img = (x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
     return txt.contiguous(), img.contiguous()
-
-
-def _bounded(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

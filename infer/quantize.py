@@ -34,7 +34,8 @@ class Precision:
     and its worst layers int8 or bf16 as far as `budget_gib` goes."""
     compute_dtype: str = "bf16"
     """bf16, fp16 or fp32: the matrix products, and whatever stays unquantized. LLM.int8 multiplies in fp16 whatever
-    this says. Kinds fp32 and bf16 are their own compute dtype."""
+    this says. Kind fp32 is its own compute dtype, and so is bf16 but for fp16, in which its weights are stored too.
+    fp16: infer/half.py, by itself where a card has no bf16."""
     double_quant: bool = False
     """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
     llm_int8: bool = False
@@ -93,13 +94,20 @@ class Precision:
         """Of everything that is not quantized, and of the 4-bit products."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, DTYPES[self.compute_dtype if self.quantized else self.kind])
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype_name])
         return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """bf16, fp16 or fp32: the name of `dtype`."""
+        if self.quantized or (self.kind, self.compute_dtype) == ("bf16", "fp16"):
+            return self.compute_dtype
+        return self.kind
 
     @property
     def itemsize(self) -> int:
         """Bytes of a value of `dtype`."""
-        return 4 if (self.compute_dtype if self.quantized else self.kind) == "fp32" else 2
+        return 4 if self.dtype_name == "fp32" else 2
 
     def for_t5(self) -> Precision:
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
@@ -137,23 +145,6 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
         bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=list(precision.skip_modules),
     )
-
-
-def check_device(precision: Precision, device: torch.device) -> None:
-    """Refuse a card that would emulate bf16, many times slower.
-
-    Raises:
-        ValueError: it has none.
-    """
-    import torch
-
-    if device.type != "cuda" or precision.dtype != torch.bfloat16:
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no bf16 (cards from 2020 on have: RTX 30, A10, A100 and newer); "
-            "set precision.compute_dtype=fp16 to compare, and train on a newer card"
-        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -243,6 +234,18 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers dequantize to a dtype, whatever the checkpoint was saved with."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            state: Any = module.weight.quant_state
+            if state is not None:
+                state.dtype = dtype
+
+
 def multiply_plainly(model: nn.Module) -> None:
     """Have int8 layers dequantize their weights and multiply in the activations' own dtype.
 
@@ -257,12 +260,12 @@ def multiply_plainly(model: nn.Module) -> None:
 def _plain_int8(layer: Any, x: Tensor) -> Tensor:
     from torch.nn import functional
 
-    scales = _scales(layer)
+    scales = scales_of(layer)
     weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
     return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-def _scales(layer: Any) -> Tensor:
+def scales_of(layer: Any) -> Tensor:
     """An int8 layer's absmax of each row [out]; the first forward pass moves it."""
     scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     return scales
@@ -297,7 +300,7 @@ def stored_bytes(model: nn.Module) -> int:
             state = state.state2
     for module in model.modules():
         if kind_of(module) == "int8":
-            scales = _scales(module)
+            scales = scales_of(module)
             total += scales.numel() * scales.element_size()
     return total
 
@@ -310,7 +313,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
     rows: Tensor
     kind = kind_of(layer)
     if kind == "int8":
-        rows = bnb.functional.int8_vectorwise_dequant(weight.data, _scales(layer))
+        rows = bnb.functional.int8_vectorwise_dequant(weight.data, scales_of(layer))
         return rows.float()
     if kind is not None:
         rows = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)

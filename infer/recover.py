@@ -91,6 +91,11 @@ def recover(options: Recover) -> Path:
     from infer.originals import Originals, streamed_transformer
     from infer.recovering import polish, recovered
 
+    if compute_dtype(torch.bfloat16, device) == torch.float16:
+        raise ValueError(
+            f"{device} has no bf16, in which the unquantized model is run here; make the recovery adapter on a card "
+            "from 2020 on (RTX 30, A10, A100), or with device=cpu: it is read on this one"
+        )
     originals = Originals(options.model)
     transformer = load_transformer(options.model, options.precision, device)
     size = stored_bytes(transformer)

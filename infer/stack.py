@@ -37,6 +37,7 @@ class Stack(NamedTuple):
     bias: Tensor | None
     shared: bool = True  # 4-bit: one dequantized copy for a block's recomputation and its gradient
     in_place: bool = True  # adapters' updates are added to the product in place
+    half: bool = False  # products in fp16 of rows that are scaled into its range (infer/half.py)
 
 
 class Lora(NamedTuple):

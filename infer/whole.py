@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from infer.quantize import Precision
 
 
@@ -23,6 +25,8 @@ def check_stored(path: str, stored: dict[str, Any], precision: Precision) -> Non
         "bnb_4bit_compute_dtype": ("compute_dtype", str(precision.dtype).removeprefix("torch."), ("nf4", "fp4")),
         "llm_int8_threshold": ("outlier_threshold", precision.outlier_threshold, ("int8",)),
     }
+    if precision.dtype == torch.float16:
+        del asked["bnb_4bit_compute_dtype"]  # weights are dequantized to fp16 whatever that says
     for key, (name, value, kinds) in asked.items():
         if precision.kind in kinds and key in stored and stored[key] != value:
             raise ValueError(

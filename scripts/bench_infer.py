@@ -35,6 +35,7 @@ from infer.generate import Sampling, draw
 from infer.graph import Sampler
 from infer.measure import measure as measured
 from infer.quantize import Precision
+from infer.shapes import random_part
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 
@@ -75,7 +76,8 @@ def model() -> Model:
 
 
 def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> Row:
-    transformer = load_transformer(model(), variant.precision, device)
+    # as plain diffusers does: products and the residual stream in fp16
+    transformer = random_part(model().path, "transformer", variant.precision, device).eval().requires_grad_(False)
     vae = nn.Module.to(load_vae(model(), device), torch.float16)
     parts = load_text_parts(model(), variant.precision, device)
     pipeline = FluxPipeline(scheduler=load_scheduler(model()), transformer=transformer, vae=vae, **parts)

@@ -226,7 +226,11 @@ WRONG = [
     ("train", "precision.kind=nf5", "precision.kind is 'nf5'; choose one of .*nf4"),
     ("train", "precision.t5=nf5", "precision.t5 is 'nf5'; choose same or"),
     ("train", "precision.compute_dtype=half", "precision.compute_dtype is 'half'; choose one of bf16"),
-    ("train", "precision.compute_dtype=fp16", "precision.compute_dtype=fp16 gives NaN.*set it to bf16"),
+    (
+        "train",
+        "precision=int8 precision.compute_dtype=fp16 precision.llm_int8=true",
+        "llm_int8=true multiplies gradients in fp16.*set precision.llm_int8=false",
+    ),
     ("train", "precision.outlier_threshold=-1", "precision.outlier_threshold is -1.0; it must be 0 or more"),
     ("train", "precision.kind=auto", "precision.budget_gib is null; kind auto needs the transformer's bytes"),
     ("train", "precision=auto precision.budget_gib=0", "precision.budget_gib is 0.0; it must be above 0"),

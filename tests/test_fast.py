@@ -17,7 +17,7 @@ from infer.encode import text_encoder
 from infer.fast import install, uninstall
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.fused import linear
-from infer.memory import KEEP, Memory, device_bytes
+from infer.memory import KEEP, Memory, device_bytes, residents
 from infer.product import add_product
 from infer.quantize import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.stack import Linear, Lora, Stack, obstacle

@@ -12,7 +12,7 @@ from infer.compare import Compare, compare
 from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
-from infer.quantize import Precision, check_device
+from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
 from train.config import Train
 from train.data import Data
@@ -70,12 +70,3 @@ def test_each_shape_is_compiled_once(tiny: Model, monkeypatch: pytest.MonkeyPatc
     first = [step(8, 8), step(8, 12)]
     assert first == [2, 2]  # a double and a single block
     assert [step(8, 8), step(8, 12), step(8, 8)] == [0, 0, 0]
-
-
-def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(ValueError, match=r"Tesla T4 has no bf16.*precision.compute_dtype=fp16"):
-        check_device(Precision("nf4"), torch.device("cuda"))
-    check_device(Precision("nf4", compute_dtype="fp16"), torch.device("cuda"))
-    check_device(Precision("nf4"), torch.device("cpu"))

@@ -92,5 +92,17 @@ class Train:
             raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
         if self.push is not None and self.push.count("/") != 1:
             raise ValueError(f"push is {self.push!r}; write owner/name, or null to keep the adapter here")
-        if self.precision.compute_dtype == "fp16" and self.precision.quantized:
-            raise ValueError("precision.compute_dtype=fp16 gives NaN when FLUX trains; set it to bf16")
+        check_half(self.precision)
+
+
+def check_half(precision: Precision) -> None:
+    """Refuse what cannot be trained with products in fp16 (infer/half.py).
+
+    Raises:
+        ValueError: LLM.int8, in whose own products gradients vanish.
+    """
+    if precision.llm_int8 and precision.dtype_name == "fp16":
+        raise ValueError(
+            "precision.llm_int8=true multiplies gradients in fp16, in which they vanish, where compute_dtype is fp16 "
+            "(as on every card without bf16); set precision.llm_int8=false"
+        )

@@ -123,12 +123,13 @@ def footprint(job: Train) -> Footprint:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job)) * job.data.batch_size
-    activation = tokens * width * job.precision.itemsize
+    activation = tokens * width * (2 if job.precision.dtype_name == "bf16" else 4)  # fp16 is carried in fp32
+    attended = tokens * width * job.precision.itemsize
     logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp
     keep = job.memory.keep
     kept = blocks * activation
     if keep == "attention":
-        kept += blocks * (activation + logs)
+        kept += blocks * (attended + logs)
     elif keep == "products":
         adapted = sum(layer.rows / width for layer in targets) / blocks
         kept += int(blocks * (activation * (1 + PRODUCTS + 0.75 * adapted) + logs))

@@ -16,6 +16,7 @@ from infer.adapters import FILE, attach, check_adapter, load_recovery, read_note
 from infer.atomic import replace_file
 from infer.card import push, write_card
 from infer.command import STOPPED
+from infer.compute import stored_on
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import fingerprint, load_transformer, own_size, part_folder, read_config
@@ -28,7 +29,7 @@ from train.build import build
 from train.caption import all_texts
 from train.card import card_of
 from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from train.config import Train
+from train.config import Train, check_half
 from train.data import check_left
 from train.lock import Hold, hold_run
 from train.loop import fit
@@ -134,6 +135,14 @@ def train_on(
     accelerator.wait_for_everyone()
     job.precision = decide(job.model, job.precision, accelerator.device, say)  # other ranks read what was measured
     (begun,) = gather_object([claim(job, folder, ranks)] if main else [])
+    # after the config is compared: a run may go on on a card that lacks bf16
+    job.precision = stored_on(job.precision, accelerator.device)
+    check_half(job.precision)
+    if shards() and job.precision.dtype == torch.float16:
+        raise ValueError(
+            "products in fp16 (precision.compute_dtype, or a card without bf16) need whole layers, and FSDP cuts them; "
+            "use configs/accelerate/ddp.yaml"
+        )
     check_shared(folder, rank)
     finished = folder / "adapter" / FILE
     if finished.is_file() and read_notes(finished).get("step") == job.steps:
