@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from infer.allocator import prepare
 from infer.credentials import check_values
 from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
+from infer.literal import literal_arguments, read_text_literally
 from infer.setting import REFUSED, check_settings, explain
 
 __all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
@@ -46,6 +47,8 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
 
     with explained(), _refused(schema), _raising():
         _check_flags(sys.argv[1:])
+        sys.argv[1:] = literal_arguments(sys.argv[1:], schema, bool({"-m", "--multirun"} & set(sys.argv)))
+        read_text_literally(lambda: schema)
         main()
 
 
