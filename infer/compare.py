@@ -11,8 +11,10 @@ Writes results.json, comparison.png, report.md and report.html to runs/<run>/com
 import math
 import os
 import platform
+import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,12 +38,12 @@ from tqdm import tqdm
 from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
-from infer.command import check_run_name, pick_device, run_command
+from infer.command import check_file_names, check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
 from infer.formats import read_pairs
-from infer.generate import Sampling, draw
+from infer.generate import NotFiniteError, Sampling, draw
 from infer.graph import Sampler
 from infer.judge import judge
 from infer.measure import measure
@@ -52,6 +54,10 @@ from infer.sensitivity import decide
 from infer.sets import list_pictures
 from infer.several import Trained, load_chosen
 from infer.stack import obstacle
+
+TAKEN_SCORES = re.compile(
+    r"(psnr|ssim|latents|lpips|drift)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
+)
 
 
 @dataclass
@@ -93,6 +99,20 @@ class Compare:
                 raise ValueError(f"seeds has {seed}; a seed has 64 bits: choose one below {2**63}")
         if self.text_length is not None and self.text_length < 1:
             raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
+        check_file_names("precisions", self.precisions)
+        if "base" in self.precisions:
+            raise ValueError("precisions has the name 'base', which is what runs without the adapter; rename it")
+        if both := [name for name in self.precisions if f"{name}-adapter" in self.precisions]:
+            raise ValueError(
+                f"precisions has {both[0]} and {both[0]}-adapter, whose pictures have one name; rename one"
+            )
+        for name in self.scores:
+            if TAKEN_SCORES.fullmatch(name):
+                raise ValueError(f"scores.{name} has the name of a score that is measured anyway; choose another one")
+        for what in ("prompts", "seeds", "unrelated"):
+            twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
+            if twice:
+                raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")
@@ -154,7 +174,7 @@ def draw_precision(
     rows = []
     for variant in (None, adapter) if adapter else (None,):
         if variant:
-            load_chosen(transformer, options.adapter, variant[0], model)
+            load_chosen(transformer, options.adapter, model)
             reason = obstacle(transformer)
             if path.fused and reason:
                 raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
@@ -230,7 +250,7 @@ def compare(options: Compare) -> Path:
     if options.adapter.path is not None:
         for one in options.adapter.all():
             read_pairs(one.path)  # what is wrong with it is said before a model is loaded
-        adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
+        adapter = options.adapter.name or Path(options.run).name, options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name in names:
         options.precisions[name] = decide(options.model, options.precisions[name], device, print)
@@ -254,7 +274,10 @@ def compare(options: Compare) -> Path:
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
-                rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                try:
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                except NotFiniteError as error:
+                    raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))

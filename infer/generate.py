@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from infer.encode import FACTOR, Text, pack
+from infer.encode import FACTOR, NotFiniteError, Text, pack
 from infer.graph import Sampler
 
 
@@ -50,7 +50,11 @@ def draw(
     size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels."""
+    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels.
+
+    Raises:
+        NotFiniteError: the transformer's output is NaN or infinite, of which a picture shows nothing.
+    """
     pipeline = FluxPipeline(
         scheduler=scheduler,
         transformer=transformer,
@@ -76,4 +80,19 @@ def draw(
             guidance_scale=sampling.guidance,
             output_type="latent",
         ).images
+    if not latents.isfinite().all():
+        share = 1 - float(latents.isfinite().float().mean())
+        raise NotFiniteError(
+            f"the picture of seed {seed} is not finite ({100 * share:.0f} % of its latents); {mend_of(transformer)}"
+        )
     return latents
+
+
+def mend_of(transformer: FluxTransformer2DModel) -> str:
+    """What to do about a transformer whose output is not finite."""
+    mends = ["the checkpoint may be damaged"]
+    if getattr(transformer, "peft_config", {}):
+        mends.insert(0, "the adapter may be ruined or its weight too high")
+    if transformer.dtype == torch.float16:
+        mends.insert(0, "fp16 may not hold its activations: set compute_dtype=bf16 or fp32 in its precision")
+    return "; ".join(mends)

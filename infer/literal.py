@@ -6,10 +6,10 @@ setting is given is put in quotation marks; `null` stays what it is, `${...}` is
 quotation marks already is left alone. Text in a YAML file is read as it stands there, quoted or not.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -195,10 +195,10 @@ class TextFiles(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         found = super().load_config(config_path)
-        schema, group = type(self).schema(), os.path.dirname(config_path)
+        schema, group = type(self).schema(), config_path.rpartition("/")[0]
         package = found.header.get("package") or group.replace("/", ".")
         kind = schema if package in ("_global_", "") else kind_of(schema, package)
-        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as stream:
+        with Path(self.path, self._normalize_file_name(config_path)).open(encoding="utf-8") as stream:
             tree = yaml.compose(stream, Loader=get_yaml_loader())
         if kind is not None and isinstance(tree, yaml.MappingNode):
             _restore(found.config, tree, kind)
@@ -209,7 +209,7 @@ class TextFiles(FileConfigSource):
 
 def _restore(config: Any, node: yaml.Node, kind: Any) -> None:
     """Put the text of a file's scalars where the schema wants text and YAML has read something else."""
-    kind, optional = _required(kind)
+    kind, _ = _required(kind)
     inner: list[tuple[Any, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode) and isinstance(config, DictConfig):
         inner = [(name.value, value) for name, value in node.value if name.value in config]

@@ -12,6 +12,7 @@ Writes runs/<run>/adapter/ and runs/<run>/recovery.json.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
 from infer.flux import Model, check_model, load_transformer
 from infer.formats import Pair, Pairs
-from infer.generate import Sampling
+from infer.generate import Sampling, mend_of
 from infer.lowrank import Factors, allot, approximate
 from infer.originals import Originals, streamed_transformer
 from infer.quantize import Precision, dequantized, stored_bytes
@@ -159,6 +160,11 @@ def recover(options: Recover) -> Path:
     exact = velocities(teacher, unseen, device, 16)
     after = velocities(transformer, unseen, device, 1)
     errors = [float(relative_errors(found, exact).square().mean().sqrt()) for found in (before, after)]
+    if not all(map(math.isfinite, errors)):
+        raise ValueError(
+            f"the velocity error is {errors[0]} before and {errors[1]} after: a transformer's output is not finite; "
+            f"{mend_of(transformer)}"
+        )
     figures = {
         "relative_velocity_error_before": errors[0],
         "relative_velocity_error_after": errors[1],

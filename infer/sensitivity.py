@@ -34,7 +34,7 @@ from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release, text_encoder
 from infer.fast import Memory, choose_path
 from infer.flux import Model, check_model, fingerprint, load_scheduler, load_transformer, own_size
-from infer.generate import Sampling, draw
+from infer.generate import Sampling, draw, mend_of
 from infer.heat import draw_heat
 from infer.mixture import Mixture, choose, layer_bytes
 from infer.quantize import Precision, linear_layers, stored_bytes
@@ -106,9 +106,16 @@ def inputs_of(
 
 
 def velocities(transformer: Any, inputs: Inputs) -> Tensor:
-    """[samples, tokens, channels * 4] for all inputs, in fp32."""
+    """[samples, tokens, channels * 4] for all inputs, in fp32.
+
+    Raises:
+        ValueError: one is not finite.
+    """
     with torch.no_grad():
-        return torch.cat([transformer(**batch, return_dict=False)[0].float() for batch in inputs])
+        found = torch.cat([transformer(**batch, return_dict=False)[0].float() for batch in inputs])
+    if not found.isfinite().all():
+        raise ValueError(f"the transformer's output is not finite; {mend_of(transformer)}")
+    return found
 
 
 def quantized_values(weight: Tensor, kind: str, double_quant: bool) -> Tensor:

@@ -15,13 +15,13 @@ from infer.command import run_command
 from infer.compare import Compare
 from infer.literal import PLAIN, QUOTED, kind_of, literal, literal_arguments, split
 from infer.setting import settings as names_of
-from train import sweep
 from train.config import Train
+from train.sweep import main as sweep_main
 
 MISREAD = ["1e3", "2024_08_20", "1_000", "007", "0.10", "true", "False", "NaN", "inf", "-1", "12:30", "1e-400",
-           "photosété", "läufe", "日本", "a b", " a ", "a, b", "a=b", "it's", 'say "a"', "a\\b", "C:\\x\\", "(", "[a", "a]",
-           "{a", "#1", "100%", "a\nb", "choice(a,b)", "str(1)", "~/pictures", "@a", "!", "?", "", "'", '"a" or "b"',
-           "\\\\", "a\\'b", "$HOME", "^.*\\.attn\\.to_(q|k)$"]  # fmt: skip
+           "photosété", "läufe", "日本", "a b", " a ", "a, b", "a=b", "it's", 'say "a"', "a\\b", "C:\\x\\", "(", "[a",
+           "a]", "{a", "#1", "100%", "a\nb", "choice(a,b)", "str(1)", "~/pictures", "@a", "!", "?", "", "'",
+           '"a" or "b"', "\\\\", "a\\'b", "$HOME", "^.*\\.attn\\.to_(q|k)$"]  # fmt: skip
 
 
 def got(monkeypatch: pytest.MonkeyPatch, schema: type[Any], name: str, *arguments: str) -> Any:
@@ -59,7 +59,7 @@ def test_lists_of_texts(monkeypatch: pytest.MonkeyPatch, text: str, values: list
 def test_texts_within_groups_lists_and_dictionaries(monkeypatch: pytest.MonkeyPatch) -> None:
     options = got(
         monkeypatch, Train, "train", "data.sources=[{path:1e3,repeats:1e1,masks:null},{path: ä b,caption_column:true}]",
-        "precision.layers={a.b:nf4}", "precision.layers.c.*.d=int8", "data.resolution=[64,128]", "optim={lr:1e-3}", "optim.lr=1e-3",
+        "precision.layers={a.b:nf4}", "precision.layers.c.*.d=int8", "data.resolution=[64,128]", "optim.lr=1e-3",
     )  # fmt: skip
     first, second = options.data.sources
     assert (first.path, first.repeats, first.masks) == ("1e3", 10.0, None)
@@ -106,8 +106,8 @@ def test_splitting_loses_nothing(text: str) -> None:
     parts = split(text)
     assert parts is None or ",".join(parts) == text
     for kind in (str, list[str], dict[str, str], int, None):
-        for sweep in (False, True):
-            made = literal_arguments([f"run={text}", f"previews={text}"], Train, sweep)
+        for several in (False, True):
+            made = literal_arguments([f"run={text}", f"previews={text}"], Train, several)
             assert [one.partition("=")[0] for one in made] == ["run", "previews"]
         assert literal("a-b", kind) == "a-b" and PLAIN.fullmatch("a-b")
 
@@ -200,7 +200,7 @@ def test_a_sweep_gives_its_points_what_was_typed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("train.sweep_report.conclude", lambda _: None)
     arguments = ["data.trigger=1e3,ä", "experiment=own", "run=2024_08_20", "--config-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
-    sweep.main()
+    sweep_main()
     GlobalHydra.instance().clear()
     found = {(c["data"]["trigger"], c["data"]["suffix"], c["data"]["prefix"], c["run"]) for c, _ in points}
     assert found == {(a, b, "1e3", "2024_08_20") for a in ("1e3", "ä") for b in ("1e3", "true")}

@@ -58,6 +58,8 @@ class Parts:
     progress: Progress
     folder: Path
     """The run's."""
+    undrawn: str | None = None
+    """Why the last previews could not be drawn, if they could not."""
 
 
 def refuse_other(state: dict[str, Any], samples: str | None, base: str, folder: Path) -> None:

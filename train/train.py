@@ -7,6 +7,7 @@ which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter
 `-m` with several values for some settings sweeps (train/sweep.py).
 """
 
+import math
 import shutil
 import sys
 from contextlib import nullcontext
@@ -109,6 +110,20 @@ def claim(job: Train, folder: Path, processes: int) -> int:
         return begun
     replace_file(file, lambda path: path.write_bytes(yaml.safe_dump(own, sort_keys=False, allow_unicode=True).encode()))
     return processes
+
+
+def nothing_learned(job: Train, norm: float, skipped: int, folder: Path) -> str:
+    """Why an adapter of such a norm is not saved, and the mend."""
+    said = f"the adapter's norm is {norm} after {job.steps} steps"
+    older = f"go on from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or start over"
+    if not math.isfinite(norm):
+        return f"{said}: its weights are ruined; lower optim.lr or raise optim.warmup, and {older}"
+    if skipped:
+        return (
+            f"{said}: {skipped} updates were left out, as their loss or gradient was not finite; lower optim.lr or "
+            f"raise optim.warmup, or mend the samples that {folder / 'events.jsonl'} names, and start over"
+        )
+    return f"{said}: nothing was learned; raise optim.lr, or lower optim.warmup ({job.optim.warmup} steps)"
 
 
 def _differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -245,8 +260,8 @@ def train_on(
     now, average = parts.progress, parts.average
 
     norm = update_norm(transformer)
-    if not norm > 0:  # NaN too
-        raise ValueError(f"the adapter's norm is {norm} after {job.steps} steps: nothing was learned; raise optim.lr")
+    if not 0 < norm < math.inf:  # NaN too
+        raise ValueError(nothing_learned(job, norm, now.skipped, folder))
     learned = f"learned: adapter norm {norm:.3f}"
     for name, history in (("validation loss", now.validation), ("of the averaged weights", now.validation_ema)):
         if history:
@@ -282,6 +297,8 @@ def train_on(
     del transformer
     release(accelerator.device)
     accelerator.end_training()
+    if parts.undrawn is not None:
+        raise ValueError(f"the adapter is saved, but the last previews are not drawn: {parts.undrawn}")
     return finished.parent
 
 

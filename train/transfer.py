@@ -29,7 +29,7 @@ from tqdm import tqdm
 from infer.adapters import Adapter
 from infer.atomic import replace_file
 from infer.bootstrap import Interval
-from infer.command import check_run_name, pick_device, run_command
+from infer.command import check_file_names, check_run_name, pick_device, run_command
 from infer.compare import describe_device
 from infer.encode import Text, decode, text_encoder
 from infer.fast import Memory
@@ -83,6 +83,7 @@ class Transfer:
             raise ValueError(f"seeds is {self.seeds}; give two or more, each once: the limits are over them")
         if not self.precisions:
             raise ValueError("precisions is empty; give at least one")
+        check_file_names("precisions", self.precisions)
         if bool(self.prompts) != bool(self.scores):
             raise ValueError("prompts and scores go together: give both, or neither")
         if not self.data.validation > 0:
@@ -113,9 +114,8 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
             job.memory = place.memory
             cache, samples = prepare(job, device, None)
             for trained in options.precisions:
-                own = f"{trained}-{seed}".replace(".", "-")
                 adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"
-                switch_on(transformer, job, Trained(str(adapter)), own)
+                attached = switch_on(transformer, job, Trained(str(adapter)))
                 found = probe(transformer, job, cache, samples, device, lambda count: None)
                 row: Row = {"trained": trained, "run": name, "seed": seed, "loss": fmean(one.loss for one in found)}
                 pictures = [
@@ -123,7 +123,7 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
                     for text, p in zip(texts, options.prompts, strict=True)
                 ]
                 row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
-                transformer.delete_adapters(own)
+                transformer.delete_adapters(attached)
                 yield row
         del transformer, vae
 
