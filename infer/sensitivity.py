@@ -204,10 +204,13 @@ def decide(model: Model, precision: Precision, device: torch.device, say: Callab
     return replace(precision, kind="nf4", budget_gib=None, layers=mixture.layers())
 
 
+HEADER = "# python infer/sensitivity.py"
+
+
 def write_precision(mixture: Mixture, double_quant: bool, file: Path) -> None:
     """A precision's YAML, all fields said."""
     precision = Precision("nf4", double_quant=double_quant, layers=mixture.layers())
-    text = f"# python infer/sensitivity.py: {mixture.describe()}\n" + yaml.safe_dump(asdict(precision), sort_keys=False)
+    text = f"{HEADER}: {mixture.describe()}\n" + yaml.safe_dump(asdict(precision), sort_keys=False)
     replace_file(file, lambda path: path.write_text(text))
 
 
@@ -216,6 +219,9 @@ def sensitivity(options: Sensitivity) -> Path:
     folder = check_run_name(options.run)
     device = pick_device(options.device)
     check_model(options.model)
+    if options.out is not None and (file := Path(options.out)).exists():
+        if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
+            raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
     found = sensitivities(options, device, print)
     content = json.dumps(found, indent=1) + "\n"
     for file in (kept_file(options.model, options.double_quant), folder / "sensitivity.json"):

@@ -19,9 +19,9 @@ from scripts.bad.case import colours
 from scripts.bad.reports import RESULT
 from train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from train.config import Train
+from train.identity import claim
 from train.index import read_rows, write_rows
 from train.shards import DamagedError, Shelf, read_item, write_shard
-from train.train import claim
 
 
 @dataclass(frozen=True)
