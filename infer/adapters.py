@@ -28,6 +28,9 @@ from infer.quantize import Precision
 from infer.residual import settled
 from infer.targets import base_layers, match_targets
 
+METHODS = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+"""Names that a module within PEFT's dictionaries of modules and parameters cannot have."""
+
 
 def attach(
     transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default"
@@ -138,10 +141,16 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str, mode
     transformer's checkpoint, which adapters of init=loftq need.
 
     Raises:
-        ValueError: the name is taken, the file is unreadable or broken, or does not fit this transformer.
+        ValueError: the name is taken or cannot be a module's, or the file is unreadable, broken, or does not fit this
+            transformer.
     """
     if name in getattr(transformer, "peft_config", {}):
         raise ValueError(f"there is an adapter {name!r} already; give this one another name")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII) or "lora" in name.lower() or name in METHODS:
+        raise ValueError(
+            f"an adapter cannot be named {name!r}: it is a module's name in the model, made of letters, digits, _ and "
+            "-, without lora, and not that of a method of torch's modules such as train; give it another name"
+        )
     pairs = read_pairs(path)
     check_fit(pairs, shapes_of(transformer), path)
     put_pairs(transformer, settled(transformer, path, pairs, model), name)

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from infer.credentials import check_values
 from infer.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
+from infer.literal import literal_arguments, read_text_literally
 from infer.setting import REFUSED, check_settings, explain
 
 if TYPE_CHECKING:
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
 T = TypeVar("T")
+FOLDERS = {
+    "adapter",
+    "adapter-ema",
+    "checkpoints",
+    "compare",
+    "gap",
+    "images",
+    "previews",
+    "skipped",
+    "tensorboard",
+    "wandb",
+}
+"""Of a run, beside which no other run can lie."""
 
 OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 
@@ -49,6 +63,8 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
 
     with explained(), _refused(schema), _raising():
         _check_flags(sys.argv[1:])
+        sys.argv[1:] = literal_arguments(sys.argv[1:], schema, bool({"-m", "--multirun"} & set(sys.argv)))
+        read_text_literally(lambda: schema)
         main()
 
 
@@ -125,6 +141,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_file_names(what: str, names: Iterable[str]) -> None:
+    """See that names which become parts of files' names can be that.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name) or name.startswith("."):
+            raise ValueError(f"{what} has the name {name!r}, which becomes a part of a file's; choose a plain one")
+
+
 def check_run_name(run: str) -> Path:
     """The run's folder, runs/<run>.
 
@@ -135,4 +162,8 @@ def check_run_name(run: str) -> Path:
         raise ValueError(f"run is {run!r}; choose a plain name such as mine-nf4")
     if Path(run).is_absolute():
         raise ValueError(f"run is {run!r}, a path; it is the name of a folder within runs/")
+    first, *others = Path(run).parts
+    if first == "cache" or (taken := sorted(FOLDERS.intersection(others))):
+        what = "the encoded pictures of all runs" if first == "cache" else f"what {taken[0]} of another run holds"
+        raise ValueError(f"run is {run!r}, but that folder is for {what}; choose another name such as {first}-2")
     return Path("runs") / run

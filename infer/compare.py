@@ -8,14 +8,16 @@ The experiment of the Hugging Face guide "Quantize Your Diffusion Models with di
 Writes results.json, comparison.png, report.md and report.html to runs/<run>/compare/.
 """
 
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.command import check_device_name, check_run_name, pick_device, run_command
+from infer.command import check_device_name, check_file_names, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
 from infer.formats import find_adapter
 from infer.generate import Sampling
@@ -24,6 +26,10 @@ from infer.memory import Memory
 from infer.quantize import Precision
 from infer.quiet import ready
 from infer.several import Trained
+
+TAKEN_SCORES = re.compile(
+    r"(psnr|ssim|latents|lpips|drift)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
+)
 
 
 @dataclass
@@ -65,6 +71,20 @@ class Compare:
                 raise ValueError(f"seeds has {seed}; a seed has 64 bits: choose one below {2**63}")
         if self.text_length is not None and self.text_length < 1:
             raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
+        check_file_names("precisions", self.precisions)
+        if "base" in self.precisions:
+            raise ValueError("precisions has the name 'base', which is what runs without the adapter; rename it")
+        if both := [name for name in self.precisions if f"{name}-adapter" in self.precisions]:
+            raise ValueError(
+                f"precisions has {both[0]} and {both[0]}-adapter, whose pictures have one name; rename one"
+            )
+        for name in self.scores:
+            if TAKEN_SCORES.fullmatch(name):
+                raise ValueError(f"scores.{name} has the name of a score that is measured anyway; choose another one")
+        for what in ("prompts", "seeds", "unrelated"):
+            twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
+            if twice:
+                raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")

@@ -22,7 +22,7 @@ from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
 from infer.compute import NAMES, product_dtype_of, stored_on
-from infer.encode import Text, decode, release, text_encoder
+from infer.encode import NotFiniteError, Text, decode, release, text_encoder
 from infer.fast import choose_path, hold_of
 from infer.flux import load_scheduler, load_transformer, load_vae, own_size
 from infer.formats import find_adapter, read_notes, read_pairs
@@ -92,7 +92,7 @@ def draw_precision(
     rows = []
     for variant in (None, adapter) if adapter else (None,):
         if variant:
-            load_chosen(transformer, options.adapter, variant[0], model)
+            load_chosen(transformer, options.adapter, model)
             reason = obstacle(transformer)
             if path.fused and reason:
                 raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
@@ -163,7 +163,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
                     f"{one.path} is of adapter.init=loftq, whose base is rounded again on the device, where "
                     "memory.budget_gib keeps only a part of it; set memory.budget_gib=null"
                 )
-        adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
+        adapter = options.adapter.name or Path(options.run).name, options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
     for name in names:
         options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
@@ -187,7 +187,10 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
-                rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                try:
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                except NotFiniteError as error:
+                    raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))

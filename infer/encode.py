@@ -21,6 +21,10 @@ from infer.quantize import Precision, stored_bytes
 FACTOR = 8  # pixels a latent; a packed token covers twice that
 
 
+class NotFiniteError(ValueError):
+    """A picture's numbers are NaN or infinite."""
+
+
 @dataclass
 class Text:
     """One prompt's embeddings."""
@@ -125,9 +129,17 @@ def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype)
 
 
 def decode(vae: AutoencoderKL, packed: Tensor, height: int, width: int) -> Image.Image:
-    """Packed latents [1, tokens, channels * 4] -> the picture."""
+    """Packed latents [1, tokens, channels * 4] -> the picture.
+
+    Raises:
+        NotFiniteError: the autoencoder's output is NaN or infinite.
+    """
     latents = unpack(packed.float(), height, width) / vae.config.scaling_factor + vae.config.shift_factor
     with torch.no_grad():
         pixels = vae.decode(latents.to(vae.device, compute_dtype_of(vae))).sample
+    if not pixels.isfinite().all():
+        raise NotFiniteError(
+            f"the autoencoder's output is not finite (in {compute_dtype_of(vae)}); its checkpoint may be damaged"
+        )
     picture: Image.Image = VaeImageProcessor(vae_scale_factor=FACTOR).postprocess(pixels.float())[0]
     return picture

@@ -57,11 +57,16 @@ def draw(
     size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels."""
+    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels.
+
+    Raises:
+        NotFiniteError: the transformer's output is NaN or infinite, of which a picture shows nothing.
+    """
     import torch
     from diffusers import FluxPipeline
 
     from infer.compute import compute_dtype_of
+    from infer.encode import NotFiniteError
     from infer.graph import Sampler
 
     pipeline = FluxPipeline(
@@ -89,4 +94,19 @@ def draw(
             guidance_scale=sampling.guidance,
             output_type="latent",
         ).images
+    if not latents.isfinite().all():
+        share = 1 - float(latents.isfinite().float().mean())
+        raise NotFiniteError(
+            f"the picture of seed {seed} is not finite ({100 * share:.0f} % of its latents); {mend_of(transformer)}"
+        )
     return latents
+
+
+def mend_of(transformer: FluxTransformer2DModel) -> str:
+    """What to do about a transformer whose output is not finite."""
+    mends = ["the checkpoint may be damaged"]
+    if getattr(transformer, "peft_config", {}):
+        mends.insert(0, "the adapter may be ruined or its weight too high")
+    if str(transformer.dtype) == "torch.float16":
+        mends.insert(0, "fp16 may not hold its activations: set compute_dtype=bf16 or fp32 in its precision")
+    return "; ".join(mends)

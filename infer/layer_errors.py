@@ -16,9 +16,9 @@ from infer.atomic import replace_file
 from infer.encode import release, text_encoder
 from infer.fast import choose_path
 from infer.flux import Model, fingerprint, load_scheduler, load_transformer, own_size
-from infer.generate import Sampling, draw
+from infer.generate import Sampling, draw, mend_of
 from infer.memory import Memory
-from infer.mixture import Mixture, choose, layer_bytes
+from infer.mixture import HEADER, Mixture, choose, layer_bytes
 from infer.quantize import Precision, linear_layers, stored_bytes
 from infer.sensitivity import Sensitivity
 from infer.stack import groups
@@ -55,9 +55,16 @@ def inputs_of(
 
 
 def velocities(transformer: Any, inputs: Inputs) -> Tensor:
-    """[samples, tokens, channels * 4] for all inputs, in fp32."""
+    """[samples, tokens, channels * 4] for all inputs, in fp32.
+
+    Raises:
+        ValueError: one is not finite.
+    """
     with torch.no_grad():
-        return torch.cat([transformer(**batch, return_dict=False)[0].float() for batch in inputs])
+        found = torch.cat([transformer(**batch, return_dict=False)[0].float() for batch in inputs])
+    if not found.isfinite().all():
+        raise ValueError(f"the transformer's output is not finite; {mend_of(transformer)}")
+    return found
 
 
 def quantized_values(weight: Tensor, kind: str, double_quant: bool) -> Tensor:
@@ -149,5 +156,5 @@ def decide(model: Model, precision: Precision, device: torch.device, say: Callab
 def write_precision(mixture: Mixture, double_quant: bool, file: Path) -> None:
     """A precision's YAML, all fields said."""
     precision = Precision("nf4", double_quant=double_quant, layers=mixture.layers())
-    text = f"# python infer/sensitivity.py: {mixture.describe()}\n" + yaml.safe_dump(asdict(precision), sort_keys=False)
+    text = f"{HEADER}: {mixture.describe()}\n" + yaml.safe_dump(asdict(precision), sort_keys=False)
     replace_file(file, lambda path: path.write_text(text))

@@ -92,7 +92,7 @@ def compare_pictures(
     for kind, (source, how) in kinds.items():
         transformer = load_transformer(source, how, device)
         if kind != "merged":
-            load_chosen(transformer, chosen, "merge", model)
+            load_chosen(transformer, chosen, model)
         for i, text in enumerate(texts):
             picture = decode(vae, draw(transformer, load_scheduler(model), text, seed, sampling, size, device), *size)
             picture.save(folder / f"merge-{i:03d}-{kind.replace(' ', '-')}.png")

@@ -23,6 +23,9 @@ def layer_bytes(layer: nn.Linear, kind: str, double_quant: bool) -> int:
     return weight_bytes(layer.out_features, layer.in_features, kind, double_quant)
 
 
+HEADER = "# python infer/sensitivity.py"  # the first line of a mixture's YAML
+
+
 @dataclass
 class Mixture:
     """A kind for each group of layers."""

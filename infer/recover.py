@@ -12,6 +12,7 @@ Writes runs/<run>/adapter/ and runs/<run>/recovery.json.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ if __name__ == "__main__":
 from infer.atomic import replace_file
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer
-from infer.generate import Sampling
+from infer.generate import Sampling, mend_of
 from infer.lora import RECOVERY
 from infer.quantize import Precision, stored_bytes
 from infer.quiet import ready
@@ -116,6 +117,16 @@ def recover(options: Recover) -> Path:
     exact = velocities(teacher, unseen, device, 16)
     after = velocities(transformer, unseen, device, 1)
     errors = [float(relative_errors(found, exact).square().mean().sqrt()) for found in (before, after)]
+    if not all(map(math.isfinite, errors)):
+        raise ValueError(
+            f"the velocity error is {errors[0]} before and {errors[1]} after: a transformer's output is not finite; "
+            f"{mend_of(transformer)}"
+        )
+    if not all(map(math.isfinite, errors)):
+        raise ValueError(
+            f"the velocity error is {errors[0]} before and {errors[1]} after: a transformer's output is not finite; "
+            f"{mend_of(transformer)}"
+        )
     figures = {
         "relative_velocity_error_before": errors[0],
         "relative_velocity_error_after": errors[1],

@@ -21,7 +21,7 @@ from infer.atomic import replace_file
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
 from infer.generate import Sampling
-from infer.mixture import choose
+from infer.mixture import HEADER, choose
 from infer.quiet import ready
 from infer.report import aligned
 
@@ -65,6 +65,9 @@ def sensitivity(options: Sensitivity) -> Path:
     folder = check_run_name(options.run)
     check_device_name(options.device)
     check_model(options.model)
+    if options.out is not None and (file := Path(options.out)).exists():
+        if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
+            raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
     device = pick_device(options.device)
     ready()
     from infer.heat import draw_heat

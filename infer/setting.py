@@ -15,8 +15,9 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from infer.literal import TAKEN, kind_of
+
 REFUSED = (HydraException, OmegaConfBaseException)
-TAKEN = "is taken away, but every setting has a value; leave the ~ out"
 WANTED = {  # what OmegaConf says, and what it means
     "converted to Integer": "give a whole number",
     "converted to Float": "give a number",
@@ -44,7 +45,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     ends = {other.rpartition(".")[2]: other for other in reversed(words) if other.rpartition(".")[0] == group}
     same = [other for other in words if other.rpartition(".")[2] == word]
     close = get_close_matches(name, same, n=1, cutoff=0.8) or same[:3]
-    close = close or [ends[end] for end in get_close_matches(word, ends, n=1)]
+    # a part of a name, as batch of batch_size, is nearer than a word that is as long
+    close = close or [ends[end] for end in ends if word in end.split("_") or (len(word) > 3 and end.startswith(word))]
+    close = close[:3] or [ends[end] for end in get_close_matches(word, ends, n=1, cutoff=0.7)]
+    close = close or [ends[end] for end in get_close_matches(word, ends, n=1) if len(end) == len(word)]
     if not close and group not in words:  # the group itself may be misspelt
         close = get_close_matches(name, words, n=1, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""
@@ -105,6 +109,8 @@ def explain(error: Exception, schema: Any) -> str:
     if isinstance(cause, ValidationError) and cause.full_key:
         mend = next((mend for said, mend in WANTED.items() if said in str(cause)), "--help shows the defaults")
         value = "null" if cause.value is None else repr(cause.value)
+        if cause.value is None and kind_of(schema, str(cause.full_key)) is str:
+            mend += f", or for the word itself '{cause.full_key}=\"null\"'"
         return f"{cause.full_key} is {value} ({_first(cause).rstrip('.')}); {mend}"
     if isinstance(cause, ConfigTypeError) and "deletion" in str(cause):
         return f"{cause.full_key} {TAKEN}"

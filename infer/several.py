@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING
 
 from infer.flux import Model
@@ -11,6 +12,7 @@ from infer.formats import find_adapter, read_notes
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
+_numbers = count()
 
 
 @dataclass
@@ -59,13 +61,15 @@ class Trained:
         return found
 
 
-def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, name: str, model: Model) -> None:
-    """Load all of them, on together; the first is called `name`."""
+def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, model: Model) -> list[str]:
+    """Load all of them, on together; returns what they are called in the model, which no other adapter was before
+    them: what the user calls an adapter could be the name of a module's method, and captured graphs go by it."""
     from infer.adapters import load_adapter, set_adapters
 
     weights = {}
-    for i, one in enumerate(chosen.all()):
-        own = name if i == 0 else f"{name}-{i + 1}"
-        load_adapter(transformer, one.path, own, model)
-        weights[own] = one.weight
+    for one in chosen.all():
+        name = f"chosen-{next(_numbers)}"
+        load_adapter(transformer, one.path, name, model)
+        weights[name] = one.weight
     set_adapters(transformer, weights)
+    return list(weights)

@@ -36,6 +36,7 @@ from train.encoding import Encode
 from train.flow import Flow
 from train.footprint import footprint
 from train.gap import Gap
+from train.identity import claim
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
@@ -386,11 +387,12 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
         ["device=cpu"],
         ["previews=[x]", "save_every=7", "keep=9", "save_minutes=1", "keep_best=2", "resume=step-000200"],
         ["spikes=3", "stop_after_bad=9"],
+        ["steps=999"],
+        ["steps=2000"],
     ):
         assert claim(made("train", *CLAIMED, *same), folder, 1) == 1
     for override, was, now in (
         ("seed=1", "seed was 0", "is 1"),
-        ("steps=999", "steps was 1000", "is 999"),
         ("precision=fp4", "precision.kind was 'nf4'", "is 'fp4'"),
         ("optim.lr=1.8e-9", "optim.lr was 1.7e-09", "is 1.8e-09"),
         ("data.trigger=x", "data.trigger was 'ß: {a}'", "is 'x'"),
@@ -401,7 +403,7 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
             claim(made("train", *CLAIMED, override), folder, 1)
         assert f"({was}" in str(caught.value) and f"{now})" in str(caught.value)
     with pytest.raises(ValueError, match=r"\(adapter.rank was 16, is 3; .*\.\.\.\); choose"):  # the first five of more
-        claim(made("train", "run=mine", "data.resolution=64", "seed=1", "adapter.rank=3", "steps=5"), folder, 1)
+        claim(made("train", "run=mine", "data.resolution=64", "seed=1", "adapter.rank=3", "accumulation=5"), folder, 1)
     assert (
         claim(made("train", *CLAIMED), folder, 2) == 1
     )  # it began with one process, and the batches stay those of one

@@ -98,7 +98,7 @@ def measure(options: Gap, device: torch.device) -> list[Row]:
 
     rows: list[Row] = []
     reference: dict[str | None, list[Probe]] = {}
-    own = options.adapter.path and (options.adapter.name or Path(options.run).name).replace(".", "-")
+    own = options.adapter.path and (options.adapter.name or Path(options.run).name)
     variants = [None, own] if own else [None]
     bar = tqdm(unit="forward", desc="gap")
     for name in options.order():
@@ -112,7 +112,7 @@ def measure(options: Gap, device: torch.device) -> list[Row]:
             size = stored_bytes(transformer)
             for variant in variants:
                 if variant:
-                    switch_on(transformer, job, options.adapter, variant)
+                    switch_on(transformer, job, options.adapter)
                 found = probe(transformer, job, cache, samples, device, bar.update)
                 theirs = reference.setdefault(variant, found)
                 for one, other in zip(found, theirs, strict=True):

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from infer import allocator
-from infer.encode import Text
+from infer.encode import NotFiniteError, Text
 from infer.stream import Stream
 from train.batch import Samples, largest_batch, make_stream, training_batch
 from train.config import Train
@@ -165,7 +165,12 @@ def fit(
                 transformer.eval()
                 averaged = average.used() if average else None
                 place = size, job.seed, device, file, main, averaged
-                shown = preview(transformer, job.model, previews, job.sampling, *place)
+                shown, parts.undrawn = [], None
+                try:
+                    shown = preview(transformer, job.model, previews, job.sampling, *place)
+                except NotFiniteError as error:  # which ends no training
+                    parts.undrawn = str(error)
+                    bar.write(f"step {now.step}: the previews are not drawn: {error}")
                 transformer.train()
                 start_memory(device)
                 tracker.previews(now.step, shown)

@@ -23,12 +23,12 @@ from typing import Any
 
 from infer.atomic import replace_file
 from infer.errors import ROOT, STOPPED
+from infer.literal import quote
 from train.figures import objectives_of, read_figures
 
 RECORD = "point.json"
 LONGEST = 100  # characters of a point's name
 GRACE = 120  # seconds for a command to finish its step and save after an interrupt
-WORDS = ("null", "true", "false", "nan", "inf")  # which are no strings on Hydra's command line
 PRODUCTS = {"train": "adapter/pytorch_lora_weights.safetensors", "compare": "compare/results.json"}
 
 
@@ -65,11 +65,8 @@ def spell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z/_][\w./-]*", value, flags=re.ASCII) and value.lower() not in WORDS:
-            return value
-        # a backslash is doubled only where it stands before a quotation mark; `${` is text, not an interpolation
-        text = re.sub(r"(\\*)(['$]|\Z)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] == "'" else m[2]), value)
-        return f"'{text}'"
+        # `${` is text here, not an interpolation
+        return quote(re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value))
     if isinstance(value, list):
         return f"[{','.join(map(spell, value))}]"
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ from torch import Tensor
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import load_transformer
+from infer.generate import mend_of
 from infer.several import Trained, load_chosen
 from infer.stack import obstacle
 from train.batch import Samples, choose, validation_batch, validation_parts
@@ -66,22 +67,27 @@ def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransform
         release(device)
 
 
-def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained, name: str) -> None:
-    """Load adapters, the first under a name.
+def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained) -> list[str]:
+    """Load adapters; returns what they are called in the model.
 
     Raises:
         ValueError: the path that was taken has no way to run it.
     """
-    load_chosen(transformer, chosen, name, job.model)
+    names = load_chosen(transformer, chosen, job.model)
     reason = obstacle(transformer)
     if job.memory.fused and reason:
         raise ValueError(f"the fast path cannot run {chosen.path}: {reason}; set memory=plain")
+    return names
 
 
 def probe(
     transformer: Any, job: Train, cache: Cache, samples: Samples, device: torch.device, tick: Callable[[int], object]
 ) -> list[Probe]:
-    """Every held-out picture at every level."""
+    """Every held-out picture at every level.
+
+    Raises:
+        ValueError: a velocity or loss is not finite.
+    """
     found = []
     with torch.no_grad():
         for held in validation_parts(job, cache, samples, 0, 1):
@@ -89,6 +95,12 @@ def probe(
             velocity = batch_velocity(transformer, batch, job)
             values = losses(velocity, batch.x0, batch.noise, batch.sigma, "none", batch.mask)
             for (index, level, _), own, sigma, loss in zip(held, velocity.cpu(), batch.sigma, values, strict=True):
-                found.append(Probe(samples.all[index].name, level, float(sigma), own, float(loss)))
+                one = Probe(samples.all[index].name, level, float(sigma), own, float(loss))
+                if not (own.isfinite().all() and loss.isfinite()):
+                    raise ValueError(
+                        f"at precision {job.precision.kind} the transformer's output for {one.picture} at noise "
+                        f"{one.sigma:.3f} is not finite; {mend_of(transformer)}"
+                    )
+                found.append(one)
             tick(len(held))
     return found

@@ -58,6 +58,8 @@ class Parts:
     progress: Progress
     folder: Path
     """The run's."""
+    undrawn: str | None = None
+    """Why the last previews could not be drawn, if they could not."""
 
 
 def refuse_other(state: dict[str, Any], samples: str | None, base: str, folder: Path) -> None:
@@ -101,7 +103,14 @@ def restore(parts: Parts, job: Train, accelerator: Accelerator) -> bool:
         if "fused" in own:  # how it is computed, which is not a checkpoint's affair
             group["fused"] = own["fused"]
     parts.optimizer.load_state_dict(optimizer_to(optimizer, accelerator.device))
-    parts.schedule.load_state_dict(schedule)
+    # the rate of this step as the schedule is now: of more steps than before it is another
+    rates = [
+        base * own(schedule["last_epoch"])
+        for base, own in zip(parts.schedule.base_lrs, parts.schedule.lr_lambdas, strict=True)
+    ]
+    parts.schedule.load_state_dict(schedule | {"_last_lr": rates})
+    for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     parts.progress = Progress(**state)
     accelerator.wait_for_everyone()  # all have read
     for aside in set_aside(folder, parts.progress.step) if main else []:

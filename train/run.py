@@ -1,19 +1,17 @@
 """A training run from its config to its adapter's file, on the ranks that there are."""
 
+import math
 import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from infer.adapters import FILE, attach, check_adapter, load_recovery, read_notes, save_adapter, strengths, update_norm
-from infer.atomic import replace_file
 from infer.card import push, write_card
 from infer.command import STOPPED
 from infer.compute import stored_on
@@ -28,11 +26,13 @@ from train.batch import choose
 from train.build import build
 from train.caption import all_texts
 from train.card import card_of
-from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from train.checkpoint import find_checkpoint, read_checkpoint
 from train.config import Train, check_half
 from train.data import check_left
+from train.identity import begun_steps, claim, forget_adapters, note_steps, record_adapters
 from train.lock import Hold, hold_run
 from train.loop import fit
+from train.optim import rate_at
 from train.plan import announce
 from train.prior import prior_samples
 from train.progress import refuse_other
@@ -58,64 +58,43 @@ def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped],
     return adapter
 
 
-def claim(job: Train, folder: Path, processes: int) -> int:
-    """Write the run's config, or once it has a checkpoint compare it with the one that is there; returns the number of
-    processes that the run began with.
+def nothing_learned(job: Train, norm: float, skipped: int, folder: Path) -> str:
+    """Why an adapter of such a norm is not saved, and the mend."""
+    said = f"the adapter's norm is {norm} after {job.steps} steps"
+    older = f"go on from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or start over"
+    if not math.isfinite(norm):
+        return f"{said}: its weights are ruined; lower optim.lr or raise optim.warmup, and {older}"
+    if skipped:
+        return (
+            f"{said}: {skipped} updates were left out, as their loss or gradient was not finite; lower optim.lr or "
+            f"raise optim.warmup, or mend the samples that {folder / 'events.jsonl'} names, and start over"
+        )
+    return f"{said}: nothing was learned; raise optim.lr, or lower optim.warmup ({job.optim.warmup} steps)"
+
+
+def refuse_fewer(job: Train, step: int, folder: Path) -> None:
+    """See that a run goes on from no step that is beyond its last.
 
     Raises:
-        ValueError: the run exists with another config.
+        ValueError: it would.
     """
-    own = asdict(job) | {"processes": processes}
-    # these change nothing about what is learned
-    for aside in (
-        "track",
-        "sweep",
-        "device",
-        "memory",
-        "save_every",
-        "save_minutes",
-        "keep",
-        "keep_best",
-        "resume",
-        "stop_after_bad",
-        "spikes",
-        "validate_every",
-        "preview_every",
-        "previews",
-        "sampling",
-        "push",
-    ):
-        own.pop(aside)
-    for aside in ("cache", "on_error", "least"):
-        own["data"].pop(aside)
-    own["encode"] = {"tile": job.encode.tile}
-    file = folder / "config.yaml"
-    if (list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()) and file.is_file():
-        try:
-            there = yaml.safe_load(file.read_bytes())
-            begun = int(there["processes"])
-        except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{file} is not what this run wrote ({type(error).__name__}: {error}); put it back, or delete {folder} "
-                "to start over"
-            ) from error
-        own["processes"] = begun  # the batches stay as they were, whoever computes them
-        other = _differences(there, own)
-        if other:
-            raise ValueError(
-                f"run {job.run!r} exists with another config ({'; '.join(other[:5])}{', ...' if other[5:] else ''}); "
-                f"choose another name with run=..., or delete {folder} to start over"
-            )
-        return begun
-    replace_file(file, lambda path: path.write_bytes(yaml.safe_dump(own, sort_keys=False, allow_unicode=True).encode()))
-    return processes
+    if step > job.steps:
+        raise ValueError(
+            f"steps is {job.steps}, but run {job.run!r} is at step {step} already; set steps={step} or more, go on "
+            f"from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or choose another name with run=..."
+        )
 
 
-def _differences(a: Any, b: Any, name: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = dict.fromkeys([*a, *b])
-        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
+def goes_on(job: Train, step: int, before: int) -> str:
+    """What another number of steps means for a run that is at `step`."""
+    said = f"note: steps was {before} and is {job.steps}"
+    if job.optim.schedule == "constant":
+        return f"{said}: the run ends as one that was asked for {job.steps} steps at once"
+    was, now = (rate_at(job.optim, steps, step) for steps in (before, job.steps))
+    return (
+        f"{said}: optim.schedule={job.optim.schedule} falls to 0 at the last step, so at step {step} the rate goes "
+        f"from {was:.2e} to {now:.2e}, that of a run of {job.steps} steps; the steps before were those of a run of {before}"
+    )
 
 
 def train_on(
@@ -165,7 +144,17 @@ def train_on(
     (base,) = gather_object([fingerprint(job.model, "transformer")] if main else [])
     latest = find_checkpoint(folder / "checkpoints", job.resume, lambda _: None) if main else None
     if latest is not None:  # before any model is loaded
-        refuse_other(read_checkpoint(latest)[2], None, base, folder)
+        state = read_checkpoint(latest)[2]
+        refuse_other(state, None, base, folder)
+        refuse_fewer(job, state["step"], folder)
+        if (before := begun_steps(folder)) != job.steps:
+            say(goes_on(job, state["step"], before))
+            note_steps(folder, job.steps)
+    elif main and finished.is_file() and job.resume is None:
+        raise ValueError(
+            f"{finished} is of another number of steps, and there is no checkpoint to go on from; choose another name "
+            f"with run=..., or delete {folder} to start over"
+        )
     check_adapter(job.adapter, job.model, job.precision)
     if not job.model.random:
         path, config = job.model.path, read_config(job.model, "transformer")
@@ -240,8 +229,8 @@ def train_on(
     now, average = parts.progress, parts.average
 
     norm = update_norm(transformer)
-    if not norm > 0:  # NaN too
-        raise ValueError(f"the adapter's norm is {norm} after {job.steps} steps: nothing was learned; raise optim.lr")
+    if not 0 < norm < math.inf:  # NaN too
+        raise ValueError(nothing_learned(job, norm, now.skipped, folder))
     learned = f"learned: adapter norm {norm:.3f}"
     for name, history in (("validation loss", now.validation), ("of the averaged weights", now.validation_ema)):
         if history:
@@ -258,6 +247,7 @@ def train_on(
             "trigger": job.data.trigger,
             "validation": now.validation,
         }
+        forget_adapters(folder)
         if average is not None:
             with average.used():
                 if start is not None:
@@ -268,6 +258,7 @@ def train_on(
             save_start(start, folder / "adapter")
         write_card(folder / "adapter", card_of(job, folder, now.validation))
         save_adapter(transformer, folder / "adapter", notes)
+        record_adapters(folder)
         tracker.adapter(folder / "adapter", notes)
         if job.push is not None:
             say(f"pushed: {push(folder / 'adapter', job.push)}")
@@ -277,4 +268,6 @@ def train_on(
     del transformer
     release(accelerator.device)
     accelerator.end_training()
+    if parts.undrawn is not None:
+        raise ValueError(f"the adapter is saved, but the last previews are not drawn: {parts.undrawn}")
     return finished.parent

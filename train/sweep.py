@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from infer.errors import ROOT, explained
+from infer.literal import literal_arguments, read_text_literally
 
 DIRECTIONS = ("minimize", "maximize")
 
@@ -57,6 +58,15 @@ class Sweep:
                 raise ValueError(f"sweep.objectives.{name} is {direction!r}; choose one of {', '.join(DIRECTIONS)}")
         if self.gpus == []:
             raise ValueError("sweep.gpus is []; name GPUs as in [0,1], or set it to null")
+
+
+def _schema() -> Any:
+    from train.config import Train
+
+    return Train
+
+
+read_text_literally(_schema)  # in every process that runs points, which imports this file
 
 
 def asked(arguments: list[str]) -> bool:
@@ -95,8 +105,10 @@ def main() -> None:
     from infer.command import check_run_name
     from train.sweep_report import conclude
 
-    # untyped: the commands of a point check their settings, and typing them here would load what they load
+    # untyped: the commands of a point check their settings
     ConfigStore.instance().store(name="train_schema", node={})
+    with explained():
+        sys.argv[1:] = literal_arguments(sys.argv[1:], _schema(), sweep=True)
     arguments = get_args_parser().parse_args()
     with explained():
         try:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from infer.atomic import replace_file
 from infer.bootstrap import Interval
 from infer.cells import markdown_table
-from infer.command import check_run_name, pick_device, run_command
+from infer.command import check_file_names, check_run_name, pick_device, run_command
 from infer.flux import Model, load_scheduler, load_vae, own_size
 from infer.generate import Sampling, draw
 from infer.lora import Adapter
@@ -85,6 +85,7 @@ class Transfer:
             raise ValueError(f"seeds is {self.seeds}; give two or more, each once: the limits are over them")
         if not self.precisions:
             raise ValueError("precisions is empty; give at least one")
+        check_file_names("precisions", self.precisions)
         if bool(self.prompts) != bool(self.scores):
             raise ValueError("prompts and scores go together: give both, or neither")
         if not self.data.validation > 0:
@@ -118,9 +119,8 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
             job.memory = place.memory
             cache, samples = prepare(job, device, None)
             for trained in options.precisions:
-                own = f"{trained}-{seed}".replace(".", "-")
                 adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"
-                switch_on(transformer, job, Trained(str(adapter)), own)
+                attached = switch_on(transformer, job, Trained(str(adapter)))
                 found = probe(transformer, job, cache, samples, device, lambda count: None)
                 row: Row = {"trained": trained, "run": name, "seed": seed, "loss": fmean(one.loss for one in found)}
                 pictures = [
@@ -128,7 +128,7 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
                     for text, p in zip(texts, options.prompts, strict=True)
                 ]
                 row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
-                transformer.delete_adapters(own)
+                transformer.delete_adapters(attached)
                 yield row
         del transformer, vae
 
