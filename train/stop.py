@@ -1,7 +1,8 @@
 """SIGINT and SIGTERM: the step is finished and the state saved before the run ends; a second one ends it at once.
 
 `accelerate launch` with one process dies of the signal, of Ctrl-C with a traceback, and tells its child nothing; the
-child sees that it is gone and stops as if it had been told. `python train/train.py` needs no launcher. torchrun, which `accelerate launch` uses for several processes, passes signals on.
+child sees that it is gone and stops as if it had been told. `python train/train.py` needs no launcher. torchrun, which
+`accelerate launch` uses for several processes, passes signals on.
 """
 
 import os
