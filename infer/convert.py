@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from infer.command import run_command
 from infer.formats import FILE, find_adapter, read_notes, read_pairs
 from infer.formats_write import FORMATS, write_pairs
+from infer.quiet import ready
 
 
 @dataclass
@@ -60,8 +61,9 @@ def convert(options: Convert) -> Path:
         raise ValueError(
             f"out is {options.out!r}; to={options.to} writes a {'folder' if file else 'file named *.safetensors'}"
         )
-    pairs = read_pairs(path, options.drop_text_encoder)
     notes = read_notes(find_adapter(path))
+    ready()
+    pairs = read_pairs(path, options.drop_text_encoder)
     written = write_pairs(pairs, options.to, out if file or options.to == "peft" else out / FILE, notes)
     ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
     print(f"{len(pairs)} layers of rank {', '.join(map(str, ranks))} as {options.to} in {written}")

@@ -63,10 +63,10 @@ def merge(options: Merge) -> Path:
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     device, out = pick_device(options.device), Path(options.out)
     config = read_config(options.model, "transformer")
+    ready()
     read = [(one, read_pairs(one.path)) for one in chosen]
     for one, pairs in read:
         check_fit(pairs, linear_shapes(config), one.path)
-    ready()
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 

@@ -1,7 +1,7 @@
 """Make a recovery adapter: a small LoRA that gives back what quantization took, and stays on beside the user's own.
 
     python infer/recover.py model=dev precision=nf4 run=recover-nf4 'prompts=[...]' 'held_out=[...]'
-    accelerate launch train/train.py ... precision=nf4 adapter.recovery=runs/recover-nf4/adapter
+    python train/train.py ... precision=nf4 adapter.recovery=runs/recover-nf4/adapter
     python infer/compare.py ... +recovery.nf4=runs/recover-nf4/adapter
 
 Layer by layer: each one's error W - Q, W read from its shard and dropped again, is approximated as the velocity feels

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -149,6 +150,10 @@ def jobs() -> list[Job]:
         Job("compare", 1, partial(_command, "compare", compare.Compare, compare.compare, DRAW), check_comparison,
             made_pictures),
     ]  # fmt: skip
+
+
+for _name in ("infer.comparison", "train.build", "train.run"):  # once, not in every child
+    importlib.import_module(_name)
 
 
 def start(job: Job) -> int:

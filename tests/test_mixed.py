@@ -24,13 +24,13 @@ from train.config import Train
 from train.data import Data, Prior, Source
 
 RECORD = """
-import os, pickle, sys
+import importlib, os, pickle, sys
 import torch
 
 sys.path[0] = {root!r}
 from train.train import train
 
-loop, seen = sys.modules["train.loop"], []
+loop, seen = importlib.import_module("train.loop"), []
 original = loop.training_batch
 
 def recorded(job, cache, samples, places, weight, device):

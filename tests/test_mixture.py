@@ -16,19 +16,11 @@ from infer.encode import text_encoder
 from infer.fast import Memory, choose_path, uninstall
 from infer.flux import Model, load_scheduler, load_transformer
 from infer.generate import Sampling, draw
+from infer.layer_errors import decide, inputs_of, kept_file, measure, quantized_values, velocities
 from infer.mixture import LADDER, Mixture, choose, layer_bytes
 from infer.quantize import Precision, dequantized, kind_asked, kind_of, linear_layers, stored_bytes
 from infer.save import Save, save
-from infer.sensitivity import (
-    Sensitivity,
-    decide,
-    inputs_of,
-    kept_file,
-    measure,
-    quantized_values,
-    sensitivity,
-    velocities,
-)
+from infer.sensitivity import Sensitivity, sensitivity
 from infer.stack import groups, obstacle
 
 CPU = torch.device("cpu")

@@ -27,6 +27,7 @@ from train.ranks import check_launch
 UPDATES, ACCUMULATION = 3, 2
 RANK = '''"""One rank: trains apart and with shared weights, tells what was sent, and dies while the other waits."""
 
+import importlib
 import json
 import os
 import signal
@@ -50,9 +51,9 @@ from infer.fast import Memory
 from infer.flux import Model
 from train.config import Train
 from train.data import Data
+from train.train import train
 
-TRAIN = __import__("train.train").train
-LOOP = sys.modules["train.loop"]
+RUN, LOOP = (importlib.import_module(f"train.{{name}}") for name in ("run", "loop"))
 rank = int(os.environ["RANK"])
 told = {{"sent": [], "stored": {{}}}}
 
@@ -78,8 +79,8 @@ def noted(*args, **kwargs):
         return fit(*args, **kwargs)
 
 
-fit, batch = TRAIN.fit, LOOP.training_batch
-TRAIN.fit = noted
+fit, batch = RUN.fit, LOOP.training_batch
+RUN.fit = noted
 Accelerator.end_training = lambda self: None  # there is another run to come
 job = Train(
     model=Model({root!r} + "/scripts/tiny/model"),
@@ -95,10 +96,10 @@ job = Train(
     device="cpu",
 )
 job.sampling.steps, job.sampling.height, job.sampling.width = 1, 64, 64
-TRAIN.train(job)
+train(job)
 os.environ |= {{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 job = replace(job, run="shared", memory=Memory())
-TRAIN.train(job)
+train(job)
 Path(f"told-{{rank}}.json").write_text(json.dumps(told))
 
 
@@ -112,7 +113,7 @@ def dies(*args):
 os.environ["ACCELERATE_USE_FSDP"] = "false"
 LOOP.training_batch = dies
 job = replace(job, run="dies")
-TRAIN.train(job)
+train(job)
 '''
 
 

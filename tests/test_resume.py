@@ -1,6 +1,7 @@
 """Stopped, killed, crowded, on a full disk, on other ranks, or with losses that are not finite: a run ends as one to
 which nothing happened, or says why not."""
 
+import importlib
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from train.optim import Optim
 from train.selfcheck import check, differences, lines, state_of
 from train.train import train
 
-LOOP = sys.modules["train.loop"]
+LOOP = importlib.import_module("train.loop")
 STEPS = 8
 
 

@@ -41,6 +41,18 @@ sys.exit(3)
 """
 
 
+def test_below_a_launcher_of_one_process_a_signal_says_that_the_launcher_leaves(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with Stop() as stop:
+        stop.launcher = os.getppid()
+        stop.gently()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wanted()
+    assert "The launcher leaves before that, with a traceback of its own: wait for `stopped`" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_remembered_once_the_loop_runs(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]

@@ -207,7 +207,7 @@ def test_tables_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=message):
             read_samples(Data(**{"path": str(file)} | data | options))
 
-    refused("set.parquet.*datasets cannot load it.*check the spelling")
+    refused("set.parquet' does not exist; give a .parquet file that does")
     good = content(0)
     write(file, "struct", ["a", "b"], [good, good[:300]])
     refused("has no column 'text', only photo, words; set data.image_column", caption_column="text")

@@ -1,5 +1,6 @@
 """Training on the bundled model: what is learned, and that neither a crash nor the number of ranks changes it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from infer.adapters import FILE, Adapter
+from infer.adapters import FILE, Adapter, recovers
 from infer.command import ROOT
 from infer.flux import Model
 from infer.memory import KEEP, Memory
@@ -27,7 +28,7 @@ from train.optim import Optim
 from train.track import Track
 from train.train import train
 
-LOOP = sys.modules["train.loop"]
+LOOP = importlib.import_module("train.loop")
 SIDE = 64  # 16 packed tokens
 
 
@@ -119,9 +120,51 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
     assert events("whole") == events("killed")
     # the same command once more trains nothing
-    monkeypatch.setattr(sys.modules["train.run"], "fit", None)
+    monkeypatch.setattr("train.run.fit", None)
     assert same(whole, adapter(train(replace(job, run="killed"))))
     assert "is finished" in capsys.readouterr().out
+
+
+def _lora(layer: str, rank: int, columns: int, rows: int) -> dict[str, torch.Tensor]:
+    name = f"transformer.{layer}"
+    return {f"{name}.lora_A.weight": torch.ones(rank, columns), f"{name}.lora_B.weight": torch.ones(rows, rank)}
+
+
+QUERY = "transformer_blocks.0.attn.to_q"
+BAD_FILES = {
+    "another model's": ({"start": _lora(QUERY, 2, 3072, 3072)}, "does not fit this model at"),
+    "a layer that is not there": ({"start": _lora("transformer_blocks.9.attn.to_q", 2, 256, 256)}, "unknown to it"),
+    "a layer that is no target": ({"start": _lora("transformer_blocks.0.ff.net.2", 2, 1024, 256)}, "choose targets"),
+    "a higher rank": ({"start": _lora(QUERY, 5, 256, 256)}, "has rank 5; set adapter.rank=5"),
+    "nothing": ({"start": {}}, "keys are unknown"),
+    "no recovery": ({"recovery": _lora(QUERY, 2, 256, 256)}, "is no recovery adapter"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_adapter_file_is_refused_before_anything_is_encoded(
+    name: str, job: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, said = BAD_FILES[name]
+    paths = {}
+    for kind, state in files.items():
+        paths[kind] = str(tmp_path / f"{kind}.safetensors")
+        save_file(state, paths[kind])
+    monkeypatch.setattr("train.run.build", None)
+    monkeypatch.setattr("train.run.prior_samples", None)
+    with pytest.raises(ValueError, match=said):
+        train(replace(job, adapter=replace(job.adapter, **paths)))
+
+
+def test_a_recovery_adapter_of_other_weights_is_refused_before_anything_is_encoded(
+    job: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.run.build", None)
+    notes = {"recovers": recovers(job.model, Precision("fp4"))}
+    path = tmp_path / "recovery.safetensors"
+    save_file(_lora(QUERY, 2, 256, 256), path, {"flux_lora": json.dumps(notes)})
+    with pytest.raises(ValueError, match="was made for kind=fp4, not nf4"):
+        train(replace(job, adapter=replace(job.adapter, recovery=str(path))))
 
 
 def train_batch_counter(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> tuple[Any, list[int]]:

@@ -186,9 +186,9 @@ def gap(options: Gap) -> Path:
     chosen = options.adapter.all()
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
+    ready()
     for one in chosen:
         read_pairs(one.path)  # what is wrong with it is said before a model is loaded
-    ready()
     from infer.layer_errors import decide
     from infer.measure import describe_device
     from train.curves import draw_curves

@@ -1,7 +1,8 @@
 """SIGINT and SIGTERM: the step is finished and the state saved before the run ends; a second one ends it at once.
 
-`accelerate launch` with one process dies of the signal and tells its child nothing; the child sees that it is gone and
-stops as if it had been told. torchrun, which `accelerate launch` uses for several processes, passes signals on.
+`accelerate launch` with one process dies of the signal, of Ctrl-C with a traceback, and tells its child nothing; the
+child sees that it is gone and stops as if it had been told. `python train/train.py` needs no launcher. torchrun, which
+`accelerate launch` uses for several processes, passes signals on.
 """
 
 import os
@@ -75,6 +76,8 @@ class Stop:
     def _ask(self, name: str) -> None:
         self.asked, self.since = name, time.monotonic()
         what = "this step is finished and saved first; once more ends it at once" if self.gentle else "nothing is lost"
+        if self.gentle and self.launcher is not None and not self.relayed:
+            what += ". The launcher leaves before that, with a traceback of its own: wait for `stopped`"
         os.write(2, f"\n{name}: stopping; {what}\n".encode())  # print may be what was interrupted
 
     def wanted(self) -> bool:

@@ -1,10 +1,11 @@
 """Train a LoRA adapter on a quantized FLUX.1 transformer.
 
-    accelerate launch train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
+    python train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
 
 Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
 which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes;
-`-m` with several values for some settings sweeps (train/sweep.py).
+`-m` with several values for some settings sweeps (train/sweep.py). Several processes are started by `accelerate
+launch`; one needs no launcher.
 """
 
 import sys
