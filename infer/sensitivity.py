@@ -65,9 +65,9 @@ def sensitivity(options: Sensitivity) -> Path:
     folder = check_run_name(options.run)
     check_device_name(options.device)
     check_model(options.model)
-    if options.out is not None and (file := Path(options.out)).exists():
-        if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
-            raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
+    file = None if options.out is None else Path(options.out)
+    if file is not None and file.exists() and not (file.is_file() and file.read_bytes().startswith(HEADER.encode())):
+        raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
     device = pick_device(options.device)
     ready()
     from infer.heat import draw_heat

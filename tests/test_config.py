@@ -40,7 +40,6 @@ from train.identity import claim
 from train.look import Look
 from train.optim import Optim
 from train.plan import Plan
-from train.run import claim
 from train.sweep import Sweep
 from train.track import Told, Track
 from train.transfer import Transfer

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from infer import compute, fast, flux
 from infer.adapters import Adapter, attach
 from infer.compute import compute_dtype, compute_dtype_of, product_dtype_of, small_dtype, stored_on
-from infer.fast import KEEP, Memory, install
+from infer.fast import install
 from infer.flux import Model, load_transformer
 from infer.half import attend, scaled_product
+from infer.memory import KEEP, Memory
 from infer.quantize import Precision, dequantize_to, linear_layers, multiply_plainly
 from infer.whole import check_stored
 from scripts.tiny.make_style import make_style
@@ -245,7 +246,7 @@ def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None
     stored = {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False}
     check_stored("saved", stored, FP16)
     with pytest.raises(
-        ValueError, match="bnb_4bit_compute_dtype=bfloat16, but precision.compute_dtype asks for float32"
+        ValueError, match=r"bnb_4bit_compute_dtype=bfloat16, but precision.compute_dtype asks for float32"
     ):
         check_stored("saved", stored, FP32)
     transformer = load_transformer(tiny, Precision("nf4"), CPU)

@@ -15,7 +15,7 @@ from infer.generate import Sampling, draw
 from infer.quantize import Precision
 from infer.several import Trained, Weighted, load_chosen
 from train.gap import Gap, measure
-from train.train import nothing_learned
+from train.run import nothing_learned
 
 CPU = torch.device("cpu")
 MODULES = ["train", "eval", "half", "type", "float", "to", "cpu", "items", "keys", "pop", "training", "forward",

@@ -21,7 +21,6 @@ from train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from train.config import Train
 from train.identity import claim
 from train.index import read_rows, write_rows
-from train.run import claim
 from train.shards import DamagedError, Shelf, read_item, write_shard
 
 
