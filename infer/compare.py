@@ -9,7 +9,6 @@ Writes results.json, comparison.png, report.md and report.html to runs/<run>/com
 """
 
 import math
-import os
 import platform
 import shutil
 import sys
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from infer import report
 from infer.adapters import load_recovery
-from infer.atomic import clear_partials
+from infer.atomic import clear_partials, partial_of
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
@@ -245,7 +244,7 @@ def compare(options: Compare) -> Path:
                 ) from error
             if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
-    target, unfinished = run / "compare", run / f"compare.{os.getpid()}.partial"
+    target, unfinished = run / "compare", partial_of(run / "compare")
     clear_partials(run, "compare")
     (unfinished / "images").mkdir(parents=True)
     try:

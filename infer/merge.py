@@ -10,7 +10,6 @@ rounds twice, and an update smaller than half a step is lost there: that is refu
 """
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infer.adapters import check_fit
-from infer.atomic import sync_folder, sync_tree
+from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
 from infer.formats import Pair, read_pairs
@@ -150,8 +149,8 @@ def merge(options: Merge) -> Path:
             "would be rounded away (measured on its layers); give the unquantized checkpoint as model.path"
         )
     originals = Originals(options.model)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(out)
+    clear_partials(out.parent, out.name)
     partial.mkdir(parents=True)
     try:
         kept = write_transformer(options, originals, parts, partial / "transformer", device)

@@ -5,7 +5,6 @@ python infer/compare.py model.path=models/dev-nf4 'only=[nf4]'
 """
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ if __name__ == "__main__":
 import diffusers
 import torch
 
-from infer.atomic import clear_partials, sync_folder, sync_tree
+from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
@@ -64,7 +63,7 @@ def save(options: Save) -> Path:
     check_model(options.model)
     device = pick_device(options.device)
     out = Path(options.out)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial = partial_of(out)
     clear_partials(out.parent, out.name)
     partial.mkdir(parents=True)
     try:
