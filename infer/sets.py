@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.bootstrap import Interval
+from infer.picture import SUFFIXES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 SIDE = 32  # pixels at which pictures are compared with the training set
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,7 +81,7 @@ def list_pictures(folder: str, option: str = "references") -> list[Path]:
     return found
 
 
-def thumbnail(picture: Image.Image, shape: float = 1.0) -> Tensor:
+def thumbnail(picture: Image.Image, shape: float) -> Tensor:
     """What is left of a picture at SIDE x SIDE pixels, [3 * SIDE * SIDE] in [0, 1]: its middle part of the given
     shape (width / height), averaged."""
     width, height = picture.size
