@@ -16,12 +16,11 @@ if __name__ == "__main__":
 
     quieten()
 
-import diffusers
 import torch
 
 from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import pick_device, run_command
-from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
+from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder, pipeline_index
 from infer.quantize import Precision
 
 
@@ -43,7 +42,7 @@ def save_beside(model: Model, precision: Precision, device: torch.device, folder
     for part in PARTS:
         if part not in ("transformer", "text_encoder_2"):
             shutil.copytree(part_folder(model, part), folder / part)
-    index = diffusers.FluxPipeline.load_config(model.path, revision=model.revision)
+    index = pipeline_index(model)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
