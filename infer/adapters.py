@@ -21,6 +21,7 @@ from infer.formats import Pairs, read_pairs
 from infer.formats import find_adapter as find_adapter
 from infer.formats import read_notes as read_notes
 from infer.formats_write import lora_config
+from infer.paths import expand
 from infer.quantize import Precision
 from infer.residual import settled
 from infer.targets import PRESETS, base_layers, match_targets
@@ -54,6 +55,7 @@ class Adapter:
     """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
 
     def __post_init__(self) -> None:
+        expand(self, "start", "recovery")
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")
         if not self.alpha > 0:

@@ -45,6 +45,7 @@ from infer.graph import Sampler
 from infer.judge import judge
 from infer.measure import measure
 from infer.networks import Networks, check_networks
+from infer.paths import expand, expanded
 from infer.quantize import Precision, stored_bytes
 from infer.scores import Key, Row, find_scores, key_of
 from infer.sensitivity import decide
@@ -83,6 +84,8 @@ class Compare:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        expand(self, "references")
+        self.recovery = {name: expanded(path) for name, path in self.recovery.items()}
         if not self.prompts or not self.seeds:
             raise ValueError(
                 "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"

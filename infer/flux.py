@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 
 from infer.absent import loading
 from infer.hub import hub_file, hub_part
+from infer.paths import expand, is_hub_id, no_hub_id, no_index, not_a_model
 from infer.quantize import (
     Precision,
     check_device,
@@ -44,6 +45,7 @@ class Model:
     memory and speed on a machine that holds no checkpoint."""
 
     def __post_init__(self) -> None:
+        expand(self, "path")
         if not self.path:
             raise ValueError("model.path is empty; give a diffusers folder or a Hub id")
         if self.weights not in ("checkpoint", "random"):
@@ -74,17 +76,16 @@ def check_model(model: Model) -> None:
     if model.random:
         return
     if folder is None:
-        if Path(model.path).is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+        if Path(model.path).exists():
+            raise ValueError(not_a_model(Path(model.path)))
+        if not is_hub_id(model.path):
             raise ValueError(
-                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); check the spelling"
+                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {no_hub_id(model.path)}"
             )
         return
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(
-            f"{folder} holds no model_index.json, so it is no diffusers checkpoint; a single-file checkpoint "
-            "is turned into one with FluxPipeline.from_single_file(...).save_pretrained(...)"
-        )
+        raise ValueError(no_index(folder))
     try:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:

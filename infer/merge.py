@@ -38,6 +38,7 @@ from infer.formats import Pair, read_pairs
 from infer.generate import Sampling
 from infer.merge_report import Kept, compare_pictures, kept_of, report, straight_loss
 from infer.originals import Originals
+from infer.paths import expand
 from infer.quantize import Precision, linear_layers, quantization_config
 from infer.requantize import quantized_layer
 from infer.residual import settled
@@ -63,6 +64,9 @@ class Merge:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        expand(self, "out")
 
 
 def merged(weight: Tensor, parts: list[Part]) -> Tensor:

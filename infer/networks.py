@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from infer.paths import expand, is_hub_id, no_hub_id
 from infer.scores import to_pixels
 
 GIVES = {
@@ -41,6 +42,9 @@ class Networks:
     """AlexNet as torchvision saves it (alexnet-owt-7be5be79.pth, or the same as .safetensors): a file."""
     image_reward: str | None = None
     """ImageReward's name or checkpoint file; needs its package (`pip install image-reward`)."""
+
+    def __post_init__(self) -> None:
+        expand(self, "clip", "dino", "lpips", "image_reward")
 
     def absent(self) -> dict[str, str]:
         """Every score that no network is there for, and which one it needs."""
@@ -108,9 +112,14 @@ def clip_score(embed: Embed, text: Callable[[list[str]], Tensor], picture: Image
 def _read(name: str, path: str, cls: str, **options: Any) -> Any:
     import transformers
 
-    if (path.startswith((".", "/", "~")) or path.count("/") != 1) and not Path(path).is_dir():
+    if Path(path).is_file():
         raise ValueError(
-            f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); check the spelling, "
+            f"networks.{name} is {path!r}, a file; give the folder of transformers' format that holds its config.json, "
+            "or set it to null to go without"
+        )
+    if not Path(path).is_dir() and not is_hub_id(path):
+        raise ValueError(
+            f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); {no_hub_id(path)}, "
             "or set it to null to go without"
         )
     try:

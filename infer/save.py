@@ -21,6 +21,7 @@ import torch
 from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder, pipeline_index
+from infer.paths import expand
 from infer.quantize import Precision
 
 
@@ -33,6 +34,9 @@ class Save:
     out: str = ""
     """A folder that does not exist yet."""
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        expand(self, "out")
 
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:

@@ -37,6 +37,7 @@ from infer.flux import Model, check_model, fingerprint, load_scheduler, load_tra
 from infer.generate import Sampling, draw
 from infer.heat import draw_heat
 from infer.mixture import Mixture, choose, layer_bytes
+from infer.paths import expand
 from infer.quantize import Precision, linear_layers, stored_bytes
 from infer.report import aligned
 from infer.stack import groups
@@ -71,6 +72,7 @@ class Sensitivity:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        expand(self, "out")
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one, as in 'prompts=[a red star]'")
         if self.out is not None and self.budget_gib is None:

@@ -69,6 +69,8 @@ def list_pictures(folder: str, option: str = "references") -> list[Path]:
         ValueError: it is no folder, or holds no picture.
     """
     root = Path(folder)
+    if root.is_file():
+        raise ValueError(f"{option} is {folder!r}, a file; give the folder of the training pictures")
     if not root.is_dir():
         raise ValueError(f"{option} is {folder!r}, which is no folder; give the folder of the training pictures")
     found = sorted(

@@ -171,7 +171,12 @@ def cases() -> Iterator[Case]:
         yield Case("picture", name, partial(_odd, make), said, skips=True)
     for name, path, said in (
         ("a folder that is not there", "nowhere", "'nowhere' does not exist"),
-        ("a file for a folder", "file.png", "'file.png' does not exist|is no folder"),
+        ("a file for a folder", "file.png", "'file.png' is a picture; set it to the folder"),
+        ("a file in a folder", "files/b.JPG", "'files/b.JPG' is a picture; set it to the folder"),
+        ("the list of captions", "files/metadata.jsonl", "is the list of captions; set it to its folder, 'files'"),
+        ("an archive", "files/set.zip", "is an archive; unpack it"),
+        ("a text", "texts/a.txt", "is a file of a kind that is not read"),
+        ("a folder of a folder, with a space", "no such/set", "'no such/set' does not exist"),
         ("an empty folder", "void", "void holds no pictures"),
         ("a folder of texts alone", "texts", "texts holds no pictures"),
     ):
@@ -183,4 +188,7 @@ def _place(path: str, folder: Path) -> list[str]:
     (folder / "void").mkdir()
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("a")
+    for name, content in (("b.JPG", b""), ("metadata.jsonl", b""), ("set.zip", b"PK\3\4" + bytes(30))):
+        (folder / "files").mkdir(exist_ok=True)
+        (folder / "files" / name).write_bytes(content)
     return [*BASE, f"data.path={path}"]
