@@ -1,10 +1,15 @@
 """Files that are whole or absent, whenever the program or the machine dies."""
 
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
+
+STALE = 24 * 3600.0  # seconds without a write after which what another machine began counts as left behind
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,13 +32,44 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def partial_of(path: Path) -> Path:
+    """Where what is to become `path` is written first: `path` with this machine's name and this process's number."""
+    return path.with_name(f"{path.name}.{_host()}.{os.getpid()}.partial")
+
+
 def clear_partials(folder: Path, name: str) -> None:
-    """Remove what processes of this machine that were killed left of `name`: files and folders name.<pid>.partial."""
+    """Remove what processes that were killed left of `name`: files and folders name.<machine>.<pid>.partial.
+
+    Whether a process of another machine lives is not known here (a shared folder, a container): what it began is
+    removed once nothing in it was written for a day.
+    """
     for path in folder.glob(f"{escape(name)}.*.partial"):
-        number = path.name.removeprefix(f"{name}.").removesuffix(".partial")
-        if not number.isdecimal() or int(number) == os.getpid() or not _alive(int(number)):
+        rest = path.name.removeprefix(f"{name}.").removesuffix(".partial")
+        found = re.fullmatch(r"(?:(?P<host>[^.]+)\.)?(?P<pid>\d+)", rest)
+        if found is None:  # of a longer name
+            continue
+        pid = int(found["pid"])
+        if found["host"] == _host():
+            left = pid == os.getpid() or not _alive(pid)
+        else:
+            left = time.time() - _written(path) > STALE
+        if left:
             shutil.rmtree(path, ignore_errors=True)
             path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """This machine's name without what a file's name, or a part of it between dots, cannot hold."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:32] or "-"
+
+
+def _written(path: Path) -> float:
+    """When a file, or anything in a folder, was last changed, in seconds since 1970; now, if it is gone already. Not by
+    the time of modification, which a copy takes over from its original."""
+    try:
+        return max(each.lstat().st_ctime for each in (path, *path.rglob("*")))
+    except OSError:
+        return time.time()
 
 
 def _alive(pid: int) -> bool:
@@ -53,7 +89,7 @@ def replace_file(path: Path, save: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_partials(path.parent, f".{path.name}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = partial_of(path.with_name(f".{path.name}"))
     try:
         save(temporary)
         with temporary.open("r+b") as file:

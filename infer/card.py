@@ -5,6 +5,7 @@ from pathlib import Path
 
 from infer.atomic import replace_file
 from infer.formats import FILE
+from infer.paths import is_hub_id
 
 LICENCES = {
     "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
@@ -36,7 +37,7 @@ def write_card(folder: Path, card: Card) -> Path:
     """Write `folder/README.md`: YAML front matter that the Hub understands, then text."""
     from huggingface_hub import ModelCardData
 
-    hub = card.base.count("/") == 1 and not Path(card.base).exists()
+    hub = is_hub_id(card.base)
     licence, licence_name = LICENCES.get(card.base, (None, None))
     data = ModelCardData(
         base_model=card.base if hub else None,

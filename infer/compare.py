@@ -23,6 +23,7 @@ from infer.formats import find_adapter
 from infer.generate import Sampling
 from infer.judges import Networks, check_paths, find_scores, list_pictures
 from infer.memory import Memory
+from infer.paths import expand, expanded
 from infer.quantize import Precision
 from infer.quiet import ready
 from infer.several import Trained
@@ -62,6 +63,8 @@ class Compare:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        expand(self, "references")
+        self.recovery = {name: expanded(path) for name, path in self.recovery.items()}
         if not self.prompts or not self.seeds:
             raise ValueError(
                 "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shutil
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from infer import report
 from infer.adapters import load_recovery
-from infer.atomic import clear_partials
+from infer.atomic import clear_partials, partial_of
 from infer.compute import NAMES, product_dtype_of, stored_on
 from infer.encode import NotFiniteError, Text, decode, release, text_encoder
 from infer.fast import choose_path, hold_of
@@ -178,7 +177,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
                 ) from error
             if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
-    target, unfinished = run / "compare", run / f"compare.{os.getpid()}.partial"
+    target, unfinished = run / "compare", partial_of(run / "compare")
     clear_partials(run, "compare")
     (unfinished / "images").mkdir(parents=True)
     try:

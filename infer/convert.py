@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from infer.command import run_command
 from infer.formats import FILE, find_adapter, read_notes, read_pairs
 from infer.formats_write import FORMATS, write_pairs
+from infer.paths import expand
 from infer.quiet import ready
 
 
@@ -25,6 +26,9 @@ class Source:
 
     path: str = ""
     """A LoRA file or its folder."""
+
+    def __post_init__(self) -> None:
+        expand(self, "path")
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Convert:
     """Leave out what the file holds for the text encoder, which is not adapted here."""
 
     def __post_init__(self) -> None:
+        expand(self, "out")
         if self.to not in FORMATS:
             raise ValueError(f"to is {self.to!r}; choose one of {', '.join(FORMATS)}")
 

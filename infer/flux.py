@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from infer.absent import loading
 from infer.headers import check_transformer
+from infer.hub import hub_file, hub_part
+from infer.paths import expand, is_hub_id, no_hub_id, no_index, not_a_model
 from infer.quantize import (
     Precision,
     check_quantized,
@@ -48,6 +50,7 @@ class Model:
     memory and speed on a machine that holds no checkpoint."""
 
     def __post_init__(self) -> None:
+        expand(self, "path")
         if not self.path:
             raise ValueError("model.path is empty; give a diffusers folder or a Hub id")
         if self.weights not in ("checkpoint", "random"):
@@ -78,17 +81,16 @@ def check_model(model: Model) -> None:
     if model.random:
         return
     if folder is None:
-        if Path(model.path).is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+        if Path(model.path).exists():
+            raise ValueError(not_a_model(Path(model.path)))
+        if not is_hub_id(model.path):
             raise ValueError(
-                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); check the spelling"
+                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {no_hub_id(model.path)}"
             )
         return
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(
-            f"{folder} holds no model_index.json, so it is no diffusers checkpoint; a single-file checkpoint "
-            "is turned into one with FluxPipeline.from_single_file(...).save_pretrained(...)"
-        )
+        raise ValueError(no_index(folder))
     try:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -130,9 +132,7 @@ def config_number(model: Model, part: str, name: str) -> float:
 def _config_file(model: Model, part: str) -> Path:
     if model.local is not None:
         return model.local / part / "config.json"
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(model.path, f"{part}/config.json", revision=model.revision))
+    return hub_file(model.path, model.revision, f"{part}/config.json")
 
 
 def _load(
@@ -156,11 +156,10 @@ def _load(
     config = None if stored else quantization_config(precision, library)
     if stored:
         check_stored(model.path, stored, precision)
+    folder = part_folder(model, part)
     with loading(model.path, model.local is not None, part), _quantizing(config or stored, device, hold):
         loaded, found = cls.from_pretrained(
-            model.path,
-            subfolder=part,
-            revision=model.revision,
+            str(folder),
             quantization_config=config,
             device_map={"": hold},
             use_safetensors=True,
@@ -168,6 +167,8 @@ def _load(
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
         )
     check_whole(model.path, part, found)
+    if library.__name__ == "diffusers":  # which writes it into what is saved: not where this user's cache is
+        loaded.register_to_config(_name_or_path=model.path)
     return _checked(loaded, precision, device)
 
 
@@ -232,9 +233,8 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device) ->
             parts[name] = shape_tokenizer(model.path, name)
             continue
         with loading(model.path, model.local is not None, name):
-            parts[name] = transformers.AutoTokenizer.from_pretrained(
-                model.path, subfolder=name, revision=model.revision, trust_remote_code=False
-            )
+            folder = part_folder(model, name)
+            parts[name] = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         check_words(model.path, name, parts[name], parts[name.replace("tokenizer", "text_encoder")])
     return parts
 
@@ -252,9 +252,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
         return vae.eval().requires_grad_(False)
     with loading(model.path, model.local is not None, "vae"):
         vae, found = AutoencoderKL.from_pretrained(
-            model.path,
-            subfolder="vae",
-            revision=model.revision,
+            str(part_folder(model, "vae")),
             torch_dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -270,9 +268,7 @@ def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
     if model.random:
         return shape_scheduler(model.path)
     with loading(model.path, model.local is not None, "scheduler"):
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(
-            model.path, subfolder="scheduler", revision=model.revision
-        )
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(str(part_folder(model, "scheduler")))
 
 
 def own_size(model: Model) -> int:
@@ -284,10 +280,19 @@ def part_folder(model: Model, part: str) -> Path:
     """The folder of a part, downloaded if the model is on the Hub and not here yet."""
     if model.local is not None:
         return model.local / part
-    from huggingface_hub import snapshot_download
+    with loading(model.path, False, part):
+        return hub_part(model.path, model.revision, part)
 
-    with loading(model.path, model.local is not None, part):
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=[f"{part}/*"])) / part
+
+def pipeline_index(model: Model) -> dict[str, Any]:
+    """model_index.json: the classes of the parts."""
+    with loading(model.path, model.local is not None, "index"):
+        if model.local is not None:
+            file = model.local / "model_index.json"
+        else:
+            file = hub_file(model.path, model.revision, "model_index.json")
+        index: dict[str, Any] = json.loads(file.read_text())
+    return index
 
 
 def fingerprint(model: Model, part: str) -> str:

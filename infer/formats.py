@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from infer.layers import Linear
 from infer.names import halves_swapped, layers_of
+from infer.paths import is_hub_id, kind_of_file
+from infer.strangers import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,23 +26,22 @@ FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIX = re.compile(
-    r"(base_model\.model\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|lora_unet_|lora_transformer_)+"
+    r"(base_model\.model\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|module\.|lora_unet_+"
+    r"|lora_transformer[._]|lycoris_)+"
 )
+# what torch.compile, FSDP and activation checkpointing put between a module's names
+_WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# an adapter's own name may stand behind A and B, as PEFT holds them
 _KEY = re.compile(
     r"(?P<name>.+?)\."
-    r"((?P<down>(lora_A(\.default)?|lora_down|lora\.down|down)\.weight)"
-    r"|(?P<up>(lora_B(\.default)?|lora_up|lora\.up|up)\.weight)"
+    r"((?P<down>(lora_A(\.(?P<down_of>[^.]+))?|lora_down|lora\.down|down)\.weight)"
+    r"|(?P<up>(lora_B(\.(?P<up_of>[^.]+))?|lora_up|lora\.up|up)\.weight)"
     r"|(?P<alpha>alpha)"
-    r"|(?P<magnitude>lora_magnitude_vector(\.default)?(\.weight)?))"
+    r"|(?P<magnitude>lora_magnitude_vector(\.[^.]+)?(\.weight)?))"
 )
-_TEXT = re.compile(r"(lora_te\d?_|text_encoders?[._]|lora_te[.])")
-_STRANGERS = (
-    ("lokr_", "LoKr adapters are not LoRA"),
-    ("hada_", "LoHa adapters are not LoRA"),
-    ("dora_scale", "DoRA of kohya and ComfyUI is not read; merge it there"),
-    ("_norm.scale", "it replaces norms too, as FLUX.1's Canny and Depth adapters do, which are for another model"),
-    ("lora_B.bias", "it has biases of its own, as FLUX.1's Canny and Depth adapters do, which are for another model"),
-    ("diff", "it replaces biases or norms too"),
+_TEXT = re.compile(
+    r"(base_model\.model\.)?(lora_|lycoris_)?"
+    r"(te\d?[._]|text_encoders?(_\d)?[._]|text_model[._]|clip_[lg][._]|t5(xxl)?[._]|bundle_emb\.|emb_params|string_to_)"
 )
 
 
@@ -67,7 +68,12 @@ def find_adapter(path: str) -> Path:
         candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE]
         file = next((c for c in candidates if c.is_file()), candidates[0])
     if not file.is_file():
-        raise ValueError(f"there is no adapter at {file}; give a .safetensors file or a folder that holds {FILE}")
+        mend = f"give a .safetensors file or a folder that holds {FILE}"
+        if is_hub_id(path):
+            mend += f"; one that is on the Hub is downloaded first: hf download {path} --local-dir adapters"
+        elif Path(path).is_dir() and (others := sorted(each.name for each in Path(path).glob("*.safetensors"))):
+            mend = f"name one of the files that are there: {', '.join(others[:5])}"
+        raise ValueError(f"there is no adapter at {file}; {mend}")
     return file
 
 
@@ -102,38 +108,54 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
             header = reader.metadata() or {}
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no LoRA file that can be read: {error}") from error
+        kind = kind_of_file(file)
+        what = {
+            "gguf": "a GGUF file, which holds a whole model",
+            "pickle": "a pickle, which could run programs; ask for the .safetensors of it",
+            "archive": "an archive; unpack it",
+        }.get(kind, str(error))
+        raise ValueError(f"{file} is no LoRA file that can be read: {what}") from error
+    text = [key for key in state if _TEXT.match(key)]
+    if text and not drop_text_encoder:
+        words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)
+        what = "brings embeddings of words of its own for" if words else "adapts"
+        raise ValueError(
+            f"{file} {what} the text encoder too ({len(text)} tensors, such as {text[0]}), which is not done here; "
+            "infer/convert.py with drop_text_encoder=true writes a file without them"
+        )
+    state = {key: _number(key, value) for key, value in state.items() if key not in set(text)}
     odd = [key for key, value in state.items() if not value.is_floating_point()]
     if odd:
         raise ValueError(f"{file} holds {state[odd[0]].dtype} in {odd[0]}; a LoRA file holds floating-point numbers")
-    text = [key for key in state if _TEXT.match(key)]
-    if text and not drop_text_encoder:
-        raise ValueError(
-            f"{file} adapts the text encoder too ({len(text)} tensors, such as {text[0]}), which is not done here; "
-            "infer/convert.py with drop_text_encoder=true writes a file without them"
-        )
     found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key in state.keys() - set(text):
+    unknown, adapters = [], set()
+    for key in state:
         match = _KEY.fullmatch(key)
-        name = _PREFIX.sub("", match["name"], count=1) if match else ""
+        name = _WRAPPER.sub("", match["name"]) if match else ""
+        name = _PREFIX.sub("", name, count=1)
         if match is None or not layers_of(name):
             unknown.append(key)
             continue
         part = next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
-        if part in found.setdefault(name, {}):
+        if part in ("down", "up"):
+            adapters.add(match[f"{part}_of"] or "")
+        if part in found.setdefault(name, {}) and len(adapters) == 1:
             raise ValueError(f"{file} says twice what {part} of {name} is; it mixes two formats, keep one of them")
         found[name][part] = state[key]
     if unknown or not found:
-        reason = next((said for mark, said in _STRANGERS if any(mark in key for key in unknown)), None)
+        if text and not state:
+            raise ValueError(f"{file} adapts the text encoder alone, which is not done here; nothing of it is left")
         raise ValueError(
-            f"{file} does not fit this model: {len(unknown)} of {len(state)} keys are unknown"
-            f"{' (' + min(unknown) + ', ...)' if unknown else ''}; {reason or 'choose a LoRA file of FLUX.1'}"
+            f"{file} cannot be used: {len(unknown)} of {len(state)} keys are unknown"
+            f"{' (' + min(unknown) + ', ...)' if unknown else ''}; {reason(unknown, bool(found))}"
         )
+    if len(adapters) > 1:
+        names = ", ".join(repr(name) for name in sorted(adapters))
+        raise ValueError(f"{file} holds several adapters ({names}); save the one that is meant alone")
     bad = [key for key, value in state.items() if not value.float().isfinite().all()]
     if bad:
         raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
-    strengths = _Strengths(file, header, state)
+    strengths = _Strengths(file, header, state, found)
     pairs: Pairs = {}
     for name in sorted(found):
         for layer, pair in _split(file, name, found[name], strengths).items():
@@ -169,6 +191,16 @@ def check_fit(pairs: Pairs, layers: Mapping[str, Linear], path: str) -> None:
             )
 
 
+def _number(key: str, value: Tensor) -> Tensor:
+    """A tensor in a type that can be reckoned with: fp8 in bf16, which holds all its numbers, whole alphas in fp32."""
+    import torch
+
+    if "float8" in str(value.dtype):
+        return value.to(torch.bfloat16)
+    whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    return value.float() if whole and key.endswith(".alpha") and value.numel() == 1 else value
+
+
 def _object(file: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -182,30 +214,36 @@ def _object(file: Path, text: str) -> dict[str, Any]:
 class _Strengths:
     """A layer's strength: of its alpha key, of the file's configuration, or 1."""
 
-    def __init__(self, file: Path, header: dict[str, str], state: dict[str, Tensor]) -> None:
+    def __init__(self, file: Path, header: dict[str, str], state: Iterable[str], names: Iterable[str]) -> None:
+        """state: the file's keys. names: what they adapt, without prefixes."""
         self.file = file
         config = _object(file, header.get("lora_adapter_metadata", "{}"))
         self.config = {key.removeprefix("transformer."): value for key, value in config.items()}
         beside = file.with_name(PEFT_CONFIG)
-        own = any(key.startswith(("base_model.model.transformer_blocks", "base_model.model.single_")) for key in state)
-        if own and not any(key.endswith(".alpha") for key in state):
-            if not beside.is_file():
-                raise ValueError(f"{file} is PEFT's, whose strength stands in {PEFT_CONFIG}; put that file beside it")
+        peft = any(key.startswith("base_model.model.") for key in state)
+        if not peft or self.config or any(key.endswith(".alpha") for key in state):
+            return
+        if beside.is_file():
             self.config = _object(beside, beside.read_text(errors="replace"))
+        elif any(layers_of(name) == (name,) for name in names):
+            # with Black Forest Labs' names and nothing beside them, programs write B at its whole strength
+            raise ValueError(f"{file} is PEFT's, whose strength stands in {PEFT_CONFIG}; put that file beside it")
 
-    def __call__(self, layer: str, rank: int, alpha: Tensor | None) -> float:
+    def __call__(self, layer: str, name: str, rank: int, alpha: Tensor | None) -> float:
+        """layer: diffusers' name. name: the file's own."""
         try:
-            return self._strength(layer, rank, alpha)
+            return self._strength(layer, name, rank, alpha)
         except (TypeError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
             raise ValueError(f"{self.file} does not say how strong {layer} is ({error}); train it again") from error
 
-    def _strength(self, layer: str, rank: int, alpha: Tensor | None) -> float:
+    def _strength(self, layer: str, name: str, rank: int, alpha: Tensor | None) -> float:
         from peft.utils.other import get_pattern_key
 
         said = None
         if self.config.get("lora_alpha") is not None:
             patterns = self.config.get("alpha_pattern") or {}
-            whole = patterns.get(get_pattern_key(patterns, layer), self.config["lora_alpha"])
+            keys = (get_pattern_key(patterns, own) for own in (name, layer))
+            whole = next((patterns[key] for key in keys if key in patterns), self.config["lora_alpha"])
             said = float(whole) / (rank**0.5 if self.config.get("use_rslora") else rank)
         if alpha is None:
             return 1.0 if said is None else said
@@ -224,7 +262,7 @@ def _split(file: Path, name: str, parts: dict[str, Tensor], strengths: _Strength
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise ValueError(f"{file}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} are no pair of one rank")
     layers = layers_of(name)
-    strength = strengths(layers[0], down.shape[0], parts.get("alpha"))
+    strength = strengths(layers[0], name, down.shape[0], parts.get("alpha"))
     if len(layers) == 1:
         if halves_swapped(name):
             up = up.roll(up.shape[0] // 2, 0)

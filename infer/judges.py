@@ -7,8 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from infer.paths import expand, is_hub_id, no_hub_id
+from infer.picture import SUFFIXES
+
 Score = Callable[[Image.Image, str], float]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
 GIVES = {
     "clip": ("clip_t", "clip_i", "cmmd"),
@@ -31,6 +33,9 @@ class Networks:
     image_reward: str | None = None
     """ImageReward's name or checkpoint file; needs its package (`pip install image-reward`)."""
 
+    def __post_init__(self) -> None:
+        expand(self, "clip", "dino", "lpips", "image_reward")
+
     def absent(self) -> dict[str, str]:
         """Every score that no network is there for, and which one it needs."""
         return {
@@ -51,9 +56,14 @@ def check_paths(networks: Networks) -> None:
         path = getattr(networks, name)
         if path is None or Path(path).is_dir():
             continue
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        if Path(path).is_file():
             raise ValueError(
-                f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); check the spelling, "
+                f"networks.{name} is {path!r}, a file; give the folder of transformers' format that holds its "
+                "config.json, or set it to null to go without"
+            )
+        if not is_hub_id(path):
+            raise ValueError(
+                f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); {no_hub_id(path)}, "
                 "or set it to null to go without"
             )
     if networks.lpips is not None and not Path(networks.lpips).is_file():
@@ -94,6 +104,8 @@ def list_pictures(folder: str, option: str = "references") -> list[Path]:
         ValueError: it is no folder, or holds no picture.
     """
     root = Path(folder)
+    if root.is_file():
+        raise ValueError(f"{option} is {folder!r}, a file; give the folder of the training pictures")
     if not root.is_dir():
         raise ValueError(f"{option} is {folder!r}, which is no folder; give the folder of the training pictures")
     found = sorted(

@@ -7,36 +7,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from infer.bootstrap import Interval
 from infer.judges import list_pictures
 from infer.networks import Embed, Loaded
-from infer.scores import Row, open_picture
+from infer.picture import decode
+from infer.scores import Row
 from infer.sets import gaussian, nearest, nearest_cosine, polynomial, squared_distance, thumbnail
 
 CHUNK = 64  # pictures decoded at once
 
 
+def _open(file: Path) -> Image.Image:
+    """A picture as the trainer sees it: upright, in sRGB, transparency over white."""
+    return decode(file.read_bytes(), str(file))
+
+
 def _embedded(embed: Embed, files: list[Path]) -> Tensor:
-    parts = [embed([open_picture(file) for file in files[i : i + CHUNK]]) for i in range(0, len(files), CHUNK)]
+    parts = [embed([_open(file) for file in files[i : i + CHUNK]]) for i in range(0, len(files), CHUNK)]
     return torch.cat(parts)
 
 
 def score_likeness(rows: list[Row], folder: Path, references: str, networks: Loaded) -> dict[str, Any]:
     """Fill in each row's likeness to the training images, and give what is known of these.
 
-    Rows get `nearest_rms` (root mean square difference to the nearest image at 32 x 32 pixels), that image's name as
-    `nearest`, and with networks `nearest_dino` (largest cosine), `dino` and `clip_i` (mean cosine to all; Ruiz et al.
-    2023). The same two of the training images among themselves say what is usual.
+    Rows get `nearest_rms` (root mean square difference to the nearest image at 32 x 32 pixels, of which the middle part
+    of the row's shape is taken), that image's name as `nearest`, and with networks `nearest_dino` (largest cosine),
+    `dino` and `clip_i` (mean cosine to all; Ruiz et al. 2023). The same two of the training images among themselves say
+    what is usual.
     """
     files = list_pictures(references)
     pictures = [folder / row["image"] for row in rows]
     known: dict[str, Any] = {"folder": references, "count": len(files)}
-    width, height = open_picture(pictures[0]).size
-    own = torch.stack([thumbnail(open_picture(file)) for file in pictures])
-    theirs = torch.stack([thumbnail(open_picture(file), width / height) for file in files])
+    width, height = _open(pictures[0]).size  # of all of them
+    own = torch.stack([thumbnail(_open(file), width / height) for file in pictures])
+    theirs = torch.stack([thumbnail(_open(file), width / height) for file in files])
     distances, indices = nearest(own, theirs)
     for row, distance, index in zip(rows, distances, indices, strict=True):
         row["scores"]["nearest_rms"] = float(distance)

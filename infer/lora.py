@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from infer.paths import expand
 from infer.targets import PRESETS
 
 RECOVERY = "recovery"
@@ -34,6 +35,7 @@ class Adapter:
     """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
 
     def __post_init__(self) -> None:
+        expand(self, "start", "recovery")
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")
         if not self.alpha > 0:

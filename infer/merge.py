@@ -9,7 +9,6 @@ rounds twice, and an update smaller than half a step is lost there: that is refu
 `out` gets merge.md and merge.json, which say for each layer how much of the update is left; with prompts, pictures too.
 """
 
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import sync_folder, sync_tree
+from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import check_device_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
 from infer.formats import check_fit, read_pairs
 from infer.generate import Sampling
 from infer.layers import linear_shapes
+from infer.paths import expand
 from infer.quantize import Precision
 from infer.quiet import ready
 from infer.save import save_beside
@@ -46,6 +46,9 @@ class Merge:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        expand(self, "out")
 
 
 def merge(options: Merge) -> Path:
@@ -90,8 +93,8 @@ def merge(options: Merge) -> Path:
             "would be rounded away (measured on its layers); give the unquantized checkpoint as model.path"
         )
     originals = Originals(options.model)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(out)
+    clear_partials(out.parent, out.name)
     partial.mkdir(parents=True)
     try:
         kept = write_transformer(options, originals, parts, partial / "transformer", device)

@@ -56,11 +56,19 @@ def _flat(name: str) -> str:
 def _flattened(*tables: Table) -> Table:
     """Names with underscores for dots, which is how kohya writes them, and each of diffusers' own names as itself."""
     found = {_flat(name): layers for table in tables for name, layers in table.items()}
-    return found | {_flat(layer): (layer,) for table in tables for layers in table.values() for layer in layers}
+    parts = {  # OneTrainer numbers the layers that are one in Black Forest Labs' model
+        f"{_flat(name)}_{i}": (layer,)
+        for table in tables
+        for name, layers in table.items()
+        for i, layer in enumerate(layers)
+        if len(layers) > 1
+    }
+    return found | parts | {_flat(layer): (layer,) for table in tables for layers in table.values() for layer in layers}
 
 
 _BLOCK = re.compile(r"(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)_(\d+)_(.+)")
-_DOUBLE, _SINGLE, _OUTSIDE = _flattened(DOUBLE, XLABS_DOUBLE), _flattened(SINGLE, XLABS_SINGLE), _flattened(OUTSIDE)
+_DOUBLE, _SINGLE = _flattened(DOUBLE, XLABS_DOUBLE), _flattened(SINGLE, XLABS_SINGLE)
+_OUTSIDE = _flattened(OUTSIDE) | {"img_in_proj": OUTSIDE["img_in"]}  # as OneTrainer writes it
 
 
 def layers_of(name: str) -> tuple[str, ...]:

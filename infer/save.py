@@ -7,7 +7,6 @@ python infer/compare.py model.path=models/dev-nf4 'only=[nf4]'
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import clear_partials, sync_folder, sync_tree
+from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.command import check_device_name, pick_device, run_command
-from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
+from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder, pipeline_index
+from infer.paths import expand
 from infer.quantize import Precision
 from infer.quiet import ready
 
@@ -37,17 +37,18 @@ class Save:
     """A folder that does not exist yet."""
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        expand(self, "out")
+
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
     """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
-    import diffusers
-
     parts = load_text_parts(model, precision, device)
     parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
     for part in PARTS:
         if part not in ("transformer", "text_encoder_2"):
             shutil.copytree(part_folder(model, part), folder / part)
-    index = diffusers.FluxPipeline.load_config(model.path, revision=model.revision)
+    index = pipeline_index(model)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -69,7 +70,7 @@ def save(options: Save) -> Path:
     device = pick_device(options.device)
     ready()
     out = Path(options.out)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial = partial_of(out)
     clear_partials(out.parent, out.name)
     partial.mkdir(parents=True)
     try:

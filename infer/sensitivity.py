@@ -22,6 +22,7 @@ from infer.command import check_device_name, check_run_name, pick_device, run_co
 from infer.flux import Model, check_model
 from infer.generate import Sampling
 from infer.mixture import HEADER, choose
+from infer.paths import expand
 from infer.quiet import ready
 from infer.report import aligned
 
@@ -52,6 +53,7 @@ class Sensitivity:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        expand(self, "out")
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one, as in 'prompts=[a red star]'")
         if self.out is not None and self.budget_gib is None:

@@ -60,7 +60,7 @@ def _rows(values: Tensor, itself: bool) -> Tensor:
     return values.sum(1) - (values.diagonal() if itself else 0)
 
 
-def thumbnail(picture: Image.Image, shape: float = 1.0) -> Tensor:
+def thumbnail(picture: Image.Image, shape: float) -> Tensor:
     """What is left of a picture at SIDE x SIDE pixels, [3 * SIDE * SIDE] in [0, 1]: its middle part of the given
     shape (width / height), averaged."""
     width, height = picture.size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
+from infer.paths import expand
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -25,6 +26,7 @@ class Weighted:
     """Times its own strength."""
 
     def __post_init__(self) -> None:
+        expand(self, "path")
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of adapter {self.path} is {self.weight}; give a number")
 
@@ -43,6 +45,7 @@ class Trained:
     """More adapters that are on at the same time, as in 'adapter.also=[{path:b,weight:0.5}]'."""
 
     def __post_init__(self) -> None:
+        expand(self, "path")
         if self.path is None and self.also:
             raise ValueError("adapter.also is given without adapter.path; name the first adapter as adapter.path")
         Weighted(self.path or "", self.weight)

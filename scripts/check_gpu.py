@@ -44,16 +44,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infer import stream as streaming
-from infer.adapters import FROM_ERROR, Adapter, adapter_state, attach, load_recovery, set_adapter_state
+from infer.adapters import adapter_state, attach, load_recovery, set_adapter_state
 from infer.allocator import prepare
 from infer.atomic import replace_file
 from infer.command import DIFFERS, ROOT
 from infer.compare import Compare, compare
 from infer.encode import release
-from infer.fast import Memory, choose_path, hold_of
+from infer.fast import choose_path, hold_of
 from infer.flux import Model, load_transformer
 from infer.generate import Sampling
 from infer.graph import Replay
+from infer.lora import FROM_ERROR, Adapter
+from infer.memory import Memory
 from infer.merge import Merge, merge
 from infer.quantize import Precision
 from infer.recover import Recover, recover

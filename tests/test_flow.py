@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from infer.encode import pack, unpack
 from train.flow import Flow, losses, noised, sample_sigma, shift_for, shifted
@@ -87,3 +89,14 @@ def test_densities() -> None:
     assert float(moved.mean()) == pytest.approx(1.15, abs=0.03)
     u = torch.tensor([0.2])
     assert float(shifted(u, 256)) == pytest.approx(math.exp(0.5) / (math.exp(0.5) + 1 / 0.2 - 1))
+
+
+@pytest.mark.parametrize("mean", [-1.0, 0.0, 1.0])
+def test_logit_mean_has_the_opposite_sign_in_diffusers_scripts(mean: float) -> None:
+    """As `Flow.logit_mean` says; in them u is a place in the timesteps, of which the first is the noisiest."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    u = compute_density_for_timestep_sampling("logit_normal", 20_000, mean, 1.0, generator=generator(1, "theirs"))
+    theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
+    ours = sample_sigma(Flow("logit_normal", logit_mean=-mean), 20_000, 1024, generator(2, "ours"))
+    quarters = torch.tensor([0.25, 0.5, 0.75])
+    assert torch.allclose(torch.quantile(theirs, quarters), torch.quantile(ours, quarters), atol=0.02)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import struct
 import subprocess
 import sys
@@ -347,3 +348,49 @@ def test_masks() -> None:
     half.paste((255, 255), (0, 0, 10, 10))
     read = np.asarray(decode_mask(save(half, "PNG"), "m", (20, 10)))
     assert (read[:, :10] == 255).all() and (read[:, 10:] == 0).all()  # transparent is black
+
+
+def with_chunks(content: bytes, *chunks: bytes) -> bytes:
+    """A PNG with more chunks after its header."""
+    return content[:33] + b"".join(chunks) + content[33:]
+
+
+LARGE = json.dumps({"nodes": ["KSampler"] * 400_000}).encode()  # 4.8 MB: a workflow of an image generator
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(b"tEXt", b"prompt\0" + LARGE)],
+        [chunk(b"tEXt", b"workflow\0" + LARGE)] * 15,  # 72 MB, more than Pillow reads of all texts together
+        [chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE))],
+        [chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LARGE))],
+        [chunk(b"iTXt", b"parameters\0\0\0\0\0" + LARGE), chunk(b"gAMA", struct.pack(">I", 45455))],
+        [chunk(b"zTXt", b"a\0\0not compressed at all"), chunk(b"tEXt", b"")],
+    ],
+    ids=["prompt", "many", "compressed", "international", "between others", "broken"],
+)
+def test_texts_in_a_png_are_not_in_the_way(chunks: list[bytes]) -> None:
+    plain = encoded("PNG")
+    wanted = decode(plain, "plain.png").tobytes()
+    assert decode(with_chunks(plain, *chunks), "a.png").tobytes() == wanted
+    end = chunk(b"IEND", b"")
+    assert plain.endswith(end)
+    assert decode(plain.removesuffix(end) + b"".join(chunks) + end, "behind the pixels.png").tobytes() == wanted
+
+
+def test_texts_that_say_how_a_png_lies_are_read() -> None:
+    plain = encoded("PNG")
+    upright = decode(plain, "plain.png")
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    turned = with_chunks(
+        plain, chunk(b"tEXt", b"workflow\0" + LARGE), chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    )
+    assert decode(turned, "a.png").tobytes() == upright.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_a_png_that_is_cut_within_a_text_is_refused() -> None:
+    whole = with_chunks(encoded("PNG"), chunk(b"tEXt", b"workflow\0" + LARGE))
+    for length in (40, 45, 5_000, len(LARGE)):
+        with pytest.raises(ValueError, match=r"cut.png cannot be read as a picture"):
+            decode(whole[:length], "cut.png")

@@ -23,7 +23,8 @@ from infer.flux import Model, load_transformer
 from infer.generate import Sampling
 from infer.judge import judge
 from infer.judges import list_pictures
-from infer.networks import Networks, _alexnet, check_networks, load_networks
+from infer.likeness import score_likeness
+from infer.networks import Loaded, Networks, _alexnet, check_networks, load_networks
 from infer.quantize import Precision
 from infer.report import differences, table
 from infer.scores import Row, key_of, to_pixels
@@ -121,13 +122,49 @@ def test_distances_of_sets_are_their_formulas() -> None:
 
 
 def test_the_nearest_training_picture_is_found() -> None:
-    training = torch.stack([thumbnail(noise(i, 200)) for i in range(6)])
-    distance, index = nearest(torch.stack([thumbnail(noise(4, 128)), thumbnail(noise(77))]), training)
+    training = torch.stack([thumbnail(noise(i, 200), 1.0) for i in range(6)])
+    distance, index = nearest(torch.stack([thumbnail(noise(4, 128), 1.0), thumbnail(noise(77), 1.0)]), training)
     assert int(index[0]) == 4 and distance[0] < 0.02 < 0.1 < distance[1]
     # a wide picture is cut to the shape before it is compared
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste(noise(2, 100), (100, 0))
-    assert nearest(thumbnail(wide)[None], training)[0] < 0.03
+    assert nearest(thumbnail(wide, 1.0)[None], training)[0] < 0.03
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 112)])
+def test_a_copy_of_a_training_picture_is_found_however_it_was_stored(size: tuple[int, int], tmp_path: Path) -> None:
+    """Ours and theirs are cut alike, and theirs are seen as the trainer sees them."""
+    folder, references = tmp_path / "run", tmp_path / "pictures"
+    folder.mkdir()
+    references.mkdir()
+    whole = [noise(i, 128).resize(size) for i in range(5)]
+    for i, picture in enumerate(whole):
+        picture.save(folder / f"{i}.png")
+    whole[0].save(references / "0.png")
+    turned = whole[1].transpose(Image.Transpose.ROTATE_90)  # 6: to be shown turned by 90 degrees clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(references / "1.png", exif=exif)
+    hidden = np.asarray(whole[2]).copy()
+    hidden[: size[1] // 2] = 0  # what lies under fully transparent pixels, where white is seen
+    alpha = np.full(size[::-1], 255, np.uint8)
+    alpha[: size[1] // 2] = 0
+    Image.fromarray(np.dstack([hidden, alpha])).save(references / "2.webp", lossless=True)
+    seen = np.asarray(whole[2]).copy()
+    seen[: size[1] // 2] = 255
+    Image.fromarray(seen).save(folder / "2.png")
+    whole[3].convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(references / "3.gif")
+    wide = Image.new("RGB", (3 * size[0], size[1]), "red")  # the trainer's crop of it is its middle
+    wide.paste(whole[4], (size[0], 0))
+    wide.save(references / "4.jp2", irreversible=False)
+    rows: list[Row] = [{"image": f"{i}.png", "precision": "bf16", "adapter": None, "scores": {}} for i in range(5)]
+    known = score_likeness(rows, folder, str(references), Loaded())
+    assert [row["nearest"] for row in rows] == ["0.png", "1.png", "2.webp", "3.gif", "4.jp2"] and known["count"] == 5
+    distances = [row["scores"]["nearest_rms"] for row in rows]
+    assert distances[0] == distances[1] == distances[2] == 0 and distances[4] < 0.01 and distances[3] < 0.05, distances
+    (references / "5.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"5\.png cannot be read as a picture"):
+        score_likeness(rows, folder, str(references), Loaded())
 
 
 def drawn(folder: Path) -> tuple[list[Row], dict[Any, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from infer.card import Card
-from infer.flux import own_size
 from infer.lora import FROM_ERROR
 from train.config import Train
 from train.preview import samples_of
@@ -21,9 +20,7 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
     if adapter.init in FROM_ERROR:
         notes.append(f"Starts from the error of the base in {job.precision.kind}: right on that base alone.")
     sheet = folder / "previews" / f"step-{job.steps:06d}.png"
-    samples = {}
-    if sheet.is_file():
-        samples = samples_of(sheet, job.previews, job.sampling.size(own_size(job.model)), folder / "adapter")
+    samples = samples_of(sheet, folder / "adapter") if sheet.is_file() else {}
     return Card(
         name=job.run,
         base=job.model.path,

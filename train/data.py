@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from train.folder import read_folder
+from infer.paths import expand
+from train.folder import no_source, read_folder
 from train.picture import MOST_PIXELS
 from train.source import POLICIES, Faults, Sample, Skipped, Source
 from train.table import is_table, read_table
@@ -36,6 +37,7 @@ class Prior:
     """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
 
     def __post_init__(self) -> None:
+        expand(self, "path")
         if self.count < 0:
             raise ValueError(f"data.prior.count is {self.count}; it must be 0 (draw none) or more")
         if self.path and self.count:
@@ -111,6 +113,7 @@ class Data:
     """Where encoded pictures and captions are kept, for every run."""
 
     def __post_init__(self) -> None:
+        expand(self, "path", "masks", "cache")
         listed = isinstance(self.resolution, list | tuple)
         if not self.resolutions or not all(type(r) is int for r in self.resolutions):
             raise ValueError(f"data.resolution is {self.resolution!r}; give a number, or several as [512,768]")
@@ -192,7 +195,7 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
             samples += read_folder(source, index, column, data.caption_lines, faults)
         else:
             what = "data.path" if data.path == source.path else "a source's path"
-            raise ValueError(f"{what} {source.path!r} does not exist; set it to a folder of pictures with captions")
+            raise ValueError(f"{what} {no_source(Path(source.path))}")
     return samples, faults.skipped
 
 

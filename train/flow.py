@@ -26,6 +26,9 @@ class Flow:
     """uniform; logit_normal (Esser et al. 2024); shifted: logit-normal, then FLUX's shift for the picture's size,
     which is where the sampler spends its steps."""
     logit_mean: float = 0.0
+    """Of the logit of sigma, the share of noise: above 0 trains noisier pictures. diffusers' scripts count the other
+    way round (their --logit_mean=1 is -1 here), because they take the drawn number as a place in a list of timesteps
+    that begins with the noisiest."""
     logit_std: float = 1.0
     weighting: str = "none"
     """none, sigma_sqrt (1 / sigma^2) or cosmap (Esser et al. 2024)."""

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from infer.paths import kind_of_file
 from train.picture import SUFFIXES, UNREAD
 from train.source import Faults, Sample, Source, clean
 
@@ -72,6 +73,22 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
     for name in listed:
         faults.add(str(folder / metadata[0]), f"names {name!r}, which is not in {folder}; add it or take the line out")
     return samples
+
+
+def no_source(path: Path) -> str:
+    """What a path is that is neither a folder nor a table, and the mend; to be put behind the setting's name."""
+    if not path.exists():
+        return f"{str(path)!r} does not exist; set it to a folder of pictures with captions"
+    suffix = path.suffix.lower()
+    if path.name.lower() in METADATA:
+        mend = f"is the list of captions; set it to its folder, {str(path.parent)!r}"
+    elif suffix in SUFFIXES:
+        mend = f"is a picture; set it to the folder that holds it with its caption, {str(path.parent)!r}"
+    elif kind_of_file(path) == "archive":
+        mend = "is an archive; unpack it, and set it to the folder of the pictures"
+    else:
+        mend = "is a file of a kind that is not read; set it to a folder of pictures with captions"
+    return f"{str(path)!r} {mend}"
 
 
 def read_bytes(file: str) -> bytes:

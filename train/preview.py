@@ -1,6 +1,7 @@
 """Pictures during training, from the resident quantized model: each prompt without and with the adapter, and with its
 averaged weights where there are any."""
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from infer.adapters import switch
 from infer.atomic import replace_file
@@ -18,6 +19,15 @@ from infer.flux import Model, load_scheduler, load_vae
 from infer.generate import Sampling, draw
 
 LABEL = 14  # pixels of a label's line
+SHEET = "flux_lora_sheet"  # the text of a sheet's PNG that says what is drawn where
+
+
+def cell(row: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a picture in a sheet, in pixels; size: of each picture, height and width. Above it
+    are two lines: its row's prompt, which begins at the sheet's left, and its column's name."""
+    height, width = size
+    left, top = column * width, row * (height + 2 * LABEL) + 2 * LABEL
+    return left, top, left + width, top + height
 
 
 @contextmanager
@@ -62,28 +72,43 @@ def preview(
     pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
     release(device)
-    height, width = size
-    board = Image.new("RGB", (len(columns) * width, len(prompts) * (height + 2 * LABEL)), "white")
+    places = {
+        (prompt, name): cell(row, column, size)
+        for row, prompt in enumerate(prompts)
+        for column, name in enumerate(columns)
+    }
+    _, _, right, bottom = cell(len(prompts) - 1, len(columns) - 1, size)
+    board = Image.new("RGB", (right, bottom), "white")
     pen = ImageDraw.Draw(board)
-    for row, prompt in enumerate(prompts):
-        top = row * (height + 2 * LABEL)
-        pen.text((2, top + 1), prompt, fill="black")
-        for column, name in enumerate(columns):
-            pen.text((column * width + 2, top + LABEL + 1), name, fill="black")
-            board.paste(pictures[prompt, name], (column * width, top + 2 * LABEL))
-    replace_file(file, lambda path: board.save(path, format="PNG"))
+    for (prompt, name), (left, top, _, _) in places.items():
+        if left == 0:
+            pen.text((2, top - 2 * LABEL + 1), prompt, fill="black")
+        pen.text((left + 2, top - LABEL + 1), name, fill="black")
+        board.paste(pictures[prompt, name], (left, top))
+    text = PngImagePlugin.PngInfo()
+    text.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": list(columns), "size": size}))
+    replace_file(file, lambda path: board.save(path, format="PNG", pnginfo=text))
     return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]
 
 
-def samples_of(sheet: Path, prompts: list[str], size: tuple[int, int], folder: Path) -> dict[str, str]:
-    """Cut a sheet's second column, the adapter's pictures, into files in `folder`; their names by prompt."""
-    height, width = size
+def samples_of(sheet: Path, folder: Path) -> dict[str, str]:
+    """Cut the adapter's pictures out of a sheet, into files in `folder`; their names by prompt. The sheet itself says
+    which prompts it shows: those of a sheet that was drawn before they were changed are its own. Nothing, if it does
+    not say so."""
     names = {}
     with Image.open(sheet) as board:
-        for row, prompt in enumerate(prompts):
-            top = row * (height + LABEL) + LABEL
-            picture = board.crop((width, top, 2 * width, top + height))
+        assert isinstance(board, PngImagePlugin.PngImageFile)
+        said = board.text.get(SHEET)
+        if said is None:  # drawn by a version that did not write it
+            return {}
+        drawn = json.loads(said)
+        height, width = drawn["size"]
+        for row, prompt in enumerate(drawn["prompts"]):
+            picture = board.crop(cell(row, drawn["columns"].index("adapter"), (height, width)))
             name = f"sample-{row}.png"
             replace_file(folder / name, partial(picture.save, format="PNG"))
             names[prompt] = name
+    for old in folder.glob("sample-*.png"):  # of a card that showed more
+        if old.name not in names.values():
+            old.unlink()
     return names

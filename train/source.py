@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infer.paths import expand
+
 POLICIES = ("raise", "skip")
 
 
@@ -33,6 +35,7 @@ class Source:
     """Of a data set."""
 
     def __post_init__(self) -> None:
+        expand(self, "path", "masks")
         if not self.path:
             raise ValueError("a source has no path; set it to a folder of pictures with captions")
         if not 0 < self.repeats < float("inf"):

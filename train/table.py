@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infer.paths import is_hub_id
 from infer.remembered import Remembered
 from train.picture import SUFFIXES
 from train.source import Faults, Sample, Source, clean
@@ -19,7 +20,7 @@ def is_table(path: str) -> bool:
     place = Path(path)
     if place.is_dir():
         return _saved(place) or any(_kind(file) == "table" for file in _walk(place))
-    return place.suffix in KINDS or (path.count("/") == 1 and not place.is_absolute() and not path.startswith("."))
+    return place.suffix.lower() in KINDS or is_hub_id(path)
 
 
 def unpacked(source: Source, cache: Path) -> Path | None:
@@ -117,7 +118,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _kind(file: Path) -> str:
-    return "picture" if file.suffix.lower() in SUFFIXES else "table" if file.suffix in KINDS else ""
+    return "picture" if file.suffix.lower() in SUFFIXES else "table" if file.suffix.lower() in KINDS else ""
 
 
 def _tables(place: Path) -> list[Path]:
@@ -143,7 +144,7 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         tables = _tables(place)
         if any(_kind(file) == "picture" for file in _walk(place)):
             raise ValueError(f"{place} holds pictures beside tables ({tables[0]}); put them in folders of their own")
-        if len({file.suffix for file in tables}) > 1:
+        if len({file.suffix.lower() for file in tables}) > 1:
             raise ValueError(f"{place} holds both parquet and arrow files; put them in folders of their own")
     if source.subset is not None and (saved or place.is_file()):
         raise ValueError(f"subset of {source.path} is {source.subset!r}, but that has none; leave it out")
@@ -160,7 +161,9 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         if place.exists():
             given: dict[str, Any] = {"split": source.split, "cache_dir": str(unpacked(source, cache))}
             if place.is_file():
-                return datasets.load_dataset(KINDS[place.suffix], data_files=[str(place)], **given), [place.parent]
+                return datasets.load_dataset(KINDS[place.suffix.lower()], data_files=[str(place)], **given), [
+                    place.parent
+                ]
             # as a data set's own folder: splits by the names of its files, subsets by its README
             return datasets.load_dataset(str(place), source.subset, **given), [place]
         table = datasets.load_dataset(source.path, source.subset, split=source.split)

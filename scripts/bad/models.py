@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
+
 from infer.command import ROOT
-from scripts.bad.adapters import Bomb
+from scripts.bad.adapters import Bomb, pair
 from scripts.bad.case import Case
 
 TINY = ROOT / "scripts" / "tiny" / "model"
@@ -140,9 +143,16 @@ def cases() -> Iterator[Case]:
             yield part(f"{name}.json {what}", f"{name}/tokenizer.json", content, f"the {name} of model")
     yield one("a tokenizer with a program", _remote_code, "the tokenizer_2 of model")
     for name, path, said in (
-        ("a file", "model/model_index.json", "no folder here and no Hub id|model_index.json"),
-        ("a part of it", "model/vae", "holds no model_index.json"),
-        ("a single-file checkpoint", f"model/vae/{WEIGHTS['vae']}", "no folder here and no Hub id"),
+        ("a file", "model/model_index.json", "is a file of the checkpoint model; set model.path to that folder"),
+        ("a part of it", "model/vae", "is a part of the checkpoint model; set model.path to that folder"),
+        ("a file of a part", f"model/vae/{WEIGHTS['vae']}", "is a file of the checkpoint model"),
+        ("a single-file checkpoint", "flux1.safetensors", "is a single-file checkpoint, .*from_single_file"),
+        ("a GGUF file", "here/flux1-Q8_0.gguf", "is a GGUF file, .*unquantized checkpoint"),
+        ("a GGUF file's folder", "here", "is a GGUF file, .*unquantized checkpoint"),
+        ("a file that is not there", "here/flux1.safetensors", "no folder here and no Hub id"),
+        ("a page of the Hub", "https://huggingface.co/a/b/tree/main", "no folder here and no Hub id .*write a/b"),
+        ("a LoRA file", "lora.safetensors", "is a LoRA file; give it as adapter.path"),
+        ("in quotes, in a home that holds none", "'~/no-such-folder'", "no folder here and no Hub id"),
         ("a Hub id, offline", "no-one/no-model", "no-one/no-model"),
         ("an absent folder", "./nowhere", "no folder here and no Hub id"),
         ("an address", "https://example.com/a", "no folder here and no Hub id"),
@@ -150,6 +160,10 @@ def cases() -> Iterator[Case]:
 
         def make(folder: Path, path: str = path) -> list[str]:
             copy(folder)
+            (folder / "flux1.safetensors").write_bytes(save({"double_blocks.0.img_attn.qkv.weight": torch.ones(2)}))
+            (folder / "lora.safetensors").write_bytes(save(pair()))
+            (folder / "here").mkdir()
+            (folder / "here" / "flux1-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
             return [*DRAW, f"model.path={path}"]
 
         yield Case("model", f"the path is {name}", make, said, "compare")

@@ -142,8 +142,9 @@ def cases() -> Iterator[Case]:
     yield bad("PNG with too few pixels", lambda: png(64, 64, chunk(b"IDAT", zlib.compress(bytes(500)))))
     yield bad("PNG of an unknown colour type", lambda: png(64, 64, grey, colour=5))
     yield bad("PNG of 7 bits", lambda: png(64, 64, grey, depth=7))
-    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))
-    yield bad("PNG with a text of 80 MB", lambda: png(64, 64, bomb, grey))
+    bomb = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(80_000_000)))
+    yield bad("PNG with 80 MB that say how it lies", lambda: png(64, 64, bomb, grey))
+    yield bad("PNG cut within a text", lambda: png(64, 64, chunk(b"tEXt", b"workflow\0" + b"a" * 9000), grey)[:6000])
     yield bad("JPEG of 65535x65535 by its header", lambda: resized("jpg", 65535, 65535), BROKEN, "bad.jpg")
     yield bad("JPEG of no height", lambda: resized("jpg", 64, 0), BROKEN, "bad.jpg")
     yield bad("JPEG without pixels", lambda: encoded("jpg")[: encoded("jpg").index(b"\xff\xda")], BROKEN, "bad.jpg")
@@ -170,7 +171,12 @@ def cases() -> Iterator[Case]:
         yield Case("picture", name, partial(_odd, make), said, skips=True)
     for name, path, said in (
         ("a folder that is not there", "nowhere", "'nowhere' does not exist"),
-        ("a file for a folder", "file.png", "'file.png' does not exist|is no folder"),
+        ("a file for a folder", "file.png", "'file.png' is a picture; set it to the folder"),
+        ("a file in a folder", "files/b.JPG", "'files/b.JPG' is a picture; set it to the folder"),
+        ("the list of captions", "files/metadata.jsonl", "is the list of captions; set it to its folder, 'files'"),
+        ("an archive", "files/set.zip", "is an archive; unpack it"),
+        ("a text", "texts/a.txt", "is a file of a kind that is not read"),
+        ("a folder of a folder, with a space", "no such/set", "'no such/set' does not exist"),
         ("an empty folder", "void", "void holds no pictures"),
         ("a folder of texts alone", "texts", "texts holds no pictures"),
     ):
@@ -182,4 +188,7 @@ def _place(path: str, folder: Path) -> list[str]:
     (folder / "void").mkdir()
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("a")
+    for name, content in (("b.JPG", b""), ("metadata.jsonl", b""), ("set.zip", b"PK\3\4" + bytes(30))):
+        (folder / "files").mkdir(exist_ok=True)
+        (folder / "files" / name).write_bytes(content)
     return [*BASE, f"data.path={path}"]

@@ -1,0 +1,118 @@
+"""Paths that users write: ~ is their home, a name is a path or a Hub id, and a file that is not what is wanted is named
+for what it is. Only headers are read, and nothing heavy is imported: paths are looked at before anything is loaded.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
+FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",
+         ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".png", ".jpg", ".jpeg", ".webp")  # fmt: skip
+"""Endings that no name on the Hub has."""
+LORA = ("lora", "lokr_", "hada_", "oft_")  # in the names of an adapter's tensors
+FLUX = ("double_blocks.", "single_blocks.", "transformer_blocks.")  # in those of a FLUX.1 transformer
+HEADER = 100 * 2**20  # bytes: the longest header that safetensors reads
+
+TO_FOLDER = (
+    "make a folder of it once: FluxPipeline.from_pretrained(base, transformer=FluxTransformer2DModel.from_single_file("
+    "file)).save_pretrained(folder) (docs/troubleshooting.md)"
+)
+
+
+def expand(options: Any, *names: str) -> None:
+    """Put the home folder in the place of a leading ~ in these settings, each a path or None."""
+    for name in names:
+        path = getattr(options, name)
+        if path is not None:
+            setattr(options, name, expanded(path))
+
+
+def expanded(path: str) -> str:
+    """A path with the home folder in the place of a leading ~, unless something here has that very name."""
+    if not path.startswith("~") or os.path.lexists(path):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # there is no such user
+        return path
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a name is owner/name of the Hub, and nothing here: neither there nor, by its ending, a file."""
+    return HUB_ID.fullmatch(path) is not None and not os.path.lexists(path) and not path.lower().endswith(FILES)
+
+
+def no_hub_id(path: str) -> str:
+    """The mend for a path that is not there and no Hub id either."""
+    found = ADDRESS.match(path)
+    return f"write {found[1]}" if found else "check the spelling"
+
+
+def kind_of_file(file: Path) -> str:
+    """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive
+    or other."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            if head.startswith(b"GGUF"):
+                return "gguf"
+            if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
+                return "pickle" if file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin") else "archive"
+            if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+                return "pickle"
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or not 2 <= length <= HEADER:
+                return "other"
+            names = list(json.loads(stream.read(length)))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return "other"
+    if any(mark in name for name in names for mark in LORA):
+        return "adapter"
+    return "flux" if any(mark in name for name in names for mark in FLUX) else "safetensors"
+
+
+def not_a_model(path: Path) -> str:
+    """What a file is that was given as model.path, and the mend."""
+    kind = kind_of_file(path)
+    if kind == "gguf":
+        return (
+            f"model.path {path} is a GGUF file, whose own quantization is not read; give the unquantized checkpoint "
+            "(model=dev): it is quantized while it is loaded"
+        )
+    if kind == "adapter":
+        return f"model.path {path} is a LoRA file; give it as adapter.path, and its base model as model.path"
+    if kind in ("flux", "safetensors", "pickle"):
+        what = "a pickled checkpoint" if kind == "pickle" else "a single-file checkpoint"
+        part = path.parent / "config.json"
+        if part.is_file() and (path.parent.parent / "model_index.json").is_file():
+            return f"model.path {path} is a file of the checkpoint {path.parent.parent}; set model.path to that folder"
+        return f"model.path {path} is {what}, which is not read; {TO_FOLDER}"
+    if path.name == "model_index.json":
+        return f"model.path {path} is a file of the checkpoint {path.parent}; set model.path to that folder"
+    return f"model.path {path} is a file and no checkpoint; give a diffusers folder or a Hub id (owner/name)"
+
+
+def no_index(folder: Path) -> str:
+    """What a folder is that was given as model.path and holds no model_index.json, and the mend."""
+    if (folder.parent / "model_index.json").is_file():
+        return f"{folder} is a part of the checkpoint {folder.parent}; set model.path to that folder"
+    if (folder / "snapshots").is_dir() and folder.name.startswith("models--"):
+        name = folder.name.removeprefix("models--").replace("--", "/", 1)
+        return f"{folder} is the Hub's cache of {name}; set model.path={name}"
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".safetensors", ".sft", ".gguf"))
+    inner = [each.parent.name for each in sorted(folder.glob("*/model_index.json"))]
+    if inner:
+        return (
+            f"{folder} holds no model_index.json, but {', '.join(inner[:3])} in it does; set model.path to that folder"
+        )
+    if files and kind_of_file(files[0]) in ("gguf", "adapter"):
+        return not_a_model(files[0])
+    which = f" ({files[0].name})" if files else ""
+    return (
+        f"{folder} holds no model_index.json, so it is no diffusers checkpoint; if it holds a single-file "
+        f"checkpoint{which}, {TO_FOLDER}"
+    )

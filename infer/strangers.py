@@ -1,0 +1,57 @@
+"""Why the keys of a LoRA file are not read: what they are instead."""
+
+import re
+from collections.abc import Collection
+
+# the first that a key of the file holds says why; names with dots or, as kohya writes them, underscores
+KINDS = (
+    (r"lokr_", "LoKr adapters are not LoRA"),
+    (r"hada_", "LoHa adapters are not LoRA"),
+    (r"oft_|boft_", "OFT adapters are not LoRA"),
+    (r"vera_lambda", "VeRA adapters are not LoRA"),
+    (r"ia3_|\.on_input$", "IA3 adapters are not LoRA"),
+    (r"\.[ab][12]\.weight$", "GLoRA adapters are not LoRA"),
+    (r"lora_mid|\.lora_mid\.", "its update has three factors (LyCORIS' Tucker form); merge it with LyCORIS"),
+    (r"dora_scale", "DoRA of kohya and ComfyUI is not read; merge it there"),
+    (r"scale_weight|weight_scale|scaled_fp8|scale_input", "its fp8 numbers have scales of their own; save it in bf16"),
+    (r"_norm\.scale|reshape_weight|set_weight",
+     "it replaces norms too, as FLUX.1's Canny and Depth adapters do, which are for another model"),
+    (r"lora_B(\.\w+)?\.bias",
+     "it has biases of its own, as FLUX.1's Canny and Depth adapters do, which are for another model"),
+    (r"lora_embedding_", "it adapts embeddings, which FLUX.1's transformer has not"),
+    (r"\.(diff(_b)?|[wb]_norm)$", "it replaces biases or norms too"),
+    (r"[ab]_to_qkv|to_qkv_mlp(?!_proj)|[ab]_to_out|norm1_[ab]",
+     "they are DiffSynth-Studio's own names for FLUX.1; export it there with --align_to_opensource_format"),
+)  # fmt: skip
+OTHERS = (
+    (r"(down|up)_blocks|mid_block|(input|output|middle)_blocks?", "Stable Diffusion or SDXL"),
+    (r"joint_blocks|joint_transformer", "Stable Diffusion 3"),
+    (r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)|(double|single)_stream_modulation", "FLUX.2"),
+    (r"distilled_guidance_layer", "Chroma"),
+    (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
+    (r"(^|[._])transformer_blocks[._]\d+[._]attn[12][._]", "LTX-Video or PixArt"),
+    (r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)", "Wan"),
+    (r"(^|[._])layers[._]\d+[._](attention|feed_forward|adaLN|attn)", "Lumina or Z-Image"),
+)
+BLOCK = re.compile(r"(double_blocks|single_blocks|transformer_blocks)[._]\d+[._]")
+PARTS = re.compile(r"lora|\.(up|down|alpha)(\.|$)|magnitude")
+
+
+def reason(unknown: Collection[str], known: bool) -> str:
+    """Why these keys are not read; known: other keys of the file are."""
+    for mark, said in KINDS:
+        if any(re.search(mark, key) for key in unknown):
+            return said
+    if unknown and not known and not any(PARTS.search(key) for key in unknown):
+        model = any(BLOCK.search(key) for key in unknown)
+        return (
+            f"it is a checkpoint and no adapter; {'give it as model.path' if model else 'choose a LoRA file of FLUX.1'}"
+        )
+    for mark, name in OTHERS:
+        if any(re.search(mark, key) for key in unknown):
+            return f"it is for {name}; choose a LoRA file of FLUX.1"
+    if known or any(BLOCK.search(key) for key in unknown):
+        return (
+            "they name nothing in FLUX.1's blocks that is adapted here; convert the file with the program that made it"
+        )
+    return "choose a LoRA file of FLUX.1"
