@@ -36,13 +36,14 @@ from tqdm import tqdm
 from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
+from infer.checks import check_guidance, check_running
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
 from infer.flux import Model, check_model, load_scheduler, load_transformer, load_vae, own_size
-from infer.formats import read_pairs
 from infer.generate import Sampling, draw
 from infer.graph import Sampler
+from infer.idle import refuse_idle
 from infer.judge import judge
 from infer.measure import measure
 from infer.networks import Networks, check_networks
@@ -99,9 +100,14 @@ class Compare:
         for name in self.recovery:
             if name not in self.precisions:
                 raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
+            if self.only is not None and name not in self.only:
+                raise ValueError(f"recovery names {name!r}, which only={self.only} leaves out; name it in both or none")
         both = [prompt for prompt in self.prompts if prompt in self.unrelated]
         if both:
             raise ValueError(f"{both[0]!r} is among prompts and among unrelated; a prompt is one or the other")
+        if self.adapter.path is None:
+            reason = "they show what an adapter changes, and adapter.path is null"
+            refuse_idle(self, "", ("unrelated",), reason)
 
 
 def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
@@ -116,10 +122,11 @@ def draw_precision(
     device: torch.device,
     bar: "tqdm[Any]",
     kept: dict[Key, Tensor],
+    memory: Memory,
 ) -> list[Row]:
     """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
 
-    The pictures' packed latents go into `kept`, on the CPU.
+    The pictures' packed latents go into `kept`, on the CPU. memory: the settings that all of it can be drawn with.
     """
     model, precision = options.model, options.precisions[name]
     prompts = all_prompts(options)
@@ -135,11 +142,11 @@ def draw_precision(
         text_bytes = encoder.weights_bytes
     bar.set_postfix_str(f"{name}: loading")
     with measure(device) as load_rest:
-        transformer = load_transformer(model, precision, device, hold_of(options.memory))
+        transformer = load_transformer(model, precision, device, hold_of(memory))
         if name in options.recovery:
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
-        path, stream = choose_path(transformer, options.memory, precision, device, bar.write)
+        path, stream = choose_path(transformer, memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
     one_step = Sampling(steps=1, guidance=options.sampling.guidance)
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
@@ -155,12 +162,10 @@ def draw_precision(
     for variant in (None, adapter) if adapter else (None,):
         if variant:
             load_chosen(transformer, options.adapter, variant[0], model)
-            reason = obstacle(transformer)
-            if path.fused and reason:
-                raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
+            assert not path.fused or obstacle(transformer) is None, obstacle(transformer)
         if stream is not None:
-            assert options.memory.budget_gib is not None
-            resident = stream.fit(options.memory.budget_gib, warm_up)
+            assert memory.budget_gib is not None
+            resident = stream.fit(memory.budget_gib, warm_up)
             bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
@@ -228,12 +233,16 @@ def compare(options: Compare) -> Path:
     own = find_scores(options.scores)
     adapter = None
     if options.adapter.path is not None:
-        for one in options.adapter.all():
-            read_pairs(one.path)  # what is wrong with it is said before a model is loaded
         adapter = (options.adapter.name or Path(options.run).name).replace(".", "-"), options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
-    for name in names:
-        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    memory: dict[str, Memory] = {}
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name in names:
+            given = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+            memory[name] = check_running(options.model, *given, device)
+        for name in names if turn == 0 else ():
+            options.precisions[name] = decide(options.model, options.precisions[name], device, print)
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:
@@ -254,7 +263,7 @@ def compare(options: Compare) -> Path:
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
-                rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                rows += draw_precision(options, name, adapter, unfinished, device, bar, kept, memory[name])
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))

@@ -259,22 +259,35 @@ def choose_path(
     Raises:
         ValueError: a setting that needs the fast path is asked for, and the path cannot be taken.
     """
-    if memory.budget_gib is not None and device.type != "cuda":
-        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
     reason = obstacle(transformer) if memory.fused else "memory.fused is false"
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
-    if reason is None:
+    plain = refuse_plain(memory, device, reason)
+    if plain.fused:
         return memory, install(transformer, memory, device)
-    for name in NEEDS_FUSED:
-        if getattr(memory, name):
-            raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")
     if memory.fused:
         say(f"note: the fast path is off: {reason}")
-    keep = "everything" if memory.keep == "everything" else "nothing"
-    if keep == "nothing":
+    if plain.keep == "nothing":
         transformer.enable_gradient_checkpointing()
-    return Memory(keep=keep, fused=False), None
+    return plain, None
+
+
+def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Memory:
+    """The settings as they are, or, where there is a `reason` against the fast path, those of the plain one.
+
+    Raises:
+        ValueError: a setting needs the fast path, or a GPU.
+    """
+    if memory.budget_gib is not None and device.type != "cuda":
+        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
+    if reason is None:
+        return memory
+    for name in NEEDS_FUSED:
+        if getattr(memory, name):
+            raise ValueError(
+                f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}; set memory.{name}=null"
+            )
+    return Memory(keep="everything" if memory.keep == "everything" else "nothing", fused=False)
 
 
 def uninstall(transformer: FluxTransformer2DModel) -> None:

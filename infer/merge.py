@@ -25,24 +25,24 @@ if __name__ == "__main__":
 
     quieten()
 
-from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from infer.adapters import check_fit
 from infer.atomic import sync_folder, sync_tree
+from infer.checks import check_guidance, check_precision, empty_transformer
 from infer.command import pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
 from infer.formats import Pair, read_pairs
 from infer.generate import Sampling
+from infer.idle import refuse_idle
 from infer.merge_report import Kept, compare_pictures, kept_of, report, straight_loss
 from infer.originals import Originals
 from infer.quantize import Precision, linear_layers, quantization_config
 from infer.requantize import quantized_layer
 from infer.residual import settled
-from infer.save import save_beside
+from infer.save import refuse_mixture, save_beside
 from infer.several import Trained
 
 Part = tuple[Pair, float]  # an adapter's pair and the weight it is on with
@@ -82,9 +82,7 @@ def write_transformer(options: Merge, originals: Originals, parts: dict[str, lis
     """The merged transformer, one shard in memory at a time; returns what is left of each layer's update."""
     import diffusers
 
-    config = read_config(options.model, "transformer")
-    with init_empty_weights():
-        layers = linear_layers(FluxTransformer2DModel.from_config(config))
+    config, layers = read_config(options.model, "transformer"), linear_layers(empty_transformer(options.model))
     precision, kept = options.precision, []
     index: dict[str, str] = {}
     skipped = [f".{name}." for name in precision.skip_modules]
@@ -126,6 +124,11 @@ def merge(options: Merge) -> Path:
     Raises:
         ValueError: `out` is empty or exists, an adapter does not fit, or the checkpoint is quantized already.
     """
+    refuse_mixture(options.precision, "merge with precision=bf16, and load the result with the same precision")
+    if not options.prompts:
+        reason = "nothing is drawn, since prompts is empty"
+        refuse_idle(options, "", ("seed",), reason)
+        refuse_idle(options.sampling, "sampling.", ("steps", "guidance", "height", "width"), reason)
     chosen = options.adapter.all()
     if not chosen:
         raise ValueError("adapter.path is null; give the LoRA file to merge, more of them as adapter.also=[{path:b}]")
@@ -133,13 +136,14 @@ def merge(options: Merge) -> Path:
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     check_model(options.model)
     device, out = pick_device(options.device), Path(options.out)
-    with init_empty_weights():
-        empty = FluxTransformer2DModel.from_config(read_config(options.model, "transformer"))
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    empty = empty_transformer(options.model)
+    check_precision(options.model, options.precision, device, empty)
     parts: dict[str, list[Part]] = {}
     for one in chosen:
         pairs = read_pairs(one.path)
         check_fit(pairs, empty, one.path)
-        for layer, pair in settled(empty, one.path, pairs, None).items():
+        for layer, pair in settled(empty, one.path, pairs, None)[0].items():
             parts.setdefault(layer, []).append((pair, one.weight))
     if any(len(own) > 1 and any(pair.magnitude is not None for pair, _ in own) for own in parts.values()):
         raise ValueError("DoRA is merged alone: its magnitude says nothing of a sum with another adapter")

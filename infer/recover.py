@@ -28,18 +28,21 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from infer.adapters import RECOVERY, put_pairs, recovers
+from infer.adapters import RECOVERY, put_pairs
 from infer.atomic import replace_file
 from infer.attached import save_adapter
 from infer.calibrate import Record, Rows, collect, record, relative_errors, stacked, velocities
+from infer.checks import check_guidance, check_precision, empty_transformer, undecided
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
-from infer.flux import Model, check_model, load_transformer
+from infer.flux import Model, check_model, fingerprint, load_transformer
 from infer.formats import Pair, Pairs
 from infer.generate import Sampling
+from infer.idle import refuse_idle
 from infer.lowrank import Factors, allot, approximate
 from infer.originals import Originals, streamed_transformer
-from infer.quantize import Precision, dequantized, stored_bytes
+from infer.quantize import Precision, dequantized, kind_asked, stored_bytes
+from infer.sensitivity import decide
 from infer.targets import base_layers
 
 
@@ -77,6 +80,8 @@ class Recover:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}; it must be above 0")
+        if not self.polish:
+            refuse_idle(self, "", ("rate",), "it is that of polish, which is 0 steps")
         if not self.prompts or not self.held_out or set(self.prompts) & set(self.held_out):
             raise ValueError("recover needs prompts, and others as held_out, as in 'prompts=[a red star]'")
 
@@ -131,7 +136,7 @@ def recover(options: Recover) -> Path:
     """Make and measure the adapter; returns its folder.
 
     Raises:
-        ValueError: nothing is quantized, the run exists, or the checkpoint has no unquantized weights.
+        ValueError: no layer is quantized, the run exists, or the checkpoint has no unquantized weights.
     """
     if not options.precision.quantized:
         raise ValueError(f"precision is {options.precision.kind}, which loses nothing; choose nf4, fp4 or int8")
@@ -139,7 +144,13 @@ def recover(options: Recover) -> Path:
     if (folder / "adapter").exists():
         raise ValueError(f"{folder / 'adapter'} exists; choose another name with run=..., or delete it")
     check_model(options.model)
+    empty = empty_transformer(options.model)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_precision(options.model, undecided(options.precision) or options.precision, device, empty)
     originals = Originals(options.model)
+    options.precision = decide(options.model, options.precision, device, print)
+    if not options.precision.quantized or not any(kind_asked(options.precision, name) for name in base_layers(empty)):
+        raise ValueError("no layer of the transformer is quantized, so nothing is lost; choose another precision")
     transformer = load_transformer(options.model, options.precision, device)
     size = stored_bytes(transformer)
     given = options.model, options.precision
@@ -169,7 +180,7 @@ def recover(options: Recover) -> Path:
         "held_out_records": len(unseen),
         "ranks": {name: pair.down.shape[0] for name, pair in pairs.items()},
     }
-    notes = {"recovers": recovers(*given), "precision": asdict(options.precision)}
+    notes = {"recovers": {"base": fingerprint(options.model, "transformer")}, "precision": asdict(options.precision)}
     save_adapter(transformer, folder / "adapter", notes | {"figures": figures}, RECOVERY)
     text = json.dumps(figures, indent=2) + "\n"
     replace_file(folder / "recovery.json", lambda path: path.write_text(text))

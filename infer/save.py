@@ -21,6 +21,7 @@ import diffusers
 import torch
 
 from infer.atomic import clear_partials, sync_folder, sync_tree
+from infer.checks import check_precision, empty_transformer
 from infer.command import pick_device, run_command
 from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
@@ -35,6 +36,18 @@ class Save:
     out: str = ""
     """A folder that does not exist yet."""
     device: str = "auto"
+
+
+def refuse_mixture(precision: Precision, mend: str) -> None:
+    """Raises:
+    ValueError: the precision is one that no checkpoint is stored in.
+    """
+    if precision.layers or precision.kind == "auto":
+        asked = "precision.layers" if precision.layers else "precision=auto"
+        raise ValueError(
+            f"{asked} is a mixture of kinds, which is made while a checkpoint is read: diffusers has no way to store "
+            f"one; {mend}"
+        )
 
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
@@ -52,17 +65,14 @@ def save(options: Save) -> Path:
     """Write the folder, whole or not at all.
 
     Raises:
-        ValueError: `out` is empty or exists, or the precision is a mixture.
+        ValueError: `out` is empty or exists, the precision is a mixture, or the checkpoint is quantized otherwise.
     """
+    refuse_mixture(options.precision, "load the unquantized checkpoint with the same precision, or save one kind")
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
-    if options.precision.layers or options.precision.kind == "auto":
-        raise ValueError(
-            "a mixture of kinds is made while a checkpoint is read, and diffusers has no way to save one; load the "
-            "unquantized checkpoint with the same precision.layers or precision=auto, or save one kind"
-        )
     check_model(options.model)
     device = pick_device(options.device)
+    check_precision(options.model, options.precision, device, empty_transformer(options.model))
     out = Path(options.out)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     clear_partials(out.parent, out.name)

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infer.atomic import replace_file
+from infer.checks import check_guidance
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release, text_encoder
 from infer.fast import Memory, choose_path
@@ -209,6 +210,7 @@ def sensitivity(options: Sensitivity) -> Path:
     folder = check_run_name(options.run)
     device = pick_device(options.device)
     check_model(options.model)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
     found = sensitivities(options, device, print)
     content = json.dumps(found, indent=1) + "\n"
     for file in (kept_file(options.model, options.double_quant), folder / "sensitivity.json"):

@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from infer.adapters import load_adapter, set_adapters
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
+from infer.idle import refuse_idle
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Trained:
     def __post_init__(self) -> None:
         if self.path is None and self.also:
             raise ValueError("adapter.also is given without adapter.path; name the first adapter as adapter.path")
+        if self.path is None:
+            refuse_idle(self, "adapter.", ("name", "weight"), "adapter.path is null")
         Weighted(self.path or "", self.weight)
 
     def all(self) -> list[Weighted]:
@@ -61,6 +64,6 @@ def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, name: str,
     weights = {}
     for i, one in enumerate(chosen.all()):
         own = name if i == 0 else f"{name}-{i + 1}"
-        load_adapter(transformer, one.path, own, model)
+        load_adapter(transformer, one.path, own, model, one.weight)
         weights[own] = one.weight
     set_adapters(transformer, weights)

@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import Tensor
 
 from infer.encode import image_ids, pack
+from infer.idle import refuse_idle
 
 DENSITIES = ("uniform", "logit_normal", "shifted")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
@@ -38,6 +39,8 @@ class Flow:
             raise ValueError(f"flow.weighting is {self.weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
         if not self.logit_std > 0:
             raise ValueError(f"flow.logit_std is {self.logit_std}; it must be above 0")
+        if self.density == "uniform":
+            refuse_idle(self, "flow.", ("logit_mean", "logit_std"), "flow.density=uniform draws no logit-normal")
 
 
 def shift_for(tokens: int) -> float:

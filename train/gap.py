@@ -23,16 +23,18 @@ from tqdm import tqdm
 
 from infer.atomic import replace_file
 from infer.bootstrap import interval
+from infer.checks import check_running
 from infer.command import check_run_name, pick_device, run_command
 from infer.compare import describe_device
 from infer.fast import Memory
 from infer.flux import Model, check_model
-from infer.formats import read_pairs
+from infer.idle import refuse_idle
 from infer.quantize import Precision, stored_bytes
 from infer.report import aligned
 from infer.scores import Row, relative_error
 from infer.sensitivity import decide
 from infer.several import Trained
+from train.checks import check_flow
 from train.config import Train
 from train.curves import draw_curves
 from train.data import Data
@@ -74,6 +76,9 @@ class Gap:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         self.order()
+        reason = "gap measures at evenly spaced noise levels and weights none"
+        refuse_idle(self.flow, "flow.", ("density", "logit_mean", "logit_std", "weighting"), reason)
+        refuse_idle(self.memory, "memory.", ("graph",), "gap captures nothing")
 
     def order(self) -> list[str]:
         """The precisions to run, the one that others are compared with first.
@@ -89,8 +94,9 @@ class Gap:
         return [plain[0], *(name for name in names if name != plain[0])]
 
 
-def measure(options: Gap, device: torch.device) -> list[Row]:
-    """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error."""
+def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[Row]:
+    """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error. memory: by
+    precision, the settings that all of it can run with."""
     rows: list[Row] = []
     reference: dict[str | None, list[Probe]] = {}
     own = options.adapter.path and (options.adapter.name or Path(options.run).name).replace(".", "-")
@@ -99,7 +105,7 @@ def measure(options: Gap, device: torch.device) -> list[Row]:
     for name in options.order():
         job = Train(
             options.model, options.precisions[name], data=options.data, encode=options.encode, flow=options.flow,
-            memory=options.memory, validation_levels=options.levels, seed=options.seed,
+            memory=memory[name], validation_levels=options.levels, seed=options.seed,
         )  # fmt: skip
         bar.set_postfix_str(name)
         cache, samples = prepare(job, device, options.pictures)
@@ -181,11 +187,15 @@ def gap(options: Gap) -> Path:
     device = pick_device(options.device)
     folder = check_run_name(options.run) / "gap"
     check_model(options.model)
-    for one in options.adapter.all():
-        read_pairs(one.path)  # what is wrong with it is said before a model is loaded
-    for name in options.order():
-        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
-    rows = measure(options, device)
+    check_flow(options.model, options.flow)
+    memory: dict[str, Memory] = {}
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name in options.order():
+            given = options.precisions[name], options.adapter, None, options.memory
+            memory[name] = check_running(options.model, *given, device)
+        for name in options.order() if turn == 0 else ():
+            options.precisions[name] = decide(options.model, options.precisions[name], device, print)
+    rows = measure(options, memory, device)
     summary = summarise(rows)
     lines = table(summary)
     result = {"model": options.model.path, "device": describe_device(device), "summary": summary, "rows": rows}

@@ -20,10 +20,10 @@ from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from infer.adapters import FROM_ERROR
 from infer.command import pick_device
 from infer.fast import NEEDS_FUSED
 from infer.quantize import kind_of
+from infer.residual import FROM_ERROR
 from train.config import Train
 
 SUPPORTED = (

@@ -30,20 +30,21 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from infer.adapters import FILE, FROM_ERROR, attach, load_recovery, read_notes, save_adapter, strengths, update_norm
+from infer.adapters import FILE, attach, began, load_recovery, read_notes, save_adapter, strengths, update_norm
 from infer.atomic import replace_file
 from infer.card import push, write_card
 from infer.command import STOPPED, check_run_name, run_command
 from infer.encode import release
 from infer.fast import choose_path, hold_of
 from infer.flux import check_model, fingerprint, load_transformer, own_size, read_config
-from infer.residual import save_start, start_from_error
+from infer.residual import FROM_ERROR, save_start, start_from_error
 from infer.sensitivity import decide
 from train.batch import choose
 from train.cache import build
 from train.caption import all_texts
 from train.card import card_of
 from train.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from train.checks import check_job
 from train.config import Train
 from train.data import check_left, read_samples
 from train.lock import Hold, hold_run
@@ -147,6 +148,8 @@ def train_on(
     """The run, on the ranks that there are; None if it was stopped."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    if job.precision.kind == "auto":
+        check_job(job, accelerator)  # deciding it measures the transformer
     if main:
         job.precision = decide(job.model, job.precision, accelerator.device, say)
     accelerator.wait_for_everyone()
@@ -165,6 +168,7 @@ def train_on(
             if done.is_dir():
                 shutil.rmtree(f"{done}.aside", ignore_errors=True)
                 done.rename(f"{done}.aside")
+    check_job(job, accelerator)
     if begun != ranks:
         say(
             f"note: the run began with {begun} processes and goes on with {ranks}: the samples of each update stay the "
@@ -203,10 +207,10 @@ def train_on(
     if job.adapter.recovery is not None:
         layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
         say(f"recovery adapter on {layers} layers")
-    parameters = attach(transformer, job.adapter, job.seed)
-    start = None
+    parameters = attach(transformer, job.adapter, job.seed, model=job.model)
     if job.adapter.init in FROM_ERROR:
-        start = start_from_error(transformer, job.model, job.precision, job.adapter.init)
+        began(transformer)["default"] = start_from_error(transformer, job.model, job.adapter.init)
+    start = began(transformer).get("default")
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
@@ -257,7 +261,8 @@ def train_on(
     if main:
         notes = {
             "step": job.steps,
-            "adapter": asdict(job.adapter),
+            # one that goes on from a start at the quantization error is itself of that kind
+            "adapter": asdict(job.adapter) | ({} if start is None else {"init": start.init}),
             "precision": asdict(job.precision),
             "base": base,
             "trigger": job.data.trigger,
@@ -266,11 +271,11 @@ def train_on(
         if average is not None:
             with average.used():
                 if start is not None:
-                    save_start(start, folder / "adapter-ema")
+                    save_start(start.here, folder / "adapter-ema")
                 own = {"ema": job.ema, "validation": now.validation_ema}
                 save_adapter(transformer, folder / "adapter-ema", notes | own)
         if start is not None:
-            save_start(start, folder / "adapter")
+            save_start(start.here, folder / "adapter")
         write_card(folder / "adapter", card_of(job, folder, now.validation))
         save_adapter(transformer, folder / "adapter", notes)
         tracker.adapter(folder / "adapter", notes)

@@ -26,9 +26,10 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from infer.adapters import Adapter
+from infer.adapters import Adapter, remove_adapter
 from infer.atomic import replace_file
 from infer.bootstrap import Interval
+from infer.checks import check_guidance, check_training
 from infer.command import check_run_name, pick_device, run_command
 from infer.compare import describe_device
 from infer.encode import Text, decode, text_encoder
@@ -40,6 +41,7 @@ from infer.report import aligned
 from infer.scores import Row, Score, find_scores
 from infer.sensitivity import decide
 from infer.several import Trained
+from train.checks import check_flow
 from train.config import Train
 from train.data import Data
 from train.encoding import Encode
@@ -85,6 +87,11 @@ class Transfer:
             raise ValueError("precisions is empty; give at least one")
         if bool(self.prompts) != bool(self.scores):
             raise ValueError("prompts and scores go together: give both, or neither")
+        if self.adapter.recovery is not None:
+            raise ValueError(
+                f"adapter.recovery is {self.adapter.recovery!r}, which belongs to one precision, and each adapter is "
+                "run at all of them; set it to null"
+            )
         if not self.data.validation > 0:
             raise ValueError("data.validation is 0.0, but the objective is measured on held-out pictures; set 0.2")
 
@@ -123,7 +130,7 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
                     for text, p in zip(texts, options.prompts, strict=True)
                 ]
                 row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
-                transformer.delete_adapters(own)
+                remove_adapter(transformer, own, options.model)
                 yield row
         del transformer, vae
 
@@ -174,8 +181,16 @@ def transfer(options: Transfer) -> Path:
     device = pick_device(options.device)
     check_model(options.model)
     scores = find_scores(options.scores)
-    for name, precision in options.precisions.items():
-        options.precisions[name] = decide(options.model, precision, device, print)
+    check_flow(options.model, options.flow)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name, precision in options.precisions.items():
+            try:
+                check_training(options.model, precision, options.adapter, options.memory, device)
+            except ValueError as error:
+                raise ValueError(f"at precisions.{name}: {error}") from error
+        for name, precision in options.precisions.items() if turn == 0 else ():
+            options.precisions[name] = decide(options.model, precision, device, print)
     for seed in options.seeds:
         for name in options.precisions:
             print(f"training {name}, seed {seed}")
