@@ -204,18 +204,20 @@ def check_fit(pairs: Pairs, transformer: nn.Module, path: str) -> None:
 
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
-    """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone."""
+    """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone; DoRA's magnitudes in fp32,
+    since each scales a whole row of a weight."""
     with torch.random.fork_rng():
         transformer.add_adapter(lora_config(pairs), adapter_name=name)
     attached = strengths(transformer, name)
     assert attached.keys() == pairs.keys(), f"{len(attached)} of {len(pairs)} layers were attached"
     for layer, pair in pairs.items():
         module: Any = transformer.get_submodule(layer)
-        values = {module.lora_A[name]: pair.down, module.lora_B[name]: pair.up}
+        dtype = transformer.dtype
+        values = {module.lora_A[name]: pair.down.to(dtype), module.lora_B[name]: pair.up.to(dtype)}
         if pair.magnitude is not None:
-            values[module.lora_magnitude_vector[name]] = pair.magnitude
+            values[module.lora_magnitude_vector[name]] = pair.magnitude.float()
         for holder, value in values.items():
-            holder.weight.data = value.to(holder.weight.device, transformer.dtype)
+            holder.weight.data = value.to(holder.weight.device)
             holder.weight.requires_grad_(False)
 
 

@@ -76,7 +76,7 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
                 continue
             assert weights is not None
             base = outputs[i] if bias is None else outputs[i] - bias[row : row + width]
-            gain = (lora.magnitude / _norms(weights[row : row + width], lora)).to(x.dtype)
+            gain = (lora.magnitude.float() / _norms(weights[row : row + width], lora)).to(x.dtype)
             outputs[i] = outputs[i] + (gain - 1) * base + gain * update
         row += width
     return outputs
@@ -147,7 +147,8 @@ def _few_rows_4bit(x: Tensor, frozen: Stack) -> Tensor:
 
 def _norms(weights: Tensor, lora: Lora) -> Tensor:
     """Norms [out] of the rows of W + s B A, without forming B A; constants to the gradient (Liu et al. 2024, 4.3)."""
-    down, up = lora.down.detach(), (lora.up * lora.strength).detach()
+    # in fp32 whatever the adapter is stored in: W's own norm is that of the sum but for a small part
+    down, up = lora.down.detach().float(), (lora.up.float() * lora.strength).detach()
     cross = functional.linear(down, weights.float()).T  # W A^T
     return (weights.float().square().sum(1) + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)).sqrt()
 
