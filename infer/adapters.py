@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -16,26 +16,28 @@ from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
 from infer.compute import compute_dtype_of
-from infer.flux import Model, fingerprint, read_config
+from infer.flux import Model, fingerprint
 from infer.formats import FILE as FILE
 from infer.formats import Pairs, check_fit, read_pairs
 from infer.formats import find_adapter as find_adapter
 from infer.formats import read_notes as read_notes
 from infer.formats_write import lora_config
-from infer.layers import Linear, linear_shapes
+from infer.layers import Linear
 from infer.lora import INITS, RECOVERY, Adapter
-from infer.quantize import Precision
-from infer.residual import settled
+from infer.quantize import Precision, kind_asked
+from infer.residual import Start, round_again, settled
 from infer.targets import base_layers, match_targets
 
+BEGAN = "_began"  # an attribute of a transformer: what the adapter began with that makes up for its quantization
 METHODS = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 """Names that a module within PEFT's dictionaries of modules and parameters cannot have."""
 
 
 def attach(
-    transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default"
+    transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default", model: Model | None = None
 ) -> list[nn.Parameter]:
-    """Freeze the transformer, add a trainable adapter in fp32 and return its parameters.
+    """Freeze the transformer, add a trainable adapter in fp32 and return its parameters. `model` is the transformer's
+    checkpoint, which going on from an adapter of init=loftq needs.
 
     fp32 because a small update to a bf16 weight rounds to nothing (PEFT starts in bf16 beside 4-bit layers).
 
@@ -63,7 +65,7 @@ def attach(
     attached = len(strengths(transformer, name))
     assert attached == len(targets), f"{attached} layers were adapted instead of {len(targets)}"
     if adapter.start is not None:
-        start_from(transformer, adapter, name)
+        start_from(transformer, adapter, name, model)
     if RECOVERY in transformer.peft_config:
         set_adapters(transformer, {RECOVERY: 1.0, name: 1.0})
         transformer.requires_grad_(False)
@@ -77,16 +79,39 @@ def shapes_of(transformer: nn.Module) -> dict[str, Linear]:
     return {name: Linear(layer.out_features, layer.in_features) for name, layer in base_layers(transformer).items()}
 
 
-def read_start(adapter: Adapter, layers: Mapping[str, Linear]) -> Pairs:
-    """What the adapter in the file `adapter.start` holds. layers: the transformer's.
+def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str, model: Model | None) -> None:
+    """Have a new adapter begin as the one in the file `adapter.start`.
+
+    If that is of init=residual or loftq, it goes on as it is where layers are stored as they were in its training;
+    elsewhere, and beside a recovery adapter, what it began with is taken off, for which it needs twice its rank.
 
     Raises:
         ValueError: it cannot be read, or has layers, ranks or a kind that the new one has not.
     """
     assert adapter.start is not None
     pairs = read_pairs(adapter.start)
-    check_fit(pairs, layers, adapter.start)
-    lost = sorted(pairs.keys() - set(match_targets(layers, adapter.targets)))
+    check_fit(pairs, shapes_of(transformer), adapter.start)
+    alone = RECOVERY not in transformer.peft_config
+    pairs, start = settled(transformer, adapter.start, pairs, model, alone)
+    own = strengths(transformer, name)
+    check_start(pairs, adapter, own)
+    for layer, pair in pairs.items():
+        module: Any = transformer.get_submodule(layer)
+        rank = pair.down.shape[0]
+        module.lora_A[name].weight.data[:rank] = pair.down
+        module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / own[layer])
+        if pair.magnitude is not None:
+            module.lora_magnitude_vector[name].weight.data.copy_(pair.magnitude)
+    _keep(transformer, name, start)
+
+
+def check_start(pairs: Pairs, adapter: Adapter, layers: Container[str]) -> None:
+    """Compare what is gone on from with the adapter that is to go on; `layers`: those that it is on.
+
+    Raises:
+        ValueError: it has layers, ranks or a kind that the new one has not.
+    """
+    lost = sorted(layer for layer in pairs if layer not in layers)
     if lost:
         raise ValueError(
             f"adapter.start {adapter.start} adapts {len(lost)} layers that adapter.targets={adapter.targets} does not "
@@ -99,23 +124,17 @@ def read_start(adapter: Adapter, layers: Mapping[str, Linear]) -> Pairs:
         raise ValueError(
             f"adapter.start {adapter.start} is {'LoRA' if adapter.dora else 'DoRA'}; set adapter.dora to it"
         )
-    return pairs
 
 
-def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str) -> None:
-    """Have a new adapter begin as the one in the file `adapter.start`.
+def began(transformer: nn.Module) -> dict[str, Start]:
+    """By adapter, the start from a quantization error that is in its weights now: what has to be kept beside it."""
+    found: dict[str, Start] = transformer.__dict__.setdefault(BEGAN, {})
+    return found
 
-    Raises:
-        ValueError: as `read_start`.
-    """
-    own = strengths(transformer, name)
-    for layer, pair in read_start(adapter, shapes_of(transformer)).items():
-        module: Any = transformer.get_submodule(layer)
-        rank = pair.down.shape[0]
-        module.lora_A[name].weight.data[:rank] = pair.down
-        module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / own[layer])
-        if pair.magnitude is not None:
-            module.lora_magnitude_vector[name].weight.data.copy_(pair.magnitude)
+
+def _keep(transformer: nn.Module, name: str, start: Start | None) -> None:
+    if start is not None:
+        began(transformer)[name] = start
 
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
@@ -136,9 +155,14 @@ def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> N
             holder.weight.requires_grad_(False)
 
 
-def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str, model: Model | None = None) -> int:
+def load_adapter(
+    transformer: FluxTransformer2DModel, path: str, name: str, model: Model | None = None, weight: float = 1.0
+) -> int:
     """Load an adapter file of any program (infer/formats.py), on and alone; returns its layers. `model` is the
-    transformer's checkpoint, which adapters of init=loftq need.
+    transformer's checkpoint, which adapters of init=loftq need; `weight` is what it will be on with.
+
+    Of an adapter that starts from a quantization error, all is used where nothing else makes up for that error: at
+    weight 1, without a recovery adapter, and of several such adapters the first. Else what it began with is taken off.
 
     Raises:
         ValueError: the name is taken or cannot be a module's, or the file is unreadable, broken, or does not fit this
@@ -153,60 +177,59 @@ def load_adapter(transformer: FluxTransformer2DModel, path: str, name: str, mode
         )
     pairs = read_pairs(path)
     check_fit(pairs, shapes_of(transformer), path)
-    put_pairs(transformer, settled(transformer, path, pairs, model), name)
+    alone = weight == 1.0 and not began(transformer) and RECOVERY not in getattr(transformer, "peft_config", {})
+    pairs, start = settled(transformer, path, pairs, model, alone)
+    put_pairs(transformer, pairs, name)
+    _keep(transformer, name, start)
     if RECOVERY in transformer.peft_config and name != RECOVERY:
         set_adapters(transformer, {name: 1.0})
     return len(pairs)
 
 
-def check_adapter(adapter: Adapter, model: Model, precision: Precision) -> None:
-    """Read the files that an adapter is to be trained from or beside, before anything is encoded or loaded.
-
-    Raises:
-        ValueError: one cannot be read, or does not fit the model.
-    """
-    layers = linear_shapes(read_config(model, "transformer"))
-    match_targets(layers, adapter.targets)
-    if adapter.start is not None:
-        read_start(adapter, layers)
-    if adapter.recovery is not None:
-        check_recovery(adapter.recovery, model, precision)
-        check_fit(read_pairs(adapter.recovery), layers, adapter.recovery)
-
-
-def check_recovery(path: str, model: Model, precision: Precision) -> None:
-    """
-    Raises:
-        ValueError: it is no recovery adapter, or was made for another checkpoint or another rounding.
-    """
-    made = read_notes(find_adapter(path)).get("recovers")
-    if made is None:
-        raise ValueError(f"{path} is no recovery adapter; make one with infer/recover.py")
-    here = recovers(model, precision)
-    for key, value in here.items():
-        if made[key] != value:
-            said = "another checkpoint" if key == "base" else f"{key}={made[key]}, not {value}"
-            raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
+def remove_adapter(transformer: FluxTransformer2DModel, name: str, model: Model) -> None:
+    """Take an adapter off again; layers that were rounded around it (init=loftq) are as they were loaded."""
+    transformer.delete_adapters(name)
+    start = began(transformer).pop(name, None)
+    if start is not None:
+        round_again(transformer, start, model)
 
 
 def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, precision: Precision) -> int:
     """Load a recovery adapter, to stay on beside every other; returns its layers.
 
     Raises:
-        ValueError: as `check_recovery`, or it does not fit this transformer.
+        ValueError: it is none, was made for another checkpoint or another rounding, or does not fit.
     """
-    check_recovery(path, model, precision)
+    check_recovery(path, model, precision, base_layers(transformer))
     return load_adapter(transformer, path, RECOVERY)
 
 
-def recovers(model: Model, precision: Precision) -> dict[str, Any]:
-    """What a recovery adapter belongs to: another base or another rounding needs another."""
-    return {
-        "base": fingerprint(model, "transformer"),
-        "kind": precision.kind,
-        "double_quant": precision.double_quant,
-        "skip_modules": list(precision.skip_modules),
-    }
+def check_recovery(path: str, model: Model, precision: Precision, layers: Iterable[str]) -> None:
+    """See that a recovery adapter belongs to a checkpoint at a precision; `layers`: names of its linear layers.
+
+    Raises:
+        ValueError: it is none, or was made for another checkpoint or another rounding.
+    """
+    notes = read_notes(find_adapter(path))
+    made = notes.get("recovers")
+    if made is None:
+        raise ValueError(f"{path} is no recovery adapter; make one with infer/recover.py")
+    # all of its precision, layers of other kinds too
+    theirs = Precision(**notes["precision"])
+    kinds = {layer: (kind_asked(theirs, layer), kind_asked(precision, layer)) for layer in layers}
+    other = [layer for layer, (own, asked) in kinds.items() if own != asked]
+    said = None
+    if made["base"] != fingerprint(model, "transformer"):
+        said = "another checkpoint"
+    elif theirs.kind != precision.kind:
+        said = f"kind={theirs.kind}, not {precision.kind}"
+    elif other:
+        own, asked = (kind or "not quantized" for kind in kinds[other[0]])
+        said = f"another mixture: {other[0]} was {own} and is {asked}, as one of {len(other)} layers"
+    elif theirs.double_quant != precision.double_quant:
+        said = f"double_quant={theirs.double_quant}, not {precision.double_quant}"
+    if said is not None:
+        raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
 
 
 def set_adapters(transformer: FluxTransformer2DModel, weights: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from infer.command import check_device_name, check_file_names, check_run_name, p
 from infer.flux import Model, check_model
 from infer.formats import find_adapter
 from infer.generate import Sampling
+from infer.idle import refuse_idle
 from infer.judges import Networks, check_paths, find_scores, list_pictures
 from infer.memory import Memory
 from infer.paths import expand, expanded
@@ -94,9 +95,14 @@ class Compare:
         for name in self.recovery:
             if name not in self.precisions:
                 raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
+            if self.only is not None and name not in self.only:
+                raise ValueError(f"recovery names {name!r}, which only={self.only} leaves out; name it in both or none")
         both = [prompt for prompt in self.prompts if prompt in self.unrelated]
         if both:
             raise ValueError(f"{both[0]!r} is among prompts and among unrelated; a prompt is one or the other")
+        if self.adapter.path is None:
+            reason = "they show what an adapter changes, and adapter.path is null"
+            refuse_idle(self, "", ("unrelated",), reason)
 
 
 def compare(options: Compare) -> Path:

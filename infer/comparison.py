@@ -20,17 +20,18 @@ from tqdm import tqdm
 from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials, partial_of
+from infer.checks import check_guidance, check_running
 from infer.compute import NAMES, product_dtype_of, stored_on
 from infer.encode import NotFiniteError, Text, decode, release, text_encoder
 from infer.fast import choose_path, hold_of
 from infer.flux import load_scheduler, load_transformer, load_vae, own_size
-from infer.formats import find_adapter, read_notes, read_pairs
 from infer.generate import Sampling, draw
 from infer.graph import Sampler
 from infer.judge import judge
 from infer.judges import Score
 from infer.layer_errors import decide
 from infer.measure import describe_device, measure
+from infer.memory import Memory
 from infer.networks import check_networks
 from infer.quantize import stored_bytes
 from infer.scores import Key, Row, key_of
@@ -53,10 +54,11 @@ def draw_precision(
     device: torch.device,
     bar: tqdm[Any],
     kept: dict[Key, Tensor],
+    memory: Memory,
 ) -> list[Row]:
     """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
 
-    The pictures' packed latents go into `kept`, on the CPU.
+    The pictures' packed latents go into `kept`, on the CPU. memory: the settings that all of it can be drawn with.
     """
     model, precision = options.model, options.precisions[name]
     prompts = all_prompts(options)
@@ -72,11 +74,11 @@ def draw_precision(
         text_bytes = encoder.weights_bytes
     bar.set_postfix_str(f"{name}: loading")
     with measure(device) as load_rest:
-        transformer = load_transformer(model, precision, device, hold_of(options.memory))
+        transformer = load_transformer(model, precision, device, hold_of(memory))
         if name in options.recovery:
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
-        path, stream = choose_path(transformer, options.memory, precision, device, bar.write)
+        path, stream = choose_path(transformer, memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
     one_step = Sampling(steps=1, guidance=options.sampling.guidance)
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
@@ -92,12 +94,10 @@ def draw_precision(
     for variant in (None, adapter) if adapter else (None,):
         if variant:
             load_chosen(transformer, options.adapter, model)
-            reason = obstacle(transformer)
-            if path.fused and reason:
-                raise ValueError(f"the fast path cannot draw with {variant[1]}: {reason}; set memory=plain")
+            assert not path.fused or obstacle(transformer) is None, obstacle(transformer)
         if stream is not None:
-            assert options.memory.budget_gib is not None
-            resident = stream.fit(options.memory.budget_gib, warm_up)
+            assert memory.budget_gib is not None
+            resident = stream.fit(memory.budget_gib, warm_up)
             bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
@@ -154,18 +154,16 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
     check_networks(options.networks)
     adapter = None
     if options.adapter.path is not None:
-        for one in options.adapter.all():
-            read_pairs(one.path)  # what is wrong with it is said before a model is loaded
-            init = read_notes(find_adapter(one.path)).get("adapter", {}).get("init")
-            if init == "loftq" and options.memory.budget_gib is not None:
-                raise ValueError(
-                    f"{one.path} is of adapter.init=loftq, whose base is rounded again on the device, where "
-                    "memory.budget_gib keeps only a part of it; set memory.budget_gib=null"
-                )
         adapter = options.adapter.name or Path(options.run).name, options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
-    for name in names:
-        options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    memory: dict[str, Memory] = {}
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name in names:
+            given = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+            memory[name] = check_running(options.model, *given, device)
+        for name in names if turn == 0 else ():
+            options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in own.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:
@@ -187,7 +185,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
                 try:
-                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept)
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept, memory[name])
                 except NotFiniteError as error:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)

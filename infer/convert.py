@@ -68,7 +68,16 @@ def convert(options: Convert) -> Path:
         )
     notes = read_notes(find_adapter(path))
     ready()
+    from infer.residual import minus, read_start
+
     pairs = read_pairs(path, options.drop_text_encoder)
+    start = read_start(path, lambda layer: None)
+    if start is not None:  # other programs have not the weights that it makes up for, nor its start.safetensors
+        pairs = minus(pairs, start.elsewhere)
+        notes |= {"adapter": notes["adapter"] | {"init": "default"}}
+        print(
+            f"{path} starts from a quantization error (init={start.init}): written is what it has learned beyond that"
+        )
     written = write_pairs(pairs, options.to, out if file or options.to == "peft" else out / FILE, notes)
     ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
     print(f"{len(pairs)} layers of rank {', '.join(map(str, ranks))} as {options.to} in {written}")

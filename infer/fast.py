@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from infer.compute import in_half
 from infer.fused import Double, Single, double_block, modulation, single_block
-from infer.memory import NEEDS_FUSED, Memory
+from infer.memory import Memory, refuse_plain
 from infer.pack import pack, packed_bytes, place
 from infer.quantize import Precision, kind_of
 from infer.stack import Linear, Stack, adapters_of, obstacle, share, stack
@@ -220,22 +220,17 @@ def choose_path(
     Raises:
         ValueError: a setting that needs the fast path is asked for, and the path cannot be taken.
     """
-    if memory.budget_gib is not None and device.type != "cuda":
-        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
     reason = obstacle(transformer) if memory.fused else "memory.fused is false"
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
-    if reason is None:
+    plain = refuse_plain(memory, device, reason)
+    if plain.fused:
         return memory, install(transformer, memory, device)
-    for name in NEEDS_FUSED:
-        if getattr(memory, name):
-            raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")
     if memory.fused:
         say(f"note: the fast path is off: {reason}")
-    keep = "everything" if memory.keep == "everything" else "nothing"
-    if keep == "nothing":
+    if plain.keep == "nothing":
         transformer.enable_gradient_checkpointing()
-    return Memory(keep=keep, fused=False), None
+    return plain, None
 
 
 def uninstall(transformer: FluxTransformer2DModel) -> None:

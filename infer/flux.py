@@ -155,7 +155,7 @@ def _load(
     stored = read_config(model, part).get("quantization_config")
     config = None if stored else quantization_config(precision, library)
     if stored:
-        check_stored(model.path, stored, precision)
+        check_stored(model.path, stored, precision, part)
     folder = part_folder(model, part)
     with loading(model.path, model.local is not None, part), _quantizing(config or stored, device, hold):
         loaded, found = cls.from_pretrained(

@@ -52,6 +52,24 @@ class Memory:
         return self.fused and device.type == "cuda" and self.graph is not False
 
 
+def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Memory:
+    """The settings as they are, or, where there is a `reason` against the fast path, those of the plain one.
+
+    Raises:
+        ValueError: a setting needs the fast path, or a GPU.
+    """
+    if memory.budget_gib is not None and device.type != "cuda":
+        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
+    if reason is None:
+        return memory
+    for name in NEEDS_FUSED:
+        if getattr(memory, name):
+            raise ValueError(
+                f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}; set memory.{name}=null"
+            )
+    return Memory(keep="everything" if memory.keep == "everything" else "nothing", fused=False)
+
+
 def streamed_of(blocks: int, resident: int) -> list[int]:
     """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
     return [i * blocks // (blocks - resident) for i in range(blocks - resident)]

@@ -18,15 +18,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.checks import check_guidance, check_precision
 from infer.command import check_device_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
 from infer.formats import check_fit, read_pairs
 from infer.generate import Sampling
+from infer.idle import refuse_idle
 from infer.layers import linear_shapes
 from infer.paths import expand
 from infer.quantize import Precision
 from infer.quiet import ready
-from infer.save import save_beside
+from infer.save import refuse_mixture, save_beside
 from infer.several import Trained
 
 
@@ -57,6 +59,11 @@ def merge(options: Merge) -> Path:
     Raises:
         ValueError: `out` is empty or exists, an adapter does not fit, or the checkpoint is quantized already.
     """
+    refuse_mixture(options.precision, "merge with precision=bf16, and load the result with the same precision")
+    if not options.prompts:
+        reason = "nothing is drawn, since prompts is empty"
+        refuse_idle(options, "", ("seed",), reason)
+        refuse_idle(options.sampling, "sampling.", ("steps", "guidance", "height", "width"), reason)
     check_device_name(options.device)
     check_model(options.model)
     chosen = options.adapter.all()
@@ -66,10 +73,13 @@ def merge(options: Merge) -> Path:
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     device, out = pick_device(options.device), Path(options.out)
     config = read_config(options.model, "transformer")
+    layers = linear_shapes(config)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_precision(options.model, options.precision, layers)
     ready()
     read = [(one, read_pairs(one.path)) for one in chosen]
     for one, pairs in read:
-        check_fit(pairs, linear_shapes(config), one.path)
+        check_fit(pairs, layers, one.path)
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
@@ -82,7 +92,7 @@ def merge(options: Merge) -> Path:
         empty = FluxTransformer2DModel.from_config(config)
     parts: dict[str, list[Part]] = {}
     for one, pairs in read:
-        for layer, pair in settled(empty, one.path, pairs, None).items():
+        for layer, pair in settled(empty, one.path, pairs, None)[0].items():
             parts.setdefault(layer, []).append((pair, one.weight))
     if any(len(own) > 1 and any(pair.magnitude is not None for pair, _ in own) for own in parts.values()):
         raise ValueError("DoRA is merged alone: its magnitude says nothing of a sum with another adapter")

@@ -14,6 +14,17 @@ from infer.flux import Model, part_folder, read_config
 from infer.headers import SINGLE
 
 
+def check_unquantized(model: Model) -> None:
+    """Raises:
+    ValueError: the checkpoint holds no unquantized weights.
+    """
+    mend = "give the unquantized checkpoint as model.path"
+    if model.random:
+        raise ValueError(f"model.weights=random has no weights to go back to; {mend}")
+    if "quantization_config" in read_config(model, "transformer"):
+        raise ValueError(f"{model.path} is quantized itself; {mend}")
+
+
 class Originals:
     """The transformer's tensors by name, each read from its shard on demand."""
 
@@ -21,11 +32,7 @@ class Originals:
         """Raises:
         ValueError: the checkpoint holds no unquantized weights.
         """
-        mend = "give the unquantized checkpoint as model.path"
-        if model.random:
-            raise ValueError(f"model.weights=random has no weights to go back to; {mend}")
-        if "quantization_config" in read_config(model, "transformer"):
-            raise ValueError(f"{model.path} is quantized itself; {mend}")
+        check_unquantized(model)
         folder = part_folder(model, "transformer")
         index = folder / f"{SINGLE}.index.json"
         self.shards: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+from infer.idle import refuse_idle
+
 KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
 QUANTIZED = ("int8", "fp4", "nf4")
+FOUR_BIT = ("fp4", "nf4", "auto")
 MIXED = ("bf16", *QUANTIZED)  # what layers of one transformer may be beside each other
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 
@@ -71,6 +74,24 @@ class Precision:
             raise ValueError(f"precision.budget_gib belongs to kind auto, not {self.kind}; set precision.kind=auto")
         if self.budget_gib is not None and not self.budget_gib > 0:
             raise ValueError(f"precision.budget_gib is {self.budget_gib}; it must be above 0")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Settings of a kind that neither the transformer's layers nor T5's are of."""
+        t5 = self._t5_kind()
+        kinds = {self.kind, *self.layers.values(), t5}
+        said = f"precision.kind={self.kind} and precision.t5={self.t5}"
+        if not kinds & set(FOUR_BIT):
+            refuse_idle(self, "precision.", ("double_quant",), f"with {said} no layer is nf4 or fp4")
+        if not self.llm_int8 and t5 != "int8":
+            reason = f"with precision.llm_int8=false and {said} nothing is multiplied by LLM.int8"
+            refuse_idle(self, "precision.", ("outlier_threshold",), reason)
+        if not self.quantized:
+            reason = f"with precision.kind={self.kind} no layer of the transformer is quantized"
+            refuse_idle(self, "precision.", ("skip_modules",), reason)
+        if not self.quantized and t5 not in QUANTIZED and self.compute_dtype != self.kind:
+            reason = f"nothing is quantized, and precision.kind={self.kind} is its own compute dtype"
+            refuse_idle(self, "precision.", ("compute_dtype",), reason)
 
     def _check_layers(self) -> None:
         for pattern, kind in self.layers.items():
@@ -111,8 +132,16 @@ class Precision:
 
     def for_t5(self) -> Precision:
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
-        kind = self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
-        return Precision(kind, self.compute_dtype, self.double_quant, outlier_threshold=self.outlier_threshold)
+        kind = self._t5_kind()
+        own = {
+            "compute_dtype": (self.compute_dtype, kind in QUANTIZED),
+            "double_quant": (self.double_quant, kind in FOUR_BIT),
+            "outlier_threshold": (self.outlier_threshold, kind == "int8"),
+        }
+        return Precision(kind, **{name: value for name, (value, counts) in own.items() if counts})  # type: ignore[arg-type]
+
+    def _t5_kind(self) -> str:
+        return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
 
 
 def quantization_config(precision: Precision, library: Any) -> Any | None:
@@ -166,20 +195,6 @@ def kind_of(layer: nn.Module) -> str | None:
     return None
 
 
-def check_named(precision: Precision, layers: Collection[str]) -> None:
-    """
-    Raises:
-        ValueError: `skip_modules` or `layers` names what none of the model's linear layers is called.
-    """
-    for name in (*precision.skip_modules, *precision.layers):
-        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
-        if not any(matches(name, layer) for layer in layers):
-            raise ValueError(
-                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
-                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
-            )
-
-
 def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...] = ()) -> int:
     """The number of quantized layers, after comparing each layer with what was asked.
 
@@ -189,7 +204,7 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
         ValueError: a layer is stored otherwise than asked, or a name in `skip_modules` matches none.
     """
     layers = linear_layers(model)
-    check_named(precision, layers)
+    check_layer_names(precision, layers)
     wrong = []
     count = 0
     for name, layer in layers.items():
@@ -205,6 +220,22 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
             "load an unquantized one."
         )
     return count
+
+
+def check_layer_names(precision: Precision, layers: Iterable[str]) -> None:
+    """Compare the names in a precision with those of a model's linear layers.
+
+    Raises:
+        ValueError: `skip_modules` or `layers` names none of them.
+    """
+    layers = list(layers)
+    for name in (*precision.skip_modules, *precision.layers):
+        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
+        if not any(matches(name, layer) for layer in layers):
+            raise ValueError(
+                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
+                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
+            )
 
 
 def kind_asked(precision: Precision, layer: str) -> str | None:

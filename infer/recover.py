@@ -21,11 +21,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import replace_file
+from infer.checks import check_guidance, check_precision, undecided
 from infer.command import check_device_name, check_run_name, pick_device, run_command
-from infer.flux import Model, check_model, load_transformer
+from infer.flux import Model, check_model, fingerprint, load_transformer, read_config
 from infer.generate import Sampling, mend_of
+from infer.idle import refuse_idle
+from infer.layers import linear_shapes
 from infer.lora import RECOVERY
-from infer.quantize import Precision, stored_bytes
+from infer.quantize import Precision, kind_asked, stored_bytes
 from infer.quiet import ready
 
 
@@ -63,6 +66,8 @@ class Recover:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}; it must be above 0")
+        if not self.polish:
+            refuse_idle(self, "", ("rate",), "it is that of polish, which is 0 steps")
         if not self.prompts or not self.held_out or set(self.prompts) & set(self.held_out):
             raise ValueError("recover needs prompts, and others as held_out, as in 'prompts=[a red star]'")
 
@@ -71,7 +76,7 @@ def recover(options: Recover) -> Path:
     """Make and measure the adapter; returns its folder.
 
     Raises:
-        ValueError: nothing is quantized, the run exists, or the checkpoint has no unquantized weights.
+        ValueError: no layer is quantized, the run exists, or the checkpoint has no unquantized weights.
     """
     if not options.precision.quantized:
         raise ValueError(f"precision is {options.precision.kind}, which loses nothing; choose nf4, fp4 or int8")
@@ -80,15 +85,19 @@ def recover(options: Recover) -> Path:
     if (folder / "adapter").exists():
         raise ValueError(f"{folder / 'adapter'} exists; choose another name with run=..., or delete it")
     check_model(options.model)
+    layers = linear_shapes(read_config(options.model, "transformer"))
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_precision(options.model, undecided(options.precision) or options.precision, layers)
     device = pick_device(options.device)
     ready()
     import torch
 
-    from infer.adapters import put_pairs, recovers
+    from infer.adapters import put_pairs
     from infer.attached import save_adapter
     from infer.calibrate import collect, record, relative_errors, velocities
     from infer.compute import compute_dtype
     from infer.encode import release
+    from infer.layer_errors import decide
     from infer.originals import Originals, streamed_transformer
     from infer.recovering import polish, recovered
 
@@ -98,6 +107,9 @@ def recover(options: Recover) -> Path:
             "from 2020 on (RTX 30, A10, A100), or with device=cpu: it is read on this one"
         )
     originals = Originals(options.model)
+    options.precision = decide(options.model, options.precision, device, print)
+    if not options.precision.quantized or not any(kind_asked(options.precision, name) for name in layers):
+        raise ValueError("no layer of the transformer is quantized, so nothing is lost; choose another precision")
     transformer = load_transformer(options.model, options.precision, device)
     size = stored_bytes(transformer)
     given = options.model, options.precision
@@ -137,7 +149,7 @@ def recover(options: Recover) -> Path:
         "held_out_records": len(unseen),
         "ranks": {name: pair.down.shape[0] for name, pair in pairs.items()},
     }
-    notes = {"recovers": recovers(*given), "precision": asdict(options.precision)}
+    notes = {"recovers": {"base": fingerprint(options.model, "transformer")}, "precision": asdict(options.precision)}
     save_adapter(transformer, folder / "adapter", notes | {"figures": figures}, RECOVERY)
     text = json.dumps(figures, indent=2) + "\n"
     replace_file(folder / "recovery.json", lambda path: path.write_text(text))

@@ -8,19 +8,22 @@ What such an adapter starts with is kept beside it as start.safetensors: LoftQ's
 precision than the adapter's own, where there is nothing to make up for, it is taken off.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from infer.attached import strengths
+from infer.compute import NAMES
 from infer.flux import Model
 from infer.formats import Pair, Pairs, find_adapter, read_notes, read_pairs
 from infer.formats_write import scaled, write_pairs
+from infer.lora import FROM_ERROR
 from infer.originals import Originals
-from infer.quantize import Precision, dequantized, kind_of
+from infer.quantize import Precision, dequantized, kind_asked, kind_of
 from infer.requantize import quantized_layer
 from infer.targets import base_layers
 
@@ -35,98 +38,147 @@ def best(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
-def start_from_error(
-    transformer: FluxTransformer2DModel, model: Model, precision: Precision, init: str, name: str = "default"
-) -> Pairs:
+class Start(NamedTuple):
+    """What an adapter began with, for each layer whose quantization error it makes up for."""
+
+    init: str  # residual or loftq
+    here: Pairs  # of layers stored here as they were in training: the error is here too
+    elsewhere: Pairs  # of the others: there is nothing to make up for
+
+
+def start_from_error(transformer: FluxTransformer2DModel, model: Model, init: str, name: str = "default") -> Start:
     """Fill an attached adapter, for loftq quantize its layers again, and return what it starts with.
 
+    Of a mixture, layers that are not quantized have no error: they keep the default initialisation.
+
     Raises:
-        ValueError: the layers are not quantized, the checkpoint holds no unquantized weights, or double quantization
-            is asked of loftq.
+        ValueError: none of the adapted layers is quantized, or the checkpoint holds no unquantized weights.
     """
-    if not precision.quantized:
-        raise ValueError(f"adapter.init={init} starts from a quantization error, but precision is {precision.kind}")
     originals, pairs = Originals(model), {}
     for layer, strength in strengths(transformer, name).items():
         module: Any = transformer.get_submodule(layer)
         if kind_of(module.base_layer) is None:
-            raise ValueError(f"adapter.init={init}: {layer} is not quantized; leave it out of adapter.targets")
+            continue
         stored = dequantized(module.base_layer)
         exact = originals.weight(layer).to(stored.device)
         rank = module.r[name]
         down, up = best(exact - stored, rank)
         if init == "loftq":
             for _ in range(TURNS - 1):
-                requantize(module.base_layer, exact - up @ down, precision)
+                requantize(module.base_layer, exact - up @ down, transformer.dtype)
                 down, up = best(exact - dequantized(module.base_layer), rank)
             # the last Q, around what start.safetensors holds: so it is found again
-            requantize(module.base_layer, exact - up @ down, precision)
+            requantize(module.base_layer, exact - up @ down, transformer.dtype)
         module.lora_A[name].weight.data.copy_(down)
         module.lora_B[name].weight.data.copy_(up / strength)
         pairs[layer] = Pair(down.float().cpu(), up.float().cpu(), 1.0)
-    return pairs
+    if not pairs:
+        raise ValueError(nothing_quantized(init))
+    return Start(init, pairs, {})
 
 
-def requantize(layer: nn.Linear, weight: Tensor, precision: Precision) -> None:
-    """Put other rounded weights in a layer's place, in the memory that the fast path reads too.
+def nothing_quantized(init: str) -> str:
+    return (
+        f"adapter.init={init} starts from a quantization error, but none of the layers that adapter.targets names is "
+        "quantized; set adapter.init=default, or choose another precision"
+    )
 
-    Raises:
-        ValueError: the constants are quantized themselves.
+
+def requantize(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> None:
+    """Put other rounded weights [out, in] in a layer's place, in the memory that the fast path reads too.
+
+    dtype: that the weight is rounded from, as in loading.
     """
-    new: Any = quantized_layer(weight, precision, layer.weight.device)
-    old: Any = layer
-    fresh, there = new.weight, old.weight
-    if precision.double_quant:
-        raise ValueError("adapter.init=loftq quantizes layers again, which precision.double_quant does not allow here")
-    there.data.copy_(fresh.data.view(there.data.shape))
-    if precision.kind == "int8":
-        scales = there.SCB if there.SCB is not None else old.state.SCB
-        scales.copy_(fresh.SCB)
-    else:
-        there.quant_state.absmax.copy_(fresh.quant_state.absmax)
+    there: Any = layer.weight
+    kind, old = kind_of(layer), getattr(there, "quant_state", None)
+    assert kind is not None
+    settings = {} if old is None else {"double_quant": bool(old.nested)}
+    compute = NAMES[dtype]
+    new: Any = quantized_layer(weight, Precision(kind, compute, **settings), there.device)
+    there.data.copy_(new.weight.data.view(there.data.shape))
+    if old is None:
+        state: Any = layer
+        (there.SCB if there.SCB is not None else state.state.SCB).copy_(new.weight.SCB)
+        return
+    fresh = new.weight.quant_state
+    old.absmax.copy_(fresh.absmax)
+    if old.nested:
+        old.state2.absmax.copy_(fresh.state2.absmax)
+        old.offset.copy_(fresh.offset)
 
 
 def minus(pairs: Pairs, start: Pairs) -> Pairs:
-    """The pairs less others, of twice the rank."""
-    whole = {}
-    for layer, pair in pairs.items():
-        off = start[layer]
+    """The pairs less others where there are any, of twice the rank there."""
+    whole = dict(pairs)
+    for layer in pairs.keys() & start.keys():
+        pair, off = pairs[layer], start[layer]
         ups = scaled(pair.up.float(), pair.strength), -scaled(off.up.float(), off.strength)
         whole[layer] = Pair(torch.cat([pair.down.float(), off.down.float()]), torch.cat(ups, 1), 1.0)
     return whole
 
 
-def settled(transformer: FluxTransformer2DModel, path: str, pairs: Pairs, model: Model | None) -> Pairs:
-    """An adapter's pairs as they are right on this transformer; for loftq on its own precision, its layers are
-    quantized again. Adapters that start from no error are as they are.
+def read_start(path: str, kinds: Callable[[str], str | None]) -> Start | None:
+    """What an adapter's file began with; None if that was no quantization error.
+
+    kinds: how a layer is stored here (int8, fp4, nf4 or None), by its name.
 
     Raises:
-        ValueError: start.safetensors is not beside the adapter, or `model` is not given where it is needed.
+        ValueError: start.safetensors is not beside the adapter.
     """
     file = find_adapter(path)
     notes: dict[str, Any] = read_notes(file)
     init = notes.get("adapter", {}).get("init")
-    if init not in ("residual", "loftq"):
-        return pairs
+    if init not in FROM_ERROR:
+        return None
     if not file.with_name(START).is_file():
         raise ValueError(f"{file} starts from a quantization error and needs {START} beside it; copy its whole folder")
+    trained = Precision(**notes["precision"])
     start = read_pairs(str(file.with_name(START)))
-    precision = Precision(**notes["precision"])
+    alike = {layer for layer in start if kinds(layer) == kind_asked(trained, layer)}
+    here, elsewhere = ({k: start[k] for k in start if (k in alike) is own} for own in (True, False))
+    return Start(init, here, elsewhere)
+
+
+def kinds_of(transformer: nn.Module) -> Callable[[str], str | None]:
+    """How a transformer's layers are stored, by their names."""
     layers = base_layers(transformer)
-    if any(kind_of(layers[layer]) != precision.kind for layer in pairs):
-        return minus(pairs, start)
-    if "recovery" in getattr(transformer, "peft_config", {}):
-        raise ValueError(f"{file} makes up for quantization itself (init={init}); leave the recovery adapter out")
-    if init == "loftq":
+    return lambda layer: kind_of(layers[layer]) if layer in layers else None
+
+
+def settled(
+    transformer: FluxTransformer2DModel, path: str, pairs: Pairs, model: Model | None, alone: bool = True
+) -> tuple[Pairs, Start | None]:
+    """An adapter's pairs as they are right on this transformer, and what is still in them of what they began with;
+    loftq's layers are quantized again around that. Adapters that start from no error are as they are.
+
+    alone: nothing else makes up for the quantization, and the adapter is on at weight 1. Else what it began with is
+    taken off: what it has learned is left.
+
+    Raises:
+        ValueError: start.safetensors is not beside the adapter, or `model` is not given where it is needed.
+    """
+    start = read_start(path, kinds_of(transformer))
+    if start is None:
+        return pairs, None
+    if not alone:
+        return minus(pairs, start.here | start.elsewhere), None
+    if start.init == "loftq" and start.here:
         if model is None:
             raise ValueError(
-                f"{file} is of adapter.init=loftq: its base is made from the checkpoint, which is not known"
+                f"{path} is of adapter.init=loftq: its base is made from the checkpoint, which is not known"
             )
-        originals = Originals(model)
-        for layer, pair in start.items():
+        layers, originals = base_layers(transformer), Originals(model)
+        for layer, pair in start.here.items():
             exact = originals.weight(layer).to(layers[layer].weight.device)
-            requantize(layers[layer], exact - (pair.up @ pair.down).to(exact.device), precision)
-    return pairs
+            requantize(layers[layer], exact - (pair.up @ pair.down).to(exact.device), transformer.dtype)
+    return minus(pairs, start.elsewhere), start if start.here else None
+
+
+def round_again(transformer: FluxTransformer2DModel, start: Start, model: Model) -> None:
+    """Undo what `settled` did to the layers of an adapter of loftq: they are as they were loaded."""
+    layers, originals = base_layers(transformer), Originals(model)
+    for layer in start.here if start.init == "loftq" else ():
+        requantize(layers[layer], originals.weight(layer).to(layers[layer].weight.device), transformer.dtype)
 
 
 def save_start(pairs: Pairs, folder: Path) -> None:

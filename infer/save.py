@@ -17,8 +17,19 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.checks import check_precision
 from infer.command import check_device_name, pick_device, run_command
-from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder, pipeline_index
+from infer.flux import (
+    PARTS,
+    Model,
+    check_model,
+    load_text_parts,
+    load_transformer,
+    part_folder,
+    pipeline_index,
+    read_config,
+)
+from infer.layers import linear_shapes
 from infer.paths import expand
 from infer.quantize import Precision
 from infer.quiet import ready
@@ -41,6 +52,18 @@ class Save:
         expand(self, "out")
 
 
+def refuse_mixture(precision: Precision, mend: str) -> None:
+    """Raises:
+    ValueError: the precision is one that no checkpoint is stored in.
+    """
+    if precision.layers or precision.kind == "auto":
+        asked = "precision.layers" if precision.layers else "precision=auto"
+        raise ValueError(
+            f"{asked} is a mixture of kinds, which is made while a checkpoint is read: diffusers has no way to store "
+            f"one; {mend}"
+        )
+
+
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
     """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
     parts = load_text_parts(model, precision, device)
@@ -56,18 +79,15 @@ def save(options: Save) -> Path:
     """Write the folder, whole or not at all.
 
     Raises:
-        ValueError: `out` is empty or exists, or the precision is a mixture.
+        ValueError: `out` is empty or exists, the precision is a mixture, or the checkpoint is quantized otherwise.
     """
+    refuse_mixture(options.precision, "load the unquantized checkpoint with the same precision, or save one kind")
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
-    if options.precision.layers or options.precision.kind == "auto":
-        raise ValueError(
-            "a mixture of kinds is made while a checkpoint is read, and diffusers has no way to save one; load the "
-            "unquantized checkpoint with the same precision.layers or precision=auto, or save one kind"
-        )
     check_device_name(options.device)
     check_model(options.model)
     device = pick_device(options.device)
+    check_precision(options.model, options.precision, linear_shapes(read_config(options.model, "transformer")))
     ready()
     out = Path(options.out)
     partial = partial_of(out)

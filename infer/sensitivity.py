@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import replace_file
+from infer.checks import check_guidance
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
 from infer.generate import Sampling
@@ -70,6 +71,7 @@ def sensitivity(options: Sensitivity) -> Path:
     file = None if options.out is None else Path(options.out)
     if file is not None and file.exists() and not (file.is_file() and file.read_bytes().startswith(HEADER.encode())):
         raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
     device = pick_device(options.device)
     ready()
     from infer.heat import draw_heat

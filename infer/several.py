@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
+from infer.idle import refuse_idle
 from infer.paths import expand
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
+
 _numbers = count()
 
 
@@ -48,6 +50,8 @@ class Trained:
         expand(self, "path")
         if self.path is None and self.also:
             raise ValueError("adapter.also is given without adapter.path; name the first adapter as adapter.path")
+        if self.path is None:
+            refuse_idle(self, "adapter.", ("name", "weight"), "adapter.path is null")
         Weighted(self.path or "", self.weight)
 
     def all(self) -> list[Weighted]:
@@ -72,7 +76,7 @@ def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, model: Mod
     weights = {}
     for one in chosen.all():
         name = f"chosen-{next(_numbers)}"
-        load_adapter(transformer, one.path, name, model)
+        load_adapter(transformer, one.path, name, model, one.weight)
         weights[name] = one.weight
     set_adapters(transformer, weights)
     return list(weights)

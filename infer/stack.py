@@ -135,8 +135,8 @@ def share(layers: list[Any], frozen: Stack) -> None:
         state.absmax = absmax
     if frozen.nested is not None:
         outer = frozen.nested[0].split([state.state2.absmax.numel() for state in states])
-        for state, absmax in zip(states, outer, strict=True):
-            state.state2.absmax = absmax
+        for state, absmax, offset in zip(states, outer, frozen.nested[2], strict=True):
+            state.state2.absmax, state.offset = absmax, offset
 
 
 def adapters_of(layer: Any) -> tuple[Lora, ...]:
@@ -171,11 +171,10 @@ def groups(layers: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def _split(transformer: nn.Module) -> str | None:
-    """Layers that read one input and are stored in several kinds, if there are any."""
-    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_layers(transformer).items()}
-    for group in groups(layers):
-        kinds = {kind_of(layers[name]) or "plain" for name in group}
+def split_kinds(stored: dict[str, str | None]) -> str | None:
+    """Layers that read one input and are stored in several kinds, if there are any; `stored`: kinds by layer."""
+    for group in groups(stored):
+        kinds = {stored[name] or "plain" for name in group}
         if len(kinds) > 1:
             names = ", ".join([group[0], *(name.rpartition(".")[2] for name in group[1:])])
             return f"{names} read one input and are stored as {' and '.join(sorted(kinds))}"
@@ -184,7 +183,8 @@ def _split(transformer: nn.Module) -> str | None:
 
 def obstacle(transformer: nn.Module) -> str | None:
     """Why the fast path cannot stand in for the transformer's layers; None if it can."""
-    split = _split(transformer)
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_layers(transformer).items()}
+    split = split_kinds({name: kind_of(layer) for name, layer in layers.items()})
     if split is not None:
         return split
     for name, layer in transformer.named_modules():

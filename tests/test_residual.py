@@ -6,27 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from infer.adapters import (
     RECOVERY,
     Adapter,
     attach,
+    began,
     load_adapter,
     load_recovery,
+    remove_adapter,
     save_adapter,
     strengths,
     switch,
 )
 from infer.attached import adapter_state
+from infer.fast import Memory, choose_path
 from infer.flux import load_transformer
 from infer.generate import Sampling
 from infer.lowrank import allot, approximate
 from infer.originals import Originals, streamed_transformer
-from infer.quantize import Precision, dequantized
+from infer.quantize import Precision, dequantized, kind_asked
 from infer.recover import Recover, recover
 from infer.residual import save_start, start_from_error
-from infer.several import Trained
+from infer.several import Trained, load_chosen
 from infer.targets import base_layers
 from tests.test_adapters import TINY, inputs, randomise
 
@@ -46,9 +50,34 @@ def distances(transformer: torch.nn.Module, layers: list[str]) -> dict[str, floa
     return found
 
 
-@pytest.mark.parametrize("init", ["residual", "loftq"])
-def test_starts_near_the_unquantized_weights_and_is_found_again(init: str, tmp_path: Path) -> None:
-    transformer = load_transformer(TINY, NF4, CPU)
+STORED = {
+    "nf4": NF4,
+    "double": replace(NF4, double_quant=True),
+    "mixture": replace(NF4, layers={r".*\.0\.proj_out": "int8", r".*\.0\.attn\.to_q": "bf16", ".*to_q": "fp4"}),
+    "skipped": Precision("int8", compute_dtype="fp32", skip_modules=["single_transformer_blocks.0"]),
+}
+FP32 = Precision("fp32", compute_dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("init", "stored", "fused"),
+    [
+        ("residual", "nf4", True),
+        ("residual", "mixture", False),
+        ("loftq", "nf4", False),
+        ("loftq", "double", True),
+        ("loftq", "mixture", True),
+        ("loftq", "skipped", True),
+    ],
+)
+def test_starts_near_the_unquantized_weights_and_is_found_again(
+    init: str, stored: str, fused: bool, tmp_path: Path
+) -> None:
+    """In training on it, in a run that goes on from it, and loaded: where layers are stored as in training, and
+    elsewhere, where what it has learned is left alone. With and without the fast path, which stacks the weights."""
+    precision = STORED[stored]
+    transformer = load_transformer(TINY, precision, CPU)
+    loaded = {name: dequantized(layer) for name, layer in base_layers(transformer).items()}
     adapter = Adapter(rank=8, alpha=4, targets=TARGETS, init=init)
     attach(transformer, adapter, seed=0)
     layers = list(strengths(transformer))
@@ -58,55 +87,90 @@ def test_starts_near_the_unquantized_weights_and_is_found_again(init: str, tmp_p
         exact = Originals(TINY).weight(name)
         left = torch.linalg.svdvals(exact - dequantized(base_layers(transformer)[name]))[8:]
         expected[name] = float(left.norm() / exact.norm())
-    start = start_from_error(transformer, TINY, NF4, init)
+    start = start_from_error(transformer, TINY, init)
     found = distances(transformer, layers)
+    quantized = [name for name in layers if kind_asked(precision, name)]
+    assert start.here.keys() == set(quantized) and 0 < len(quantized) <= len(layers)
+    assert (len(quantized) < len(layers)) == (stored in ("mixture", "skipped"))
     for name in layers:
+        if name not in quantized:
+            assert found[name] == plain[name]  # no error, and B is zero
+            continue
         assert found[name] < plain[name]
         if init == "residual":
             assert found[name] == pytest.approx(expected[name], rel=1e-3)
     if init == "loftq":
         assert sum(found.values()) < sum(expected.values())
     randomise(transformer)
-    notes = {"adapter": {"init": init}, "precision": vars(NF4)}
-    save_start(start, tmp_path)
+    notes = {"adapter": {"init": init}, "precision": vars(precision)}
+    save_start(start.here, tmp_path)
     save_adapter(transformer.eval(), tmp_path, notes)
-
-    again = load_transformer(TINY, NF4, CPU)
-    load_adapter(again, str(tmp_path), "mine", TINY)
-    with pytest.raises(ValueError, match=r"makes up for quantization itself .*leave the recovery adapter out"):
-        both = load_transformer(TINY, NF4, CPU)
-        attach(both, Adapter(rank=2, targets="proj_out"), seed=0, name=RECOVERY)
-        load_adapter(both, str(tmp_path), "mine", TINY)
-    exact = load_transformer(TINY, Precision("fp32", compute_dtype="fp32"), CPU)
-    learned = {name: layer.weight.data.clone() for name, layer in base_layers(exact).items() if name in layers}
-    load_adapter(exact, str(tmp_path), "mine")
     with torch.no_grad():
-        torch.testing.assert_close(again(**inputs())[0], transformer(**inputs())[0], rtol=1e-4, atol=1e-5)
-        state = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-        by_hand = load_transformer(TINY, Precision("fp32", compute_dtype="fp32"), CPU)
-        for name, weight in learned.items():  # what was learned, without what it started with
-            key = f"transformer.{name}.lora"
-            update = state[f"{key}_B.weight"] @ state[f"{key}_A.weight"] - start[name].up @ start[name].down
-            base_layers(by_hand)[name].weight.data = weight + update
-        torch.testing.assert_close(exact(**inputs())[0], by_hand(**inputs())[0], rtol=1e-4, atol=1e-5)
+        wanted = transformer(**inputs())[0]
+
+    def here() -> FluxTransformer2DModel:
+        one = load_transformer(TINY, precision, CPU)
+        if fused:
+            choose_path(one, Memory(keep="everything"), precision, CPU, print)
+        return one
+
+    again, on = here(), load_transformer(TINY, precision, CPU)
+    load_adapter(again, str(tmp_path), "mine", TINY)
+    attach(on, Adapter(rank=8, targets=TARGETS, start=str(tmp_path)), seed=1, model=TINY)
+    assert began(on)["default"].here.keys() == start.here.keys()
+    with torch.no_grad():
+        for one in (again, on):
+            torch.testing.assert_close(one(**inputs())[0], wanted, rtol=1e-4, atol=1e-5)
+    remove_adapter(again, "mine", TINY)
+    for name, layer in base_layers(again).items():
+        assert torch.equal(dequantized(layer), loaded[name]), name
+    with torch.no_grad():
+        base = again(**inputs())[0]
+        torch.testing.assert_close(base, here()(**inputs())[0], rtol=0, atol=0)
+
+    # what it has learned, without what it started with
+    state = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    updates = {}
+    for name in layers:
+        updates[name] = state[f"transformer.{name}.lora_B.weight"] @ state[f"transformer.{name}.lora_A.weight"]
+        if name in start.here:
+            updates[name] -= start.here[name].up @ start.here[name].down
+    exact = load_transformer(TINY, FP32, CPU)
+    learned = {name: layer.weight.data + updates[name] for name, layer in base_layers(exact).items() if name in layers}
+    load_adapter(exact, str(tmp_path), "mine")
+    twice = load_transformer(TINY, FP32, CPU)
+    attach(twice, Adapter(rank=16, targets=TARGETS, start=str(tmp_path)), seed=0)
+    assert not began(twice)
+    by_hand = load_transformer(TINY, FP32, CPU)
+    for name, weight in learned.items():
+        base_layers(by_hand)[name].weight.data = weight
+    with torch.no_grad():
+        for one in (exact, twice):
+            torch.testing.assert_close(one(**inputs())[0], by_hand(**inputs())[0], rtol=1e-4, atol=1e-5)
+
+    # half of it, or beside what makes up for the error already: what it has learned, on the base as it was loaded
+    half, beside = here(), load_transformer(TINY, precision, CPU)
+    load_chosen(half, Trained(str(tmp_path), weight=0.5), "mine", TINY)
+    attach(beside, Adapter(rank=2, targets="proj_out"), seed=0, name=RECOVERY)  # B is zero
+    load_adapter(beside, str(tmp_path), "mine", TINY)
+    for one, weight in ((half, 0.5), (beside, 1.0)):
+        by_hand = load_transformer(TINY, FP32, CPU)
+        for name, layer in base_layers(by_hand).items():
+            layer.weight.data = loaded[name] + weight * updates.get(name, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(one(**inputs())[0], by_hand(**inputs())[0], rtol=1e-3, atol=1e-4)
     (tmp_path / "start.safetensors").unlink()
     with pytest.raises(ValueError, match=r"needs start\.safetensors beside it; copy its whole folder"):
         load_adapter(load_transformer(TINY, NF4, CPU), str(tmp_path), "mine", TINY)
 
 
 def test_error_starts_that_cannot_be() -> None:
-    for precision, init, message in (
-        (
-            Precision("fp32", compute_dtype="fp32"),
-            "residual",
-            "starts from a quantization error, but precision is fp32",
-        ),
-        (replace(NF4, double_quant=True), "loftq", "which precision.double_quant does not allow"),
-    ):
+    layers = {"proj_out": "bf16"}
+    for precision in (FP32, replace(NF4, layers=layers), Precision("nf4", skip_modules=["proj_out"])):
         transformer = load_transformer(TINY, precision, CPU)
-        attach(transformer, Adapter(rank=4, targets="proj_out", init=init), seed=0)
-        with pytest.raises(ValueError, match=message):
-            start_from_error(transformer, TINY, precision, init)
+        attach(transformer, Adapter(rank=4, targets="proj_out", init="residual"), seed=0)
+        with pytest.raises(ValueError, match=r"none of the layers that adapter\.targets names is quantized"):
+            start_from_error(transformer, TINY, "residual")
 
 
 def test_low_rank_is_the_best_there_is() -> None:
@@ -177,6 +241,9 @@ def test_a_recovery_adapter_closes_the_gap_and_stays_on(tmp_path: Path, monkeypa
     save_adapter(transformer, tmp_path / "own", {})
     assert all("attn" in key for key in load_file(tmp_path / "own" / "pytorch_lora_weights.safetensors"))  # apart
     for precision, path, message in (
+        (replace(nf4, layers={".*ff.*": "int8"}), folder, r"another mixture: .*\.ff.* was nf4 and is int8, as one of"),
+        (replace(nf4, skip_modules=["proj_out"]), folder, r"another mixture: .*proj_out was nf4 and is not quantized"),
+        (replace(nf4, double_quant=True), folder, "was made for double_quant=False, not True"),
         (Precision("fp4"), folder, "was made for kind=nf4, not fp4; make one with"),
         (nf4, tmp_path / "own", "is no recovery adapter; make one with"),
     ):

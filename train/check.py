@@ -6,7 +6,7 @@ from infer.command import check_device_name, check_run_name
 from infer.flux import check_model, read_config
 from infer.formats import find_adapter, read_notes
 from infer.layers import linear_shapes
-from infer.quantize import check_named
+from infer.quantize import check_layer_names
 from infer.targets import match_targets
 from train.config import Train
 
@@ -22,7 +22,7 @@ def check_run(job: Train) -> Path:
     check_model(job.model)
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets)
-    check_named(job.precision, layers)
+    check_layer_names(job.precision, layers)
     checkpoints = folder / "checkpoints"
     if job.resume is not None and not (checkpoints / job.resume).is_dir():
         names = ", ".join(sorted(path.name for path in checkpoints.glob("step-*"))) or "none"

@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import ImageColor
 
+from infer.idle import refuse_idle
 from infer.paths import expand
-from train.folder import no_source, read_folder
+from train.folder import METADATA, no_source, read_folder
 from train.picture import MOST_PIXELS
 from train.source import POLICIES, Faults, Sample, Skipped, Source
 from train.table import is_table, read_table
@@ -54,6 +55,9 @@ class Prior:
                 raise ValueError(f"data.prior.{name} is {getattr(self, name)}; it must be above 0")
         if self.steps < 1:
             raise ValueError(f"data.prior.steps is {self.steps}; it must be 1 or more")
+        if self.path:
+            reason = "the base draws no pictures where data.prior.path gives them"
+            refuse_idle(self, "data.prior.", ("steps", "guidance", "seed"), reason)
 
 
 @dataclass
@@ -139,6 +143,8 @@ class Data:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
         if not 0 <= self.least <= 1:
             raise ValueError(f"data.least is {self.least}; it is a share, from 0 to 1")
+        if self.on_error == "raise":
+            refuse_idle(self, "data.", ("least",), "data.on_error=raise skips nothing")
         if self.text_length is not None and self.text_length < 1:
             raise ValueError(f"data.text_length is {self.text_length}; it must be 1 or more, or null")
         if not 1 <= self.aspect < float("inf"):
@@ -186,6 +192,7 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
     faults = Faults(data.on_error)
     samples = []
     sources = sources_of(data)
+    _refuse_idle(data, [source.path for source in sources if not source.prior])
     for index, source in enumerate(sources[:-1] if data.prior.count else sources):
         column = source.caption_column or data.caption_column
         if is_table(source.path):
@@ -197,6 +204,21 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
             what = "data.path" if data.path == source.path else "a source's path"
             raise ValueError(f"{what} {no_source(Path(source.path))}")
     return samples, faults.skipped
+
+
+def _refuse_idle(data: Data, paths: list[str]) -> None:
+    """Refuse what is set for tables where all sources are folders, and the other way round."""
+    tables = [path for path in paths if is_table(path)]
+    folders = [path for path in paths if path not in tables]
+    listed = [path for path in folders if any(next(Path(path).rglob(name), None) for name in METADATA)]
+    if not tables:
+        refuse_idle(data, "data.", ("image_column",), "no source is a table; pictures of a folder are files")
+    if not tables and not listed:
+        reason = "no source is a table or has a metadata file; captions are in .txt or .caption files"
+        refuse_idle(data, "data.", ("caption_column",), reason)
+    if len(listed) == len(folders):
+        reason = "it splits .txt and .caption files, and captions are in tables or metadata files"
+        refuse_idle(data, "data.", ("caption_lines",), reason)
 
 
 def check_left(data: Data, samples: list[Sample], skipped: list[Skipped]) -> None:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infer.idle import refuse_idle
+
 if TYPE_CHECKING:
     import torch
     from diffusers import FluxTransformer2DModel
@@ -42,6 +44,8 @@ class Flow:
             raise ValueError(f"flow.weighting is {self.weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
         if not self.logit_std > 0:
             raise ValueError(f"flow.logit_std is {self.logit_std}; it must be above 0")
+        if self.density == "uniform":
+            refuse_idle(self, "flow.", ("logit_mean", "logit_std"), "flow.density=uniform draws no logit-normal")
 
 
 def shift_for(tokens: int) -> float:

@@ -24,7 +24,7 @@ from infer.atomic import replace_file
 from infer.cells import markdown_table
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
-from infer.formats import read_pairs
+from infer.idle import refuse_idle
 from infer.memory import Memory
 from infer.quantize import Precision, stored_bytes
 from infer.quiet import ready
@@ -76,6 +76,9 @@ class Gap:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         self.order()
+        reason = "gap measures at evenly spaced noise levels and weights none"
+        refuse_idle(self.flow, "flow.", ("density", "logit_mean", "logit_std", "weighting"), reason)
+        refuse_idle(self.memory, "memory.", ("graph",), "gap captures nothing")
 
     def order(self) -> list[str]:
         """The precisions to run, the one that others are compared with first.
@@ -91,8 +94,9 @@ class Gap:
         return [plain[0], *(name for name in names if name != plain[0])]
 
 
-def measure(options: Gap, device: torch.device) -> list[Row]:
-    """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error."""
+def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[Row]:
+    """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error. memory: by
+    precision, the settings that all of it can run with."""
     from infer.scores import relative_error
     from train.probe import loaded, prepare, probe, switch_on
 
@@ -104,7 +108,7 @@ def measure(options: Gap, device: torch.device) -> list[Row]:
     for name in options.order():
         job = Train(
             options.model, options.precisions[name], data=options.data, encode=options.encode, flow=options.flow,
-            memory=options.memory, validation_levels=options.levels, seed=options.seed,
+            memory=memory[name], validation_levels=options.levels, seed=options.seed,
         )  # fmt: skip
         bar.set_postfix_str(name)
         cache, samples = prepare(job, device, options.pictures)
@@ -183,19 +187,25 @@ def gap(options: Gap) -> Path:
     check_device_name(options.device)
     folder = check_run_name(options.run) / "gap"
     check_model(options.model)
-    chosen = options.adapter.all()
+    options.adapter.all()
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
     ready()
-    for one in chosen:
-        read_pairs(one.path)  # what is wrong with it is said before a model is loaded
+    from infer.checks import check_running
     from infer.layer_errors import decide
     from infer.measure import describe_device
+    from train.checks import check_flow
     from train.curves import draw_curves
 
-    for name in options.order():
-        options.precisions[name] = decide(options.model, options.precisions[name], device, print)
-    rows = measure(options, device)
+    check_flow(options.model, options.flow)
+    memory: dict[str, Memory] = {}
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name in options.order():
+            given = options.precisions[name], options.adapter, None, options.memory
+            memory[name] = check_running(options.model, *given, device)
+        for name in options.order() if turn == 0 else ():
+            options.precisions[name] = decide(options.model, options.precisions[name], device, print)
+    rows = measure(options, memory, device)
     summary = summarise(rows)
     lines = table(summary)
     result = {"model": options.model.path, "device": describe_device(device), "summary": summary, "rows": rows}

@@ -91,7 +91,7 @@ def commands_of(config: dict[str, Any], overrides: list[str], name: str, places:
     if start[0] == "accelerate":  # the one of this Python, whatever PATH says
         start[0] = str(Path(sys.executable).with_name("accelerate"))
     own = [o for o in overrides if not re.match(r"[+~]*(run|sweep|sweep\..*)=", o)]
-    if track["group"] is None:
+    if track["kind"] == "wandb" and track["group"] is None:
         own.append(f"track.group={spell(config['run'])}")
     sources = [word for place in places for word in ("--config-dir", place)]
     commands = {"train": [*start, str(ROOT / "train/train.py"), *sources, *own, f"run={spell(run)}"]}
@@ -105,7 +105,8 @@ def commands_of(config: dict[str, Any], overrides: list[str], name: str, places:
             options += [f"prompts={spell(config['previews'])}"] if config["previews"] else []
         commands["compare"] = [sys.executable, str(ROOT / "infer/compare.py"), *options, *sweep["compare"]]
         if track["kind"] != "none":
-            told = spell_all({"track": track | {"group": track["group"] or config["run"]}})
+            group = track["group"] or config["run"] if track["kind"] == "wandb" else None
+            told = spell_all({"track": track | {"group": group}})
             commands["track"] = [sys.executable, str(ROOT / "train/track.py"), f"run={spell(run)}", *told]
     return commands
 

@@ -57,7 +57,7 @@ def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, 
 @contextmanager
 def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransformer2DModel]:
     """The transformer at a job's precision, on its path, for the time of a with-block; sets `job.memory` to the path
-    that is taken."""
+    that is taken. Adapters that come later must be able to run on it (infer/checks.py, `check_running`)."""
     transformer = load_transformer(job.model, job.precision, device, hold_of(job.memory))
     job.memory, _ = choose_path(transformer, job.memory, job.precision, device, say)  # a stream streams all blocks
     try:
@@ -68,15 +68,9 @@ def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransform
 
 
 def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained) -> list[str]:
-    """Load adapters; returns what they are called in the model.
-
-    Raises:
-        ValueError: the path that was taken has no way to run it.
-    """
+    """Load adapters; returns what they are called in the model."""
     names = load_chosen(transformer, chosen, job.model)
-    reason = obstacle(transformer)
-    if job.memory.fused and reason:
-        raise ValueError(f"the fast path cannot run {chosen.path}: {reason}; set memory=plain")
+    assert not job.memory.fused or obstacle(transformer) is None, obstacle(transformer)
     return names
 
 

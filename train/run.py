@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from infer.adapters import FILE, attach, check_adapter, load_recovery, read_notes, save_adapter, strengths, update_norm
+from infer.adapters import FILE, attach, began, load_recovery, read_notes, save_adapter, strengths, update_norm
 from infer.card import push, write_card
 from infer.command import STOPPED
 from infer.compute import stored_on
@@ -27,6 +27,7 @@ from train.build import build
 from train.caption import all_texts
 from train.card import card_of
 from train.checkpoint import find_checkpoint, read_checkpoint
+from train.checks import check_job
 from train.config import Train, check_half
 from train.data import check_left
 from train.identity import begun_steps, claim, forget_adapters, note_steps, record_adapters
@@ -111,6 +112,8 @@ def train_on(
     """The run, on the ranks that there are; None if it was stopped."""
     main, say = accelerator.is_main_process, accelerator.print
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    if job.precision.kind == "auto":
+        check_job(job, accelerator)  # deciding it measures the transformer
     if main:
         job.precision = decide(job.model, job.precision, accelerator.device, say)
     accelerator.wait_for_everyone()
@@ -137,6 +140,7 @@ def train_on(
             if done.is_dir():
                 shutil.rmtree(f"{done}.aside", ignore_errors=True)
                 done.rename(f"{done}.aside")
+    check_job(job, accelerator)
     if begun != ranks:
         say(
             f"note: the run began with {begun} processes and goes on with {ranks}: the samples of each update stay the "
@@ -157,7 +161,6 @@ def train_on(
             f"{finished} is of another number of steps, and there is no checkpoint to go on from; choose another name "
             f"with run=..., or delete {folder} to start over"
         )
-    check_adapter(job.adapter, job.model, job.precision)
     if not job.model.random:
         path, config = job.model.path, read_config(job.model, "transformer")
         check_transformer(path, part_folder(job.model, "transformer"), config)
@@ -189,10 +192,10 @@ def train_on(
     if job.adapter.recovery is not None:
         layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
         say(f"recovery adapter on {layers} layers")
-    parameters = attach(transformer, job.adapter, job.seed)
-    start = None
+    parameters = attach(transformer, job.adapter, job.seed, model=job.model)
     if job.adapter.init in FROM_ERROR:
-        start = start_from_error(transformer, job.model, job.precision, job.adapter.init)
+        began(transformer)["default"] = start_from_error(transformer, job.model, job.adapter.init)
+    start = began(transformer).get("default")
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
@@ -243,7 +246,8 @@ def train_on(
     if main:
         notes = {
             "step": job.steps,
-            "adapter": asdict(job.adapter),
+            # one that goes on from a start at the quantization error is itself of that kind
+            "adapter": asdict(job.adapter) | ({} if start is None else {"init": start.init}),
             "precision": asdict(job.precision),
             "base": base,
             "trigger": job.data.trigger,
@@ -253,11 +257,11 @@ def train_on(
         if average is not None:
             with average.used():
                 if start is not None:
-                    save_start(start, folder / "adapter-ema")
+                    save_start(start.here, folder / "adapter-ema")
                 own = {"ema": job.ema, "validation": now.validation_ema}
                 save_adapter(transformer, folder / "adapter-ema", notes | own)
         if start is not None:
-            save_start(start, folder / "adapter")
+            save_start(start.here, folder / "adapter")
         write_card(folder / "adapter", card_of(job, folder, now.validation))
         save_adapter(transformer, folder / "adapter", notes)
         record_adapters(folder)

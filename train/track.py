@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 import yaml
 
+from infer.idle import refuse_idle
+
 KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
 
@@ -43,6 +45,9 @@ class Track:
             raise ValueError(f"track.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.mode not in MODES:
             raise ValueError(f"track.mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.kind != "wandb":
+            names = "project", "entity", "group", "tags", "mode"
+            refuse_idle(self, "track.", names, f"it is W&B's, and track is {self.kind}: set track=wandb")
 
 
 class Tracker(Protocol):

@@ -88,6 +88,11 @@ class Transfer:
         check_file_names("precisions", self.precisions)
         if bool(self.prompts) != bool(self.scores):
             raise ValueError("prompts and scores go together: give both, or neither")
+        if self.adapter.recovery is not None:
+            raise ValueError(
+                f"adapter.recovery is {self.adapter.recovery!r}, which belongs to one precision, and each adapter is "
+                "run at all of them; set it to null"
+            )
         if not self.data.validation > 0:
             raise ValueError("data.validation is 0.0, but the objective is measured on held-out pictures; set 0.2")
 
@@ -103,6 +108,7 @@ class Transfer:
 
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[Row]:
     """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
+    from infer.adapters import remove_adapter
     from infer.encode import decode, text_encoder
     from train.probe import loaded, prepare, probe, switch_on
 
@@ -128,7 +134,8 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
                     for text, p in zip(texts, options.prompts, strict=True)
                 ]
                 row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
-                transformer.delete_adapters(attached)
+                for adapter_name in attached:
+                    remove_adapter(transformer, adapter_name, options.model)
                 yield row
         del transformer, vae
 
@@ -181,14 +188,24 @@ def transfer(options: Transfer) -> Path:
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
     ready()
+    from infer.checks import check_guidance, check_training
     from infer.judges import find_scores
     from infer.layer_errors import decide
     from infer.measure import describe_device
+    from train.checks import check_flow
     from train.matrix import draw_matrix
 
     scores = find_scores(options.scores)
-    for name, precision in options.precisions.items():
-        options.precisions[name] = decide(options.model, precision, device, print)
+    check_flow(options.model, options.flow)
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name, precision in options.precisions.items():
+            try:
+                check_training(options.model, precision, options.adapter, options.memory, device)
+            except ValueError as error:
+                raise ValueError(f"at precisions.{name}: {error}") from error
+        for name, precision in options.precisions.items() if turn == 0 else ():
+            options.precisions[name] = decide(options.model, precision, device, print)
     for seed in options.seeds:
         for name in options.precisions:
             print(f"training {name}, seed {seed}")
