@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -98,7 +99,7 @@ def second_start(gib: float) -> None:
 
         for what, files in ((f"a checkpoint of {gib:g} GiB", [weights]), (f"{PICTURES:,} pictures", pictures)):
             for which in ("first", "second"):
-                show(f"{what}, {which} start", *timed(lambda files=files: start(files)))
+                show(f"{what}, {which} start", *timed(partial(start, files)))
 
 
 if __name__ == "__main__":
