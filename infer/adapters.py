@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,12 @@ class Adapter:
             ) from error
 
 
+def own_random() -> AbstractContextManager[None]:
+    """Random numbers within leave those after it as they would have been, on the CPU and on this process's GPU: of the
+    others, which torch takes too unless it is told, it warns once a process."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+
+
 def attach(
     transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default"
 ) -> list[nn.Parameter]:
@@ -102,7 +109,7 @@ def attach(
         # as a pattern: PEFT takes each name of a list for an ending, and `proj_out` ends many
         target_modules="|".join(map(re.escape, targets)),
     )
-    with torch.random.fork_rng():
+    with own_random():
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=name)
     parameters = [p for n, p in transformer.named_parameters() if f".{name}." in n and "lora_" in n]
@@ -177,7 +184,7 @@ def check_fit(pairs: Pairs, transformer: nn.Module, path: str) -> None:
 
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
     """Attach pairs that fit as a frozen adapter in the transformer's dtype, on and alone."""
-    with torch.random.fork_rng():
+    with own_random():
         transformer.add_adapter(lora_config(pairs), adapter_name=name)
     attached = strengths(transformer, name)
     assert attached.keys() == pairs.keys(), f"{len(attached)} of {len(pairs)} layers were attached"

@@ -30,6 +30,7 @@ ATTENTION = [
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.flux_lora.attention.default,  # infer/attention.py, which infer/fused.py imports
 ]
 PRODUCTS = [aten.mm.default, aten.addmm.default]
 
@@ -75,7 +76,7 @@ class Memory:
     compile: bool | None = None
     """torch.compile the blocks; null does so on CUDA."""
     graph: bool | None = None
-    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
+    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA."""
     budget_gib: float | None = None
     """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
     are copied when their turn comes. null keeps all on the device."""
@@ -159,9 +160,15 @@ def _single_parts(block: Any, apart: bool) -> tuple[list[Group], Callable[[int],
 
 
 def install(
-    transformer: FluxTransformer2DModel, memory: Memory, device: torch.device, keep: str | None = None
+    transformer: FluxTransformer2DModel,
+    memory: Memory,
+    device: torch.device,
+    keep: str | None = None,
+    repeatable: bool = False,
 ) -> Stream | None:
     """Replace every block's forward; returns the stream of the blocks where a budget asks for one.
+
+    repeatable: with an attention whose gradient is the same every time (infer/attention.py).
 
     Raises:
         ValueError: the layers cannot be stacked.
@@ -208,10 +215,11 @@ def install(
             if torch.is_grad_enabled():
                 # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
                 txt, img = (x if x.requires_grad else x.detach().requires_grad_() for x in (txt, img))
+            block = parts(heads)._replace(repeatable=repeatable)
             if stream is None:
-                return run(parts(heads), txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
+                return run(block, txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
             txt, img = stream.before(i, txt, img)
-            txt, img = run(parts(heads), txt, img, temb, *image_rotary_emb)
+            txt, img = run(block, txt, img, temb, *image_rotary_emb)
             return stream.after(i, txt, img)
 
         return forward
@@ -253,8 +261,11 @@ def choose_path(
     precision: Precision,
     device: torch.device,
     say: Callable[[str], object],
+    repeatable: bool = False,
 ) -> tuple[Memory, Stream | None]:
     """Install the fast path, or say why not and prepare the plain one; returns what was done.
+
+    repeatable: the fast path's gradients are the same every time; the plain one's are what torch's flags make them.
 
     Raises:
         ValueError: a setting that needs the fast path is asked for, and the path cannot be taken.
@@ -265,7 +276,7 @@ def choose_path(
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
     if reason is None:
-        return memory, install(transformer, memory, device)
+        return memory, install(transformer, memory, device, repeatable=repeatable)
     for name in NEEDS_FUSED:
         if getattr(memory, name):
             raise ValueError(f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.attention import repeatable_attention
 from infer.product import add_product
 from infer.stack import Linear, Lora, Stack, dequantize
 
@@ -168,9 +169,11 @@ class _WholeGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]."""
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attention(q: Tensor, k: Tensor, v: Tensor, repeatable: bool) -> Tensor:
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; repeatable: with a gradient that is the
+    same every time."""
+    attend = repeatable_attention if repeatable else functional.scaled_dot_product_attention
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     whole: Tensor = _WholeGradient.apply(out.transpose(1, 2).flatten(2))
     return whole
 
@@ -204,6 +207,7 @@ class Double(NamedTuple):
     out: tuple[Linear, Linear]
     up: tuple[Linear, Linear]
     down: tuple[Linear, Linear]
+    repeatable: bool = False  # whether the attention's gradient is the same every time
 
 
 def double_block(
@@ -218,7 +222,7 @@ def double_block(
         q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
         parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
     q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.repeatable)
     for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
         _, _, gate, shift, scale, gate_mlp = mods[i]
         x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
@@ -235,6 +239,7 @@ class Single(NamedTuple):
     mod: Linear
     reads: tuple[Linear, ...]  # q, k, v and the MLP's up, in one stack or in several
     down: Linear
+    repeatable: bool = False  # whether the attention's gradient is the same every time
 
 
 def single_block(
@@ -247,7 +252,7 @@ def single_block(
     q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
     q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
     q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
-    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.repeatable)
     y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
     txt, img = _bounded(x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
     return txt.contiguous(), img.contiguous()

@@ -52,6 +52,7 @@ from train.plan import announce
 from train.prior import prior_samples
 from train.progress import refuse_other
 from train.ranks import check_shared, make_accelerator, shard, shards
+from train.repeat import repeating
 from train.source import Sample, Skipped
 from train.stop import Stop
 from train.track import make_tracker
@@ -71,6 +72,7 @@ def claim(job: Train, folder: Path, processes: int) -> int:
         "track",
         "sweep",
         "device",
+        "deterministic",
         "memory",
         "save_every",
         "save_minutes",
@@ -122,7 +124,7 @@ def train(job: Train) -> Path:
     """The whole run; returns the adapter's folder. Stopped by a signal it leaves by SystemExit, with code 3."""
     folder = check_run_name(job.run)
     check_model(job.model)
-    with Stop() as stop:
+    with Stop() as stop, repeating(job.deterministic):
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         accelerator = make_accelerator(job)
@@ -210,7 +212,7 @@ def train_on(
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
-    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say)
+    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say, job.deterministic)
     # its backward reads beyond its bounds where a gradient is a slice (torch 2.11); the fast path gives it none
     torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
     previews = {prompt: cache.text(prompt) for prompt in job.previews}
