@@ -140,7 +140,8 @@ def _double_parts(block: Any) -> tuple[list[Group], Callable[[int], Double]]:
 
     def parts(heads: int) -> Double:
         norms = attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_q.weight, attn.norm_k.weight
-        return Double(heads, norms, *((a.linear(), b.linear()) for a, b in pairs))
+        mods, qkvs, outs, ups, downs = ((a.linear(), b.linear()) for a, b in pairs)
+        return Double(heads, norms, mods, qkvs, outs, ups, downs)
 
     return [group for pair in pairs for group in pair], parts
 

@@ -9,6 +9,7 @@ process tried.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def repeating(on: bool) -> Iterator[None]:
     from torch._inductor import config as inductor
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; cuBLAS reads it when it starts
-    memory = torch.utils.deterministic
+    memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled, by_rule = memory.fill_uninitialized_memory, getattr(inductor, "deterministic", None)
     torch.use_deterministic_algorithms(True)
