@@ -275,7 +275,7 @@ def test_steps_of_replicas_are_captured_like_one_process_s(processes: int) -> No
 def test_no_library_speaks_once_a_rank(two: tuple[Path, list[str], float]) -> None:
     _, logs, _ = two
     assert not [line for log in logs for line in log.splitlines() if "Warning" in line or "context_fn" in line]
-    assert [log.count("the fast path is off") for log in logs] == [1, 0]
+    assert [log.count("the fast path is off") for log in logs] == [1, 1]  # once a machine
 
 
 def test_what_works_passes() -> None:
