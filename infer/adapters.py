@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Container, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ METHODS = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 """Names that a module within PEFT's dictionaries of modules and parameters cannot have."""
 
 
+def own_random() -> AbstractContextManager[None]:
+    """Random numbers within leave those after it as they would have been, on the CPU and on this process's GPU: of the
+    others, which torch takes too unless it is told, it warns once a process."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+
+
 def attach(
     transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default", model: Model | None = None
 ) -> list[nn.Parameter]:
@@ -56,7 +63,7 @@ def attach(
         # as a pattern: PEFT takes each name of a list for an ending, and `proj_out` ends many
         target_modules="|".join(map(re.escape, targets)),
     )
-    with torch.random.fork_rng():
+    with own_random():
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=name)
     parameters = [p for n, p in transformer.named_parameters() if f".{name}." in n and "lora_" in n]
@@ -140,7 +147,7 @@ def _keep(transformer: nn.Module, name: str, start: Start | None) -> None:
 def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
     """Attach pairs that fit as a frozen adapter in the dtype that the transformer computes in, on and alone; DoRA's
     magnitudes in fp32, since each scales a whole row of a weight."""
-    with torch.random.fork_rng():
+    with own_random():
         transformer.add_adapter(lora_config(pairs), adapter_name=name)
     attached = strengths(transformer, name)
     assert attached.keys() == pairs.keys(), f"{len(attached)} of {len(pairs)} layers were attached"

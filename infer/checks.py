@@ -3,6 +3,8 @@
 What loading itself finds (a layer stored otherwise than asked, a shape that does not fit) is checked there again.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import partial

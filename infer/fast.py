@@ -29,6 +29,7 @@ ATTENTION = [
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.flux_lora.attention.default,  # infer/attention.py, which infer/fused.py imports
 ]
 PRODUCTS = [aten.mm.default, aten.addmm.default]
 
@@ -99,7 +100,8 @@ def _double_parts(block: Any) -> tuple[list[Group], Callable[[int], Double]]:
 
     def parts(heads: int) -> Double:
         norms = attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_q.weight, attn.norm_k.weight
-        return Double(heads, norms, *((a.linear(), b.linear()) for a, b in pairs))
+        mods, qkvs, outs, ups, downs = ((a.linear(), b.linear()) for a, b in pairs)
+        return Double(heads, norms, mods, qkvs, outs, ups, downs)
 
     return [group for pair in pairs for group in pair], parts
 
@@ -119,9 +121,15 @@ def _single_parts(block: Any, apart: bool) -> tuple[list[Group], Callable[[int],
 
 
 def install(
-    transformer: FluxTransformer2DModel, memory: Memory, device: torch.device, keep: str | None = None
+    transformer: FluxTransformer2DModel,
+    memory: Memory,
+    device: torch.device,
+    keep: str | None = None,
+    repeatable: bool = False,
 ) -> Stream | None:
     """Replace every block's forward; returns the stream of the blocks where a budget asks for one.
+
+    repeatable: with an attention whose gradient is the same every time (infer/attention.py).
 
     Raises:
         ValueError: the layers cannot be stacked.
@@ -169,10 +177,11 @@ def install(
             if torch.is_grad_enabled():
                 # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
                 txt, img = (x if x.requires_grad else x.detach().requires_grad_() for x in (txt, img))
+            block = parts(heads)._replace(repeatable=repeatable)
             if stream is None:
-                return run(parts(heads), txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
+                return run(block, txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
             txt, img = stream.before(i, txt, img)
-            txt, img = run(parts(heads), txt, img, temb, *image_rotary_emb)
+            txt, img = run(block, txt, img, temb, *image_rotary_emb)
             return stream.after(i, txt, img)
 
         return forward
@@ -214,8 +223,11 @@ def choose_path(
     precision: Precision,
     device: torch.device,
     say: Callable[[str], object],
+    repeatable: bool = False,
 ) -> tuple[Memory, Stream | None]:
     """Install the fast path, or say why not and prepare the plain one; returns what was done.
+
+    repeatable: the fast path's gradients are the same every time; the plain one's are what torch's flags make them.
 
     Raises:
         ValueError: a setting that needs the fast path is asked for, and the path cannot be taken.
@@ -225,7 +237,7 @@ def choose_path(
         reason = "LLM.int8 multiplies by its own kernels"
     plain = refuse_plain(memory, device, reason)
     if plain.fused:
-        return memory, install(transformer, memory, device)
+        return memory, install(transformer, memory, device, repeatable=repeatable)
     if memory.fused:
         say(f"note: the fast path is off: {reason}")
     if plain.keep == "nothing":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.attention import repeatable_attention
 from infer.half import attend, scaled_product
 from infer.product import add_product
 from infer.stack import Linear, Lora, Stack, dequantize
@@ -183,9 +184,14 @@ class _WholeGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, half: bool) -> Tensor:
-    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/half.py."""
-    multiply = attend if half else functional.scaled_dot_product_attention
+def attention(q: Tensor, k: Tensor, v: Tensor, half: bool, repeatable: bool) -> Tensor:
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/half.py; repeatable: with
+    a gradient that is the same every time."""
+    multiply: Any = functional.scaled_dot_product_attention
+    if half:
+        multiply = attend
+    elif repeatable:
+        multiply = repeatable_attention
     out = multiply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     whole: Tensor = _WholeGradient.apply(out.transpose(1, 2).flatten(2))
     return whole
@@ -220,6 +226,7 @@ class Double(NamedTuple):
     out: tuple[Linear, Linear]
     up: tuple[Linear, Linear]
     down: tuple[Linear, Linear]
+    repeatable: bool = False  # whether the attention's gradient is the same every time
 
 
 def double_block(
@@ -234,7 +241,7 @@ def double_block(
         q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
         parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
     q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.qkv[0].frozen.half)
+    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.qkv[0].frozen.half, block.repeatable)
     for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
         _, _, gate, shift, scale, gate_mlp = mods[i]
         x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
@@ -251,6 +258,7 @@ class Single(NamedTuple):
     mod: Linear
     reads: tuple[Linear, ...]  # q, k, v and the MLP's up, in one stack or in several
     down: Linear
+    repeatable: bool = False  # whether the attention's gradient is the same every time
 
 
 def single_block(
@@ -263,7 +271,7 @@ def single_block(
     q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
     q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
     q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
-    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half)
+    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half, block.repeatable)
     y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
     txt, img = (x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
     return txt.contiguous(), img.contiguous()

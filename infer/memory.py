@@ -25,7 +25,7 @@ class Memory:
     compile: bool | None = None
     """torch.compile the blocks; null does so on CUDA."""
     graph: bool | None = None
-    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA with one process."""
+    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA."""
     budget_gib: float | None = None
     """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
     are copied when their turn comes. null keeps all on the device."""

@@ -11,6 +11,8 @@ NOISE = (
     "No LoRA keys associated to",  # diffusers: the text encoders have no adapter
     "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that T5 cuts are named by us
     "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place
+    "context_fn is passed to torch.utils.checkpoint",  # torch: sums in place, which scripts/check_fast.py compares
+    "Cannot dispatch to fused implementation",  # torch: norms in bf16 read fp32 under autocast, as PEFT has it
     "`torch_dtype` is deprecated",  # diffusers 0.42 renames an argument that older ones need
 )
 
@@ -39,8 +41,12 @@ def quieten() -> None:
 
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(wanted)
-    # bitsandbytes has no handler of its own: the filter sits at the loggers that speak
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    # these have no handler of their own: the filter sits at the loggers that speak
+    for name in (
+        "bitsandbytes.backends.cpu.ops",
+        "bitsandbytes.autograd._functions",
+        "torch._higher_order_ops.wrap",
+    ):
         logging.getLogger(name).addFilter(wanted)
     from diffusers.utils import logging as diffusers_logging
 

@@ -28,6 +28,7 @@ from train.footprint import footprint
 
 GIB = 2**30
 PARTS = ("train", "infer", "check", "plan")
+MORE = ("ranks",)  # of several GPUs, by scripts/bench_ranks.py
 
 
 def plan_rows(seen: list[Row]) -> list[Row]:
@@ -87,7 +88,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             sys.exit("error: this measures a GPU, and torch sees none")
         measure(folder, torch.cuda.get_device_properties(0).total_memory / GIB - 1)
-    files = [file for part in PARTS if (file := folder / f"{part}.jsonl").is_file()]
+    files = [file for part in PARTS + MORE if (file := folder / f"{part}.jsonl").is_file()]
     if not files:
         sys.exit(f"error: {folder} holds none of {', '.join(f'{part}.jsonl' for part in PARTS)}")
     print(table(json.loads(line) for file in files for line in file.read_text().splitlines()))

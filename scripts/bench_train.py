@@ -41,6 +41,7 @@ from train.config import Train
 from train.flop import step_flop
 from train.flow import losses, noised, predict
 from train.optim import make_optimizer, step_if
+from train.repeat import repeating
 from train.sampler import Place
 from train.step import fit_budget, make_learner
 from train.update import hear, tell
@@ -157,7 +158,7 @@ def measure(
         transformer.enable_gradient_checkpointing()
         learn = plain_learner(transformer, job)
     else:
-        job.memory, stream = choose_path(transformer, job.memory, job.precision, device, print)
+        job.memory, stream = choose_path(transformer, job.memory, job.precision, device, print, job.deterministic)
         torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
         learn = make_learner(job, accelerator, transformer, parameters, stream)
     batch = make_batch(variant, transformer.config, device)
@@ -226,7 +227,8 @@ def worker(names: list[str], out: Path, gang: Path | None) -> None:
         if name == RATE:
             with bench_rows.alone(gang):
                 return {"flop_per_second": matrix_rate(held.device)}
-        return measure(VARIANTS[name], held, accelerator, name, gang)
+        with repeating(VARIANTS[name].deterministic):
+            return measure(VARIANTS[name], held, accelerator, name, gang)
 
     for name in names:
         if not bench_rows.attempt(name, out, held.device, lambda name=name: work(name)):  # type: ignore[misc]

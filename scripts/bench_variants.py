@@ -24,6 +24,7 @@ class Variant:
     optim: str = "adamw"
     batch: int = 1
     reference: bool = False
+    deterministic: bool = False
 
     @property
     def job(self) -> Train:
@@ -32,6 +33,7 @@ class Variant:
             precision=self.precision,
             adapter=self.adapter,
             memory=self.memory,
+            deterministic=self.deterministic,
             optim=Optim(name=self.optim),
             data=Data(resolution=self.resolution, batch_size=self.batch),
         )
@@ -56,6 +58,7 @@ def _variants() -> dict[str, Variant]:
             f"nf4-{size}-dora": Variant(NF4, size, BALANCED, Adapter(rank=4, alpha=4.0, dora=True)),
             f"int8-{size}-balanced": Variant(INT8, size, BALANCED),
             f"llm_int8-{size}": Variant(LLM, size, PLAIN, optim="adamw8bit", reference=True),
+            f"nf4-{size}-deterministic": Variant(NF4, size, BALANCED, deterministic=True),
             f"nf4-{size}-adamw8bit": Variant(NF4, size, BALANCED, optim="adamw8bit"),
             f"nf4-{size}-launched": Variant(NF4, size, Memory("attention", graph=False)),
             f"nf4-{size}-uncompiled": Variant(NF4, size, Memory("attention", compile=False)),
@@ -92,6 +95,8 @@ SLOWER: list[tuple[str, str, str | None]] = [
     ("int8-1024-balanced", "nf4-1024-balanced", "<= 1.15"),
     ("int8-512-balanced", "nf4-512-balanced", "<= 1.15"),
     ("llm_int8-1024", "reference-nf4-1024", None),
+    ("nf4-1024-deterministic", "nf4-1024-balanced", None),
+    ("nf4-512-deterministic", "nf4-512-balanced", None),
 ]
 SECONDS = {"nf4-1024-streamed": "<= 0.60", "nf4-512-streamed": "<= 0.38"}
 PROFILED = ("nf4-1024-balanced", "nf4-512-balanced", "nf4-1024-fast", "int8-1024-balanced", "reference-nf4-1024")

@@ -1,38 +1,77 @@
-"""Several GPUs against one: the same adapter from twice the batch, weights shared by FSDP 2, and the death of a rank.
+"""Several GPUs against one: the same adapter from a larger batch, shared weights and optimizers, a run that one process
+goes on with, one that repeats itself, what is said, and the death of a rank.
 
-    python scripts/check_ranks.py                  # two GPUs, about a minute; --cpu tries it with two CPU processes
+    python scripts/check_ranks.py                  # two GPUs, about two minutes; --cpu tries it with two CPU processes
+    python scripts/check_ranks.py --ranks 4 --out runs/bench/check_ranks.jsonl
 
-Trains the bundled model for a few steps in each way, once by one process and once by two with half the batch each, and
+Trains the bundled model for a few steps in each way, by several processes with a part of the batch each and by one, and
 prints one JSON object a line: `difference` is that of the adapters over what was learned, `limit` what rounding
-explains. The exit code is 1 if any is beyond its limit.
+explains. The exit code is 4 if any is beyond its limit.
 """
 
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-RANKS = 2
+STEPS, SAVED = 4, 2
+RESUMED, REPEATED = "resumed by one", "deterministic"
 
-# name: precision, optimizer, memory, whether weights are shared, and how much of what is learned may differ:
-# Adam divides by small second moments, so that bf16 in batches of other sizes is seen
-CHECKS: dict[str, tuple[str, str, dict[str, Any], bool, float]] = {
-    "replicas fp32": ("fp32", "adamw", {}, False, 1e-3),
-    "replicas nf4": ("nf4", "adamw", {}, False, 0.1),
-    "replicas nf4, CUDA graph": ("nf4", "adamw", {"graph": True}, False, 0.1),
-    "replicas int8": ("int8", "adamw", {}, False, 0.1),
-    "replicas nf4, adamw8bit": ("nf4", "adamw8bit", {}, False, 0.2),
-    "fsdp2 nf4": ("nf4", "adamw", {}, True, 0.1),
-    "fsdp2 bf16": ("bf16", "adamw", {}, True, 0.1),
+
+@dataclass
+class Check:
+    """One way to train, and how much of what is learned may differ from one process's."""
+
+    precision: str
+    limit: float
+    """Adam divides by small second moments, so that bf16 in batches of other sizes is seen."""
+    optimizer: str = "adamw"
+    memory: dict[str, Any] = field(default_factory=dict)
+    launch: str = "ddp"
+    """ddp, fsdp2 or zero2, as in configs/accelerate."""
+    deterministic: bool = False
+
+
+GRAPH = {"graph": None}  # the default, captured on CUDA
+CHECKS = {
+    "replicas fp32": Check("fp32", 1e-3),
+    "replicas nf4": Check("nf4", 0.1),
+    "replicas nf4, CUDA graph": Check("nf4", 0.1, memory=GRAPH),
+    "replicas int8": Check("int8", 0.1),
+    "replicas nf4, adamw8bit": Check("nf4", 0.2, "adamw8bit"),
+    f"replicas nf4, {REPEATED}": Check("nf4", 0.1, memory=GRAPH, deterministic=True),
+    "fsdp2 nf4": Check("nf4", 0.1, launch="fsdp2"),
+    "fsdp2 bf16": Check("bf16", 0.1, launch="fsdp2"),
+    f"fsdp2 nf4, {REPEATED}": Check("nf4", 0.1, launch="fsdp2", deterministic=True),
+    "zero2 nf4": Check("nf4", 0.1, launch="zero2"),
 }
+LAUNCHES = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
+
+
+def checks(cpu: bool) -> dict[str, Check]:
+    """Those that this machine can make."""
+    zero = find_spec("deepspeed") is not None
+    possible = {name: check for name, check in CHECKS.items() if zero or check.launch != "zero2"}
+    return {name: check for name, check in possible.items() if not (cpu and check.memory and not check.deterministic)}
 
 
 def job_of(name: str, processes: int, cpu: bool) -> Any:
@@ -40,37 +79,57 @@ def job_of(name: str, processes: int, cpu: bool) -> Any:
     from infer.adapters import Adapter
     from infer.fast import Memory
     from infer.flux import Model
+    from infer.generate import Sampling
     from infer.quantize import Precision
     from train.config import Train
     from train.data import Data
     from train.optim import Optim
 
-    kind, optimizer, memory, _, _ = CHECKS[name]
-    compute = "fp32" if kind == "fp32" else "bf16"
+    check = CHECKS[name]
+    compute = "fp32" if check.precision == "fp32" else "bf16"
     return Train(
         model=Model(str(ROOT / "scripts/tiny/model")),
-        precision=Precision(kind, compute_dtype=compute),
-        adapter=Adapter(rank=32 if optimizer == "adamw8bit" else 4),  # it leaves tensors below 4,096 values in fp32
+        precision=Precision(check.precision, compute_dtype=compute),
+        adapter=Adapter(
+            rank=32 if check.optimizer == "adamw8bit" else 4
+        ),  # it leaves tensors below 4,096 values in fp32
         data=Data("pictures", 128, 4 // processes, validation=0.2, cache="cache"),
-        optim=Optim(optimizer, lr=1e-3),
-        memory=Memory(**{"compile": False, "graph": False} | memory),  # compilation takes longer than all the rest
+        optim=Optim(check.optimizer, lr=1e-3),
+        memory=Memory(
+            **{"compile": False, "graph": False} | check.memory
+        ),  # compilation takes longer than all the rest
         run=f"{name.replace(', ', '-').replace(' ', '-')}-{processes}",
-        steps=4,
+        deterministic=check.deterministic,
+        steps=STEPS,
         accumulation=2,
-        save_every=0,
+        save_every=SAVED,
         validate_every=0,
         validation_levels=2,
+        previews=["a red star"] if check.deterministic else [],
+        sampling=Sampling(steps=1, height=64, width=64),
         device="cpu" if cpu else "cuda",
     )
 
 
-def share_weights(on: bool) -> None:
-    """As `accelerate launch` does for a config file with fsdp_version: 2."""
-    os.environ |= {"ACCELERATE_USE_FSDP": str(on).lower(), "FSDP_VERSION": "2"}
+def launch_as(way: str) -> None:
+    """As `accelerate launch` does for a config file of configs/accelerate."""
+    for name in {name for values in LAUNCHES.values() for name in values}:
+        os.environ.pop(name, None)
+    os.environ |= LAUNCHES[way]
 
 
-def train_all(cpu: bool) -> None:
-    """What each process of a launch does: every check, one after another."""
+def again(run: str) -> None:
+    """Set a finished run back to its first checkpoint, and what came out of it aside."""
+    folder = Path("runs", run)
+    shutil.copytree(folder / "adapter", f"runs/{run}-first/adapter", dirs_exist_ok=True)
+    shutil.copy(folder / "metrics.jsonl", f"runs/{run}-first")
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / f"checkpoints/step-{STEPS:06d}")
+
+
+def train_all(cpu: bool, ranks: int) -> None:
+    """What each process of a launch does: every check, one after another. One process by itself goes on with a run of
+    the others too, once they have ended."""
     from infer.quiet import quieten
 
     quieten()
@@ -80,17 +139,26 @@ def train_all(cpu: bool) -> None:
 
     setattr(Accelerator, "end_training", lambda self: None)  # noqa: B010 - the next check needs the process group
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for name, (_, _, memory, shared, _) in CHECKS.items():
-        if cpu and memory:
-            continue
+    for name, check in checks(cpu).items():
         job = job_of(name, processes, cpu)
-        if shared and processes == 1:
+        if check.launch == "fsdp2" and processes == 1:
             job.memory.fused = False  # as FSDP has it
-        share_weights(shared and processes > 1)
+        launch_as(check.launch if processes > 1 else "ddp")
         train(job)
+        if check.deterministic and processes > 1:
+            torch.distributed.barrier()
+            if os.environ["RANK"] == "0":
+                again(job.run)
+            torch.distributed.barrier()
+            train(job)
+    launch_as("ddp")
     if processes == 1:
+        while not Path("ended").is_file():  # the ranks, which were started beside this process
+            time.sleep(0.1)
+        job = job_of("replicas nf4", ranks, cpu)
+        again(job.run)
+        train(job)
         return
-    share_weights(False)
     loop: Any = sys.modules["train.loop"]
 
     def dies(*_: Any) -> None:
@@ -105,74 +173,121 @@ def train_all(cpu: bool) -> None:
     train(job)
 
 
-def compare(name: str) -> dict[str, Any]:
-    """The two adapters of a check."""
+def compare(name: str, one: str, other: str, limit: float) -> dict[str, Any]:
+    """The adapters of two runs; limit: 0 asks for the same bits."""
     from safetensors.torch import load_file
 
-    runs = [Path("runs", job_of(name, processes, True).run) for processes in (1, RANKS)]
-    one, two = (load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in runs)
-    moved = sum(float(value.square().sum()) for key, value in one.items() if "lora_B" in key) ** 0.5
-    difference = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5 / moved
+    runs = Path("runs", one), Path("runs", other)
+    mine, theirs = (load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in runs)
+    moved = sum(float(value.square().sum()) for key, value in mine.items() if "lora_B" in key) ** 0.5
+    difference = sum(float((mine[key] - theirs[key]).square().sum()) for key in mine) ** 0.5 / moved
     events = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     last = [[event for event in of_run if "seconds" in event][-1] for of_run in events]
-    limit = CHECKS[name][4]
     return {
         "check": name,
         "difference": difference,
         "limit": limit,
-        "ok": difference < limit,
-        "seconds_one_and_two": [round(event["seconds"], 4) for event in last],
-        "gib_one_and_two": [round(event["memory_gib"], 3) for event in last],
+        "ok": difference < limit if limit else difference == 0 and moved > 0,
+        "seconds": [round(event["seconds"], 4) for event in last],
+        "gib": [round(event["memory_gib"], 3) for event in last],
     }
+
+
+def said(log: str, cpu: bool) -> dict[str, Any]:
+    """What the ranks wrote: no library's warning, and each note of ours once, not once a rank."""
+    expected = sum(check.launch == "fsdp2" for check in checks(cpu).values())
+    notes = log.count("note: the fast path is off: it holds a block's weights in one piece")
+    warnings = [line.strip() for line in log.splitlines() if re.search(r"Warning\b|^\[?W\d{4}|context_fn", line)]
+    ours = [line for line in warnings if "torch/distributed/" not in line]  # the launcher's own, of the one that dies
+    return {"check": "messages", "notes": notes, "warnings": ours[:5], "ok": notes == expected and not ours}
+
+
+def results(cpu: bool, ranks: int, log: str, ended: float) -> Iterator[dict[str, Any]]:
+    for name, check in checks(cpu).items():
+        one, several = (job_of(name, count, cpu).run for count in (1, ranks))
+        pairs = [(name, one, several, check.limit)]
+        if check.deterministic:
+            pairs = [
+                (name, one, f"{several}-first", check.limit),
+                (f"{name}: stopped", f"{several}-first", several, 0.0),
+            ]
+        if name == "replicas nf4":
+            pairs = [(name, one, f"{several}-first", check.limit)]
+            pairs += [(f"{name}: {RESUMED}", f"{several}-first", several, check.limit)]
+        for pair in pairs:
+            try:
+                yield compare(*pair)
+            except OSError as error:
+                yield {"check": pair[0], "ok": False, "error": str(error)}
+    yield said(log, cpu)
+    told = log.count(f"rank 1 of {ranks} has ended before the work was done")
+    death: dict[str, Any] = {"check": "death of a rank", "ok": False, "error": "the ranks did not come so far"}
+    if Path("died").is_file():
+        seconds = round(ended - float(Path("died").read_text()), 1)
+        death = {"check": "death of a rank", "seconds": seconds, "told": told, "ok": told == 1}
+    yield death
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="two CPU processes over gloo")
+    parser.add_argument("--cpu", action="store_true", help="CPU processes over gloo")
+    parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="processes, a GPU each")
+    parser.add_argument("--out", type=Path, help="append the results to this file of JSON lines")
+    parser.add_argument("--logs", type=Path, help="where what the processes say is kept; runs/check_ranks")
+    parser.add_argument("--seconds", type=float, default=600, help="for all of it")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        train_all(options.cpu)
+        train_all(options.cpu, options.ranks)
         return
     from infer.quiet import quieten
 
     quieten()
+    from scripts.bench_rows import append, circumstances
     from scripts.tiny.make_style import make_style
 
-    own = [str(Path(__file__).resolve()), "--worker", *(["--cpu"] if options.cpu else [])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
+    if not options.cpu and torch.cuda.device_count() < options.ranks:
+        sys.exit(
+            f"error: {options.ranks} GPUs are needed, and torch sees {torch.cuda.device_count()}; --cpu needs none"
+        )
+    own = [str(Path(__file__).resolve()), "--worker", "--ranks", str(options.ranks)]
+    own += ["--cpu"] if options.cpu else []
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"} if options.cpu else {}
+    out = options.out.resolve() if options.out else None
+    logs = (options.logs or Path("runs/check_ranks")).resolve()
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         make_style(Path("pictures"), 12, seed=1)
-        launched = {
-            1: [sys.executable, *own],
-            RANKS: [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", *own],
-        }
-        logs = {}
-        for processes, command in launched.items():
-            with Path(f"{processes}.log").open("w") as log:
-                code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
-            logs[processes] = Path(f"{processes}.log").read_text()
-            if processes == 1 and code:
-                sys.exit(f"one process failed:\n{logs[1][-4000:]}")
-        ended = time.time()
-        results = []
-        for check, (_, _, memory, _, _) in CHECKS.items():
-            if options.cpu and memory:
-                continue
+        several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
+        running, deadline = [], time.monotonic() + options.seconds
+        for log, command in ((logs / "ranks.log", several), (logs / "one.log", [sys.executable])):
+            with log.open("w") as stream:
+                running.append(subprocess.Popen([*command, *own], env=environment, stdout=stream, stderr=stream))
+        for process in running:
             try:
-                results.append(compare(check))
-            except OSError as error:
-                results.append({"check": check, "ok": False, "error": str(error)})
-        told = logs[RANKS].count("rank 1 of 2 has ended before the work was done")
-        if Path("died").is_file():
-            seconds = round(ended - float(Path("died").read_text()), 1)
-            results.append({"check": "death of a rank", "seconds": seconds, "told": told, "ok": told == 1})
-        for result in results:
+                process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"the processes are not done after {options.seconds:g} s", file=sys.stderr)
+                process.terminate()
+                process.wait()
+            if process is running[0]:
+                ended = time.time()
+                Path("ended").touch()
+        code, told = running[1].returncode, (logs / "ranks.log").read_text()
+        if code:
+            print(f"one process said:\n{(logs / 'one.log').read_text()[-4000:]}", file=sys.stderr)
+        place = circumstances(torch.device("cpu" if options.cpu else "cuda"))
+        found = list(results(options.cpu, options.ranks, told, ended))
+        for result in found:
             print(json.dumps(result))
-        if not all(result["ok"] for result in results):
-            sys.exit(f"two processes said:\n{logs[RANKS][-6000:]}")
+            if out is not None:
+                append(out, result | {"ranks": options.ranks} | place)
+        if code or not all(result["ok"] for result in found):
+            print(f"{options.ranks} processes said:\n{told[-6000:]}", file=sys.stderr)
+            sys.exit(4)
 
 
 if __name__ == "__main__":

@@ -406,7 +406,7 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
     for same in (
         [],
         ["track=wandb", "track.project=other"],
-        ["device=cpu"],
+        ["device=cpu", "deterministic=true"],
         ["previews=[x]", "save_every=7", "keep=9", "save_minutes=1", "keep_best=2", "resume=step-000200"],
         ["spikes=3", "stop_after_bad=9"],
         ["steps=999"],

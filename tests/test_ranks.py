@@ -10,6 +10,8 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from scripts.tiny.make_style import make_style
 from train.config import Train
 from train.optim import Optim
 from train.ranks import check_launch
+from train.step import graphs
 
 UPDATES, ACCUMULATION = 3, 2
 RANK = '''"""One rank: trains apart and with shared weights, tells what was sent, and dies while the other waits."""
@@ -75,6 +78,7 @@ def bytes_of(transformer):
 
 def noted(*args, **kwargs):
     told["stored"][job.run] = bytes_of(args[2])
+    told["floating"] = all(p.is_floating_point() for p in args[2].parameters())
     with Sent() if job.run == "apart" else open(os.devnull):
         return fit(*args, **kwargs)
 
@@ -180,7 +184,9 @@ def test_shared_weights_learn_the_same_and_are_stored_once(two: tuple[Path, list
     drawn = [(folder / f"runs/{run}/previews/step-{UPDATES:06d}.png").read_bytes() for run in ("apart", "shared")]
     assert drawn[0] == drawn[1]
     for rank in range(2):
-        stored = json.loads((folder / f"told-{rank}.json").read_text())["stored"]
+        told = json.loads((folder / f"told-{rank}.json").read_text())
+        stored = told["stored"]
+        assert told["floating"]  # torch 2.11 gives every part that is cut a gradient first
         adapter = sum(tensor.nbytes for tensor in apart.values())
         assert stored["shared"] - adapter < 0.52 * (stored["apart"] - adapter)
     assert "the fast path is off: it holds a block's weights in one piece" in logs[0]
@@ -257,6 +263,20 @@ def test_zero_two_learns_what_replicas_learn(tmp_path: Path) -> None:
         load_file(tmp_path / f"runs/{run}/checkpoints/step-000002/optimizer.safetensors") for run in ("apart", "shared")
     ]
     assert kept[0].keys() == kept[1].keys() and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_steps_of_replicas_are_captured_like_one_process_s(processes: int) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=processes)
+    assert graphs(Train(), accelerator) and graphs(Train(memory=Memory(graph=True)), accelerator)
+    assert not graphs(Train(memory=Memory(graph=False)), accelerator)
+    assert not graphs(Train(memory=Memory("nothing", fused=False)), accelerator)  # as FSDP has it
+
+
+def test_no_library_speaks_once_a_rank(two: tuple[Path, list[str], float]) -> None:
+    _, logs, _ = two
+    assert not [line for log in logs for line in log.splitlines() if "Warning" in line or "context_fn" in line]
+    assert [log.count("the fast path is off") for log in logs] == [1, 1]  # once a machine
 
 
 def test_what_works_passes() -> None:

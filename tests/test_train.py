@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infer.adapters import FILE, Adapter, recovers
+from infer import fused
+from infer.adapters import FILE
 from infer.command import ROOT
-from infer.flux import Model
+from infer.flux import Model, fingerprint
+from infer.lora import Adapter
 from infer.memory import KEEP, Memory
 from infer.quantize import Precision
 from scripts.tiny.make_style import make_style
@@ -160,7 +162,7 @@ def test_a_recovery_adapter_of_other_weights_is_refused_before_anything_is_encod
     job: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.run.build", None)
-    notes = {"recovers": recovers(job.model, Precision("fp4"))}
+    notes = {"recovers": {"base": fingerprint(job.model, "transformer")}, "precision": asdict(Precision("fp4"))}
     path = tmp_path / "recovery.safetensors"
     save_file(_lora(QUERY, 2, 256, 256), path, {"flux_lora": json.dumps(notes)})
     with pytest.raises(ValueError, match="was made for kind=fp4, not nf4"):
@@ -227,6 +229,28 @@ def test_memory_changes_nothing_that_is_learned(job: Train, capsys: pytest.Captu
     assert "note: the fast path is off: adapter.dropout is above 0" in capsys.readouterr().out
     asked = adapter(train(replace(other, run="asked", memory=Memory("nothing", fused=False))))
     assert all(torch.equal(fallen[key], value) for key, value in asked.items())
+
+
+def test_a_deterministic_run_learns_the_same_and_takes_kernels_that_repeat_themselves(
+    job: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of sums apart: on a CPU both repeat themselves."""
+    job.adapter.dropout, job.steps, job.validate_every = 0.0, 2, 0
+    job.precision = Precision("nf4", compute_dtype="fp32")
+    seen = []
+
+    def noted(*args: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return attend(*args)
+
+    attend = fused.repeatable_attention
+    monkeypatch.setattr(fused, "repeatable_attention", noted)
+    usual = load_file(train(job) / FILE)
+    assert not seen
+    repeated = load_file(train(replace(job, run="repeated", deterministic=True)) / FILE)
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
+    moved = sum(float(value.square().sum()) for key, value in usual.items() if "lora_B" in key) ** 0.5
+    assert sum(float((usual[key] - repeated[key]).square().sum()) for key in usual) ** 0.5 < 1e-2 * moved
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ class Train:
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
+    deterministic: bool = False
+    """The same command comes to the same bits every time on one kind of GPU, stopped or not; false is quicker there, by
+    figures in docs/nothing-lost.md. A CPU repeats itself in any case."""
     steps: int = 1000
     """Optimizer updates."""
     accumulation: int = 1

@@ -23,6 +23,7 @@ ASIDE = (  # these change nothing about what is learned
     "track",
     "sweep",
     "device",
+    "deterministic",
     "memory",
     "save_every",
     "save_minutes",

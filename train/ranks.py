@@ -181,8 +181,9 @@ def shard(
 ) -> None:
     """Leave this rank its part of every frozen weight (FSDP 2), block by block; the adapter stays whole on each.
 
-    4-bit scales stay whole too. Packed codes are cut as the bytes that they are: FSDP 2 gathers each weight by itself,
-    so that neither bf16 storage nor adapters of one type with it are needed. `transformer` may lie on the host.
+    4-bit scales stay whole too. Packed codes are cut as what they are, two bytes at a time under the name of bf16: FSDP
+    2 gathers each weight by itself, so that adapters need not be of one type with it, but before torch 2.12 it takes
+    no weight of whole numbers. `transformer` may lie on the host.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -200,6 +201,8 @@ def shard(
             layer: Any = module
             layer.quant_state = layer.weight.quant_state  # bitsandbytes takes it from here once the weight is gathered
             layer.quant_state.to(device)
+            pairs = layer.weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+            layer.weight.data, layer.quant_storage = pairs, pairs.dtype
     cut: Any = partial(
         fully_shard, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)), ignored_params=own
     )

@@ -199,7 +199,7 @@ def train_on(
     say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
     if shards():
         shard(transformer, parameters, job, accelerator.device, say)
-    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say)
+    job.memory, stream = choose_path(transformer, job.memory, job.precision, accelerator.device, say, job.deterministic)
     # its backward reads beyond its bounds where a gradient is a slice (torch 2.11); the fast path gives it none
     torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
     previews = {prompt: cache.text(prompt) for prompt in job.previews}

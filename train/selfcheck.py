@@ -5,9 +5,9 @@
 takes what train.py takes, and trains a few steps of it twice under runs/<run>/selfcheck/: straight on, and in processes
 of their own that are killed (SIGKILL) and started again. Then it compares the adapter, its average, the optimizer, the
 schedule, all counters and every figure, bit for bit. Where they differ it says in what and by how much, and trains
-straight on once more: if that differs too, the machine's kernels sum in any order, and it is not the resuming. The last
-line is one JSON object; exit code 0: the same, 4: not. FLUX_LAUNCH="accelerate launch --config_file ..." is put in the
-place of `python` for the runs on several GPUs.
+straight on once more: if that differs too, the machine's kernels sum in any order, and it is not the resuming (on a GPU
+they do, unless deterministic=true is among the settings). The last line is one JSON object; exit code 0: the same, 4:
+not. FLUX_LAUNCH="accelerate launch --config_file ..." is put in the place of `python` for the runs on several GPUs.
 """
 
 from __future__ import annotations
@@ -182,6 +182,8 @@ def check(job: Train) -> None:
         own = differences(straight, state_of(folder / "again"))
         result["straight_runs_same"] = not own
         where = "two runs that were not killed differ as well: this machine's kernels sum in any order"
+        if not job.deterministic:
+            where += "; with deterministic=true they do not"
         print(f"differs in {len(found)} places: {where if own else 'resuming is at fault'}; {folder} holds all runs")
     else:
         shutil.rmtree(folder)

@@ -49,8 +49,8 @@ def graphs(job: Train, accelerator: Accelerator) -> bool:
         hindrance = "memory.fused is false"
     if wanted and hindrance:
         raise ValueError(f"memory.graph=true captures CUDA steps, but {hindrance}; set it to false or null")
-    # gradients are exchanged between the replays; that has not been run on several GPUs yet, so it has to be asked for
-    return hindrance is None and (wanted is True or (wanted is None and accelerator.num_processes == 1))
+    # of several ranks too: gradients are exchanged between the replays
+    return hindrance is None and wanted is not False
 
 
 def make_learner(

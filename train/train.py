@@ -34,9 +34,11 @@ def train(job: Train) -> Path:
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         ready()
+        from train.repeat import repeating
         from train.run import run
 
-        return run(job, folder, samples, skipped, stop)
+        with repeating(job.deterministic):
+            return run(job, folder, samples, skipped, stop)
 
 
 if __name__ == "__main__":
