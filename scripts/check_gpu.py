@@ -288,8 +288,8 @@ def check_case(case: Case, device: torch.device) -> Figures:
     if adapter.init == "default":
         state, exact = truth(case.precision, case.kind)
         _, found = gradients(case, precision, memory, device, state)
-        # PEFT rounds DoRA's norms to bf16
-        loose = 3 if case.kind == "dora" and case.path == "plain" else 1
+        # PEFT rounds DoRA's norms to bf16; of FP4 a CPU rounds the 0.08 % that lie in the middle to the other side
+        loose = 3 if case.kind == "dora" and case.path == "plain" else 1.5 if case.precision == "fp4" else 1
         figures["gradient against fp32 on a CPU"] = relative(found, exact), "<=", loose * GRADIENT
     job = case.job(device)
     train(job)
@@ -310,7 +310,9 @@ def check_case(case: Case, device: torch.device) -> Figures:
             plain = [Image.open(file) for file in picture_files(case.plain)]
             figures["pictures against the plain path's, dB"] = nearness(drawn, plain), ">=", PICTURE
     fused = replace(case, path="fused")
-    if case.path == "streamed" and Path("runs", fused.name, "adapter").is_dir():
+    # else it starts from what is computed where the weights are, on a CPU
+    same = adapter.init == "default" and not adapter.dora
+    if same and case.path == "streamed" and Path("runs", fused.name, "adapter").is_dir():
         figures["learned against the fused path's"] = apart(learned(case.name), learned(fused.name)), "<=", 0.0
     if case.path != "plain":
         a, b = losses(case.name)[:STEPS], losses(case.plain.name)[:STEPS]
@@ -339,7 +341,8 @@ def recovery_path() -> str:
     folder = Path("runs/recover/adapter")
     if not folder.is_dir():
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        few = {"sampling": Sampling(steps=2), "rows": 512, "most": 16, "polish": 2}
+        # of one rank everywhere: each other one is compiled by itself
+        few = {"sampling": Sampling(steps=2), "rows": 512, "share": 1.0, "most": 8, "polish": 2}
         recover(
             Recover(MODEL, NF4, prompts=PROMPTS, held_out=["four pink diamonds"], run="recover", device=device, **few)
         )
@@ -643,12 +646,12 @@ def main() -> None:
     if options.worker:
         worker(options.worker, options.out, options.folder, torch.device("cpu" if options.cpu else "cuda"))
         return
-    if not options.cpu and not torch.cuda.is_available():
-        sys.exit("error: this checks a GPU, and torch sees none; --cpu does what a CPU can")
     names = [name for name in WORK if possible(name, options.cpu) and (options.only is None or name in options.only)]
     if options.list:
         print("\n".join(names))
         return
+    if not options.cpu and not torch.cuda.is_available():
+        sys.exit("error: this checks a GPU, and torch sees none; --cpu does what a CPU can")
     start, folder = time.perf_counter(), Path(tempfile.mkdtemp(prefix="check-gpu-"))
     seen, log = folder / "seen.jsonl", folder / "log"
     seen.touch()
