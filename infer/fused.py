@@ -185,8 +185,8 @@ class _WholeGradient(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, half: bool, repeatable: bool) -> Tensor:
-    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/half.py; repeatable: with
-    a gradient that is the same every time."""
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/half.py; repeatable:
+    with a gradient that is the same every time."""
     multiply: Any = functional.scaled_dot_product_attention
     if half:
         multiply = attend

@@ -1,6 +1,6 @@
 """The bundled checkpoint through every path that only a GPU takes, each against a CPU or the plain path.
 
-    python scripts/check_gpu.py                                  # about eight minutes on an H100
+    python scripts/check_gpu.py                                  # minutes, most of them compiling on the CPU
     python scripts/check_gpu.py --only nf4-streamed-dora spill   # some rows; --list names them
     python scripts/check_gpu.py --cpu --only nf4-fused-lora      # what of it a CPU can do
 
@@ -14,6 +14,7 @@ a figure is beyond its limit or a row failed.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -178,7 +179,7 @@ def decibels(found: Image.Image, expected: Image.Image) -> float:
     """PSNR of a picture against another; 99 where they are equal."""
     a, b = (np.asarray(each.convert("RGB"), dtype=np.float64) / 255 for each in (found, expected))
     error = float(np.square(a - b).mean())
-    return min(99.0, -10 * float(np.log10(error))) if error else 99.0
+    return min(99.0, -10 * math.log10(error)) if error else 99.0
 
 
 def make_batch(config: Any, device: torch.device) -> Batch:
@@ -246,8 +247,8 @@ def learned(run: str) -> dict[str, Tensor]:
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """How far two adapters are apart, of what was learned (B began as zeros)."""
     assert found.keys() == expected.keys()
-    moved = sum(float(value.square().sum()) for key, value in expected.items() if "lora_B" in key) ** 0.5
-    return sum(float((found[key] - expected[key]).square().sum()) for key in found) ** 0.5 / moved
+    moved = sum(float(value.square().sum()) for key, value in expected.items() if "lora_B" in key)
+    return math.sqrt(sum(float((found[key] - expected[key]).square().sum()) for key in found) / moved)
 
 
 def resumed(job: Train) -> float:
@@ -290,8 +291,8 @@ def check_case(case: Case, device: torch.device) -> Figures:
     if adapter.init == "default":
         state, exact = truth(case.precision, case.kind)
         _, found = gradients(case, precision, memory, device, state)
-        # PEFT rounds DoRA's norms to bf16
-        loose = 3 if case.kind == "dora" and case.path == "plain" else 1
+        # PEFT rounds DoRA's norms to bf16; of FP4 a CPU rounds the 0.08 % that lie in the middle to the other side
+        loose = 3 if case.kind == "dora" and case.path == "plain" else 1.5 if case.precision == "fp4" else 1
         figures["gradient against fp32 on a CPU"] = relative(found, exact), "<=", loose * GRADIENT
     job = case.job(device)
     train(job)
@@ -309,10 +310,12 @@ def check_case(case: Case, device: torch.device) -> Figures:
                 own = shown(f"{case.name}-cpu", memory=PATHS["plain"], device=cpu)
                 figures["pictures against a CPU's, dB"] = nearness(drawn, own), ">=", PICTURE
         else:
-            plain = [Image.open(file) for file in picture_files(case.plain)]
+            plain = [Image.open(file).convert("RGB") for file in picture_files(case.plain)]
             figures["pictures against the plain path's, dB"] = nearness(drawn, plain), ">=", PICTURE
     fused = replace(case, path="fused")
-    if case.path == "streamed" and Path("runs", fused.name, "adapter").is_dir():
+    # else it starts from what is computed where the weights are, on a CPU
+    same = adapter.init == "default" and not adapter.dora
+    if same and case.path == "streamed" and Path("runs", fused.name, "adapter").is_dir():
         figures["learned against the fused path's"] = apart(learned(case.name), learned(fused.name)), "<=", 0.0
     if case.path != "plain":
         a, b = losses(case.name)[:STEPS], losses(case.plain.name)[:STEPS]
@@ -341,7 +344,8 @@ def recovery_path() -> str:
     folder = Path("runs/recover/adapter")
     if not folder.is_dir():
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        few = {"sampling": Sampling(steps=2), "rows": 512, "most": 16, "polish": 2}
+        # of one rank everywhere: each other one is compiled by itself
+        few: dict[str, Any] = {"sampling": Sampling(steps=2), "rows": 512, "share": 1.0, "most": 8, "polish": 2}
         recover(
             Recover(MODEL, NF4, prompts=PROMPTS, held_out=["four pink diamonds"], run="recover", device=device, **few)
         )
@@ -418,11 +422,11 @@ def check_budget(name: str, device: torch.device) -> Figures:
         torch.cuda.reset_peak_memory_stats(device)
         return resident
 
-    streaming.Stream.fit = fit  # type: ignore[method-assign]
+    setattr(streaming.Stream, "fit", fit)  # noqa: B010 - the types differ in a name
     try:
         train(job)
     finally:
-        streaming.Stream.fit = whole  # type: ignore[method-assign]
+        setattr(streaming.Stream, "fit", whole)  # noqa: B010
     return {"of the budget, held": (torch.cuda.max_memory_reserved(device) / budgets[0], "<=", 1.0)}
 
 
@@ -435,7 +439,7 @@ def check_stays(device: torch.device) -> Figures:
         ("three-streamed", Memory(budget_gib=8.0)),
     ):
         blocks = {"all-stay": 0, "three-streamed": 3}.get(name)
-        job = training(f"stays-{name}", LORA, device, Precision("bf16"), memory)
+        job = training(f"stays-{name}", LORA, device, Precision("bf16"), memory, validation=0.0, previews=[])
         with streamed(blocks):
             train(job)
         found.append(learned(job.run))
@@ -532,13 +536,15 @@ def possible(name: str, cpu: bool) -> bool:
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """Rows that share a process: those of a precision, plain before the others; what is left in two."""
+    """Rows that share a process, and so what is compiled for them; plain before what is compared with it."""
     found: dict[str, list[str]] = {}
     for name in names:
         key = CASES[name].precision if name in CASES else name.split("-")[0]
-        key = {"merge": "resolutions", "all": "budget", "short": "budget", "recover": "recovery"}.get(key, key)
+        key = {"merge": "resolutions", "all": "bf16", "short": "budget", "recover": "recovery"}.get(key, key)
         if name in CASES and CASES[name].kind in FROM_ERROR:
             key = "from error"
+        elif name in CASES and KINDS[CASES[name].kind].dora:
+            key += " dora"  # compiled apart
         found.setdefault(key, []).append(name)
     return list(found.values())
 
@@ -548,7 +554,7 @@ def streamed(blocks: int | None) -> Iterator[None]:
     """Within, so many blocks are streamed whatever a budget allows, of None half of them."""
     whole = streaming.residents
 
-    def few(sizes: list[int], spare: int) -> int:
+    def few(sizes: list[int], room: int) -> int:
         return len(sizes) - (len(sizes) // 2 if blocks is None else blocks)
 
     streaming.residents = few
@@ -560,6 +566,8 @@ def streamed(blocks: int | None) -> Iterator[None]:
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
+    """Within, a row that takes longer fails; 0: it may take what it takes."""
+
     def late(*_: Any) -> None:
         raise TimeoutError(f"the row was not done after {seconds} s")
 
@@ -575,10 +583,16 @@ def limited(seconds: int) -> Iterator[None]:
 def check(name: str, device: torch.device) -> Row:
     """One row's figures and seconds."""
     start = time.perf_counter()
-    with limited(ROW), streamed(None):
+    with limited(ROW if device.type == "cuda" else 0), streamed(None):
         figures = WORK[name](device)
     release(device)
     return {"figures": {key: list(value) for key, value in figures.items()}, "seconds": time.perf_counter() - start}
+
+
+def tell(name: str, seen: Path, where: TextIO = sys.stdout) -> None:
+    """Print a row that is done."""
+    line = next(line for line in reversed(bench_rows.read_lines(seen)) if line["variant"] == name)
+    print(table([row_of(line)]), file=where, flush=True)
 
 
 def worker(names: list[str], out: Path, folder: Path, device: torch.device) -> None:
@@ -590,8 +604,7 @@ def worker(names: list[str], out: Path, folder: Path, device: torch.device) -> N
     for name in names:
         print(f"\n==== {name}", flush=True)
         fit = bench_rows.attempt(name, out, device, partial(check, name, device))
-        line = next(line for line in reversed(bench_rows.read_lines(out)) if line["variant"] == name)
-        print(table([row_of(line)]), file=table_of, flush=True)
+        tell(name, out, table_of)
         if not fit:
             sys.exit(1)
 
@@ -643,12 +656,12 @@ def main() -> None:
     if options.worker:
         worker(options.worker, options.out, options.folder, torch.device("cpu" if options.cpu else "cuda"))
         return
-    if not options.cpu and not torch.cuda.is_available():
-        sys.exit("error: this checks a GPU, and torch sees none; --cpu does what a CPU can")
     names = [name for name in WORK if possible(name, options.cpu) and (options.only is None or name in options.only)]
     if options.list:
         print("\n".join(names))
         return
+    if not options.cpu and not torch.cuda.is_available():
+        sys.exit("error: this checks a GPU, and torch sees none; --cpu does what a CPU can")
     start, folder = time.perf_counter(), Path(tempfile.mkdtemp(prefix="check-gpu-"))
     seen, log = folder / "seen.jsonl", folder / "log"
     seen.touch()
@@ -660,10 +673,12 @@ def main() -> None:
     try:
         side = groups([name for name in names if name not in ALONE])
         run = partial(bench_rows.run_workers, Path(__file__).resolve(), out=seen, seconds=600, flags=flags)
-        if side:
-            run(side, needs=[1.0] * len(side), space=len(side))
-        if alone := [name for name in names if name in ALONE]:
-            run([alone])
+        if side:  # a process compiles with few threads, and waits for the device
+            run(side, needs=[1.0] * len(side), space=1.5 * len(os.sched_getaffinity(0)))
+        for name in (name for name in names if name in ALONE):
+            device = torch.device("cuda")
+            bench_rows.attempt(name, seen, device, partial(check, name, device))
+            tell(name, seen)
     finally:
         rows = finish(names, seen, log, options.rows)
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from infer.adapters import Adapter, attach, save_adapter
 from infer.compare import Compare, Trained, compare
 from infer.encode import decode, pack, text_encoder, to_moments, unpack
+from infer.fast import Memory
 from infer.flux import Model, load_scheduler, load_transformer, load_vae
 from infer.generate import Sampling, draw, noise
 from infer.measure import measure
@@ -167,6 +168,16 @@ def test_bad_input_leaves_nothing(options: Compare, changes: dict[str, object], 
     with pytest.raises(ValueError, match=message):
         compare(replace(options, **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_rounded_again_is_not_streamed(options: Compare, tiny: Model, tmp_path: Path) -> None:
+    transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
+    for parameter in attach(transformer, Adapter(rank=4), 0):
+        parameter.data += 0.01
+    save_adapter(transformer, tmp_path / "loftq", {"adapter": {"init": "loftq"}})
+    streamed = replace(options, adapter=Trained(str(tmp_path / "loftq")), memory=Memory(budget_gib=4.0))
+    with pytest.raises(ValueError, match=r"adapter\.init=loftq.*set memory\.budget_gib=null"):
+        compare(streamed)
 
 
 def test_bad_options() -> None:

@@ -1,6 +1,7 @@
 """Plans against what a GPU showed, and against the bundled model's own tensors."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infer.adapters import Adapter, attach
@@ -166,6 +171,24 @@ def test_as_many_blocks_stay_as_the_plan_says(kind: str, tiny: Model, monkeypatc
         assert abs(stream.fit(budget, lambda: None) - planned.resident) <= 1
         found.add(planned.resident)
     assert len(found) > 2
+
+
+def test_the_page_says_what_the_plan_says() -> None:
+    page = (ROOT / "docs" / "flux-dev.md").read_text()
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="plan_schema", node=Plan)
+    found = {}
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for name in re.findall(r"`experiment=(dev_\w+)`", page):
+            options: Any = OmegaConf.to_object(compose("plan", [f"experiment={name}"]))
+            found[name] = footprint(options)
+            row = next(line for line in page.splitlines() if f"| `experiment={name}` |" in line)
+            assert row.split("|")[-2].strip() == f"{found[name].peak / GIB:.1f}", name
+    assert len(found) == 4
+    words = " ".join(page.split())
+    twelve, eight = found["dev_12gb"], found["dev_8gb"]
+    assert twelve.resident == twelve.blocks == 57 and "all 57 blocks of `dev_12gb` stay" in words
+    assert f"and {eight.resident} of those of `dev_8gb`" in words
 
 
 def test_gradients_of_several_micro_batches_lie_beside_those_of_a_captured_step() -> None:

@@ -49,8 +49,7 @@ def test_weights_are_what_the_papers_say() -> None:
     assert ((int8 - int8_by_hand(original)).abs() < 0.1 * step).float().mean() > 0.99
 
 
-MOST = {
-    "bf16": Precision("bf16"),
+HELD = {
     "int8": Precision("int8"),
     "fp4": Precision("fp4"),
     "nf4": Precision("nf4"),
@@ -59,7 +58,7 @@ MOST = {
 }
 
 
-@pytest.mark.parametrize("precision", MOST.values(), ids=MOST)
+@pytest.mark.parametrize("precision", HELD.values(), ids=HELD)
 def test_weights_held_elsewhere_than_they_were_quantized_are_the_same(precision: Precision) -> None:
     # one memory by two names: tensors are moved as from a GPU to the host
     elsewhere = torch.device("cpu", 0)
@@ -68,12 +67,14 @@ def test_weights_held_elsewhere_than_they_were_quantized_are_the_same(precision:
     assert check_quantized(there, precision) == check_quantized(here, precision)
     mine, own = here.state_dict(), there.state_dict()
     assert mine.keys() == own.keys() and all(torch.equal(mine[key], own[key].to(CPU)) for key in mine)
-    for a, b in zip(here.named_parameters(), there.named_parameters(), strict=True):
-        assert a[0] == b[0] and type(a[1]) is type(b[1]) and not b[1].requires_grad
-    layers = linear_layers(there)
-    assert all(
-        torch.equal(dequantized(layer), dequantized(layers[name])) for name, layer in linear_layers(here).items()
-    )
+    own_layers = linear_layers(there)
+    for name, layer in linear_layers(here).items():
+        other = own_layers[name]
+        if kind_of(layer) is not None:
+            assert type(layer.weight) is type(other.weight) and not other.weight.requires_grad
+            assert torch.equal(dequantized(layer), dequantized(other))
+        if kind_of(layer) in ("nf4", "fp4"):  # else accelerate's affair
+            assert type(other.bias) is nn.Parameter and not other.bias.requires_grad
 
 
 def test_a_held_weight_keeps_its_class_and_takes_its_constants_along() -> None:
