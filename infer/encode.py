@@ -128,6 +128,8 @@ def decode(vae: AutoencoderKL, packed: Tensor, height: int, width: int) -> Image
     """Packed latents [1, tokens, channels * 4] -> the picture."""
     latents = unpack(packed.float(), height, width) / vae.config.scaling_factor + vae.config.shift_factor
     with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.device, compute_dtype_of(vae))).sample
+        latents = latents.to(vae.device, compute_dtype_of(vae))
+        tiled = getattr(vae, "decode_in_tiles", False) and max(height, width) > vae.tile_sample_min_size
+        pixels = (vae.tiled_decode if tiled else vae.decode)(latents).sample
     picture: Image.Image = VaeImageProcessor(vae_scale_factor=FACTOR).postprocess(pixels.float())[0]
     return picture

@@ -140,8 +140,8 @@ def recover(options: Recover) -> Path:
     device, folder = pick_device(options.device), check_run_name(options.run)
     if compute_dtype(torch.bfloat16, device) == torch.float16:
         raise ValueError(
-            f"{device} has no bf16, in which the unquantized model is run here; make the recovery adapter on a card from "
-            "2020 on (RTX 30, A10, A100), or with device=cpu: it is read on this one"
+            f"{device} has no bf16, in which the unquantized model is run here; make the recovery adapter on a card "
+            "from 2020 on (RTX 30, A10, A100), or with device=cpu: it is read on this one"
         )
     if (folder / "adapter").exists():
         raise ValueError(f"{folder / 'adapter'} exists; choose another name with run=..., or delete it")
