@@ -240,13 +240,14 @@ def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None
 def test_the_autoencoder_of_such_a_card_decodes_in_tiles(tiny: Model) -> None:
     vae = flux.load_vae(tiny, CPU, torch.float32)
     config, noise = vae.config, torch.Generator().manual_seed(0)
-    smooth = torch.randn(1, config.latent_channels, 10, 5, generator=noise)
-    packed = pack(functional.interpolate(smooth, (80, 40), mode="bicubic"))
-    whole = np.asarray(decode(vae, packed, 640, 320), dtype=float)
+    smooth = torch.randn(1, config.latent_channels, 17, 2, generator=noise)
+    packed = pack(functional.interpolate(smooth, (68, 8), mode="bicubic"))
+    whole = np.asarray(decode(vae, packed, 544, 64), dtype=float)
     vae.tile_sample_min_size, vae.tile_latent_min_size, vae.decode_in_tiles = 512, 64, True
-    tiled = np.asarray(decode(vae, packed, 640, 320), dtype=float)
+    tiled = np.asarray(decode(vae, packed, 544, 64), dtype=float)
     assert tiled.shape == whole.shape and not np.array_equal(tiled, whole)
-    assert np.abs(tiled - whole).mean() < 2  # of 255
+    # each tile's norms and attention see less than the whole; a seam at a wrong place would move the picture
+    assert np.abs(tiled - whole).mean() < 0.2 * np.abs(np.roll(whole, 16, axis=0) - whole).mean()
 
 
 @pytest.fixture(scope="module")
