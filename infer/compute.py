@@ -54,7 +54,7 @@ def small_dtype(device: torch.device) -> torch.dtype:
 @cache
 def _bf16_on_card(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @cache

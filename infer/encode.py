@@ -136,7 +136,9 @@ def decode(vae: AutoencoderKL, packed: Tensor, height: int, width: int) -> Image
     """
     latents = unpack(packed.float(), height, width) / vae.config.scaling_factor + vae.config.shift_factor
     with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.device, compute_dtype_of(vae))).sample
+        latents = latents.to(vae.device, compute_dtype_of(vae))
+        tiled = getattr(vae, "decode_in_tiles", False) and max(height, width) > vae.tile_sample_min_size
+        pixels = (vae.tiled_decode if tiled else vae.decode)(latents).sample
     if not pixels.isfinite().all():
         raise NotFiniteError(
             f"the autoencoder's output is not finite (in {compute_dtype_of(vae)}); its checkpoint may be damaged"

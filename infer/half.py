@@ -80,7 +80,7 @@ def _attend_back(
         return dq, dk, dv
     back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     found = back(*(x.float() for x in (gradient, q, k, v, out)), logs, 0.0, False)
-    return tuple(x.half() for x in found)  # type: ignore[return-value]
+    return tuple(x.half() for x in found)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ def _weights(layer: Any) -> Tensor:
     """A layer's weights [out, in] in fp16."""
     import bitsandbytes as bnb
 
+    weights: Tensor = layer.weight.detach()
     kind = kind_of(layer)
     if kind == "int8":
-        return (layer.weight.data.float() * (scales_of(layer) / 127.0)[:, None]).half()
-    if kind is None:
-        return layer.weight.detach().half()
-    weights: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        weights = weights.float() * (scales_of(layer) / 127.0)[:, None]
+    elif kind is not None:
+        weights = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weights.half()
 
 
