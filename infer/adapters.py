@@ -15,6 +15,7 @@ from infer.attached import save_adapter as save_adapter
 from infer.attached import set_adapter_state as set_adapter_state
 from infer.attached import strengths
 from infer.attached import update_norm as update_norm
+from infer.bounds import check_most
 from infer.flux import Model, fingerprint
 from infer.formats import FILE as FILE
 from infer.formats import Pairs, read_pairs
@@ -56,6 +57,7 @@ class Adapter:
     """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
 
     def __post_init__(self) -> None:
+        check_most(self, "adapter.", rank=2**16, alpha=10**6)
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")
         if not self.alpha > 0:
@@ -92,7 +94,7 @@ def attach(
     Raises:
         ValueError: the targets match nothing, or what is to be started from does not fit.
     """
-    targets = match_targets(transformer, adapter.targets)
+    targets = match_targets(transformer, adapter.targets, adapter.rank)
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=adapter.rank,

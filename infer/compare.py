@@ -38,6 +38,7 @@ from tqdm import tqdm
 from infer import report
 from infer.adapters import load_recovery
 from infer.atomic import clear_partials
+from infer.bounds import TOKENS, check_most
 from infer.command import check_file_names, check_run_name, pick_device, run_command
 from infer.encode import Text, decode, release, text_encoder
 from infer.fast import Memory, choose_path, hold_of
@@ -90,6 +91,7 @@ class Compare:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", text_length=TOKENS)
         if not self.prompts or not self.seeds:
             raise ValueError(
                 "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from infer.bounds import GIB, check_most
 from infer.fused import Double, Single, double_block, modulation, single_block
 from infer.pack import pack, packed_bytes, place
 from infer.quantize import Precision, kind_of
@@ -81,6 +82,7 @@ class Memory:
     are copied when their turn comes. null keeps all on the device."""
 
     def __post_init__(self) -> None:
+        check_most(self, "memory.", budget_gib=GIB)
         if self.keep not in KEEP:
             raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
         if not self.fused:

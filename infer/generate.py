@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from infer.bounds import check_most
 from infer.encode import FACTOR, NotFiniteError, Text, pack
 from infer.graph import Sampler
 
@@ -22,6 +23,7 @@ class Sampling:
     width: int | None = None
 
     def __post_init__(self) -> None:
+        check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)
         if self.steps < 1:
             raise ValueError(f"sampling.steps is {self.steps}; it must be 1 or more")
         for name in ("height", "width"):

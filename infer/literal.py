@@ -164,6 +164,8 @@ def _argument(argument: str, schema: Any, sweep: bool) -> str:
     name, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
+    if re.search(r"\d{1000}", value) and kind_of(schema, name.lstrip("+")) is not str:
+        raise ValueError(f"{name.lstrip('+')} has a number of more than a thousand digits; give a smaller one")
     name, value = _entry(name, value, schema)
     known = kind_of(schema, name.lstrip("+"))
     if known is not None:

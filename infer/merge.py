@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from infer.adapters import check_fit
 from infer.atomic import sync_folder, sync_tree
+from infer.bounds import SEED, check_most
 from infer.command import pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
 from infer.formats import Pair, read_pairs
@@ -64,6 +65,9 @@ class Merge:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_most(self, "", seed=SEED)
 
 
 def merged(weight: Tensor, parts: list[Part]) -> Tensor:

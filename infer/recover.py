@@ -32,6 +32,7 @@ from tqdm import tqdm
 from infer.adapters import RECOVERY, put_pairs, recovers
 from infer.atomic import replace_file
 from infer.attached import save_adapter
+from infer.bounds import MANY, SEED, STEPS, check_most
 from infer.calibrate import Record, Rows, collect, record, relative_errors, stacked, velocities
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
@@ -71,6 +72,7 @@ class Recover:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", share=1000, rows=10**7, most=2**14, polish=STEPS, rate=MANY, seed=SEED // 2)
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
         for name, least in (("rows", 1), ("most", 1), ("polish", 0)):

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infer.atomic import replace_file
+from infer.bounds import GIB, check_most
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release, text_encoder
 from infer.fast import Memory, choose_path
@@ -71,6 +72,7 @@ class Sensitivity:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", budget_gib=GIB)
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one, as in 'prompts=[a red star]'")
         if self.out is not None and self.budget_gib is None:
@@ -219,9 +221,9 @@ def sensitivity(options: Sensitivity) -> Path:
     folder = check_run_name(options.run)
     device = pick_device(options.device)
     check_model(options.model)
-    if options.out is not None and (file := Path(options.out)).exists():
-        if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
-            raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
+    there = Path(options.out) if options.out is not None and Path(options.out).exists() else None
+    if there is not None and not (there.is_file() and HEADER in there.read_text(errors="replace")):
+        raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
     found = sensitivities(options, device, print)
     content = json.dumps(found, indent=1) + "\n"
     for file in (kept_file(options.model, options.double_quant), folder / "sensitivity.json"):

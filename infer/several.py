@@ -7,6 +7,7 @@ from itertools import count
 from diffusers import FluxTransformer2DModel
 
 from infer.adapters import load_adapter, set_adapters
+from infer.bounds import check_most
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
 
@@ -25,6 +26,7 @@ class Weighted:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of adapter {self.path} is {self.weight}; give a number")
+        check_most(self, f"adapter {self.path}: ", weight=10**6)
 
 
 @dataclass

@@ -27,11 +27,11 @@ def base_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def match_targets(transformer: nn.Module, targets: str) -> list[str]:
-    """Names of the linear layers that a preset or a regular expression means.
+def match_targets(transformer: nn.Module, targets: str, rank: int = 1) -> list[str]:
+    """Names of the linear layers that a preset or a regular expression means, for adapters of a rank.
 
     Raises:
-        ValueError: none; the message lists what there is.
+        ValueError: none, and the message lists what there is; or one is narrower than the rank.
     """
     layers = base_layers(transformer)
     pattern = re.compile(PRESETS.get(targets, targets))
@@ -41,5 +41,13 @@ def match_targets(transformer: nn.Module, targets: str) -> list[str]:
         raise ValueError(
             f"adapter.targets {targets!r} matches no linear layer. Presets: {', '.join(PRESETS)}. "
             f"Layers (write a number or \\d+ for *): {', '.join(kinds)}"
+        )
+    narrow = min(found, key=lambda name: min(layers[name].in_features, layers[name].out_features))
+    least = min(layers[narrow].in_features, layers[narrow].out_features)
+    if rank > least:
+        raise ValueError(
+            f"adapter.rank is {rank}, but {narrow} maps {layers[narrow].in_features} to {layers[narrow].out_features} "
+            f"features, and an update of it has rank {least} at most; set adapter.rank={least} or less, or "
+            "adapter.targets to wider layers"
         )
     return found

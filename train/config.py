@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from infer.adapters import Adapter
+from infer.bounds import MANY, SEED, STEPS, check_most
 from infer.fast import Memory
 from infer.flux import Model
 from infer.generate import Sampling
@@ -70,6 +71,22 @@ class Train:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(
+            self,
+            "",
+            seed=SEED,
+            steps=STEPS,
+            accumulation=10**4,
+            save_every=MANY,
+            save_minutes=MANY,
+            keep=MANY,
+            keep_best=MANY,
+            stop_after_bad=MANY,
+            spikes=MANY,
+            validate_every=MANY,
+            validation_levels=10**4,
+            preview_every=MANY,
+        )
         for name, least in (
             ("steps", 1),
             ("accumulation", 1),

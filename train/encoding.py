@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from infer.bounds import MANY, PIXELS, check_most
 from infer.encode import TextEncoder, to_posterior
 from train.bucket import cut, cut_mask
 from train.data import Data
@@ -44,6 +45,16 @@ class Encode:
     starts sooner, and damage stops the run when it is met."""
 
     def __post_init__(self) -> None:
+        check_most(
+            self,
+            "encode.",
+            batch_pixels=PIXELS,
+            tile=2**16,
+            workers=1024,
+            decode_pixels=PIXELS,
+            shard_mib=2**20,
+            flush_seconds=MANY,
+        )
         if self.batch_pixels is not None and self.batch_pixels < 1:
             raise ValueError(f"encode.batch_pixels is {self.batch_pixels}; it must be 1 or more, or null")
         if self.tile < 0 or self.tile % 32 or self.tile == 32:  # a quarter of it, in latents, is what overlaps

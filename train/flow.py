@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
+from infer.bounds import check_most
 from infer.encode import image_ids, pack
 
 DENSITIES = ("uniform", "logit_normal", "shifted")
@@ -32,6 +33,7 @@ class Flow:
     """The guidance embedding during training; 1.0 is right for FLUX.1-dev and its kin."""
 
     def __post_init__(self) -> None:
+        check_most(self, "flow.", logit_mean=100, logit_std=100, guidance=10**4)
         if self.density not in DENSITIES:
             raise ValueError(f"flow.density is {self.density!r}; choose one of {', '.join(DENSITIES)}")
         if self.weighting not in WEIGHTINGS:

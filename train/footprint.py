@@ -142,7 +142,7 @@ def footprint(job: Train) -> Footprint:
     transformer = empty_transformer(config)
     sizes = weights_by_module(transformer, job.precision)
     layers = linear_layers(transformer)
-    targets = [layers[name] for name in match_targets(transformer, job.adapter.targets)]
+    targets = [layers[name] for name in match_targets(transformer, job.adapter.targets, job.adapter.rank)]
     tensors = [job.adapter.rank * side for layer in targets for side in (layer.in_features, layer.out_features)]
     if job.adapter.dora:
         tensors += [layer.out_features for layer in targets]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from infer.atomic import replace_file
 from infer.bootstrap import interval
+from infer.bounds import MANY, SEED, check_most
 from infer.command import check_run_name, pick_device, run_command
 from infer.compare import describe_device
 from infer.fast import Memory
@@ -66,6 +67,7 @@ class Gap:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", pictures=MANY, levels=10**4, seed=SEED)
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")

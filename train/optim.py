@@ -9,6 +9,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from infer.bounds import MANY, STEPS, check_most
+
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -32,6 +34,7 @@ class Optim:
     """Steps during which the rate rises from 0."""
 
     def __post_init__(self) -> None:
+        check_most(self, "optim.", lr=MANY, eps=1, weight_decay=10**6, clip=MANY, warmup=STEPS)
         if self.name not in NAMES:
             raise ValueError(f"optim.name is {self.name!r}; choose one of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:

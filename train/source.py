@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from infer.bounds import check_most
+
 POLICIES = ("raise", "skip")
 
 
@@ -32,6 +34,7 @@ class Source:
     """Of a data set."""
 
     def __post_init__(self) -> None:
+        check_most(self, "data.sources: ", repeats=10**6, weight=10**6)
         if not self.path:
             raise ValueError("a source has no path; set it to a folder of pictures with captions")
         if not 0 < self.repeats < float("inf"):

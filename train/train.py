@@ -81,7 +81,8 @@ def refuse_fewer(job: Train, step: int, folder: Path) -> None:
     if step > job.steps:
         raise ValueError(
             f"steps is {job.steps}, but run {job.run!r} is at step {step} already; set steps={step} or more, go on "
-            f"from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or choose another name with run=..."
+            f"from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or choose another "
+            "name with run=..."
         )
 
 
@@ -93,7 +94,8 @@ def goes_on(job: Train, step: int, before: int) -> str:
     was, now = (rate_at(job.optim, steps, step) for steps in (before, job.steps))
     return (
         f"{said}: optim.schedule={job.optim.schedule} falls to 0 at the last step, so at step {step} the rate goes "
-        f"from {was:.2e} to {now:.2e}, that of a run of {job.steps} steps; the steps before were those of a run of {before}"
+        f"from {was:.2e} to {now:.2e}, that of a run of {job.steps} steps; the steps before were those of "
+        f"a run of {before}"
     )
 
 
