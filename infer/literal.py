@@ -232,11 +232,11 @@ def _restore_sweep(config: DictConfig | ListConfig, schema: Any) -> None:
     place: Any = config
     for name in ("hydra", "sweeper", "params"):
         place = place.get(name) if isinstance(place, DictConfig) else None
-    for name in place if isinstance(place, DictConfig) else ():
-        known = kind_of(schema, str(name).lstrip("+"))
-        value = place._get_node(name)._value()
+    for key in place if isinstance(place, DictConfig) else ():
+        known = kind_of(schema, str(key).lstrip("+"))
+        value = place._get_node(key)._value()
         if known is not None and isinstance(value, str):
-            place[name] = literals(value, known)
+            place[key] = literals(value, known)
 
 
 def read_text_literally(schema: Callable[[], Any]) -> None:
