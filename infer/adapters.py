@@ -51,7 +51,7 @@ def attach(
     Raises:
         ValueError: the targets match nothing, or what is to be started from does not fit.
     """
-    targets = match_targets(base_layers(transformer), adapter.targets)
+    targets = match_targets(shapes_of(transformer), adapter.targets, adapter.rank)
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=adapter.rank,

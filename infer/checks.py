@@ -114,7 +114,7 @@ def check_training(model: Model, precision: Precision, adapter: Adapter, memory:
         precision, adapter = early, replace(adapter, recovery=None, start=None)
     layers = linear_shapes(read_config(model, "transformer"))
     check_precision(model, precision, layers)
-    targets = match_targets(layers, adapter.targets)
+    targets = match_targets(layers, adapter.targets, adapter.rank)
     asked = partial(kind_asked, precision)
     if adapter.init in FROM_ERROR:
         check_unquantized(model)

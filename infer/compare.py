@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from infer.bounds import TOKENS, check_most
 from infer.command import check_device_name, check_file_names, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
 from infer.formats import find_adapter
@@ -64,6 +65,7 @@ class Compare:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", text_length=TOKENS)
         expand(self, "references")
         self.recovery = {name: expanded(path) for name, path in self.recovery.items()}
         if not self.prompts or not self.seeds:

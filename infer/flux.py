@@ -265,6 +265,10 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
 def _tiled(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
     """Where it computes in fp32 on a card without bf16, decode larger pictures in tiles: at 1024 it would take 8.7 GiB
     beside the transformer, of the 15 that such cards have; in tiles of 512, 2.5."""
+    import torch
+
+    from infer.compute import small_dtype
+
     if device.type == "cuda" and small_dtype(device) == torch.float32:
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
         vae.decode_in_tiles = True

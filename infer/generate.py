@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from infer.encode import Text
 
+from infer.bounds import check_most
+
 
 @dataclass
 class Sampling:
@@ -25,6 +27,7 @@ class Sampling:
     width: int | None = None
 
     def __post_init__(self) -> None:
+        check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)
         if self.steps < 1:
             raise ValueError(f"sampling.steps is {self.steps}; it must be 1 or more")
         for name in ("height", "width"):

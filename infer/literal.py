@@ -164,6 +164,8 @@ def _argument(argument: str, schema: Any, sweep: bool) -> str:
     name, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
+    if re.search(r"\d{1000}", value) and kind_of(schema, name.lstrip("+")) is not str:
+        raise ValueError(f"{name.lstrip('+')} has a number of more than a thousand digits; give a smaller one")
     name, value = _entry(name, value, schema)
     known = kind_of(schema, name.lstrip("+"))
     if known is not None:
@@ -230,11 +232,11 @@ def _restore_sweep(config: DictConfig | ListConfig, schema: Any) -> None:
     place: Any = config
     for name in ("hydra", "sweeper", "params"):
         place = place.get(name) if isinstance(place, DictConfig) else None
-    for name in place if isinstance(place, DictConfig) else ():
-        known = kind_of(schema, str(name).lstrip("+"))
-        value = place._get_node(name)._value()
+    for key in place if isinstance(place, DictConfig) else ():
+        known = kind_of(schema, str(key).lstrip("+"))
+        value = place._get_node(key)._value()
         if known is not None and isinstance(value, str):
-            place[name] = literals(value, known)
+            place[key] = literals(value, known)
 
 
 def read_text_literally(schema: Callable[[], Any]) -> None:

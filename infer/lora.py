@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from infer.bounds import check_most
 from infer.paths import expand
 from infer.targets import PRESETS
 
@@ -35,6 +36,7 @@ class Adapter:
     """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
 
     def __post_init__(self) -> None:
+        check_most(self, "adapter.", rank=2**16, alpha=10**6)
         expand(self, "start", "recovery")
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")

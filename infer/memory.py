@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+from infer.bounds import GIB, check_most
+
 KEEP = ("nothing", "attention", "products", "everything")
 NEEDS_FUSED = ("compile", "graph", "budget_gib")
 SLOTS = 3  # places on the device that streamed blocks take in turn
@@ -31,6 +33,7 @@ class Memory:
     are copied when their turn comes. null keeps all on the device."""
 
     def __post_init__(self) -> None:
+        check_most(self, "memory.", budget_gib=GIB)
         if self.keep not in KEEP:
             raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
         if not self.fused:

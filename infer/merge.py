@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.bounds import SEED, check_most
 from infer.checks import check_guidance, check_precision
 from infer.command import check_device_name, pick_device, run_command
 from infer.flux import Model, check_model, load_transformer, read_config
@@ -50,6 +51,7 @@ class Merge:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", seed=SEED)
         expand(self, "out")
 
 

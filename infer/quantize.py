@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+from infer.bounds import GIB, check_most
 from infer.idle import refuse_idle
 
 KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
@@ -57,6 +58,7 @@ class Precision:
     """T5's kind; `same` follows `kind` with these settings."""
 
     def __post_init__(self) -> None:
+        check_most(self, "precision.", outlier_threshold=10**6, budget_gib=GIB)
         if self.kind not in (*KINDS, "auto"):
             raise ValueError(f"precision.kind is {self.kind!r}; choose one of {', '.join(KINDS)}, or auto")
         if self.t5 not in ("same", *KINDS):

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import replace_file
+from infer.bounds import MANY, SEED, STEPS, check_most
 from infer.checks import check_guidance, check_precision, undecided
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model, fingerprint, load_transformer, read_config
@@ -59,6 +60,7 @@ class Recover:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", share=1000, rows=10**7, most=2**14, polish=STEPS, rate=MANY, seed=SEED // 2)
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
         for name, least in (("rows", 1), ("most", 1), ("polish", 0)):

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.atomic import replace_file
+from infer.bounds import GIB, check_most
 from infer.checks import check_guidance
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
@@ -54,6 +55,7 @@ class Sensitivity:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", budget_gib=GIB)
         expand(self, "out")
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one, as in 'prompts=[a red star]'")
@@ -69,7 +71,7 @@ def sensitivity(options: Sensitivity) -> Path:
     check_device_name(options.device)
     check_model(options.model)
     file = None if options.out is None else Path(options.out)
-    if file is not None and file.exists() and not (file.is_file() and file.read_bytes().startswith(HEADER.encode())):
+    if file is not None and file.exists() and not (file.is_file() and HEADER in file.read_text(errors="replace")):
         raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
     check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
     device = pick_device(options.device)

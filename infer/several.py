@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
+from infer.bounds import check_most
 from infer.flux import Model
 from infer.formats import find_adapter, read_notes
 from infer.idle import refuse_idle
@@ -28,6 +29,7 @@ class Weighted:
     """Times its own strength."""
 
     def __post_init__(self) -> None:
+        check_most(self, f"adapter {self.path}: ", weight=10**6)
         expand(self, "path")
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of adapter {self.path} is {self.weight}; give a number")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from infer.layers import Linear
 from infer.quantize import linear_layers
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ def base_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def match_targets(layers: Collection[str], targets: str) -> list[str]:
-    """Those of the linear layers, by name, that a preset or a regular expression means.
+def match_targets(layers: Mapping[str, Linear], targets: str, rank: int = 1) -> list[str]:
+    """Those of the linear layers, by name, that a preset or a regular expression means, for adapters of a rank.
 
     Raises:
-        ValueError: none; the message lists what there is.
+        ValueError: none, and the message lists what there is; or one is narrower than the rank.
     """
     pattern = re.compile(PRESETS.get(targets, targets))
     found = [name for name in layers if pattern.fullmatch(name)]
@@ -45,5 +46,13 @@ def match_targets(layers: Collection[str], targets: str) -> list[str]:
         raise ValueError(
             f"adapter.targets {targets!r} matches no linear layer. Presets: {', '.join(PRESETS)}. "
             f"Layers (write a number or \\d+ for *): {', '.join(kinds)}"
+        )
+    narrow = min(found, key=lambda name: min(layers[name]))
+    least = min(layers[narrow])
+    if rank > least:
+        raise ValueError(
+            f"adapter.rank is {rank}, but {narrow} maps {layers[narrow].columns} to {layers[narrow].rows} features, and "
+            f"an update of it has rank {least} at most; set adapter.rank={least} or less, or adapter.targets to wider "
+            "layers"
         )
     return found

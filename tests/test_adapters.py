@@ -16,13 +16,14 @@ from infer.adapters import (
     load_adapter,
     read_notes,
     save_adapter,
+    shapes_of,
     strengths,
     switch,
     update_norm,
 )
 from infer.flux import Model, load_transformer
 from infer.quantize import Precision, dequantized, linear_layers
-from infer.targets import PRESETS, base_layers, match_targets
+from infer.targets import PRESETS, match_targets
 
 CPU = torch.device("cpu")
 TINY = Model("scripts/tiny/model")
@@ -75,7 +76,7 @@ def test_gradients_equal_autograd_on_dequantized_weights(kind: str) -> None:
             assert relative < (2e-2 if kind == "int8" else 1e-4), (name, float(relative))
             compared += 1
     assert compared == 2 * len(
-        match_targets(base_layers(load_transformer(TINY, Precision("bf16"), CPU)), "attention+mlp")
+        match_targets(shapes_of(load_transformer(TINY, Precision("bf16"), CPU)), "attention+mlp")
     )
 
 
@@ -108,7 +109,7 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(adapter: Adapter, tmp_p
     assert (theirs - trained).norm() < 1e-4 * (trained - base).norm()
 
     ours = load_transformer(TINY, Precision("fp32", compute_dtype="fp32"), CPU)
-    expected = len(match_targets(base_layers(ours), adapter.targets))
+    expected = len(match_targets(shapes_of(ours), adapter.targets))
     assert load_adapter(ours, str(tmp_path), "mine") == expected
     with torch.no_grad():
         assert (ours(**inputs())[0] - trained).norm() < 1e-4 * (trained - base).norm()
@@ -198,7 +199,7 @@ def test_adapters_are_fp32_frozen_base_and_seeded() -> None:
 def test_presets_by_counting() -> None:
     transformer = load_transformer(TINY, Precision("nf4"), CPU)
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-    counted = {name: len(match_targets(base_layers(transformer), name)) for name in PRESETS}
+    counted = {name: len(match_targets(shapes_of(transformer), name)) for name in PRESETS}
     assert counted == {
         "attention": 8 * double + 3 * single,
         "attention+mlp": 12 * double + 5 * single,
@@ -206,11 +207,11 @@ def test_presets_by_counting() -> None:
         "single": 5 * single,
         "all": len(linear_layers(transformer)),
     }
-    assert match_targets(base_layers(transformer), r"single_transformer_blocks\.1\.proj_mlp") == [
+    assert match_targets(shapes_of(transformer), r"single_transformer_blocks\.1\.proj_mlp") == [
         "single_transformer_blocks.1.proj_mlp"
     ]
     with pytest.raises(ValueError, match=r"'to_q' matches no linear layer.*single_transformer_blocks\.\*\.attn\.to_q"):
-        match_targets(base_layers(transformer), "to_q")
+        match_targets(shapes_of(transformer), "to_q")
 
 
 def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from infer.adapters import Adapter, attach, load_adapter, save_adapter
+from infer.adapters import FILE, Adapter, attach, load_adapter, save_adapter
 from infer.command import check_run_name
 from infer.compare import Compare, compare
 from infer.flux import Model, load_transformer
@@ -130,11 +131,13 @@ def test_other_words_are_runs(run: str) -> None:
 def test_a_picture_that_is_not_finite_is_none(
     tiny: Model, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter so strong that the latents overflow, and one layer of the base that is ruined."""
+    """An adapter so strong that the latents overflow, and a base that gives something infinite."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "strong").mkdir()
+    save_file({k: v * 1e30 for k, v in load_file(lora / FILE).items()}, tmp_path / "strong" / FILE)
     options = Compare(
         tiny, {"fp32": Precision("fp32", "fp32"), "bf16": Precision("bf16")}, prompts=["a red star"],
-        adapter=Trained(str(lora), "strong", 1e38), sampling=Sampling(steps=1, height=64, width=64), device="cpu",
+        adapter=Trained(str(tmp_path / "strong"), "strong"), sampling=Sampling(1, height=64, width=64), device="cpu",
     )  # fmt: skip
     with pytest.raises(
         ValueError, match=r"at precision fp32 the picture of seed 0 is not finite \(.* % of its latents\)"

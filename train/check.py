@@ -21,7 +21,7 @@ def check_run(job: Train) -> Path:
     folder = check_run_name(job.run)
     check_model(job.model)
     layers = linear_shapes(read_config(job.model, "transformer"))
-    match_targets(layers, job.adapter.targets)
+    match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)
     checkpoints = folder / "checkpoints"
     if job.resume is not None and not (checkpoints / job.resume).is_dir():

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from infer.bounds import MANY, SEED, STEPS, check_most
 from infer.flux import Model
 from infer.generate import Sampling
 from infer.lora import Adapter
@@ -73,6 +74,22 @@ class Train:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(
+            self,
+            "",
+            seed=SEED,
+            steps=STEPS,
+            accumulation=10**4,
+            save_every=MANY,
+            save_minutes=MANY,
+            keep=MANY,
+            keep_best=MANY,
+            stop_after_bad=MANY,
+            spikes=MANY,
+            validate_every=MANY,
+            validation_levels=10**4,
+            preview_every=MANY,
+        )
         for name, least in (
             ("steps", 1),
             ("accumulation", 1),

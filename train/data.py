@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import ImageColor
 
+from infer.bounds import SEED, TOKENS, check_most
 from infer.idle import refuse_idle
 from infer.paths import expand
 from train.folder import METADATA, no_source, read_folder
@@ -38,6 +39,9 @@ class Prior:
     """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
 
     def __post_init__(self) -> None:
+        check_most(
+            self, "data.prior.", count=10**6, weight=10**6, ratio=10**6, steps=10**4, guidance=10**4, seed=SEED // 2
+        )
         expand(self, "path")
         if self.count < 0:
             raise ValueError(f"data.prior.count is {self.count}; it must be 0 (draw none) or more")
@@ -117,6 +121,16 @@ class Data:
     """Where encoded pictures and captions are kept, for every run."""
 
     def __post_init__(self) -> None:
+        check_most(
+            self,
+            "data.",
+            batch_size=4096,
+            aspect=10**4,
+            crops=1000,
+            tag_orders=10**4,
+            keep_tags=10**4,
+            text_length=TOKENS,
+        )
         expand(self, "path", "masks", "cache")
         listed = isinstance(self.resolution, list | tuple)
         if not self.resolutions or not all(type(r) is int for r in self.resolutions):

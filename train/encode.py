@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infer.bounds import MANY, PIXELS, check_most
 from train.workers import own_cores
 
 if TYPE_CHECKING:
@@ -34,6 +35,16 @@ class Encode:
     so that what is damaged is encoded again. False leaves that out, and damage stops the run when it is met."""
 
     def __post_init__(self) -> None:
+        check_most(
+            self,
+            "encode.",
+            batch_pixels=PIXELS,
+            tile=2**16,
+            workers=1024,
+            decode_pixels=PIXELS,
+            shard_mib=2**20,
+            flush_seconds=MANY,
+        )
         if self.batch_pixels is not None and self.batch_pixels < 1:
             raise ValueError(f"encode.batch_pixels is {self.batch_pixels}; it must be 1 or more, or null")
         if self.tile < 0 or self.tile % 32 or self.tile == 32:  # a quarter of it, in latents, is what overlaps

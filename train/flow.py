@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infer.bounds import check_most
 from infer.idle import refuse_idle
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Flow:
     """The guidance embedding during training; 1.0 is right for FLUX.1-dev and its kin."""
 
     def __post_init__(self) -> None:
+        check_most(self, "flow.", logit_mean=100, logit_std=100, guidance=10**4)
         if self.density not in DENSITIES:
             raise ValueError(f"flow.density is {self.density!r}; choose one of {', '.join(DENSITIES)}")
         if self.weighting not in WEIGHTINGS:

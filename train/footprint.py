@@ -115,7 +115,7 @@ def footprint(job: Train) -> Footprint:
     config = part_config(job.model, "transformer")
     sizes = weights_by_module(config, job.precision)
     layers = linear_shapes(config)
-    targets = [layers[name] for name in match_targets(layers, job.adapter.targets)]
+    targets = [layers[name] for name in match_targets(layers, job.adapter.targets, job.adapter.rank)]
     tensors = [job.adapter.rank * side for layer in targets for side in (layer.columns, layer.rows)]
     if job.adapter.dora:
         tensors += [layer.rows for layer in targets]

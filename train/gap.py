@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from infer.atomic import replace_file
+from infer.bounds import MANY, SEED, check_most
 from infer.cells import markdown_table
 from infer.command import check_device_name, check_run_name, pick_device, run_command
 from infer.flux import Model, check_model
@@ -68,6 +69,7 @@ class Gap:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", pictures=MANY, levels=10**4, seed=SEED)
         unknown = set(self.only or []) - set(self.precisions)
         if unknown or not self.precisions or self.only == []:
             raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")

@@ -131,7 +131,8 @@ def check_adapters(folder: Path) -> None:
         ValueError: one does.
     """
     record = folder / WRITTEN
-    told = dict(reversed(line.split("  ", 1)) for line in record.read_text().splitlines()) if record.is_file() else {}
+    lines = record.read_text().splitlines() if record.is_file() else []
+    told = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
     for name in ADAPTERS:
         file = folder / name / FILE
         if not file.is_file():

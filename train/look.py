@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from infer.atomic import replace_file
+from infer.bounds import PIXELS, check_most
 from infer.command import check_run_name, run_command
 from infer.flux import Model, check_model, part_folder
 from infer.quiet import ready
@@ -52,6 +53,7 @@ class Look:
     """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
 
     def __post_init__(self) -> None:
+        check_most(self, "", shown=10**6, workers=1024, decode_pixels=PIXELS)
         for name in ("shown", "decode_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")

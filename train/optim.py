@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+from infer.bounds import MANY, STEPS, check_most
+
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
 # bytes of states for each parameter: Adam's two, Prodigy's two beside them
@@ -37,6 +39,7 @@ class Optim:
     """Steps during which the rate rises from 0."""
 
     def __post_init__(self) -> None:
+        check_most(self, "optim.", lr=MANY, eps=1, weight_decay=10**6, clip=MANY, warmup=STEPS)
         if self.name not in NAMES:
             raise ValueError(f"optim.name is {self.name!r}; choose one of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:

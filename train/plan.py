@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from infer import bounds
 from infer.command import run_command
 from infer.memory import Memory
 from train.config import Train
@@ -52,6 +53,7 @@ class Plan(Train):
     """Memory of a card: propose the fastest memory settings with which the run fits it."""
 
     def __post_init__(self) -> None:
+        bounds.check_most(self, "", fit_gib=bounds.GIB)
         Train.__post_init__(self)
         if self.fit_gib is not None and not self.fit_gib > 0:
             raise ValueError(f"fit_gib is {self.fit_gib}; it must be above 0, or null")

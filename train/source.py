@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infer.bounds import check_most
 from infer.paths import expand
 
 POLICIES = ("raise", "skip")
@@ -35,6 +36,7 @@ class Source:
     """Of a data set."""
 
     def __post_init__(self) -> None:
+        check_most(self, "data.sources: ", repeats=10**6, weight=10**6)
         expand(self, "path", "masks")
         if not self.path:
             raise ValueError("a source has no path; set it to a folder of pictures with captions")

@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from infer.bounds import check_most
 from infer.errors import ROOT, explained
 from infer.literal import literal_arguments, read_text_literally
 
@@ -51,11 +52,14 @@ class Sweep:
     """Settings whose values name the points; null: those that have several."""
 
     def __post_init__(self) -> None:
+        check_most(self, "sweep.", gpus=10**4)
         if not self.objectives:
             raise ValueError("sweep.objectives is empty; name a figure, as in {validation_loss: minimize}")
         for name, direction in self.objectives.items():
             if direction not in DIRECTIONS:
                 raise ValueError(f"sweep.objectives.{name} is {direction!r}; choose one of {', '.join(DIRECTIONS)}")
+        if self.gpus and min(self.gpus) < 0:
+            raise ValueError(f"sweep.gpus is {self.gpus}; GPUs are counted from 0")
         if self.gpus == []:
             raise ValueError("sweep.gpus is []; name GPUs as in [0,1], or set it to null")
 

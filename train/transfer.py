@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from infer.atomic import replace_file
 from infer.bootstrap import Interval
+from infer.bounds import SEED, STEPS, check_most
 from infer.cells import markdown_table
 from infer.command import check_file_names, check_run_name, pick_device, run_command
 from infer.flux import Model, load_scheduler, load_vae, own_size
@@ -81,6 +82,10 @@ class Transfer:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_most(self, "", seeds=SEED, steps=STEPS, accumulation=10**4, levels=10**4)
+        for name in ("steps", "accumulation", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; give two or more, each once: the limits are over them")
         if not self.precisions:
