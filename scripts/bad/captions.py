@@ -94,7 +94,7 @@ def _listed_twice(folder: Path) -> list[str]:
 
 
 def cases() -> Iterator[Case]:
-    for name, make, said in (
+    for name, written, said in (
         ("metadata and text differ", _contradicting, r"bad\.png has one caption in .* and another in .*keep one"),
         ("metadata leaves out what has a text", _unlisted, r"bad\.png has no line in .*but a caption in"),
         (
@@ -103,7 +103,7 @@ def cases() -> Iterator[Case]:
             r"metadata\.jsonl line 1 names 'bad\.png' a second time|second time, after",
         ),
     ):
-        yield Case("caption", name, make, said, skips=True)
+        yield Case("caption", name, written, said, skips=True)
     yield Case("caption", "text files in two cases", partial(_placed, _two_captions),
                r"bad\.png could have its caption from any of", skips=True)  # fmt: skip
     yield beside("there is none", None, r"bad\.png .*no caption")
