@@ -25,7 +25,9 @@ def hub_part(name: str, revision: str | None, part: str) -> Path:
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[f"{part}/*"], ignore_patterns=UNREAD))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=[f"{part}/*"], ignore_patterns=list(UNREAD))
+        )
     except RevisionNotFoundError:
         raise
     except Exception:  # each kind of network that is not there raises its own

@@ -46,6 +46,14 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not os.path.lexists(path) and not path.lower().endswith(FILES)
 
 
+def roots_of(folder: Path) -> list[Path]:
+    """Where what a folder holds may really lie: in it, and if it is of a snapshot in the Hub's cache, whose files are
+    links, among that repository's blobs."""
+    root = folder.resolve()
+    snapshots = next((place.parent for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
+
+
 def no_hub_id(path: str) -> str:
     """The mend for a path that is not there and no Hub id either."""
     found = ADDRESS.match(path)

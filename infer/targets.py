@@ -51,8 +51,8 @@ def match_targets(layers: Mapping[str, Linear], targets: str, rank: int = 1) -> 
     least = min(layers[narrow])
     if rank > least:
         raise ValueError(
-            f"adapter.rank is {rank}, but {narrow} maps {layers[narrow].columns} to {layers[narrow].rows} features, and "
-            f"an update of it has rank {least} at most; set adapter.rank={least} or less, or adapter.targets to wider "
-            "layers"
+            f"adapter.rank is {rank}, but {narrow} maps {layers[narrow].columns} to {layers[narrow].rows} features, "
+            f"and an update of it has rank {least} at most; set adapter.rank={least} or less, or adapter.targets to "
+            "wider layers"
         )
     return found

@@ -119,6 +119,7 @@ def test_a_caption_for_those_that_have_none(tmp_path: Path) -> None:
     samples, _ = read_samples(Data(sources=[source]))
     assert [sample.captions for sample in samples] == [("own",), ("sks dog",)]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "listed"}')
+    (tmp_path / "a.txt").unlink()
     samples, _ = read_samples(Data(sources=[source]))
     assert [sample.captions for sample in samples] == [("listed",), ("sks dog",)]
 

@@ -1,26 +1,26 @@
 """A folder of pictures with captions -> samples.
 
-Captions come from metadata.jsonl or metadata.csv (a `file_name` and a text a line, as datasets' imagefolder reads them)
-or from a .txt or .caption file beside each picture. Nothing outside of the folder is read: not by `../`, nor by an
-absolute name, nor by a link. Files and folders whose names begin with a dot are no part of it.
+Captions come from metadata.jsonl or metadata.csv (a `file_name` and a text a line, as datasets' imagefolder reads them,
+in any subfolder for what is below it) or from a .txt or .caption file beside each picture. Where the two differ,
+neither is chosen. A name means the file of the same letters, however Unicode composes them and its ending is
+capitalised. Nothing outside of the folder is read: not by `../`, nor by an absolute name, nor by a link, but those of
+the Hub's cache. Files and folders whose names begin with a dot are no part of it.
 """
 
-import csv
 import errno
-import io
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from infer.paths import kind_of_file
+from infer.paths import kind_of_file, roots_of
+from train.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
+from train.names import Names, key_of, stem_of
 from train.picture import SUFFIXES, UNREAD
 from train.source import Faults, Sample, Source, clean
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 
 
@@ -45,22 +45,18 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
     pictures = [name for name in files if _suffix(name) in SUFFIXES]
     if not pictures:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); set its path to the folder that does")
-    metadata = [name for name in METADATA if name in files]
-    if len(metadata) > 1:
-        raise ValueError(f"{folder} holds both {' and '.join(metadata)}; keep one of them")
-    listed = _read_metadata(folder / metadata[0], column, faults) if metadata else {}
+    names = Names(pictures)
+    listed: dict[str, Listed] = {}
+    lists = lists_in(folder, files)
+    for name in lists.values():
+        read_metadata(folder, name, column, names, listed, faults)
     mask_of = {} if masks is None else _pair(pictures, masks, faults)
+    sidecars = Names(name for name in files if _suffix(name) in SIDECARS)
 
     samples = []
     for name in pictures:
         try:
-            if metadata:
-                found = listed.pop(name, None)
-                missing = f'no line in {folder / metadata[0]}; add one with "file_name": {json.dumps(name)}'
-            else:
-                found = _read_sidecars(folder, name, files, lines)
-                beside = PurePosixPath(name).with_suffix(".txt").name
-                missing = f"no caption: write {beside} beside it, or a metadata.jsonl for all"
+            found, missing = _captions(folder, name, listed.get(name), list_for(name, lists), sidecars, lines)
             captions = clean(found, source.caption, missing)
             if masks is not None and name not in mask_of:
                 raise ValueError(f"has no mask in {masks}; put one there under the same name, white where all counts")
@@ -70,9 +66,63 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
         file, mask = folder / name, None if masks is None else masks / mask_of[name]
         read_mask = None if mask is None else partial(read_bytes, str(mask))
         samples.append(Sample(str(file), captions, index, partial(read_bytes, str(file)), read_mask, file, mask))
-    for name in listed:
-        faults.add(str(folder / metadata[0]), f"names {name!r}, which is not in {folder}; add it or take the line out")
+    for name, line in listed.items():
+        if name not in names:
+            near = names.near(name)
+            mend = f"did you mean {near!r}?" if near else "add it or take the line out"
+            faults.add(str(folder / line.file), f"names {name!r}, which is not in {folder}; {mend}")
     return samples
+
+
+def _captions(
+    folder: Path, name: str, line: Listed | None, metadata: str | None, sidecars: Names, lines: bool
+) -> tuple[list[str] | None, str]:
+    """A picture's captions, if there are any, and what there would have to be.
+
+    Raises:
+        ValueError: a file beside it cannot be read, or says something else than the metadata.
+    """
+    beside = _sidecars_of(name, sidecars)
+    if line is None and metadata is None:
+        text = PurePosixPath(name).with_suffix(".txt").name
+        missing = f"no caption: write {text} beside it, or a metadata.jsonl for all"
+        return _read_sidecars(folder, beside, lines) or None, missing
+    if line is None:
+        assert metadata is not None
+        if beside:
+            raise ValueError(
+                f"has no line in {folder / metadata}, but a caption in {folder / beside[0]}; add the line, or take one "
+                "of the two files out"
+            )
+        own = PurePosixPath(name).relative_to(PurePosixPath(metadata).parent)
+        return None, f'no line in {folder / metadata}; add one with "file_name": {json.dumps(str(own))}'
+    said = {caption.strip() for caption in line.captions}
+    for each in beside:
+        texts = _read_sidecars(folder, [each], lines)
+        if any(text.strip() and text.strip() not in said for text in texts):
+            raise ValueError(
+                f"has one caption in {folder / line.file} and another in {folder / each}; keep one of them, or make "
+                "them the same"
+            )
+    return line.captions, ""
+
+
+def _sidecars_of(name: str, sidecars: Names) -> list[str]:
+    """The caption files beside a picture, at most one of each kind.
+
+    Raises:
+        ValueError: there are several of a kind, none of which has the picture's very name.
+    """
+    stem, found = str(PurePosixPath(name).with_suffix("")), []
+    there = sidecars.by_stem.get(stem_of(name), [])
+    for kind in SIDECARS:
+        own = [each for each in there if _suffix(each) == kind]
+        exact = [each for each in own if str(PurePosixPath(each).with_suffix("")) == stem]
+        own = exact or own
+        if len(own) > 1:
+            raise ValueError(f"could have its caption from any of {', '.join(map(repr, own))}; keep one of them")
+        found += own
+    return found
 
 
 def no_source(path: Path) -> str:
@@ -109,15 +159,15 @@ def _suffix(name: str) -> str:
 
 def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
     """The files below a folder that may be read, by their names in it, in order; without those below `aside`."""
-    root = folder.resolve()
+    roots = roots_of(folder)
     found = []
     for name, entry in _walk(folder, "", None if aside is None else aside.resolve()):
-        readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or name in METADATA
+        readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or entry.name.lower() in METADATA
         if not readable and _suffix(name) not in UNREAD and not entry.is_dir():
             continue
         if entry.is_symlink() and _loops(entry):
             faults.add(entry.path, "is a link to itself; take it out")
-        elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+        elif entry.is_symlink() and not any(Path(entry.path).resolve().is_relative_to(root) for root in roots):
             faults.add(entry.path, f"is a link out of {folder}; put the file itself there, or take the link out")
         elif entry.is_dir():
             faults.add(entry.path, "is a link to a folder; give that folder as a source of its own, or take it out")
@@ -155,94 +205,31 @@ def _pair(pictures: list[str], masks: Path, faults: Faults) -> dict[str, str]:
     """Each picture's mask: the file of the same name, or else of the same name but for its ending, where that is meant
     for no other picture."""
     there = [name for name in _list(masks, None, faults) if _suffix(name) in SUFFIXES]
-    left = set(there) - set(pictures)
-    by_stem = defaultdict(list)
-    for name in there:
-        if name in left:
-            by_stem[PurePosixPath(name).with_suffix("")].append(name)
-    stems = Counter(PurePosixPath(name).with_suffix("") for name in pictures)
     pairs = {name: name for name in set(there) & set(pictures)}
-    for name in pictures:
-        stem = PurePosixPath(name).with_suffix("")
-        if name not in pairs and stems[stem] == 1 and len(by_stem[stem]) == 1:
-            pairs[name] = by_stem[stem][0]
-            left.discard(pairs[name])
+    left = set(there) - set(pictures)
+    spellings: tuple[Callable[[str], str], ...] = (key_of, stem_of)
+    for spelled in spellings:
+        masks_by = defaultdict(list)
+        for name in sorted(left):
+            masks_by[spelled(name)].append(name)
+        counts = Counter(map(spelled, pictures))
+        for name in pictures:
+            found = masks_by[spelled(name)]
+            if name not in pairs and counts[spelled(name)] == 1 and len(found) == 1:
+                pairs[name] = found[0]
+                left.discard(found[0])
     for name in sorted(left):
         faults.add(str(masks / name), "is the mask of no picture, or of more than one; give it its picture's full name")
     return pairs
 
 
-def _read_sidecars(folder: Path, name: str, files: dict[str, None], lines: bool) -> list[str] | None:
+def _read_sidecars(folder: Path, beside: list[str], lines: bool) -> list[str]:
     captions = []
-    for suffix in SIDECARS:
-        beside = str(PurePosixPath(name).with_suffix(suffix))
-        if beside in files:
-            try:
-                text = _text(folder / beside)
-            except ValueError as error:
-                raise ValueError(f"has a broken caption: {error}") from error
-            # splitlines would split within captions, at any of Unicode's separators
-            captions += [line for line in text.split("\n") if line.strip()] if lines else [text]
-    return captions or None
-
-
-def _read_metadata(file: Path, column: str, faults: Faults) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
-    for number, entry in _read_csv(file) if file.suffix == ".csv" else _read_jsonl(file):
+    for name in beside:
         try:
-            name, found = _check_line(entry, column)
-            if name in captions:
-                raise ValueError(f"names {name!r} a second time; keep one line a picture")
+            text = read_text(folder / name)
         except ValueError as error:
-            faults.add(f"{file} line {number}", str(error))
-            continue
-        captions[name] = found
+            raise ValueError(f"has a broken caption: {error}") from error
+        # splitlines would split within captions, at any of Unicode's separators
+        captions += [line for line in text.split("\n") if line.strip()] if lines else [text]
     return captions
-
-
-def _check_line(entry: Any, column: str) -> tuple[str, list[str]]:
-    """The name and the captions of one line; ValueError says what is wrong with it."""
-    if not isinstance(entry, dict) or not {"file_name", column} <= entry.keys():
-        said = repr(entry) if isinstance(entry, Exception) else f"{str(entry)[:60]!r}"
-        raise ValueError(
-            f"is not an object with file_name and {column} ({said}); "
-            f'write {{"file_name": "a.png", "{column}": "a caption"}}, or set data.caption_column'
-        )
-    if None in entry:  # csv's name for cells beyond the header's
-        raise ValueError("has more cells than the first line; put captions that hold commas in quotes")
-    name, found = entry["file_name"], entry[column]
-    captions = found if isinstance(found, list) else [found]
-    if not isinstance(name, str) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"is not right: file_name and {column} must be text, or {column} a list of texts")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"names {name!r}, outside its folder; name pictures within it")
-    return Path(name).as_posix(), captions
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):  # splitlines would split within captions
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # a number may be too long, too
-                yield number, error
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
-    rows = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-    try:
-        for row in rows:
-            # None stands for cells that are not there
-            yield rows.line_num, {key: value for key, value in row.items() if value is not None}
-    except csv.Error as error:  # from there on nothing is sure
-        line = rows.reader.line_num
-        raise ValueError(f"{file} line {line} is no CSV ({error}); mend it, or use metadata.jsonl") from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a caption
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); mend that") from error

@@ -85,9 +85,9 @@ def preview(
             pen.text((2, top - 2 * LABEL + 1), prompt, fill="black")
         pen.text((left + 2, top - LABEL + 1), name, fill="black")
         board.paste(pictures[prompt, name], (left, top))
-    text = PngImagePlugin.PngInfo()
-    text.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": list(columns), "size": size}))
-    replace_file(file, lambda path: board.save(path, format="PNG", pnginfo=text))
+    info = PngImagePlugin.PngInfo()
+    info.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": list(columns), "size": size}))
+    replace_file(file, lambda path: board.save(path, format="PNG", pnginfo=info))
     return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]
 
 

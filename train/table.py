@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infer.paths import is_hub_id
+from infer.paths import is_hub_id, roots_of
 from infer.remembered import Remembered
 from train.picture import SUFFIXES
 from train.source import Faults, Sample, Source, clean
@@ -78,7 +78,7 @@ def read_table(
             raise ValueError(f"{name} cannot be read as a picture (there is none); take it out")
         try:
             file = (roots[0] / stored["path"]).resolve()
-            if not any(file.is_relative_to(root.resolve()) for root in roots):
+            if not any(file.is_relative_to(place) for root in roots for place in roots_of(root)):
                 raise ValueError(f"{name} names {stored['path']!r}, outside its folder; put the bytes in the table")
             content = file.read_bytes()
         except OSError as error:

@@ -142,6 +142,16 @@ def cases() -> Iterator[Case]:
         ("an empty name", "transformer."),
     ):
         yield tensors(name, lambda layer=layer: pair(layer), MISFIT)  # type: ignore[misc]
+    for name, key, said in (
+        ("LoKr of LyCORIS", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr adapters are not LoRA"),
+        ("embeddings of words", "bundle_emb.sks.t5", "embeddings of words of its own"),
+        ("of FLUX.2", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", "is for FLUX.2"),
+        ("fp8 with scales", f"{LAYER}.scale_weight", "fp8 numbers have scales of their own"),
+        ("another adapter's name", f"{LAYER}.lora_A.second.weight", "holds several adapters"),
+        ("DiffSynth-Studio's", "blocks.0.attn.a_to_qkv.lora_A.default.weight", "DiffSynth-Studio's own names"),
+    ):
+        yield tensors(name, lambda key=key: pair() | {key: torch.ones(2, 2)}, rf"bad\.safetensors .*{said}")  # type: ignore[misc]
+    yield tensors("a checkpoint", lambda: {f"{LAYER}.weight": torch.ones(2, 2)}, "is a checkpoint and no adapter")
     yield tensors("kohya's names of too few rows", lambda: {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, width()),
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2 * width(), 4),
