@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 
 from infer.adapters import Adapter, check_fit, check_recovery, check_start
 from infer.fast import Memory, refuse_plain
-from infer.flux import Model, load_scheduler, read_config
+from infer.flux import Model, empty_transformer, load_scheduler, read_config
 from infer.formats import Pairs, read_pairs
 from infer.originals import check_unquantized
 from infer.quantize import Precision, check_device, check_layer_names, kind_asked
@@ -24,12 +23,6 @@ from infer.targets import base_layers, match_targets
 from infer.whole import check_stored
 
 DISTILLED = "its checkpoint has no guidance embedding (schnell and its kin)"
-
-
-def empty_transformer(model: Model) -> FluxTransformer2DModel:
-    """The transformer without its weights: names and shapes."""
-    with init_empty_weights():
-        return FluxTransformer2DModel.from_config(read_config(model, "transformer"))
 
 
 def check_precision(model: Model, precision: Precision, device: torch.device, empty: FluxTransformer2DModel) -> None:

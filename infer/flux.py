@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from infer.absent import loading
@@ -20,6 +21,7 @@ from infer.quantize import (
     check_device,
     check_quantized,
     keep_layout,
+    linear_layers,
     multiply_plainly,
     quantization_config,
 )
@@ -106,6 +108,12 @@ def read_config(model: Model, part: str) -> dict[str, Any]:
     return config
 
 
+def empty_transformer(model: Model) -> FluxTransformer2DModel:
+    """The transformer without its weights: names and shapes."""
+    with init_empty_weights():
+        return FluxTransformer2DModel.from_config(read_config(model, "transformer"))
+
+
 def config_number(model: Model, part: str, name: str) -> float:
     """A number of a part's config.json.
 
@@ -147,7 +155,8 @@ def _load(
         loaded = random_part(model.path, part, precision, device, hold)
         return _checked(loaded, precision)
     stored = read_config(model, part).get("quantization_config")
-    config = None if stored else quantization_config(precision, library)
+    skips = linear_layers(empty_transformer(model)) if precision.skip_modules else ()
+    config = None if stored else quantization_config(precision, library, skips)
     if stored:
         check_stored(model.path, stored, precision, part)
     with loading(model.path, model.local is not None, part), _quantizing(config or stored, device, hold):

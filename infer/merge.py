@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from infer.adapters import check_fit
 from infer.atomic import sync_folder, sync_tree
-from infer.checks import check_guidance, check_precision, empty_transformer
+from infer.checks import check_guidance, check_precision
 from infer.command import pick_device, run_command
-from infer.flux import Model, check_model, load_transformer, read_config
+from infer.flux import Model, check_model, empty_transformer, load_transformer, read_config
 from infer.formats import Pair, read_pairs
 from infer.generate import Sampling
 from infer.idle import refuse_idle
@@ -108,7 +108,7 @@ def write_transformer(options: Merge, originals: Originals, parts: dict[str, lis
         index |= dict.fromkeys(shard, file)
     bar.close()
     if precision.quantized:
-        made: Any = quantization_config(precision, diffusers)
+        made: Any = quantization_config(precision, diffusers, layers)
         config |= {"quantization_config": made.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if len(originals.shards) > 1:

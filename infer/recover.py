@@ -32,10 +32,10 @@ from infer.adapters import RECOVERY, put_pairs
 from infer.atomic import replace_file
 from infer.attached import save_adapter
 from infer.calibrate import Record, Rows, collect, record, relative_errors, stacked, velocities
-from infer.checks import check_guidance, check_precision, empty_transformer, undecided
+from infer.checks import check_guidance, check_precision, undecided
 from infer.command import check_run_name, pick_device, run_command
 from infer.encode import release
-from infer.flux import Model, check_model, fingerprint, load_transformer
+from infer.flux import Model, check_model, empty_transformer, fingerprint, load_transformer
 from infer.formats import Pair, Pairs
 from infer.generate import Sampling
 from infer.idle import refuse_idle

@@ -21,9 +21,9 @@ import diffusers
 import torch
 
 from infer.atomic import clear_partials, sync_folder, sync_tree
-from infer.checks import check_precision, empty_transformer
+from infer.checks import check_precision
 from infer.command import pick_device, run_command
-from infer.flux import PARTS, Model, check_model, load_text_parts, load_transformer, part_folder
+from infer.flux import PARTS, Model, check_model, empty_transformer, load_text_parts, load_transformer, part_folder
 from infer.quantize import Precision
 
 
