@@ -91,9 +91,9 @@ def requantize(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> None:
     there: Any = layer.weight
     kind, old = kind_of(layer), getattr(there, "quant_state", None)
     assert kind is not None
-    settings = {} if old is None else {"double_quant": bool(old.nested)}
+    nested = old is not None and bool(old.nested)
     compute = next(name for name, own in DTYPES.items() if own == dtype)
-    new: Any = quantized_layer(weight, Precision(kind, compute, **settings), there.device)
+    new: Any = quantized_layer(weight, Precision(kind, compute, nested), there.device)
     there.data.copy_(new.weight.data.view(there.data.shape))
     if old is None:
         state: Any = layer
