@@ -66,6 +66,9 @@ def attach(
     with own_random():
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=name)
+        if adapter.init == "orthogonal":
+            for layer in strengths(transformer, name):
+                _make_orthogonal(transformer.get_submodule(layer), name)
     parameters = [p for n, p in transformer.named_parameters() if f".{name}." in n and "lora_" in n]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -84,6 +87,20 @@ def attach(
 def shapes_of(transformer: nn.Module) -> dict[str, Linear]:
     """The sizes of the model's own linear layers."""
     return {name: Linear(layer.out_features, layer.in_features) for name, layer in base_layers(transformer).items()}
+
+
+def _make_orthogonal(module: Any, name: str) -> None:
+    """Fill A and B at random over two halves of an orthogonal basis, so that B A is 0 and neither of them is.
+
+    As PEFT's init_lora_weights="orthogonal", which writes them in the dtype of the layer's own weight: packed 4-bit and
+    int8 weights it cannot take, and in bf16 the product is not 0.
+    """
+    rank = module.r[name]
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank))
+    down = torch.randn(module.in_features, rank // 2) @ basis[0::2] / 10  # [in, rank]
+    up = torch.randn(module.out_features, rank // 2) @ basis[1::2] / 10  # [out, rank]
+    for holder, value in ((module.lora_A[name], down.T), (module.lora_B[name], up)):
+        holder.weight.data = value.contiguous().to(holder.weight.device)
 
 
 def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str, model: Model | None) -> None:

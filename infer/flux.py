@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from infer.absent import loading
 from infer.headers import check_transformer
 from infer.hub import hub_file, hub_part
+from infer.layers import linear_shapes
 from infer.paths import expand, is_hub_id, no_hub_id, no_index, not_a_model
 from infer.quantize import (
     Precision,
@@ -153,7 +154,8 @@ def _load(
         loaded = random_part(model.path, part, precision, device, hold)
         return _checked(loaded, precision, device)
     stored = read_config(model, part).get("quantization_config")
-    config = None if stored else quantization_config(precision, library)
+    skips = linear_shapes(read_config(model, "transformer")) if precision.skip_modules else ()
+    config = None if stored else quantization_config(precision, library, skips)
     if stored:
         check_stored(model.path, stored, precision, part)
     folder = part_folder(model, part)

@@ -9,7 +9,7 @@ from infer.targets import PRESETS
 
 RECOVERY = "recovery"
 """The name of the adapter that gives back what quantization took; it stays on beside every other."""
-INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "residual": True, "loftq": True}
+INITS = {"default": True, "gaussian": "gaussian", "orthogonal": True, "residual": True, "loftq": True}
 FROM_ERROR = ("residual", "loftq")
 
 

@@ -68,7 +68,7 @@ def write_transformer(options: Merge, originals: Originals, parts: dict[str, lis
         index |= dict.fromkeys(shard, file)
     bar.close()
     if precision.quantized:
-        made: Any = quantization_config(precision, diffusers)
+        made: Any = quantization_config(precision, diffusers, layers)
         config |= {"quantization_config": made.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if len(originals.shards) > 1:

@@ -146,8 +146,12 @@ class Precision:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
 
 
-def quantization_config(precision: Precision, library: Any) -> Any | None:
-    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized."""
+def quantization_config(precision: Precision, library: Any, layers: Iterable[str] = ()) -> Any | None:
+    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized.
+
+    layers: the model's linear layers. Of them those that are skipped are given by their whole names: of a part of a
+    name, diffusers takes `transformer_blocks.0` for the end of `single_transformer_blocks.0` too.
+    """
     if precision.kind == "auto":  # the commands that know it have decided it before anything is loaded
         raise ValueError(
             "precision=auto works in train, compare, gap and transfer; elsewhere give the precision that "
@@ -159,11 +163,12 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
         from infer.mixed import MixedConfig
 
         return MixedConfig(precision)
+    skipped = [layer for layer in layers if any(_names(name, layer) for name in precision.skip_modules)]
     if precision.kind == "int8":
         return library.BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=precision.outlier_threshold,
-            llm_int8_skip_modules=list(precision.skip_modules),
+            llm_int8_skip_modules=skipped,
             llm_int8_has_fp16_weight=False,
         )
     import torch
@@ -174,7 +179,7 @@ def quantization_config(precision: Precision, library: Any) -> Any | None:
         bnb_4bit_compute_dtype=precision.dtype,
         bnb_4bit_use_double_quant=precision.double_quant,
         bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=list(precision.skip_modules),
+        llm_int8_skip_modules=skipped,
     )
 
 

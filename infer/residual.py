@@ -92,9 +92,8 @@ def requantize(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> None:
     there: Any = layer.weight
     kind, old = kind_of(layer), getattr(there, "quant_state", None)
     assert kind is not None
-    settings = {} if old is None else {"double_quant": bool(old.nested)}
-    compute = NAMES[dtype]
-    new: Any = quantized_layer(weight, Precision(kind, compute, **settings), there.device)
+    nested = old is not None and bool(old.nested)
+    new: Any = quantized_layer(weight, Precision(kind, NAMES[dtype], nested), there.device)
     there.data.copy_(new.weight.data.view(there.data.shape))
     if old is None:
         state: Any = layer

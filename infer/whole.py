@@ -22,10 +22,10 @@ def check_stored(path: str, stored: dict[str, Any], precision: Precision, part: 
     """What a quantized checkpoint was saved with cannot be changed by loading it: refuse what says otherwise."""
     kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
     if precision.layers or precision.kind != kind:
-        asked = "a mixture of kinds" if precision.layers else precision.kind
+        other = "a mixture of kinds" if precision.layers else precision.kind
         mend = f"precision={kind} without precision.layers" if part == "transformer" else f"precision.t5={kind}"
         raise ValueError(
-            f"the {part} of {path} is stored as {kind}, and {asked} is asked for; set {mend}, or load an unquantized "
+            f"the {part} of {path} is stored as {kind}, and {other} is asked for; set {mend}, or load an unquantized "
             "checkpoint"
         )
     asked = {

@@ -118,7 +118,7 @@ def test_what_cannot_be_mixed(tiny: Model, tmp_path: Path) -> None:
     ):
         load_transformer(tiny, Precision("nf4", layers={"no_such": "int8"}), CPU)
     for precision in (MIXED, Precision("auto", budget_gib=8)):
-        with pytest.raises(ValueError, match="a mixture of kinds is made while a checkpoint is read"):
+        with pytest.raises(ValueError, match="is a mixture of kinds, which is made while a checkpoint is read"):
             save(Save(tiny, precision, str(tmp_path / "out"), "cpu"))
     assert Precision("auto", budget_gib=8).for_t5().kind == "nf4"
 

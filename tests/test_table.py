@@ -75,10 +75,36 @@ def test_a_table_gives_the_folders_samples(tmp_path: Path, data: dict[str, Any],
         (folder / f"{i}.txt").write_text(caption, encoding="utf-8")
     (tmp_path / "tables").mkdir()
     samples = read(write(tmp_path / "tables" / "my set.parquet", kind, [*captions], pictures), data)
-    beside = read(folder, data)
+    beside = read(folder, {"cache": data["cache"]})
     assert [s.captions for s in samples] == [s.captions for s in beside] == [("one",), ("two",), ("drei ß",)]
     assert hashes(samples) == hashes(beside)
     assert samples[1].name.endswith("[1]")
+
+
+def test_what_tables_or_folders_have_no_use_for_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Unless another source has: one of each is enough."""
+    file, sidecars, listed = (
+        write(tmp_path / "set.parquet", "bytes", ["a"], [content(0)]),
+        tmp_path / "a",
+        tmp_path / "b",
+    )
+    for folder in (sidecars, listed):
+        folder.mkdir()
+        (folder / "0.png").write_bytes(content(0))
+    (sidecars / "0.txt").write_text("one\ntwo")
+    (listed / "metadata.jsonl").write_text('{"file_name": "0.png", "words": "three"}')
+    cache = {"cache": data["cache"]}
+    for path, option, said in (
+        (file, {"caption_lines": True, **COLUMNS}, "data.caption_lines is true, .*captions are in tables or metadata"),
+        (listed, {"caption_lines": True, "caption_column": "words"}, "data.caption_lines is true, which has no effect"),
+        (listed, {"image_column": "photo"}, "data.image_column is photo, .*no source is a table; .*leave it at image"),
+        (sidecars, {"caption_column": "words"}, "data.caption_column is words, .*no source is a table or has a meta"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read(path, cache | option)
+    sources = [Source(str(path)) for path in (file, sidecars, listed)]
+    samples, _ = read_samples(Data(sources=sources, caption_lines=True, **data))
+    assert [sample.captions for sample in samples] == [("a",), ("one", "two"), ("three",)]
 
 
 def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path: Path, data: dict[str, Any]) -> None:
