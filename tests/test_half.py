@@ -254,7 +254,7 @@ def test_the_autoencoder_of_such_a_card_decodes_in_tiles(tiny: Model) -> None:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    make_style(folder, 6, seed=1)
+    make_style(folder, 4, seed=1)
     return folder
 
 
@@ -263,16 +263,16 @@ def test_a_run_on_a_card_without_bf16_learns_as_in_fp32(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def run(precision: Precision, adapter: Adapter) -> dict[str, float]:
+    def run(precision: Precision) -> dict[str, float]:
         job = Train(
             model=tiny,
             precision=precision,
-            adapter=adapter,
-            data=Data(str(pictures), 64, 2, "zelk style", 0.2, cache=str(tmp_path / "cache")),
+            adapter=Adapter(rank=4),
+            data=Data(str(pictures), 64, 2, "zelk style", 0.25, cache=str(tmp_path / "cache")),
             optim=Optim(lr=1e-3),
-            run=f"{precision.compute_dtype}-{len(list(tmp_path.iterdir()))}",
-            steps=6,
-            validate_every=3,
+            run=precision.compute_dtype,
+            steps=4,
+            validate_every=0,
             validation_levels=2,
             device="cpu",
         )
@@ -281,7 +281,7 @@ def test_a_run_on_a_card_without_bf16_learns_as_in_fp32(
         rows = map(json.loads, lines)
         return {f"{name} {row['step']}": row[name] for row in rows for name in names if name in row}
 
-    exact = run(FP32, Adapter(rank=4))
+    exact = run(FP32)
     fit = training.fit
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -289,8 +289,7 @@ def test_a_run_on_a_card_without_bf16_learns_as_in_fp32(
             return fit(*args, **kwargs)
 
     monkeypatch.setattr(training, "fit", watched)
-    for adapter in (Adapter(rank=4), Adapter(rank=4, dropout=0.001)):  # the fast path, and PEFT's layers
-        found = run(Precision("nf4"), adapter)
-        assert found.keys() == exact.keys() and found["validation_loss 6"] < found["validation_loss 0"]
-        for name, value in exact.items():
-            assert found[name] == pytest.approx(value, rel=3e-3), name
+    found = run(Precision("nf4"))
+    assert found.keys() == exact.keys() and found["validation_loss 4"] < found["validation_loss 0"]
+    for name, value in exact.items():
+        assert found[name] == pytest.approx(value, rel=3e-3), name
