@@ -29,7 +29,8 @@ from infer.flux import Model, fingerprint, load_transformer
 from infer.formats import Pairs, read_pairs
 from infer.formats_write import FORMATS
 from infer.generate import Sampling
-from infer.merge import Merge, merge, merged
+from infer.merge import Merge, merge
+from infer.merging import merged
 from infer.originals import Originals
 from infer.quantize import Precision, dequantized, kind_asked, kind_of
 from infer.recover import Recover, recover
