@@ -160,8 +160,8 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
     memory: dict[str, Memory] = {}
     for turn in range(2):  # before anything is measured, and with the mixtures that came of it
         for name in names:
-            given = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
-            memory[name] = check_running(options.model, *given, device)
+            how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+            memory[name] = check_running(options.model, *how, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in own.items():  # before an hour of drawing, not after it

@@ -46,11 +46,12 @@ from scripts.bench_rows import Row, make_row
 from scripts.bench_train import make_batch
 from scripts.bench_variants import Variant
 from scripts.tiny.make_style import make_style
-from train import train as training
+from train import run as training
 from train.config import Train
 from train.data import Data
 from train.optim import Optim
 from train.step import make_learner
+from train.train import train
 
 FP16 = Precision("nf4", compute_dtype="fp16")
 GIB = 2**30
@@ -289,7 +290,7 @@ def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
                 run=f"check-half-{name}",
                 device=device.type,
             )
-            training.train(job)
+            train(job)
             lines = [json.loads(line) for line in Path("runs", job.run, "metrics.jsonl").read_text().splitlines()]
             series[name] = torch.tensor([line["loss"] for line in lines if "loss" in line])
             print(name, [round(line["validation_loss"], 4) for line in lines if "validation_loss" in line], flush=True)

@@ -25,11 +25,12 @@ from infer.quantize import Precision, dequantize_to, multiply_plainly
 from infer.whole import check_stored
 from scripts.check_half import NoBf16, make_loud
 from scripts.tiny.make_style import make_style
-from train import train as training
+from train import run as training
 from train.config import Train
 from train.data import Data
 from train.flow import predict
 from train.optim import Optim
+from train.train import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32 = Precision("nf4", compute_dtype="fp32")
@@ -276,7 +277,7 @@ def test_a_run_on_a_card_without_bf16_learns_as_in_fp32(
             validation_levels=2,
             device="cpu",
         )
-        lines = (training.train(job).parent / "metrics.jsonl").read_text().splitlines()
+        lines = (train(job).parent / "metrics.jsonl").read_text().splitlines()
         names = "loss", "validation_loss"
         rows = map(json.loads, lines)
         return {f"{name} {row['step']}": row[name] for row in rows for name in names if name in row}
