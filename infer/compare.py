@@ -17,18 +17,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.bounds import TOKENS, check_most
-from infer.command import check_device_name, check_file_names, check_run_name, pick_device, run_command
-from infer.flux import Model, check_model
-from infer.formats import find_adapter
-from infer.generate import Sampling
-from infer.idle import refuse_idle
-from infer.judges import Networks, check_paths, find_scores, list_pictures
-from infer.memory import Memory
-from infer.paths import expand, expanded
-from infer.quantize import Precision
-from infer.quiet import ready
-from infer.several import Trained
+from infer.adapter.read import find_adapter
+from infer.adapter.selection import Trained
+from infer.checkpoint.load import Model, check_model
+from infer.fast.memory import Memory
+from infer.program.bounds import TOKENS, check_most
+from infer.program.command import check_device_name, check_file_names, check_run_name, pick_device, run_command
+from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand, expanded
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision
+from infer.sample.generate import Sampling
+from infer.score.judges import Networks, check_paths, find_scores, list_pictures
 
 TAKEN_SCORES = re.compile(
     r"(psnr|ssim|latents|lpips|drift)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
@@ -121,7 +121,7 @@ def compare(options: Compare) -> Path:
     own = find_scores(options.scores)
     device = pick_device(options.device)
     ready()
-    from infer.comparison import draw_all
+    from infer.comparison.draw import draw_all
 
     return draw_all(options, run, own, device)
 

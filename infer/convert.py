@@ -3,7 +3,7 @@
     python infer/convert.py adapter.path=runs/mine/adapter to=kohya out=mine-kohya.safetensors
     python infer/convert.py adapter.path=from_the_web.safetensors to=diffusers out=adapters/from_the_web
 
-The adapter may be in any format that infer/formats.py reads; no model is loaded.
+The adapter may be in any format that infer/adapter/read.py reads; no model is loaded.
 """
 
 import sys
@@ -13,11 +13,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.command import run_command
-from infer.formats import FILE, find_adapter, read_notes, read_pairs
-from infer.formats_write import FORMATS, write_pairs
-from infer.paths import expand
-from infer.quiet import ready
+from infer.adapter.read import FILE, find_adapter, read_notes, read_pairs
+from infer.adapter.write import FORMATS, write_pairs
+from infer.program.command import run_command
+from infer.program.paths import expand
+from infer.program.quiet import ready
 
 
 @dataclass
@@ -68,7 +68,7 @@ def convert(options: Convert) -> Path:
         )
     notes = read_notes(find_adapter(path))
     ready()
-    from infer.residual import minus, read_start
+    from infer.adapter.error_init import minus, read_start
 
     pairs = read_pairs(path, options.drop_text_encoder)
     start = read_start(path, lambda layer: None)

@@ -17,20 +17,20 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
-from infer.bounds import SEED, check_most
-from infer.checks import check_guidance, check_precision
-from infer.command import check_device_name, pick_device, run_command
-from infer.flux import Model, check_model, load_transformer, read_config
-from infer.formats import check_fit, read_pairs
-from infer.generate import Sampling
-from infer.idle import refuse_idle
-from infer.layers import linear_shapes
-from infer.paths import expand
-from infer.quantize import Precision
-from infer.quiet import ready
+from infer.adapter.checks import check_guidance, check_precision
+from infer.adapter.read import check_fit, read_pairs
+from infer.adapter.selection import Trained
+from infer.checkpoint.layers import linear_shapes
+from infer.checkpoint.load import Model, check_model, load_transformer, read_config
+from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.program.bounds import SEED, check_most
+from infer.program.command import check_device_name, pick_device, run_command
+from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision
+from infer.sample.generate import Sampling
 from infer.save import refuse_mixture, save_beside
-from infer.several import Trained
 
 
 @dataclass
@@ -85,10 +85,10 @@ def merge(options: Merge) -> Path:
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
-    from infer.merge_report import compare_pictures, report, straight_loss
-    from infer.merging import Part, write_transformer
-    from infer.originals import Originals
-    from infer.residual import settled
+    from infer.adapter.error_init import settled
+    from infer.adapter.merge_report import compare_pictures, report, straight_loss
+    from infer.adapter.merging import Part, write_transformer
+    from infer.checkpoint.originals import Originals
 
     with init_empty_weights():
         empty = FluxTransformer2DModel.from_config(config)

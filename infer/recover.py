@@ -5,8 +5,9 @@
     python infer/compare.py ... +recovery.nf4=runs/recover-nf4/adapter
 
 Layer by layer: each one's error W - Q, W read from its shard and dropped again, is approximated as the velocity feels
-it (infer/lowrank.py), and ranks go where a byte gains most. Nothing needs more memory than the quantized transformer in
-training, so FLUX.1-dev fits a 24 GB card. `polish` steps then teach all layers together the bf16 model's own velocity.
+it (infer/rounding/lowrank.py), and ranks go where a byte gains most. Nothing needs more memory than the quantized
+transformer in training, so FLUX.1-dev fits a 24 GB card. `polish` steps then teach all layers together the bf16 model's
+own velocity.
 
 Writes runs/<run>/adapter/ and runs/<run>/recovery.json.
 """
@@ -20,17 +21,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import replace_file
-from infer.bounds import MANY, SEED, STEPS, check_most
-from infer.checks import check_guidance, check_precision, undecided
-from infer.command import check_device_name, check_run_name, pick_device, run_command
-from infer.flux import Model, check_model, fingerprint, load_transformer, read_config
-from infer.generate import Sampling, mend_of
-from infer.idle import refuse_idle
-from infer.layers import linear_shapes
-from infer.lora import RECOVERY
-from infer.quantize import Precision, kind_asked, stored_bytes
-from infer.quiet import ready
+from infer.adapter.checks import check_guidance, check_precision, undecided
+from infer.adapter.lora import RECOVERY
+from infer.checkpoint.layers import linear_shapes
+from infer.checkpoint.load import Model, check_model, fingerprint, load_transformer, read_config
+from infer.program.atomic import replace_file
+from infer.program.bounds import MANY, SEED, STEPS, check_most
+from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.no_effect import refuse_idle
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision, kind_asked, stored_bytes
+from infer.sample.generate import Sampling, mend_of
 
 
 @dataclass
@@ -94,14 +95,14 @@ def recover(options: Recover) -> Path:
     ready()
     import torch
 
-    from infer.adapters import put_pairs
-    from infer.attached import save_adapter
-    from infer.calibrate import collect, record, relative_errors, velocities
-    from infer.compute import compute_dtype
-    from infer.encode import release
-    from infer.layer_errors import decide
-    from infer.originals import Originals, streamed_transformer
-    from infer.recovering import polish, recovered
+    from infer.adapter.attach import put_pairs
+    from infer.adapter.attached import save_adapter
+    from infer.checkpoint.originals import Originals, streamed_transformer
+    from infer.quantize.compute import compute_dtype
+    from infer.rounding.calibration import collect, record, relative_errors, velocities
+    from infer.rounding.layer_errors import decide
+    from infer.rounding.recovering import polish, recovered
+    from infer.sample.encode import release
 
     if compute_dtype(torch.bfloat16, device) == torch.float16:
         raise ValueError(

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import clear_partials, partial_of, sync_folder, sync_tree
-from infer.checks import check_precision
-from infer.command import check_device_name, pick_device, run_command
-from infer.flux import (
+from infer.adapter.checks import check_precision
+from infer.checkpoint.layers import linear_shapes
+from infer.checkpoint.load import (
     PARTS,
     Model,
     check_model,
@@ -29,10 +28,11 @@ from infer.flux import (
     pipeline_index,
     read_config,
 )
-from infer.layers import linear_shapes
-from infer.paths import expand
-from infer.quantize import Precision
-from infer.quiet import ready
+from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.program.command import check_device_name, pick_device, run_command
+from infer.program.paths import expand
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision
 
 if TYPE_CHECKING:
     import torch

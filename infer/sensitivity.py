@@ -17,16 +17,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import replace_file
-from infer.bounds import GIB, check_most
-from infer.checks import check_guidance
-from infer.command import check_device_name, check_run_name, pick_device, run_command
-from infer.flux import Model, check_model
-from infer.generate import Sampling
-from infer.mixture import HEADER, choose
-from infer.paths import expand
-from infer.quiet import ready
-from infer.report import aligned
+from infer.adapter.checks import check_guidance
+from infer.checkpoint.load import Model, check_model
+from infer.program.atomic import replace_file
+from infer.program.bounds import GIB, check_most
+from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.paths import expand
+from infer.program.quiet import ready
+from infer.report.write import aligned
+from infer.rounding.budget import HEADER, choose
+from infer.sample.generate import Sampling
 
 PROMPTS = (
     "a large red star in the middle on a sky background",
@@ -76,8 +76,8 @@ def sensitivity(options: Sensitivity) -> Path:
     check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
     device = pick_device(options.device)
     ready()
-    from infer.heat import draw_heat
-    from infer.layer_errors import KINDS, kept_file, sensitivities, write_precision
+    from infer.report.heat import draw_heat
+    from infer.rounding.layer_errors import KINDS, kept_file, sensitivities, write_precision
 
     found = sensitivities(options, device, print)
     content = json.dumps(found, indent=1) + "\n"

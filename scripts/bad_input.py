@@ -29,12 +29,12 @@ os.environ["WANDB_MODE"] = "offline"
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
-from infer.command import run_command
-from infer.errors import explained
+from infer.program.command import run_command
+from infer.program.errors import explained
 from scripts.bad.case import Case, Work, judge
 
 KINDS = ("picture", "caption", "table", "mask", "setting", "adapter", "checkpoint", "model", "report")
@@ -50,7 +50,8 @@ def cases(kind: str) -> Iterator[Case]:
 def commands() -> dict[str, Work]:
     """Each command as a function of its arguments."""
     from infer import compare, save
-    from train import cache, config, look, train
+    from train import cache, look, train
+    from train.run import config
 
     def entry(name: str, schema: type[Any], work: Any, arguments: list[str]) -> None:
         sys.argv = [f"{name}.py", *arguments]
@@ -67,7 +68,7 @@ def commands() -> dict[str, Work]:
 
 
 def _report(arguments: list[str]) -> None:
-    from infer import report
+    from infer.report import write as report
 
     with explained():
         report.main(arguments)

@@ -17,14 +17,14 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
-from infer.command import ROOT
+from infer.program.command import ROOT
 from scripts.bench_grid import job_of
 from scripts.bench_rows import Row, make_row, read_lines, table, write_rows
-from train.footprint import footprint
+from train.estimate.memory import footprint
 
 GIB = 2**30
 PARTS = ("train", "infer", "check", "plan")

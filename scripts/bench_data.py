@@ -27,7 +27,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.atomic import replace_file
+from infer.program.atomic import replace_file
 from scripts.bench_rows import table, versions
 from scripts.painted import CAPTIONS, paint_folder, part_of
 
@@ -57,13 +57,13 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     """Read the samples and have everything encoded; seconds, the phases' seconds, peaks and counts."""
     import torch
 
-    from infer.command import pick_device
-    from infer.flux import Model
-    from infer.quantize import Precision
-    from train.build import build
-    from train.caption import all_texts
-    from train.data import Data, read_samples
-    from train.encoding import Encode
+    from infer.checkpoint.load import Model
+    from infer.program.command import pick_device
+    from infer.quantize.precision import Precision
+    from train.data.caption import all_texts
+    from train.data.dataset import Data, read_samples
+    from train.latents.build import build
+    from train.latents.encoding import Encode
 
     device = pick_device(args.device)
     model, precision = Model(MODELS.get(args.model, args.model), weights=args.weights), Precision(args.precision)
@@ -84,10 +84,10 @@ def cold(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, Any
     """From nothing; and how fast the autoencoder is if it has never to wait for pictures."""
     import torch
 
-    from infer.command import pick_device
-    from infer.encode import to_posterior
-    from infer.flux import Model, load_vae
-    from train.encoding import Encode
+    from infer.checkpoint.load import Model, load_vae
+    from infer.program.command import pick_device
+    from infer.sample.encode import to_posterior
+    from train.latents.encoding import Encode
 
     shutil.rmtree(cache, ignore_errors=True)
     found = build_once(args, pictures, cache)
@@ -108,7 +108,7 @@ def cold(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, Any
             float(mean[0, 0, 0, 0])  # waits for it
             done += batch
         found[name] = done / (time.perf_counter() - start)
-    found["alone"] = found["channels last" if device.type == "cpu" else "plain"]  # as train/encoding.py has it
+    found["alone"] = found["channels last" if device.type == "cpu" else "plain"]  # as train/latents/encoding.py has it
     return found
 
 
@@ -116,16 +116,16 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     """What training knows of its samples before the first is encoded: captions, identities, buckets and an epoch."""
     import warnings
 
-    from infer.remembered import Remembered
-    from train.batch import Samples, make_stream
-    from train.build import admit
-    from train.caption import all_texts
-    from train.data import Data, read_samples
-    from train.index import Index, identify
-    from train.keys import Keys
-    from train.sampler import epoch_batches
-    from train.store import Cache
-    from train.workers import Gate, own_cores
+    from infer.program.remembered import Remembered
+    from train.data.batches import epoch_batches
+    from train.data.caption import all_texts
+    from train.data.dataset import Data, read_samples
+    from train.latents.build import admit
+    from train.latents.index import Index, identify
+    from train.latents.keys import Keys
+    from train.latents.store import Cache
+    from train.latents.workers import Gate, own_cores
+    from train.loop.batch import Samples, make_stream
 
     data = Data(str(pictures), resolution=SMALL, batch_size=4, cache=str(cache))
     before, start = resident(), time.perf_counter()
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        from infer.quiet import quieten
+        from infer.program.quiet import quieten
 
         quieten()
         part, pictures, cache = args.child

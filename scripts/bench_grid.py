@@ -16,24 +16,24 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
 from accelerate import Accelerator
 
-from infer.adapters import Adapter
-from infer.allocator import prepare
-from infer.fast import Memory
-from infer.flux import Model
-from infer.quantize import Precision
+from infer.adapter.attach import Adapter
+from infer.checkpoint.load import Model
+from infer.device.allocator import prepare
+from infer.fast.install import Memory
+from infer.quantize.precision import Precision
 from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.bench_train import Held, measure
 from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant, need
-from train.config import Train
-from train.data import Data
-from train.optim import Optim
+from train.data.dataset import Data
+from train.objective.optim import Optim
+from train.run.config import Train
 
 FP4 = Precision("fp4")
 MLP, EVERY = "attention+mlp", "all"

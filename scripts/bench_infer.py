@@ -19,23 +19,23 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
 from diffusers import FluxPipeline
 from torch import nn
 
-from infer import allocator
-from infer.adapters import Adapter, attach
-from infer.encode import Text, decode, release, text_encoder
-from infer.fast import Memory, choose_path, hold_of
-from infer.flux import Model, load_scheduler, load_text_parts, load_transformer, load_vae
-from infer.generate import Sampling, draw
-from infer.graph import Sampler
-from infer.measure import measure as measured
-from infer.quantize import Precision
-from infer.shapes import random_part
+from infer.adapter.attach import Adapter, attach
+from infer.checkpoint.load import Model, load_scheduler, load_text_parts, load_transformer, load_vae
+from infer.checkpoint.random_weights import random_part
+from infer.device import allocator
+from infer.device.measure import measure as measured
+from infer.fast.cuda_graph import Sampler
+from infer.fast.install import Memory, choose_path, hold_of
+from infer.quantize.precision import Precision
+from infer.sample.encode import Text, decode, release, text_encoder
+from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 

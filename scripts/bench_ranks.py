@@ -23,7 +23,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
@@ -31,20 +31,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from infer import allocator
-from infer.adapters import attach
-from infer.encode import release
-from infer.fast import Memory, choose_path
-from infer.flux import load_transformer
-from infer.quantize import Precision
+from infer.adapter.attach import attach
+from infer.checkpoint.load import load_transformer
+from infer.device import allocator
+from infer.fast.install import Memory, choose_path
+from infer.quantize.precision import Precision
+from infer.sample.encode import release
 from scripts.bench_rows import Row, attempt, make_row, read_lines, write_rows
 from scripts.bench_train import make_batch
 from scripts.bench_variants import BALANCED, BF16, NF4, Variant
-from train.optim import make_optimizer, step_if
-from train.ranks import exchange, shard, start_alike
-from train.sampler import Place
-from train.step import make_learner
-from train.update import hear, tell
+from train.data.batches import Place
+from train.loop.micro_step import make_learner
+from train.objective.optim import make_optimizer, step_if
+from train.ranks.launch import exchange, shard, start_alike
+from train.ranks.update import hear, tell
 
 GIB = 2**30
 STEPS = 8  # timed, each way
@@ -107,7 +107,7 @@ def measure(way: Way, accelerator: Accelerator) -> Row:
     batch = make_batch(variant, transformer.config, device)
 
     def step(among: Any) -> float:
-        """As train/loop.py does."""
+        """As train/loop/fit.py does."""
         count = among.num_processes
         places = [[Place(0, i, i, 0) for i in range(count)]]
         losses = learn(batch)

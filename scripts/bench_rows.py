@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from infer.allocator import prepare
-from infer.atomic import replace_file
-from infer.command import ROOT
+from infer.device.allocator import prepare
+from infer.program.atomic import replace_file
+from infer.program.command import ROOT
 
 Row = dict[str, Any]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")

@@ -19,32 +19,32 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from infer import allocator
-from infer.adapters import attach
-from infer.encode import release
-from infer.fast import choose_path, hold_of, uninstall
-from infer.flux import load_transformer
-from infer.quantize import stored_bytes
-from infer.shapes import DEV
+from infer.adapter.attach import attach
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.random_weights import DEV
+from infer.device import allocator
+from infer.fast.install import choose_path, hold_of, uninstall
+from infer.quantize.precision import stored_bytes
+from infer.sample.encode import release
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
-from train.batch import Batch
-from train.config import Train
-from train.flop import step_flop
-from train.flow import losses, noised, predict
-from train.optim import make_optimizer, step_if
-from train.repeat import repeating
-from train.sampler import Place
-from train.step import fit_budget, make_learner
-from train.update import hear, tell
+from train.data.batches import Place
+from train.estimate.flop import step_flop
+from train.loop.batch import Batch
+from train.loop.micro_step import fit_budget, make_learner
+from train.loop.repeat import repeating
+from train.objective.flow_matching import losses, noised, predict
+from train.objective.optim import make_optimizer, step_if
+from train.ranks.update import hear, tell
+from train.run.config import Train
 
 GIB = 2**30
 RATE = "matrix rate, bf16, 8192"
@@ -178,7 +178,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad()
             return losses.mean().item()
-        # as train/loop.py does
+        # as train/loop/fit.py does
         told = tell(accelerator, variant.batch, [losses], norm, False, False)
         ahead = isinstance(optimizer, torch.optim.AdamW)
         if ahead:

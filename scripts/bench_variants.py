@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from infer.adapters import Adapter
-from infer.fast import Memory
-from infer.flux import Model
-from infer.quantize import Precision
-from train.config import Train
-from train.data import Data
-from train.optim import Optim
+from infer.adapter.attach import Adapter
+from infer.checkpoint.load import Model
+from infer.fast.install import Memory
+from infer.quantize.precision import Precision
+from train.data.dataset import Data
+from train.objective.optim import Optim
+from train.run.config import Train
 
 TEXT = 512  # T5 tokens
 

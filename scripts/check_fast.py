@@ -19,7 +19,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
@@ -27,23 +27,23 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from infer import allocator
-from infer.adapters import Adapter
-from infer.allocator import prepare
-from infer.command import ROOT
-from infer.fast import Memory, choose_path
-from infer.flux import Model
-from infer.graph import Replay
-from infer.quantize import Precision
+from infer.adapter.attach import Adapter
+from infer.checkpoint.load import Model
+from infer.device import allocator
+from infer.device.allocator import prepare
+from infer.fast.cuda_graph import Replay
+from infer.fast.install import Memory, choose_path
+from infer.program.command import ROOT
+from infer.quantize.precision import Precision
 from scripts import bench_rows
 from scripts.bench_rows import make_row
 from scripts.bench_train import Held, make_batch, plain_learner
 from scripts.bench_variants import LEAN, NF4, PLAIN, Variant
 from scripts.tiny.make_style import make_style
-from train.config import Train
-from train.data import Data
-from train.optim import Optim
-from train.step import make_learner
+from train.data.dataset import Data
+from train.loop.micro_step import make_learner
+from train.objective.optim import Optim
+from train.run.config import Train
 from train.train import train
 
 KINDS = {

@@ -34,7 +34,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
@@ -44,32 +44,32 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infer import stream as streaming
-from infer.adapters import adapter_state, attach, load_recovery, set_adapter_state
-from infer.allocator import prepare
-from infer.atomic import replace_file
-from infer.command import DIFFERS, ROOT
+from infer.adapter.attach import adapter_state, attach, load_recovery, set_adapter_state
+from infer.adapter.lora import FROM_ERROR, Adapter
+from infer.adapter.selection import Trained
+from infer.checkpoint.load import Model, load_transformer
 from infer.compare import Compare, compare
-from infer.encode import release
-from infer.fast import choose_path, hold_of
-from infer.flux import Model, load_transformer
-from infer.generate import Sampling
-from infer.graph import Replay
-from infer.lora import FROM_ERROR, Adapter
-from infer.memory import Memory
+from infer.device.allocator import prepare
+from infer.fast import offload as streaming
+from infer.fast.cuda_graph import Replay
+from infer.fast.install import choose_path, hold_of
+from infer.fast.memory import Memory
 from infer.merge import Merge, merge
-from infer.quantize import Precision
+from infer.program.atomic import replace_file
+from infer.program.command import DIFFERS, ROOT
+from infer.quantize.precision import Precision
 from infer.recover import Recover, recover
-from infer.several import Trained
+from infer.sample.encode import release
+from infer.sample.generate import Sampling
 from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.tiny.make_style import make_style
-from train.batch import Batch
-from train.config import Train
-from train.data import Data
-from train.optim import NAMES, Optim
-from train.spill import FULL, USUAL, Spill
-from train.step import fit_budget, make_learner
+from train.data.dataset import Data
+from train.loop.batch import Batch
+from train.loop.micro_step import fit_budget, make_learner
+from train.loop.spill import FULL, USUAL, Spill
+from train.objective.optim import NAMES, Optim
+from train.run.config import Train
 from train.train import train
 
 MODEL = Model(str(ROOT / "scripts" / "tiny" / "model"))

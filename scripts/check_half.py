@@ -1,4 +1,4 @@
-"""Products in fp16 (infer/half.py) on a newer card that is taken for one without bf16: gradients, losses, memory.
+"""Products in fp16 (infer/fast/half.py) on a newer card that is taken for one without bf16: gradients, losses, memory.
 
     python scripts/check_half.py             # FLUX.1-dev's full size with random NF4 weights, then the bundled model
     python scripts/check_half.py --tiny      # the bundled model alone, on a CPU too
@@ -22,7 +22,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
@@ -31,26 +31,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from infer import allocator, compute, fast
-from infer.adapters import Adapter, attach
-from infer.allocator import prepare
-from infer.command import ROOT
-from infer.encode import decode, release, text_encoder
-from infer.fast import Memory, choose_path, hold_of, uninstall
-from infer.flux import Model, load_scheduler, load_transformer, load_vae
-from infer.generate import Sampling, draw
-from infer.half import compute_in_half
-from infer.quantize import Precision, dequantize_to, linear_layers
+from infer.adapter.attach import Adapter, attach
+from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.device import allocator
+from infer.device.allocator import prepare
+from infer.fast import install as fast
+from infer.fast.half import compute_in_half
+from infer.fast.install import Memory, choose_path, hold_of, uninstall
+from infer.program.command import ROOT
+from infer.quantize import compute
+from infer.quantize.precision import Precision, dequantize_to, linear_layers
+from infer.sample.encode import decode, release, text_encoder
+from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_train import make_batch
 from scripts.bench_variants import Variant
 from scripts.tiny.make_style import make_style
-from train import run as training
-from train.config import Train
-from train.data import Data
-from train.optim import Optim
-from train.step import make_learner
+from train.data.dataset import Data
+from train.loop import session as training
+from train.loop.micro_step import make_learner
+from train.objective.optim import Optim
+from train.run.config import Train
 from train.train import train
 
 FP16 = Precision("nf4", compute_dtype="fp16")

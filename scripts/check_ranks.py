@@ -76,14 +76,14 @@ def checks(cpu: bool) -> dict[str, Check]:
 
 def job_of(name: str, processes: int, cpu: bool) -> Any:
     """The run of one check."""
-    from infer.adapters import Adapter
-    from infer.fast import Memory
-    from infer.flux import Model
-    from infer.generate import Sampling
-    from infer.quantize import Precision
-    from train.config import Train
-    from train.data import Data
-    from train.optim import Optim
+    from infer.adapter.attach import Adapter
+    from infer.checkpoint.load import Model
+    from infer.fast.install import Memory
+    from infer.quantize.precision import Precision
+    from infer.sample.generate import Sampling
+    from train.data.dataset import Data
+    from train.objective.optim import Optim
+    from train.run.config import Train
 
     check = CHECKS[name]
     compute = "fp32" if check.precision == "fp32" else "bf16"
@@ -130,7 +130,7 @@ def again(run: str) -> None:
 def train_all(cpu: bool, ranks: int) -> None:
     """What each process of a launch does: every check, one after another. One process by itself goes on with a run of
     the others too, once they have ended."""
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
     from accelerate import Accelerator
@@ -159,7 +159,7 @@ def train_all(cpu: bool, ranks: int) -> None:
         again(job.run)
         train(job)
         return
-    loop: Any = sys.modules["train.loop"]
+    loop: Any = sys.modules["train.loop.fit"]
 
     def dies(*_: Any) -> None:
         if os.environ["RANK"] == "1":
@@ -240,7 +240,7 @@ def main() -> None:
     if options.worker:
         train_all(options.cpu, options.ranks)
         return
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
     from scripts.bench_rows import append, circumstances

@@ -29,11 +29,11 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
-from infer.errors import MEND, reason
+from infer.program.errors import MEND, reason
 from scripts.bad.case import inside, meet
 from scripts.fault.disk import FAULTS, Disk
 from scripts.fault.things import Thing, things

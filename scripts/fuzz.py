@@ -29,14 +29,14 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
 import torch
 from diffusers import FluxTransformer2DModel
 
-from infer.adapters import Adapter, attach, load_adapter, save_adapter
+from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter
 from scripts.fault.things import Thing, things
 
 LONGEST = 10  # seconds

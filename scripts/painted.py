@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from infer.atomic import replace_file
+from infer.program.atomic import replace_file
 
 CAPTIONS = 200  # distinct ones, which the pictures share
 

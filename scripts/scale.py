@@ -26,10 +26,10 @@ sys.path[0] = str(ROOT)
 import numpy as np
 import torch
 
-from train.index import Row, read_rows, write_rows
-from train.sampler import Stream, epoch_batches
-from train.shards import Shelf, read_item, verify, write_shard
-from train.source import Sample
+from train.data.batches import Stream, epoch_batches
+from train.data.source import Sample
+from train.latents.index import Row, read_rows, write_rows
+from train.latents.shards import Shelf, read_item, verify, write_shard
 
 MILLION = 1_000_000
 ADAPTER = 16 * 2 * 3072 * (19 * 8 + 38 * 3) * 4  # bytes of rank 16 on attention, fp32

@@ -37,7 +37,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from infer.quiet import quieten
+    from infer.program.quiet import quieten
 
     quieten()
 
@@ -45,11 +45,12 @@ import torch
 from safetensors.torch import load_file
 
 from infer import compare
-from infer.command import run_command
+from infer.program.command import run_command
 from scripts.bad.case import inside
 from scripts.tiny.make_style import make_style
-from train import cache, config, train
-from train.checkpoint import list_checkpoints, read_checkpoint
+from train import cache, train
+from train.run import config
+from train.state.checkpoint import list_checkpoints, read_checkpoint
 
 SET = ["data.path=set", "data.resolution=32", "device=cpu", "precision=bf16", "data.cache=cache"]
 TRAIN = [*SET, "run=soak", "steps=3", "save_every=1", "validate_every=2", "validation_levels=1", "adapter.rank=2",
@@ -152,7 +153,7 @@ def jobs() -> list[Job]:
     ]  # fmt: skip
 
 
-for _name in ("infer.comparison", "train.build", "train.run"):  # once, not in every child
+for _name in ("infer.comparison.draw", "train.latents.build", "train.loop.session"):  # once, not in every child
     importlib.import_module(_name)
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from infer import shapes
-from infer.command import ROOT
-from infer.flux import Model
+from infer.checkpoint import random_weights as shapes
+from infer.checkpoint.load import Model
+from infer.program.command import ROOT
 
 if TYPE_CHECKING:
     from tests.browser import Browser

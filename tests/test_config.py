@@ -16,32 +16,32 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from infer.adapters import Adapter
-from infer.command import ROOT, check_run_name
+from infer.adapter.attach import Adapter
+from infer.checkpoint.load import Model
 from infer.compare import Compare
 from infer.convert import Convert
-from infer.fast import Memory
-from infer.flux import Model
-from infer.generate import Sampling
+from infer.fast.install import Memory
 from infer.merge import Merge
-from infer.networks import Networks
-from infer.quantize import KINDS, Precision
+from infer.program.command import ROOT, check_run_name
+from infer.quantize.precision import KINDS, Precision
 from infer.recover import Recover
+from infer.sample.generate import Sampling
 from infer.save import Save
+from infer.score.networks import Networks
 from infer.sensitivity import Sensitivity
 from train.cache import Fill
-from train.config import Train
-from train.data import Data
-from train.encoding import Encode
-from train.flow import Flow
-from train.footprint import footprint
+from train.data.dataset import Data
+from train.estimate.memory import footprint
 from train.gap import Gap
-from train.identity import claim
+from train.latents.encoding import Encode
 from train.look import Look
-from train.optim import Optim
+from train.objective.flow_matching import Flow
+from train.objective.optim import Optim
 from train.plan import Plan
-from train.sweep import Sweep
-from train.track import Told, Track
+from train.run.config import Train
+from train.state.identity import claim
+from train.sweeps.sweep import Sweep
+from train.trackers.options import Told, Track
 from train.transfer import Transfer
 
 CONFIGS = ROOT / "configs"

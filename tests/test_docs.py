@@ -8,11 +8,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from infer.command import ROOT
+from infer.program.command import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-CODE = [file for folder in ("infer", "train") for file in sorted((ROOT / folder).glob("*.py"))]
+CODE = [file for folder in ("infer", "train") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def said(node: ast.AST) -> str | None:

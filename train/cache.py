@@ -2,8 +2,8 @@
 
     python train/cache.py model=dev precision=nf4 data.path=my_pictures data.resolution=512
 
-fills the cache (train/build.py); several GPUs share the work under `accelerate launch`, and prune=true then removes all
-else. Its last line is one JSON object.
+fills the cache (train/latents/build.py); several GPUs share the work under `accelerate launch`, and prune=true then
+removes all else. Its last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.command import check_device_name, pick_device, run_command
-from infer.flux import MEMORY, Model, check_model
-from infer.quantize import Precision
-from infer.quiet import ready
-from infer.remembered import forget
-from train.data import Data, check_left, read_samples
-from train.encode import Encode
+from infer.checkpoint.load import MEMORY, Model, check_model
+from infer.program.command import check_device_name, pick_device, run_command
+from infer.program.quiet import ready
+from infer.program.remembered import forget
+from infer.quantize.precision import Precision
+from train.data.dataset import Data, check_left, read_samples
+from train.latents.settings import Encode
 
 if TYPE_CHECKING:
-    from train.store import Cache
+    from train.latents.store import Cache
 
 
 @dataclass
@@ -72,11 +72,11 @@ def fill(options: Fill) -> dict[str, int]:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from infer.layer_errors import decide
-    from train.build import build
-    from train.caption import all_texts
-    from train.prior import prior_samples
-    from train.prune import folders_used, prune_cache
+    from infer.rounding.layer_errors import decide
+    from train.data.caption import all_texts
+    from train.latents.build import build
+    from train.latents.prior import prior_samples
+    from train.latents.prune import folders_used, prune_cache
 
     device = pick_device(options.device)
     state = PartialState(cpu=device.type == "cpu")

@@ -20,26 +20,26 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from infer.atomic import replace_file
-from infer.bounds import MANY, SEED, check_most
-from infer.cells import markdown_table
-from infer.command import check_device_name, check_run_name, pick_device, run_command
-from infer.flux import Model, check_model
-from infer.idle import refuse_idle
-from infer.memory import Memory
-from infer.quantize import Precision, stored_bytes
-from infer.quiet import ready
-from infer.report import aligned
-from infer.several import Trained
-from train.config import Train
-from train.data import Data, check_left, read_samples
-from train.encode import Encode
-from train.flow import Flow
+from infer.adapter.selection import Trained
+from infer.checkpoint.load import Model, check_model
+from infer.fast.memory import Memory
+from infer.program.atomic import replace_file
+from infer.program.bounds import MANY, SEED, check_most
+from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.no_effect import refuse_idle
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision, stored_bytes
+from infer.report.cells import markdown_table
+from infer.report.write import aligned
+from train.data.dataset import Data, check_left, read_samples
+from train.latents.settings import Encode
+from train.objective.flow_matching import Flow
+from train.run.config import Train
 
 if TYPE_CHECKING:
     import torch
 
-    from train.probe import Probe
+    from train.probe.probe import Probe
 
 Row = dict[str, Any]
 
@@ -99,8 +99,8 @@ class Gap:
 def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[Row]:
     """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error. memory: by
     precision, the settings that all of it can run with."""
-    from infer.scores import relative_error
-    from train.probe import loaded, prepare, probe, switch_on
+    from infer.score.pairs import relative_error
+    from train.probe.probe import loaded, prepare, probe, switch_on
 
     rows: list[Row] = []
     reference: dict[str | None, list[Probe]] = {}
@@ -137,7 +137,7 @@ def summarise(rows: list[Row]) -> list[Row]:
     `error` is the velocity's relative error, `loss` the objective, `cost` the loss above the first precision's with the
     same adapter, paired by picture and noise.
     """
-    from infer.bootstrap import interval
+    from infer.score.bootstrap import interval
 
     groups: dict[tuple[str, str | None], list[Row]] = {}
     for row in rows:
@@ -193,11 +193,11 @@ def gap(options: Gap) -> Path:
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
     ready()
-    from infer.checks import check_running
-    from infer.layer_errors import decide
-    from infer.measure import describe_device
-    from train.checks import check_flow
-    from train.curves import draw_curves
+    from infer.adapter.checks import check_running
+    from infer.device.measure import describe_device
+    from infer.rounding.layer_errors import decide
+    from train.loop.checks import check_flow
+    from train.probe.curves import draw_curves
 
     check_flow(options.model, options.flow)
     memory: dict[str, Memory] = {}

@@ -20,16 +20,16 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from infer.atomic import replace_file
-from infer.bounds import PIXELS, check_most
-from infer.command import check_run_name, run_command
-from infer.flux import Model, check_model, part_folder
-from infer.quiet import ready
-from train.data import Data, check_left, read_samples, sources_of, split
-from train.workers import Gate, own_cores
+from infer.checkpoint.load import Model, check_model, part_folder
+from infer.program.atomic import replace_file
+from infer.program.bounds import PIXELS, check_most
+from infer.program.command import check_run_name, run_command
+from infer.program.quiet import ready
+from train.data.dataset import Data, check_left, read_samples, sources_of, split
+from train.latents.workers import Gate, own_cores
 
 if TYPE_CHECKING:
-    from train.survey import Survey
+    from train.survey.survey import Survey
 
 WIDTH = 160  # characters of a line in the terminal
 LINES = 20  # of each list in the terminal; the page has them all
@@ -108,7 +108,7 @@ def refusal(found: Survey, data: Data) -> str | None:
 
 def counts(found: Survey) -> dict[str, Any]:
     """The survey in numbers, as JSON has them."""
-    from train.survey import reasons, sources
+    from train.survey.survey import reasons, sources
 
     buckets = found.buckets()
     fits = [fits for place in found.usable if (fits := found.fits[place])]
@@ -182,8 +182,8 @@ def look(options: Look) -> None:
     # all that is broken is listed, whatever training does at the first of it
     samples, skipped = read_samples(replace(data, on_error="skip"))
     ready()
-    from train.sheet import render
-    from train.survey import survey
+    from train.survey.sheet import render
+    from train.survey.survey import survey
 
     count_tokens, length, absent = None, None, ""
     try:

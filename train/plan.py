@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer import bounds
-from infer.command import run_command
-from infer.memory import Memory
-from train.config import Train
-from train.footprint import Footprint, footprint
-from train.pace import CARDS, seconds
+from infer.fast.memory import Memory
+from infer.program import bounds
+from infer.program.command import run_command
+from train.estimate.memory import Footprint, footprint
+from train.estimate.step_time import CARDS, seconds
+from train.run.config import Train
 
 if TYPE_CHECKING:
     import torch

@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
 import psutil
 
-from infer.command import DIFFERS, DONE, ROOT, run_command
-from train.check import check_run
-from train.config import Train
-from train.data import check_left, read_samples
+from infer.program.command import DIFFERS, DONE, ROOT, run_command
+from train.data.dataset import check_left, read_samples
+from train.run.check import check_run
+from train.run.config import Train
 
 STEPS = 6  # of each run
 KILLED = 3  # the step in whose journal's line the first kill comes
@@ -137,7 +137,7 @@ def differences(a: Any, b: Any) -> list[dict[str, Any]]:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """All that a finished run has come to."""
-    from train.checkpoint import list_checkpoints, read_checkpoint
+    from train.state.checkpoint import list_checkpoints, read_checkpoint
 
     adapter, optimizer, state = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     return {"adapter": adapter, "optimizer": optimizer, "state": state, "metrics": lines(folder)}
@@ -158,7 +158,7 @@ def check(job: Train) -> None:
     check_left(job.data, *read_samples(job.data))
     from torch import Tensor
 
-    from train.checkpoint import list_checkpoints
+    from train.state.checkpoint import list_checkpoints
 
     shutil.rmtree(folder, ignore_errors=True)
     runs = {name: command_of(sys.argv[1:], f"{job.run}/selfcheck/{name}") for name in ("straight", "killed", "again")}

@@ -4,7 +4,7 @@
 
 Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
 which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes;
-`-m` with several values for some settings sweeps (train/sweep.py). Several processes are started by `accelerate
+`-m` with several values for some settings sweeps (train/sweeps/sweep.py). Several processes are started by `accelerate
 launch`; one needs no launcher.
 """
 
@@ -13,18 +13,18 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from train import sweep
+    from train.sweeps import sweep
 
     if sweep.asked(sys.argv):  # its points are processes of their own: nothing below is needed here
         sweep.main()
         sys.exit()
 
-from infer.command import run_command
-from infer.quiet import ready
-from train.check import check_run
-from train.config import Train
-from train.data import check_left, read_samples
-from train.stop import Stop
+from infer.program.command import run_command
+from infer.program.quiet import ready
+from train.data.dataset import check_left, read_samples
+from train.run.check import check_run
+from train.run.config import Train
+from train.state.signals import Stop
 
 
 def train(job: Train) -> Path:
@@ -34,8 +34,8 @@ def train(job: Train) -> Path:
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         ready()
-        from train.repeat import repeating
-        from train.run import run
+        from train.loop.repeat import repeating
+        from train.loop.session import run
 
         with repeating(job.deterministic):
             return run(job, folder, samples, skipped, stop)

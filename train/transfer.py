@@ -24,32 +24,32 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from infer.atomic import replace_file
-from infer.bootstrap import Interval
-from infer.bounds import SEED, STEPS, check_most
-from infer.cells import markdown_table
-from infer.command import check_file_names, check_run_name, pick_device, run_command
-from infer.flux import Model, load_scheduler, load_vae, own_size
-from infer.generate import Sampling, draw
-from infer.lora import Adapter
-from infer.memory import Memory
-from infer.quantize import Precision
-from infer.quiet import ready
-from infer.report import aligned
-from infer.several import Trained
-from train.check import check_run
-from train.config import Train
-from train.data import Data, check_left, read_samples
-from train.encode import Encode
-from train.flow import Flow
-from train.optim import Optim
+from infer.adapter.lora import Adapter
+from infer.adapter.selection import Trained
+from infer.checkpoint.load import Model, load_scheduler, load_vae, own_size
+from infer.fast.memory import Memory
+from infer.program.atomic import replace_file
+from infer.program.bounds import SEED, STEPS, check_most
+from infer.program.command import check_file_names, check_run_name, pick_device, run_command
+from infer.program.quiet import ready
+from infer.quantize.precision import Precision
+from infer.report.cells import markdown_table
+from infer.report.write import aligned
+from infer.sample.generate import Sampling, draw
+from infer.score.bootstrap import Interval
+from train.data.dataset import Data, check_left, read_samples
+from train.latents.settings import Encode
+from train.objective.flow_matching import Flow
+from train.objective.optim import Optim
+from train.run.check import check_run
+from train.run.config import Train
 from train.train import train
 
 if TYPE_CHECKING:
     import torch
 
-    from infer.encode import Text
-    from infer.judges import Score
+    from infer.sample.encode import Text
+    from infer.score.judges import Score
 
 Row = dict[str, Any]
 
@@ -113,9 +113,9 @@ class Transfer:
 
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[Row]:
     """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
-    from infer.adapters import remove_adapter
-    from infer.encode import decode, text_encoder
-    from train.probe import loaded, prepare, probe, switch_on
+    from infer.adapter.attach import remove_adapter
+    from infer.sample.encode import decode, text_encoder
+    from train.probe.probe import loaded, prepare, probe, switch_on
 
     texts: list[Text] = []
     if options.prompts:
@@ -193,12 +193,12 @@ def transfer(options: Transfer) -> Path:
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
     ready()
-    from infer.checks import check_guidance, check_training
-    from infer.judges import find_scores
-    from infer.layer_errors import decide
-    from infer.measure import describe_device
-    from train.checks import check_flow
-    from train.matrix import draw_matrix
+    from infer.adapter.checks import check_guidance, check_training
+    from infer.device.measure import describe_device
+    from infer.rounding.layer_errors import decide
+    from infer.score.judges import find_scores
+    from train.loop.checks import check_flow
+    from train.probe.matrix import draw_matrix
 
     scores = find_scores(options.scores)
     check_flow(options.model, options.flow)

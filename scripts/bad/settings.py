@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from scripts.bad.case import Case, good
-from train.config import Train
+from train.run.config import Train
 
 SET = ["data.path=set", "data.resolution=64", "device=cpu", "steps=1"]
 WRONG: dict[Any, str] = {int: "many", float: "much", bool: "maybe", str: "null", list: "3"}

@@ -13,15 +13,15 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from infer import report
-from infer.adapters import Adapter, attach, save_adapter
+from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.report import write as report
 from scripts.bad.case import colours
 from scripts.bad.reports import RESULT
-from train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
-from train.config import Train
-from train.identity import claim
-from train.index import read_rows, write_rows
-from train.shards import DamagedError, Shelf, read_item, write_shard
+from train.latents.index import read_rows, write_rows
+from train.latents.shards import DamagedError, Shelf, read_item, write_shard
+from train.run.config import Train
+from train.state.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
+from train.state.identity import claim
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _shard(folder: Path) -> list[Path]:
 
 
 def _write_rows(folder: Path, state: int) -> None:
-    from train.index import Row
+    from train.latents.index import Row
 
     write_rows(folder / "index", {bytes([state]) * 32: Row(bytes([9]) * 32, 64, 64)})
 

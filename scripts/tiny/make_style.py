@@ -18,7 +18,7 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from infer.atomic import replace_file
+from infer.program.atomic import replace_file
 from scripts.tiny import world
 
 

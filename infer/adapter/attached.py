@@ -1,0 +1,80 @@
+"""What an attached adapter holds: its tensors, its strength in every layer, its norm, and the file that it becomes.
+
+A saved adapter is `pytorch_lora_weights.safetensors` in diffusers' keys with its strength (alpha / rank, or alpha /
+sqrt(rank)) multiplied into B: every loader takes a missing alpha as strength 1, so all of them draw the same picture.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from infer.adapter.read import FILE, Pair, Pairs
+from infer.adapter.write import write_pairs
+
+
+def adapter_state(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's own tensors under PEFT's names, on the CPU; what a checkpoint keeps."""
+    state = get_peft_model_state_dict(transformer, adapter_name=name)
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+
+def set_adapter_state(transformer: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
+    """Put `adapter_state` back into an attached adapter, every tensor of it and no other."""
+    from peft.utils import set_peft_model_state_dict
+
+    own = adapter_state(transformer, name)
+    if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
+        raise ValueError("the checkpoint's adapter has other layers or another rank than the run's config asks for")
+    set_peft_model_state_dict(transformer, state, adapter_name=name)
+
+
+def strengths(transformer: nn.Module, name: str = "default") -> dict[str, float]:
+    """For every adapted layer, alpha / rank (with rsLoRA alpha / sqrt(rank)) times the weight that it is on with."""
+    return {
+        layer: float(module.scaling[name])
+        for layer, module in transformer.named_modules()
+        if name in getattr(module, "scaling", {})
+    }
+
+
+def adapter_pairs(transformer: nn.Module, name: str = "default") -> Pairs:
+    """An attached adapter as pairs, on the CPU."""
+    state = adapter_state(transformer, name)
+    return {
+        layer: Pair(
+            state[f"{layer}.lora_A.weight"],
+            state[f"{layer}.lora_B.weight"],
+            strength,
+            state.get(f"{layer}.lora_magnitude_vector"),
+        )
+        for layer, strength in strengths(transformer, name).items()
+    }
+
+
+def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], name: str = "default") -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` whole or not at all; `notes` go into its header as JSON.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    pairs = adapter_pairs(transformer, name)
+    bad = [layer for layer, pair in pairs.items() if not all(x.isfinite().all() for x in pair[:2])]
+    if bad:
+        raise ValueError(f"the adapter is not finite in {len(bad)} layers ({bad[0]}, ...); nothing was written")
+    # diffusers reads `lora_adapter_metadata` only: these notes change nothing for it
+    return write_pairs(pairs, "diffusers", folder / FILE, notes)
+
+
+def update_norm(transformer: nn.Module, name: str = "default") -> float:
+    """Frobenius norm of strength x B A over all layers, without forming the products.
+
+    ||B A||_F^2 = sum((B^T B) * (A A^T)).
+    """
+    total = 0.0
+    for pair in adapter_pairs(transformer, name).values():
+        down, up = pair.down.double(), pair.up.double()
+        total += pair.strength**2 * float(((up.T @ up) * (down @ down.T)).sum())
+    return math.sqrt(max(total, 0.0))

@@ -1,0 +1,190 @@
+"""What settings ask of a checkpoint and of adapter files, compared before anything is loaded: by configs and headers.
+
+What loading itself finds (a layer stored otherwise than asked, a shape that does not fit) is checked there again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from infer.adapter.lora import FROM_ERROR, Adapter
+from infer.adapter.read import Pairs, check_fit, read_pairs
+from infer.adapter.selection import Trained
+from infer.adapter.targets import match_targets
+from infer.checkpoint.checks import check_stored
+from infer.checkpoint.layers import linear_shapes
+from infer.checkpoint.load import Model, load_scheduler, read_config
+from infer.fast.memory import Memory, refuse_plain
+from infer.quantize.precision import Precision, check_layer_names, kind_asked
+
+if TYPE_CHECKING:
+    import torch
+
+DISTILLED = "its checkpoint has no guidance embedding (schnell and its kin)"
+
+
+def check_precision(model: Model, precision: Precision, layers: Collection[str]) -> None:
+    """Raises:
+    ValueError: the precision names layers that there are not, or the checkpoint is quantized otherwise.
+    """
+    check_layer_names(precision, layers)
+    if not model.random:
+        for part, own in (("transformer", precision), ("text_encoder_2", precision.for_t5())):
+            stored = read_config(model, part).get("quantization_config")
+            if stored:
+                check_stored(model.path, stored, own, part)
+
+
+def check_guidance(model: Model, settings: dict[str, tuple[float, float]]) -> None:
+    """Refuse guidance of a model that knows none. settings: by name the value and the default, which says nothing.
+
+    Raises:
+        ValueError: a value is not its default, and the model has no guidance embedding.
+    """
+    asked = [name for name, (value, default) in settings.items() if value != default]
+    if asked and not read_config(model, "transformer").get("guidance_embeds"):
+        value, default = settings[asked[0]]
+        raise ValueError(
+            f"{asked[0]} is {value:g}, which has no effect on {model.path}: {DISTILLED}; leave it at {default:g}"
+        )
+
+
+def shift_of(model: Model) -> float | None:
+    """The fixed shift of a checkpoint's sampler (1 for schnell: none); None where it depends on the picture's size as
+    FLUX.1-dev's does.
+
+    Raises:
+        ValueError: it depends on the size in another way.
+    """
+    config = load_scheduler(model).config
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "time_shift_type")
+    own = tuple(config[name] for name in names)
+    if own != (256, 4096, 0.5, 1.15, "exponential"):
+        raise ValueError(
+            f"flow.density=shifted follows FLUX.1-dev's sampler, and that of {model.path} has "
+            f"{', '.join(f'{name}={value}' for name, value in zip(names, own, strict=True))}; "
+            "set flow.density=logit_normal and flow.logit_mean"
+        )
+    return None
+
+
+def check_path(
+    memory: Memory, precision: Precision, device: torch.device, layers: Iterable[str], reason: str | None = None
+) -> Memory:
+    """The memory settings as they can be met; `reason`: why the adapters cannot run on the fast path, if so.
+
+    Raises:
+        ValueError: a setting needs a GPU, or the fast path, and there is none.
+    """
+    if memory.graph and device.type != "cuda":
+        raise ValueError(f"memory.graph=true captures CUDA steps, but the device is {device}; set it to false or null")
+    if not memory.fused:
+        reason = "memory.fused is false"
+    elif precision.llm_int8:
+        reason = "LLM.int8 multiplies by its own kernels"
+    else:
+        from infer.fast.weights import split_kinds
+
+        reason = reason or split_kinds({layer: kind_asked(precision, layer) for layer in layers})
+    return refuse_plain(memory, device, reason)
+
+
+def undecided(precision: Precision) -> Precision | None:
+    """What is known of kind auto before its layers have been measured: most of them are NF4. None for other kinds."""
+    return replace(precision, kind="nf4", budget_gib=None) if precision.kind == "auto" else None
+
+
+def check_training(model: Model, precision: Precision, adapter: Adapter, memory: Memory, device: torch.device) -> None:
+    """See that an adapter can be trained on a checkpoint at a precision. Of kind auto, whose mixture is not known yet,
+    what depends on that is left to a second call.
+
+    Raises:
+        ValueError: it cannot, for any reason that can be known before something is loaded.
+    """
+    from infer.adapter.attach import check_recovery, check_start
+    from infer.adapter.error_init import minus, nothing_quantized, read_start
+    from infer.checkpoint.originals import check_unquantized
+
+    if early := undecided(precision):
+        precision, adapter = early, replace(adapter, recovery=None, start=None)
+    layers = linear_shapes(read_config(model, "transformer"))
+    check_precision(model, precision, layers)
+    targets = match_targets(layers, adapter.targets, adapter.rank)
+    asked = partial(kind_asked, precision)
+    if adapter.init in FROM_ERROR:
+        check_unquantized(model)
+        if not any(map(asked, targets)):
+            raise ValueError(nothing_quantized(adapter.init))
+    if adapter.recovery is not None:
+        check_recovery(adapter.recovery, model, precision, layers)
+        check_fit(read_pairs(adapter.recovery), layers, adapter.recovery)
+    if adapter.start is not None:
+        pairs = read_pairs(adapter.start)
+        check_fit(pairs, layers, adapter.start)
+        start = read_start(adapter.start, asked)
+        if start is not None and start.here and adapter.recovery is None:
+            check_unquantized(model)
+            pairs = minus(pairs, start.elsewhere)
+        elif start is not None:
+            pairs = minus(pairs, start.here | start.elsewhere)
+        check_start(pairs, adapter, targets)
+    reason = None
+    if adapter.dropout > 0:
+        reason = "adapter.dropout is above 0"
+    elif adapter.dora and adapter.recovery is not None:
+        reason = "DoRA beside another adapter"
+    check_path(memory, precision, device, layers, reason)
+
+
+def check_running(
+    model: Model,
+    precision: Precision,
+    chosen: Trained,
+    recovery: str | None,
+    memory: Memory,
+    device: torch.device,
+) -> Memory:
+    """See that adapters can be run on a checkpoint at a precision; returns the memory settings with which all of it,
+    without the adapters too, takes one path. For kind auto see `check_training`.
+
+    Raises:
+        ValueError: they cannot, for any reason that can be known before something is loaded.
+    """
+    from infer.adapter.attach import check_recovery
+    from infer.adapter.error_init import read_start
+    from infer.checkpoint.originals import check_unquantized
+
+    if early := undecided(precision):
+        precision, recovery = early, None
+    layers = linear_shapes(read_config(model, "transformer"))
+    check_precision(model, precision, layers)
+    on = chosen.all()
+    read: list[Pairs] = [read_pairs(one.path) for one in on]
+    for one, pairs in zip(on, read, strict=True):
+        check_fit(pairs, layers, one.path)
+    first = True
+    for one in on:
+        start = read_start(one.path, partial(kind_asked, precision))
+        if start is None or not start.here or one.weight != 1.0 or recovery is not None or not first:
+            continue
+        first = False
+        if start.init == "loftq":
+            check_unquantized(model)
+            if memory.budget_gib is not None:
+                raise ValueError(
+                    f"{one.path} is of adapter.init=loftq, around which layers are rounded again, and "
+                    "memory.budget_gib holds copies of them; set memory.budget_gib=null"
+                )
+    if recovery is not None:
+        check_recovery(recovery, model, precision, layers)
+        read.append(read_pairs(recovery))
+        check_fit(read[-1], layers, recovery)
+    dora = any(pair.magnitude is not None for pairs in read for pair in pairs.values())
+    return check_path(
+        memory, precision, device, layers, "DoRA beside another adapter" if dora and len(read) > 1 else None
+    )

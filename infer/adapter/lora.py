@@ -1,0 +1,65 @@
+"""A LoRA adapter to train: its settings, checked without torch."""
+
+import re
+from dataclasses import dataclass
+
+from infer.adapter.targets import PRESETS
+from infer.program.bounds import check_most
+from infer.program.paths import expand
+
+RECOVERY = "recovery"
+"""The name of the adapter that gives back what quantization took; it stays on beside every other."""
+INITS = {"default": True, "gaussian": "gaussian", "orthogonal": True, "residual": True, "loftq": True}
+FROM_ERROR = ("residual", "loftq")
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter (Hu et al. 2021) to train."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    """Strength: the update is alpha / rank x B A."""
+    dropout: float = 0.0
+    rslora: bool = False
+    """Strength alpha / sqrt(rank) (Kalajdzievski 2023), so that high ranks learn as fast."""
+    dora: bool = False
+    """Learn each weight column's magnitude apart from its direction (Liu et al. 2024); slower."""
+    init: str = "default"
+    """default (Kaiming-uniform A, zero B), gaussian (normal A, zero B) or orthogonal; or from the quantization error
+    (infer/adapter/error_init.py): residual (its best approximation of this rank) or loftq (quantized again around
+    it)."""
+    targets: str = "attention"
+    """A preset (attention, attention+mlp, double, single, all) or a regular expression over whole layer names."""
+    start: str | None = None
+    """A LoRA file of any program to go on from; null starts anew. Of a higher rank or more layers, the rest is new."""
+    recovery: str | None = None
+    """A recovery adapter (infer/recover.py) that stays on, frozen, beside this one; null uses none."""
+
+    def __post_init__(self) -> None:
+        check_most(self, "adapter.", rank=2**16, alpha=10**6)
+        expand(self, "start", "recovery")
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is {self.rank}; it must be 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"adapter.alpha is {self.alpha}; it must be above 0 (alpha = rank is strength 1)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.init not in INITS:
+            raise ValueError(f"adapter.init is {self.init!r}; choose one of {', '.join(INITS)}")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"adapter.rank is {self.rank}; orthogonal initialisation needs an even rank")
+        if self.init != "default" and self.start is not None:
+            raise ValueError(f"adapter.init is {self.init} and adapter.start is given; choose one of them")
+        if self.init in FROM_ERROR and (self.dora or self.recovery is not None):
+            other = "adapter.dora" if self.dora else "adapter.recovery"
+            raise ValueError(
+                f"adapter.init={self.init} is not made for {other}; set adapter.init=default, or leave it out"
+            )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(
+                f"adapter.targets {self.targets!r} is neither a preset ({', '.join(PRESETS)}) nor a regular "
+                f"expression: {error}"
+            ) from error

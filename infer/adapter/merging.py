@@ -1,0 +1,78 @@
+"""The transformer of a checkpoint with adapters merged into it, written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from infer.adapter.merge_report import Kept, kept_of
+from infer.adapter.read import Pair
+from infer.checkpoint.layers import linear_shapes
+from infer.checkpoint.load import read_config
+from infer.checkpoint.originals import Originals
+from infer.quantize.layer import quantized_layer
+from infer.quantize.precision import quantization_config
+
+if TYPE_CHECKING:
+    from infer.merge import Merge
+
+Part = tuple[Pair, float]  # an adapter's pair and the weight it is on with
+
+
+def merged(weight: Tensor, parts: list[Part]) -> Tensor:
+    """W [out, in] in fp32 with the updates in it."""
+    for pair, amount in parts:
+        update = pair.strength * (pair.up.float() @ pair.down.float())
+        if pair.magnitude is not None:
+            whole = weight + update
+            update = whole * (pair.magnitude.float() / whole.norm(dim=1))[:, None] - weight
+        weight = weight + amount * update
+    return weight
+
+
+def write_transformer(options: Merge, originals: Originals, parts: dict[str, list[Part]], folder: Path,
+                      device: torch.device) -> list[Kept]:  # fmt: skip
+    """The merged transformer, one shard in memory at a time; returns what is left of each layer's update."""
+    import diffusers
+
+    config = read_config(options.model, "transformer")
+    layers = linear_shapes(config)
+    precision, kept = options.precision, []
+    index: dict[str, str] = {}
+    skipped = [f".{name}." for name in precision.skip_modules]
+    folder.mkdir()
+    bar = tqdm(total=sum(map(len, originals.shards.values())), unit="tensor", desc="merging")
+    for file, names in originals.shards.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            value, layer = originals.tensors[name], name.removesuffix(".weight")
+            own = parts.get(layer, []) if name.endswith(".weight") else []
+            linear = layer in layers and name.endswith(".weight")
+            quantize = linear and precision.quantized and not any(skip in f".{layer}." for skip in skipped)
+            exact = merged(value.float(), own) if own else value
+            if own:
+                kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
+            if quantize:
+                state = quantized_layer(exact, precision, device).state_dict(prefix=f"{layer}.")
+                shard |= {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+            else:
+                shard[name] = exact.to(precision.dtype)
+            bar.update()
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    bar.close()
+    if precision.quantized:
+        made: Any = quantization_config(precision, diffusers, layers)
+        config |= {"quantization_config": made.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    if len(originals.shards) > 1:
+        total = sum((folder / file).stat().st_size for file in originals.shards)
+        body = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
+    return kept

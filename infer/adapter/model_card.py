@@ -1,0 +1,100 @@
+"""The model card beside an adapter (README.md in the Hub's format), and its way to the Hub, when that is asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infer.adapter.read import FILE
+from infer.program.atomic import replace_file
+from infer.program.paths import is_hub_id
+
+LICENCES = {
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None),
+}
+
+
+@dataclass
+class Card:
+    """What a card says."""
+
+    name: str
+    base: str
+    """Hub id of the base model, or a local path, of which the last part is said."""
+    trigger: str | None
+    precision: str
+    """Of the base that it was trained on, such as `nf4`."""
+    facts: dict[str, str]
+    """Further rows of its table, such as rank and steps."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Validation losses by step, as text keys."""
+    samples: dict[str, str] = field(default_factory=dict)
+    """Prompts with the name of the picture beside the card."""
+    notes: list[str] = field(default_factory=list)
+    """What users must know."""
+
+
+def write_card(folder: Path, card: Card) -> Path:
+    """Write `folder/README.md`: YAML front matter that the Hub understands, then text."""
+    from huggingface_hub import ModelCardData
+
+    hub = is_hub_id(card.base)
+    licence, licence_name = LICENCES.get(card.base, (None, None))
+    data = ModelCardData(
+        base_model=card.base if hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence,
+        license_name=licence_name,
+        tags=["flux", "lora", "text-to-image", "diffusers-training", "template:diffusion-lora"],
+        instance_prompt=card.trigger,
+        widget=[{"text": prompt, "output": {"url": file}} for prompt, file in card.samples.items()] or None,
+    )
+    base = card.base if hub else Path(card.base).name
+    lines = [f"# {card.name}", "", f"A LoRA adapter for {base}, trained on its weights in {card.precision}.", ""]
+    if card.trigger:
+        lines += [f"Trigger word: `{card.trigger}`", ""]
+    lines += [f"{note}\n" for note in card.notes]
+    for prompt, file in card.samples.items():
+        lines += [f"![{prompt}]({file})", "", prompt, ""]
+    lines += ["| | |", "|---|---|", f"| base | {base} |", f"| precision of the base in training | {card.precision} |"]
+    lines += [f"| {name} | {value} |" for name, value in card.facts.items()]
+    if card.figures:
+        steps = sorted(card.figures, key=int)
+        losses = ", ".join(f"{card.figures[step]:.4f} at step {step}" for step in steps)
+        lines.append(f"| validation loss | {losses} |")
+    where = card.base if hub else "the base model's folder"
+    lines += [
+        "", "```python", "import torch", "from diffusers import FluxPipeline", "",
+        f'pipeline = FluxPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)',
+        f'pipeline.load_lora_weights("this folder or repository", weight_name="{FILE}")', "```",
+    ]  # fmt: skip
+    text = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n"
+    readme = folder / "README.md"
+    replace_file(readme, lambda path: path.write_text(text))
+    return readme
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an adapter's folder to the Hub, as a private repository if it is new; returns its address.
+
+    Raises:
+        ValueError: the name is none, there is no adapter, or the Hub refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if repository.count("/") != 1:
+        raise ValueError(f"push is {repository!r}; write owner/name")
+    if not (folder / FILE).is_file():
+        raise ValueError(f"there is no adapter in {folder} to push")
+    api = huggingface_hub.HfApi()
+    try:
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a LoRA adapter")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the Hub did not take {repository}: {reason}; log in with `hf auth login` and check the name. The adapter "
+            f"is in {folder}"
+        ) from error
+    return str(address)

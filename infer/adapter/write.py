@@ -1,0 +1,134 @@
+"""Pairs -> LoRA files for other programs: diffusers', PEFT's, kohya's and ComfyUI's.
+
+diffusers' and PEFT's files name its layers; kohya's and ComfyUI's name Black Forest Labs', which fuse several: of q, k
+and v with an A each, B is block-diagonal and the rank the sum of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infer.adapter.layer_names import MLP_RATIO, halves_swapped, original_name
+from infer.adapter.read import PEFT_FILE, Pairs
+from infer.program.atomic import replace_file
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+
+FORMATS = ("diffusers", "peft", "kohya", "comfyui")
+
+
+def lora_config(pairs: Pairs) -> LoraConfig:
+    """PEFT's configuration of pairs: every layer by its whole name, with its own rank and alpha."""
+    from peft import LoraConfig
+
+    ranks = {layer: pair.down.shape[0] for layer, pair in pairs.items()}
+    alphas = {layer: pair.strength * pair.down.shape[0] for layer, pair in pairs.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return LoraConfig(
+        r=int(rank),
+        lora_alpha=alpha,
+        # from the name's start on: PEFT would take `proj_out` for the end of a longer one
+        rank_pattern={f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank},
+        alpha_pattern={f"^{re.escape(layer)}": own for layer, own in alphas.items() if own != alpha},
+        use_dora=next(iter(pairs.values())).magnitude is not None,
+        target_modules="|".join(map(re.escape, pairs)),
+    )
+
+
+def scaled(up: Tensor, strength: float) -> Tensor:
+    """B with the strength in it, in its own dtype if nothing is lost, else in fp32."""
+    import torch
+
+    exact = up.float() * strength
+    low = exact.to(up.dtype)
+    return low if torch.equal(low.float(), exact) else exact
+
+
+def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Path:
+    """Write a file (for PEFT a folder) of a format, whole or not at all; returns what plain programs are given.
+
+    Raises:
+        ValueError: the format is unknown, or cannot hold these pairs.
+    """
+    import torch
+
+    from infer.program.safetensors_bytes import packed
+
+    if form not in FORMATS:
+        raise ValueError(f"to is {form!r}; choose one of {', '.join(FORMATS)}")
+    header = {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
+    if form == "peft":
+        config = lora_config(pairs)
+        config.inference_mode = True
+        state = _named(pairs, "base_model.model.", baked=False)
+        out.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(out)
+        out = out / PEFT_FILE
+    elif form == "diffusers":
+        state = _named(pairs, "transformer.", baked=True)
+    else:
+        state = _fused(pairs, form)
+    content = packed({key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}, header)
+    replace_file(out, lambda path: path.write_bytes(content))
+    return out.parent if form == "peft" else out
+
+
+def _named(pairs: Pairs, prefix: str, baked: bool) -> dict[str, Tensor]:
+    """diffusers' layer names; the strength in B, or left to a configuration."""
+    state = {}
+    for layer, pair in pairs.items():
+        state[f"{prefix}{layer}.lora_A.weight"] = pair.down
+        state[f"{prefix}{layer}.lora_B.weight"] = scaled(pair.up, pair.strength) if baked else pair.up
+        if pair.magnitude is not None:
+            state[f"{prefix}{layer}.lora_magnitude_vector"] = pair.magnitude
+    return state
+
+
+def _fused(pairs: Pairs, form: str) -> dict[str, Tensor]:
+    """Black Forest Labs' layers under kohya's or ComfyUI's keys, with alpha keys."""
+    import torch
+
+    if any(pair.magnitude is not None for pair in pairs.values()):
+        raise ValueError(f"{form} files hold no DoRA of FLUX.1's fused layers; use to=diffusers or peft, or merge it")
+    groups = dict(original_name(layer) for layer in pairs)
+    state = {}
+    for name, layers in groups.items():
+        down, up, strength = _joined(pairs, layers)
+        if halves_swapped(name):
+            up = up.roll(up.shape[0] // 2, 0)
+        key = f"lora_unet_{name.replace('.', '_')}" if form == "kohya" else f"diffusion_model.{name}"
+        state[f"{key}.lora_down.weight"] = down
+        state[f"{key}.lora_up.weight"] = up
+        state[f"{key}.alpha"] = torch.tensor(strength * down.shape[0], dtype=torch.float32)
+    return state
+
+
+def _joined(pairs: Pairs, layers: tuple[str, ...]) -> tuple[Tensor, Tensor, float]:
+    """A, B and strength of the one layer that holds these; where their A differ, B is block-diagonal."""
+    import torch
+
+    there = [pairs[layer] for layer in layers if layer in pairs]
+    if len(layers) == 1:
+        return there[0][:3]
+    strength = there[0].strength if len({pair.strength for pair in there}) == 1 else 1.0
+    ups = [pair.up if pair.strength == strength else scaled(pair.up, pair.strength) for pair in there]
+    shared = all(torch.equal(pair.down, there[0].down) for pair in there)
+    width = there[0].down.shape[1]
+    down = there[0].down if shared else torch.cat([pair.down for pair in there])
+    rows = [(MLP_RATIO if layer.endswith("proj_mlp") else 1) * width for layer in layers]
+    up = torch.zeros(sum(rows), down.shape[0], dtype=reduce(torch.promote_types, (part.dtype for part in ups)))
+    row = column = 0
+    for layer, count in zip(layers, rows, strict=True):
+        if layer in pairs:
+            part = ups.pop(0)
+            up[row : row + count, column : column + part.shape[1]] = part
+            column += 0 if shared else part.shape[1]
+        row += count
+    return down, up, strength

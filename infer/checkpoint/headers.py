@@ -1,0 +1,79 @@
+"""What a transformer's files hold, by their headers alone: seen in milliseconds, before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from infer.checkpoint.checks import check_axes, check_whole
+from infer.checkpoint.layers import Linear, linear_shapes, norm_sizes
+
+SINGLE = "diffusion_pytorch_model.safetensors"
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """A transformer's files of weights.
+
+    Raises:
+        ValueError: its index cannot be read, or there are none.
+    """
+    index = folder / f"{SINGLE}.index.json"
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"{folder} holds neither {SINGLE} nor its index; copy the whole checkpoint")
+        return [folder / SINGLE]
+    try:
+        return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index} does not say which file holds what ({error!r}); copy the checkpoint again"
+        ) from error
+
+
+def stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The size of every tensor in a transformer's files, by its name.
+
+    Raises:
+        ValueError: a file is absent, cut off or none of safetensors.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in shards_of(folder):
+        try:
+            with safe_open(file, framework="numpy") as reader:
+                found |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot load the transformer: {file}: {error}; copy the checkpoint again") from error
+    return found
+
+
+def check_transformer(path: str, folder: Path, config: dict[str, Any]) -> None:
+    """Compare a transformer's files with its config.json.
+
+    path: the model's, for messages.
+
+    Raises:
+        ValueError: the config lacks a number, the files lack a tensor, or one has another size.
+    """
+    check_axes(path, config)
+    try:
+        layers: dict[str, Linear] = linear_shapes(config)
+        norms = norm_sizes(config)
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"config.json of the transformer of {path} is not that of a FLUX.1 transformer ({error!r}); copy it again"
+        ) from error
+    stored = stored_sizes(folder)
+    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
+    wanted |= {f"{name}.bias": (layer.rows,) for name, layer in layers.items()}
+    weights = {f"{name}.weight": tuple(layer) for name, layer in layers.items()}
+    missing = (wanted.keys() | weights.keys()) - stored.keys()
+    check_whole(path, "transformer", {"missing_keys": missing})
+    if "quantization_config" not in config:  # packed weights have sizes of their own
+        wanted |= weights
+    for name, size in wanted.items():
+        if stored[name] != size:
+            raise ValueError(
+                f"cannot load the transformer of {path}: {name} is of size {stored[name]}, where its config.json asks "
+                f"for {size}; copy the checkpoint again"
+            )

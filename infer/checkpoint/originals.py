@@ -1,0 +1,77 @@
+"""A checkpoint's own unquantized weights, read from its shards when they are needed: never all of them at once."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from infer.checkpoint.headers import SINGLE
+from infer.checkpoint.load import Model, part_folder, read_config
+
+
+def check_unquantized(model: Model) -> None:
+    """Raises:
+    ValueError: the checkpoint holds no unquantized weights.
+    """
+    mend = "give the unquantized checkpoint as model.path"
+    if model.random:
+        raise ValueError(f"model.weights=random has no weights to go back to; {mend}")
+    if "quantization_config" in read_config(model, "transformer"):
+        raise ValueError(f"{model.path} is quantized itself; {mend}")
+
+
+class Originals:
+    """The transformer's tensors by name, each read from its shard on demand."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises:
+        ValueError: the checkpoint holds no unquantized weights.
+        """
+        check_unquantized(model)
+        folder = part_folder(model, "transformer")
+        index = folder / f"{SINGLE}.index.json"
+        self.shards: dict[str, list[str]] = {}
+        """Names by shard, in the checkpoint's order."""
+        if index.is_file():
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                self.shards.setdefault(file, []).append(name)
+        elif (folder / SINGLE).is_file():
+            from safetensors import safe_open
+
+            with safe_open(folder / SINGLE, framework="pt") as reader:
+                self.shards[SINGLE] = list(reader.keys())
+        else:
+            raise ValueError(f"{folder} holds neither {SINGLE} nor its index; copy the whole checkpoint")
+        files = {name: Path(folder) / file for file, names in self.shards.items() for name in names}
+        self.tensors = OffloadedWeightsLoader(
+            index={name: {"safetensors_file": str(file), "weight_name": name} for name, file in files.items()}
+        )
+
+    def weight(self, layer: str) -> Tensor:
+        """A linear layer's weight [out, in] in fp32."""
+        value: Tensor = self.tensors[f"{layer}.weight"]
+        return value.float()
+
+
+def streamed_transformer(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The unquantized transformer, each block read from its shard for the time of its forward pass: a 24 GB card runs
+    FLUX.1-dev in bf16, a pass at the speed of the disk or of the system's cache of it."""
+    originals = Originals(model)
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel.from_config(read_config(model, "transformer")).to(dtype)
+    blocks = {"transformer_blocks": transformer.transformer_blocks}
+    blocks["single_transformer_blocks"] = transformer.single_transformer_blocks
+    parts = {f"{kind}.{i}": block for kind, own in blocks.items() for i, block in enumerate(own)}
+    parts |= {name: part for name, part in transformer.named_children() if name not in blocks}
+    for name, part in parts.items():
+        if not list(part.parameters()):
+            continue
+        weights = PrefixedDataset(originals.tensors, f"{name}.")
+        hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=weights, place_submodules=True)
+        add_hook_to_module(part, hook)
+    return transformer.eval().requires_grad_(False)

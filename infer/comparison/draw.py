@@ -1,0 +1,226 @@
+"""Every picture of a comparison drawn and measured, precision by precision, and the report written."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from infer.adapter.attach import load_recovery
+from infer.adapter.checks import check_guidance, check_running
+from infer.adapter.selection import load_chosen
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
+from infer.device.measure import describe_device, measure
+from infer.fast.cuda_graph import Sampler
+from infer.fast.install import choose_path, hold_of
+from infer.fast.memory import Memory
+from infer.fast.weights import obstacle
+from infer.program.atomic import clear_partials, partial_of
+from infer.quantize.compute import NAMES, product_dtype_of, stored_on
+from infer.quantize.precision import stored_bytes
+from infer.report import write as report
+from infer.rounding.layer_errors import decide
+from infer.sample.encode import NotFiniteError, Text, decode, release, text_encoder
+from infer.sample.generate import Sampling, draw
+from infer.score.judges import Score
+from infer.score.networks import check_networks
+from infer.score.pairs import Key, Row, key_of
+from infer.score.score_all import judge
+
+if TYPE_CHECKING:
+    from infer.compare import Compare
+
+
+def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
+    decode(vae, draw(*place), *place[-2])
+
+
+def draw_precision(
+    options: Compare,
+    name: str,
+    adapter: tuple[str, str] | None,
+    folder: Path,
+    device: torch.device,
+    bar: tqdm[Any],
+    kept: dict[Key, Tensor],
+    memory: Memory,
+) -> list[Row]:
+    """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
+
+    The pictures' packed latents go into `kept`, on the CPU. memory: the settings that all of it can be drawn with.
+    """
+    model, precision = options.model, options.precisions[name]
+    prompts = all_prompts(options)
+    size = options.sampling.size(own_size(model))
+    bar.set_postfix_str(f"{name}: prompts")
+    with ExitStack() as stack:
+        with measure(device) as load_text:
+            encoder = stack.enter_context(text_encoder(model, precision, device, options.text_length))
+        with measure(device) as encode:
+            texts: list[Text] = encoder(prompts)
+        for prompt in encoder.truncated(prompts):
+            bar.write(f"T5 sees only the first {encoder.length} tokens of {prompt!r}")
+        text_bytes = encoder.weights_bytes
+    bar.set_postfix_str(f"{name}: loading")
+    with measure(device) as load_rest:
+        transformer = load_transformer(model, precision, device, hold_of(memory))
+        if name in options.recovery:
+            load_recovery(transformer, options.recovery[name], model, precision)
+        vae = load_vae(model, device)
+        path, stream = choose_path(transformer, memory, precision, device, bar.write)
+    scheduler = load_scheduler(model)
+    one_step = Sampling(steps=1, guidance=options.sampling.guidance)
+    warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
+    if path.graphs(device):
+        Sampler(transformer, stream)
+    load = {
+        "seconds": load_text.seconds + load_rest.seconds,
+        "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
+    }
+    if load_rest.peak_reserved_bytes is not None:
+        load["peak_reserved_bytes"] = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
+    rows = []
+    for variant in (None, adapter) if adapter else (None,):
+        if variant:
+            load_chosen(transformer, options.adapter, model)
+            assert not path.fused or obstacle(transformer) is None, obstacle(transformer)
+        if stream is not None:
+            assert memory.budget_gib is not None
+            resident = stream.fit(memory.budget_gib, warm_up)
+            bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
+        weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
+        # loading kernels, compiling and capturing are not a picture's cost
+        for _ in range(2 if path.graphs(device) else 1):
+            warm_up()
+        for i, prompt in enumerate(prompts):
+            for seed in options.seeds:
+                bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")
+                with measure(device) as denoising:
+                    latents = draw(transformer, scheduler, texts[i], seed, options.sampling, size, device)
+                with measure(device) as decoding:
+                    picture = decode(vae, latents, *size)
+                image = f"images/{name}{'-adapter' if variant else ''}-{i:03d}-{seed}.png"
+                picture.save(folder / image)
+                stages = {
+                    "load": load,
+                    "encode": encode.to_dict(),
+                    "denoise": denoising.to_dict(),
+                    "decode": decoding.to_dict(),
+                }
+                rows.append(
+                    {
+                        "precision": name,
+                        "adapter": variant[0] if variant else None,
+                        "prompt": prompt,
+                        "seed": seed,
+                        "image": image,
+                        "seconds": denoising.seconds + decoding.seconds,
+                        "seconds_per_step": denoising.seconds / options.sampling.steps,
+                        "weights_bytes": weights,
+                        "compute_dtype": NAMES[product_dtype_of(transformer)],
+                        "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
+                        "scores": {},
+                        "stages": stages,
+                    }
+                )
+                kept[key_of(rows[-1])] = latents.cpu()
+                bar.update()
+    del transformer, vae, warm_up, stream
+    release(device)
+    return rows
+
+
+def all_prompts(options: Compare) -> list[str]:
+    """What is drawn: the prompts, then with an adapter those that it has nothing to do with."""
+    return options.prompts + (options.unrelated if options.adapter.path is not None else [])
+
+
+def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.device) -> Path:
+    """Run the comparison; returns its folder within the run's, which appears whole or not at all.
+
+    own: the user's scores by name.
+    """
+    check_networks(options.networks)
+    adapter = None
+    if options.adapter.path is not None:
+        adapter = options.adapter.name or Path(options.run).name, options.adapter.path
+    names = [name for name in options.precisions if options.only is None or name in options.only]
+    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    memory: dict[str, Memory] = {}
+    for turn in range(2):  # before anything is measured, and with the mixtures that came of it
+        for name in names:
+            how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+            memory[name] = check_running(options.model, *how, device)
+        for name in names if turn == 0 else ():
+            options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
+    for name, score in own.items():  # before an hour of drawing, not after it
+        for prompt in options.prompts:
+            try:
+                given = float(score(Image.new("RGB", (128, 128)), prompt))
+            except Exception as error:  # whatever the user's function raises
+                raise ValueError(
+                    f"scores.{name} fails for a black picture of {prompt!r} ({type(error).__name__}: {error}); mend "
+                    "it: it takes a picture and a prompt"
+                ) from error
+            if not math.isfinite(given):
+                raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
+    target, unfinished = run / "compare", partial_of(run / "compare")
+    clear_partials(run, "compare")
+    (unfinished / "images").mkdir(parents=True)
+    try:
+        rows: list[Row] = []
+        kept: dict[Key, Tensor] = {}
+        pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
+        with tqdm(total=pictures, unit="picture", desc="compare") as bar:
+            for name in names:
+                try:
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept, memory[name])
+                except NotFiniteError as error:
+                    raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
+        plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
+        reference = next(plain, None)
+        rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))
+        found = rows, drift, unfinished, kept, reference, own
+        judged = judge(*found, options.networks, options.references, device)
+        height, width = options.sampling.size(own_size(options.model))
+        libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
+        report.write(
+            {
+                "model": options.model.path,
+                "device": describe_device(device),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+                "sampling": {
+                    "steps": options.sampling.steps,
+                    "guidance": options.sampling.guidance,
+                    "height": height,
+                    "width": width,
+                },
+                "rows": rows,
+                **judged,
+            },
+            unfinished,
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not any(run.iterdir()):
+            run.rmdir()
+    print(report.table(judged["summary"]))
+    if paired := report.differences(judged["summary"]):
+        print(f"\ndifferences at the same prompt and seed, with 95 % limits:\n{paired}")
+    for score, reason in judged["absent"].items():
+        print(f"not measured: {score} ({reason})")
+    print(f"report: {target / 'report.html'}")
+    return target

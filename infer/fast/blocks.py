@@ -1,0 +1,277 @@
+"""FLUX's blocks as functions of plain tensors: the fast path of training and sampling.
+
+diffusers' blocks call one layer after another. Here, the layers of a block that read the same input are one matrix
+product (`infer/fast/weights.py`); LoRA's thin products read that input once; and the whole block, recomputation in the
+backward pass included, is one function that torch.compile can fuse.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from infer.fast.add_product import add_product
+from infer.fast.attention import repeatable_attention
+from infer.fast.half import attend, scaled_product
+from infer.fast.weights import Linear, Lora, Stack, dequantize
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias, and the adapters' updates added to it in place, with frozen W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: Stack, weights: Tensor | None, thin: Tensor | None, up: Tensor | None, first: int
+    ) -> Tensor:
+        """weights: W; None: dequantized here and for the gradient, and not kept between. thin: what the adapters' A
+        give; up: their B, of the outputs from `first` on."""
+        bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+        whole = dequantize(frozen, _dtype(frozen, x)) if weights is None else weights
+        if frozen.half:
+            y = scaled_product(x, whole.T)
+            y = y if bias is None else y + bias
+        else:
+            y = functional.linear(x, whole, bias)
+        if thin is not None and up is not None:
+            add_product(y[..., first : first + up.shape[0]], thin, up)
+        ctx.save_for_backward(weights, thin, up)
+        ctx.frozen, ctx.first = frozen, first
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, thin, up = ctx.saved_tensors
+        passed = None
+        if ctx.needs_input_grad[0]:
+            if weights is None:
+                # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
+                weights = dequantize(ctx.frozen, _dtype(ctx.frozen, gradient), turn=1)
+            passed = scaled_product(gradient, weights) if ctx.frozen.half else gradient @ weights
+        if thin is None:
+            return passed, None, None, None, None, None
+        part = gradient[..., ctx.first : ctx.first + up.shape[0]]
+        learned = part.flatten(0, -2).T @ thin.flatten(0, -2)
+        return passed, None, None, part @ up, learned, None
+
+
+def _dtype(frozen: Stack, x: Tensor) -> torch.dtype:
+    """Of the weights in a product with x."""
+    return torch.float16 if frozen.half else x.dtype
+
+
+def linear(x: Tensor, layers: Linear) -> list[Tensor]:
+    """Each layer's output [..., out] for x [..., in], adapters included."""
+    frozen = layers.frozen
+    dora = any(lora.magnitude is not None for adapters in layers.adapters for lora in adapters)
+    weights = dequantize(frozen, _dtype(frozen, x)) if frozen.shared or dora else None
+    downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
+    thin = functional.linear(x, torch.cat(downs).to(x.dtype)) if downs else None
+    if thin is not None and frozen.in_place and not dora:
+        up, first = _up(layers)
+        whole: Tensor = _Product.apply(x, frozen, weights, thin, up.to(x.dtype), first)
+        return list(whole.split(frozen.widths, dim=-1))
+    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+    if weights is None or frozen.half:
+        y = _Product.apply(x, frozen, weights, None, None, 0)
+    else:
+        y = functional.linear(x, weights, bias)
+    outputs = list(y.split(frozen.widths, dim=-1))
+    if thin is None:
+        return outputs
+    thins = thin.split([down.shape[0] for down in downs], dim=-1)
+    taken = row = 0
+    for i, adapters in enumerate(layers.adapters):
+        width = frozen.widths[i]
+        for lora in adapters:
+            update = functional.linear(thins[taken], _even(lora.up * lora.strength, 1).to(x.dtype))
+            taken += 1
+            if lora.magnitude is None:
+                outputs[i] = outputs[i] + update
+                continue
+            assert weights is not None
+            base = outputs[i] if bias is None else outputs[i] - bias[row : row + width]
+            gain = (lora.magnitude.float() / _norms(weights[row : row + width], lora)).to(x.dtype)
+            outputs[i] = outputs[i] + (gain - 1) * base + gain * update
+        row += width
+    return outputs
+
+
+def _up(layers: Linear) -> tuple[Tensor, int]:
+    """All adapters' B as one block-diagonal matrix [out, rank], and the output that it begins at."""
+    adapted = [i for i, adapters in enumerate(layers.adapters) if adapters]
+    first, end = adapted[0], adapted[-1] + 1
+    widths = layers.frozen.widths[first:end]
+    start, device = sum(layers.frozen.widths[:first]), layers.adapters[first][0].up.device
+    ups = [
+        torch.cat([_even(lora.up * lora.strength, 1) for lora in adapters], dim=1)
+        if adapters
+        else torch.zeros(width, 0, device=device)
+        for width, adapters in zip(widths, layers.adapters[first:end], strict=True)
+    ]
+    rank, count = ups[0].shape[1], len(ups)
+    if any(up.shape[1] != rank for up in ups):
+        return torch.block_diag(*ups), start
+    # the same as one expression, which compiles to one kernel
+    row, column = torch.arange(sum(widths), device=device), torch.arange(count * rank, device=device)
+    layer = sum((row >= sum(widths[: i + 1])).long() for i in range(count))
+    own = layer[:, None] == (column // rank)[None]  # type: ignore[index]
+    return torch.where(own, torch.cat(ups).repeat(1, count), 0.0), start
+
+
+def _even(thin: Tensor, dimension: int) -> Tensor:
+    """A or B with its rank filled with zeros to a multiple of 8, without which products fall to slow kernels."""
+    missing = -thin.shape[dimension] % 8
+    if not missing or not thin.is_cuda:
+        return thin
+    return functional.pad(thin, (0, missing) if dimension else (0, 0, 0, missing))
+
+
+def modulation(x: Tensor, layers: Linear) -> Tensor:
+    """One layer's output [batch, out] for x [batch, in] of few rows: weights are read as they are stored."""
+    frozen = layers.frozen
+    if (
+        x.requires_grad
+        or frozen.kind == "plain"
+        or len(x) > 8
+        or any(lora.magnitude is not None for lora in layers.adapters[0])
+    ):
+        return linear(x, layers)[0]
+    assert frozen.scale is not None
+    if frozen.kind == "int8":
+        rows = [(frozen.stored.float() * row.float()).sum(1) for row in x]
+        y = torch.stack(rows) * (frozen.scale / 127.0)
+        y = (y if frozen.bias is None else y + frozen.bias).to(x.dtype)
+    else:
+        y = _few_rows_4bit(x, frozen)
+    for lora in layers.adapters[0]:
+        y = y + functional.linear(functional.linear(x, lora.down.to(x.dtype)), (lora.up * lora.strength).to(x.dtype))
+    return y
+
+
+def _few_rows_4bit(x: Tensor, frozen: Stack) -> Tensor:
+    bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+    multiply = torch.ops.bitsandbytes.gemm_4bit
+    if frozen.nested is None:
+        y: Tensor = multiply(x, frozen.stored, list(frozen.shape), frozen.scale, 64, frozen.kind, bias)
+        return y
+    outer, code, offsets = frozen.nested
+    y = multiply(x, frozen.stored, list(frozen.shape), outer, 64, frozen.kind, bias, frozen.scale, code, offsets[0])
+    return y
+
+
+def _norms(weights: Tensor, lora: Lora) -> Tensor:
+    """Norms [out] of the rows of W + s B A, without forming B A; constants to the gradient (Liu et al. 2024, 4.3)."""
+    # in fp32 whatever the adapter is stored in: W's own norm is that of the sum but for a small part
+    down, up = lora.down.detach().float(), (lora.up.float() * lora.strength).detach()
+    cross = functional.linear(down, weights.float()).T  # W A^T
+    return (weights.float().square().sum(1) + 2 * (up * cross).sum(1) + ((up @ (down @ down.T)) * up).sum(1)).sqrt()
+
+
+class _WholeGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    cuDNN's backward plan is found again by the strides of q, k and v alone (torch 2.11, MHA.cpp): a gradient that is a
+    slice, as after a concatenation, is then read with the strides of another block's, out of bounds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, half: bool, repeatable: bool) -> Tensor:
+    """q, k, v [batch, tokens, heads, width] -> [batch, tokens, heads * width]; half: see infer/fast/half.py;
+    repeatable: with a gradient that is the same every time."""
+    multiply: Any = functional.scaled_dot_product_attention
+    if half:
+        multiply = attend
+    elif repeatable:
+        multiply = repeatable_attention
+    out = multiply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    whole: Tensor = _WholeGradient.apply(out.transpose(1, 2).flatten(2))
+    return whole
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As diffusers' RMSNorm, over the last dimension."""
+    y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return y.to(x.dtype) * weight.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x [batch, tokens, heads, width]; cos and sin [tokens, width]."""
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    # (real, imaginary) turns to (-imaginary, real); a compiled flip is one more load, a stack is two and a choice
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    turned: Tensor = x.float() * cos[None, :, None] + partner.float() * (sin * sign)[None, :, None]
+    return turned.to(x.dtype)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Double(NamedTuple):
+    """A block of two streams; txt before img as in the joint attention."""
+
+    heads: int
+    norms: tuple[Tensor, Tensor, Tensor, Tensor]  # of txt's q and k, of img's q and k
+    mod: tuple[Linear, Linear]
+    qkv: tuple[Linear, Linear]
+    out: tuple[Linear, Linear]
+    up: tuple[Linear, Linear]
+    down: tuple[Linear, Linear]
+    repeatable: bool = False  # whether the attention's gradient is the same every time
+
+
+def double_block(
+    block: Double, txt: Tensor, img: Tensor, txt_mod: Tensor, img_mod: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """txt and img [batch, tokens, width]; each stream's modulation [batch, 6 * width]."""
+    mods = [mod.chunk(6, dim=-1) for mod in (txt_mod, img_mod)]
+    streams = [txt, img]
+    parts = []
+    for i, x in enumerate(streams):
+        q, k, v = linear(modulated(x, mods[i][0], mods[i][1]), block.qkv[i])
+        q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
+        parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.qkv[0].frozen.half, block.repeatable)
+    for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
+        _, _, gate, shift, scale, gate_mlp = mods[i]
+        x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
+        hidden = functional.gelu(linear(modulated(x, shift, scale), block.up[i])[0], approximate="tanh")
+        streams[i] = x + gate_mlp[:, None] * linear(hidden, block.down[i])[0]
+    return streams[0], streams[1]
+
+
+class Single(NamedTuple):
+    """A block of one stream, txt and img behind each other."""
+
+    heads: int
+    norms: tuple[Tensor, Tensor]  # of q and k
+    mod: Linear
+    reads: tuple[Linear, ...]  # q, k, v and the MLP's up, in one stack or in several
+    down: Linear
+    repeatable: bool = False  # whether the attention's gradient is the same every time
+
+
+def single_block(
+    block: Single, txt: Tensor, img: Tensor, mod: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """txt and img [batch, tokens, width]; their common modulation [batch, 3 * width]."""
+    x = torch.cat([txt, img], dim=1)
+    shift, scale, gate = mod.chunk(3, dim=-1)
+    normed = modulated(x, shift, scale)
+    q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
+    q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
+    q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
+    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half, block.repeatable)
+    y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
+    txt, img = (x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
+    return txt.contiguous(), img.contiguous()

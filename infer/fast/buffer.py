@@ -1,0 +1,70 @@
+"""The stored weights of a block's layers behind each other in one buffer of bytes.
+
+A block is then copied as a whole (infer/fast/offload.py), and lies in a piece of memory of its own: what its layers
+took before it was packed is free to the last byte, where tensors moved one by one leave holes that nothing else fits
+into.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from infer.fast.weights import Stack
+
+ALIGN = 256  # bytes: what kernels may ask of a tensor's address
+
+
+def _tensors(frozen: Stack) -> list[Tensor]:
+    """What is packed: all but biases and code books, which are small."""
+    parts = [frozen.stored, frozen.scale, frozen.nested[0] if frozen.nested else None]
+    return [part for part in parts if part is not None]
+
+
+def _with(frozen: Stack, tensors: list[Tensor]) -> Stack:
+    stored, *rest = tensors
+    frozen = frozen._replace(stored=stored)
+    if rest:
+        frozen = frozen._replace(scale=rest[0])
+    if len(rest) > 1:
+        assert frozen.nested is not None
+        frozen = frozen._replace(nested=(rest[1], *frozen.nested[1:]))
+    return frozen
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-_bytes(tensor) // ALIGN) * ALIGN
+
+
+def packed_bytes(stacks: Iterable[Stack]) -> int:
+    """The size of a buffer that holds them."""
+    return sum(_padded(tensor) for frozen in stacks for tensor in _tensors(frozen))
+
+
+def unpacked(buffer: Tensor, stacks: Iterable[Stack]) -> list[Stack]:
+    """The stacks with views of a buffer [bytes] in the place of their tensors."""
+    found, start = [], 0
+    for frozen in stacks:
+        views = []
+        for tensor in _tensors(frozen):
+            views.append(buffer[start : start + _bytes(tensor)].view(tensor.dtype).view(tensor.shape))
+            start += _padded(tensor)
+        found.append(_with(frozen, views))
+    return found
+
+
+def pack(buffer: Tensor, stacks: list[Stack]) -> None:
+    """Copy their tensors into a buffer [bytes]."""
+    for frozen, place in zip(stacks, unpacked(buffer, stacks), strict=True):
+        for tensor, view in zip(_tensors(frozen), _tensors(place), strict=True):
+            view.copy_(tensor)
+
+
+def place(groups: list[Any], buffer: Tensor) -> None:
+    """Have a block's groups (infer/fast/install.py) use their weights in a buffer that they are packed in."""
+    for group, frozen in zip(groups, unpacked(buffer, [group.frozen for group in groups]), strict=True):
+        group.put(frozen)

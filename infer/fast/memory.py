@@ -1,0 +1,95 @@
+"""How time is traded for memory: the settings of the fast path (infer/fast/install.py), checked without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+from infer.program.bounds import GIB, check_most
+
+KEEP = ("nothing", "attention", "products", "everything")
+NEEDS_FUSED = ("compile", "graph", "budget_gib")
+SLOTS = 3  # places on the device that streamed blocks take in turn
+
+
+@dataclass
+class Memory:
+    """How time is traded for memory: what a block keeps for its backward pass, and where its weights are."""
+
+    keep: str = "attention"
+    """What a block keeps for its backward pass: nothing (all is computed again from its input), attention (all but the
+    attention is), products (all but the matrix products is) or everything."""
+    fused: bool = True
+    """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
+    compile: bool | None = None
+    """torch.compile the blocks; null does so on CUDA."""
+    graph: bool | None = None
+    """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA."""
+    budget_gib: float | None = None
+    """What torch's allocator may hold on the device in training or denoising: blocks beyond it stay in host memory and
+    are copied when their turn comes. null keeps all on the device."""
+
+    def __post_init__(self) -> None:
+        check_most(self, "memory.", budget_gib=GIB)
+        if self.keep not in KEEP:
+            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
+        if not self.fused:
+            if self.keep not in ("nothing", "everything"):
+                raise ValueError(
+                    f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
+                )
+            asked = [name for name in NEEDS_FUSED if getattr(self, name)]
+            if asked:
+                raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
+        if self.budget_gib is not None and not self.budget_gib > 0:
+            raise ValueError(f"memory.budget_gib is {self.budget_gib}; it must be above 0, or null for no bound")
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
+
+    def graphs(self, device: torch.device) -> bool:
+        """Whether sampling is captured."""
+        return self.fused and device.type == "cuda" and self.graph is not False
+
+
+def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Memory:
+    """The settings as they are, or, where there is a `reason` against the fast path, those of the plain one.
+
+    Raises:
+        ValueError: a setting needs the fast path, or a GPU.
+    """
+    if memory.budget_gib is not None and device.type != "cuda":
+        raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
+    if reason is None:
+        return memory
+    for name in NEEDS_FUSED:
+        if getattr(memory, name):
+            raise ValueError(
+                f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}; set memory.{name}=null"
+            )
+    return Memory(keep="everything" if memory.keep == "everything" else "nothing", fused=False)
+
+
+def streamed_of(blocks: int, resident: int) -> list[int]:
+    """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
+    return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
+
+
+def residents(sizes: list[int], room: int) -> int:
+    """How many blocks of these sizes may stay on the device where they and the slots may have so many bytes."""
+    return max((count for count in range(len(sizes) + 1) if device_bytes(sizes, count) <= room), default=0)
+
+
+def device_bytes(sizes: list[int], resident: int) -> int:
+    """Of the blocks that stay on the device and of the slots that the others take turns in."""
+    streamed = [sizes[i] for i in streamed_of(len(sizes), resident)]
+    return sum(resident_bytes(sizes, resident)) + min(SLOTS, len(streamed)) * max(streamed, default=0)
+
+
+def resident_bytes(sizes: list[int], resident: int) -> list[int]:
+    """Of the blocks that stay on the device."""
+    streamed = set(streamed_of(len(sizes), resident))
+    return [size for i, size in enumerate(sizes) if i not in streamed]

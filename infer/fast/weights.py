@@ -1,0 +1,204 @@
+"""The frozen weights of layers that read one input, as one tensor: one product, and one call that dequantizes them.
+
+Each layer keeps a view of its part, so that nothing is stored twice and saving, merging and loading adapters see what
+they saw before.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infer.fast.dequantize import dequantize_4bit
+from infer.quantize.precision import kind_of, linear_layers
+
+# layers of a block that read one input; what a block lacks (proj_mlp, of a double one) is left out
+TOGETHER = (
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
+
+
+class Stack(NamedTuple):
+    """The frozen weights of layers that read one input, as they are stored, behind each other: [out, in] in all."""
+
+    kind: str  # int8, fp4, nf4 or plain
+    shape: tuple[int, int]
+    widths: tuple[int, ...]  # out features of each layer
+    stored: Tensor  # packed 4-bit pairs [out * in / 2, 1], int8 [out, in], or the weights themselves
+    scale: (
+        Tensor | None
+    )  # 4-bit: absmax of each block of 64; double-quantized: its 8-bit code; int8: absmax of each row
+    nested: (
+        tuple[Tensor, Tensor, Tensor] | None
+    )  # double quantization: absmax of absmax, its code book, each layer's offset
+    bias: Tensor | None
+    shared: bool = True  # 4-bit: one dequantized copy for a block's recomputation and its gradient
+    in_place: bool = True  # adapters' updates are added to the product in place
+    half: bool = False  # products in fp16 of rows that are scaled into its range (infer/fast/half.py)
+
+
+class Lora(NamedTuple):
+    """One adapter on one layer."""
+
+    down: Tensor  # A [rank, in]
+    up: Tensor  # B [out, rank]
+    strength: Tensor  # []
+    magnitude: Tensor | None  # DoRA's [out]
+
+
+class Linear(NamedTuple):
+    """Layers that read one input, with the adapters of each."""
+
+    frozen: Stack
+    adapters: tuple[tuple[Lora, ...], ...]
+
+
+def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
+    """The weights [out, in] that take part in products; for `turn` see dequantize_4bit."""
+    if stack.kind == "plain":
+        return stack.stored.to(dtype)
+    assert stack.scale is not None
+    if stack.kind == "int8":
+        return (stack.stored.float() * (stack.scale / 127.0)[:, None]).to(dtype)
+    outer, code, offsets = stack.nested or (None, None, None)
+    ends = [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
+    weights: Tensor = dequantize_4bit(
+        stack.stored, stack.scale, outer, code, offsets, ends, stack.kind, list(stack.shape), dtype, turn
+    )
+    return weights
+
+
+def stack(layers: list[Any]) -> Stack:
+    """The layers' stored weights, copied behind each other.
+
+    Raises:
+        ValueError: they are not of one kind, or of a block size that cannot be stacked.
+    """
+    kinds = {kind_of(layer) or "plain" for layer in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"layers that read one input are stored as {' and '.join(sorted(kinds))}")
+    kind = kinds.pop()
+    shape = sum(layer.out_features for layer in layers), layers[0].in_features
+    widths = tuple(layer.out_features for layer in layers)
+    bias = None if layers[0].bias is None else _behind([layer.bias.data for layer in layers])
+    if kind == "plain":
+        return Stack(kind, shape, widths, _behind([layer.weight.data for layer in layers]), None, None, bias)
+    if kind == "int8":
+        for layer in layers:
+            if layer.state.CB is None:
+                layer.init_8bit_state()  # moves codes and scales from the weight to where forward reads them
+        stored, scale = (_behind([getattr(layer.state, name) for layer in layers]) for name in ("CB", "SCB"))
+        return Stack(kind, shape, widths, stored, scale, None, bias)
+    states = [layer.weight.quant_state for layer in layers]
+    if shape[1] % 64 or any(state.blocksize != 64 for state in states):
+        raise ValueError(f"4-bit blocks of 64 do not end with the rows of {shape[1]} features")
+    stored = _behind([layer.weight.data.view(-1, 1) for layer in layers])
+    scale = _behind([state.absmax for state in states])
+    nested = None
+    if states[0].nested:
+        if any(state.absmax.numel() % 256 for state in states[:-1]):
+            raise ValueError("blocks of 256 scales do not end with the layers")
+        outer = _behind([state.state2.absmax for state in states])
+        nested = outer, states[0].state2.code, torch.stack([state.offset for state in states])
+    return Stack(kind, shape, widths, stored, scale, nested, bias)
+
+
+def _behind(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def share(layers: list[Any], frozen: Stack) -> None:
+    """Make the layers' own weights views of the stack, so that nothing is stored twice."""
+    rows = list(frozen.widths)
+    if frozen.bias is not None:
+        for layer, part in zip(layers, frozen.bias.split(rows), strict=True):
+            layer.bias.data = part
+    if frozen.kind == "plain":
+        for layer, part in zip(layers, frozen.stored.split(rows), strict=True):
+            layer.weight.data = part
+        return
+    assert frozen.scale is not None
+    if frozen.kind == "int8":
+        parts = zip(layers, frozen.stored.split(rows), frozen.scale.split(rows), strict=True)
+        for layer, codes, scales in parts:
+            layer.weight.data = layer.state.CB = codes
+            layer.state.SCB = scales
+        return
+    states = [layer.weight.quant_state for layer in layers]
+    stored = frozen.stored.split([layer.weight.data.numel() for layer in layers])
+    scales = frozen.scale.split([state.absmax.numel() for state in states])
+    for layer, state, codes, absmax in zip(layers, states, stored, scales, strict=True):
+        layer.weight.data = codes
+        state.absmax = absmax
+    if frozen.nested is not None:
+        outer = frozen.nested[0].split([state.state2.absmax.numel() for state in states])
+        for state, absmax, offset in zip(states, outer, frozen.nested[2], strict=True):
+            state.state2.absmax, state.offset = absmax, offset
+
+
+def adapters_of(layer: Any) -> tuple[Lora, ...]:
+    """The adapters that are switched on at a layer."""
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return ()
+    found = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        vectors = layer.lora_magnitude_vector
+        magnitude = vectors[name].weight if name in vectors else None
+        found.append(Lora(down, up, _number(float(layer.scaling[name]), down.device), magnitude))
+    return tuple(found)
+
+
+@cache  # all of them: captured graphs read them where they are
+def _number(value: float, device: torch.device) -> Tensor:
+    # a tensor and not a Python number, which would be compiled in
+    return torch.tensor(value, device=device)
+
+
+def groups(layers: Iterable[str]) -> list[list[str]]:
+    """Names of linear layers, those that read one input together, in the order of the first of each."""
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        ends = (end for end in TOGETHER if any(name.endswith(f".{own}") for own in end))
+        end = next(ends, None)
+        own = next((own for own in end or () if name.endswith(f".{own}")), "")
+        found.setdefault(f"{name.removesuffix(own)}{end[0]}" if end else name, []).append(name)
+    return list(found.values())
+
+
+def split_kinds(stored: dict[str, str | None]) -> str | None:
+    """Layers that read one input and are stored in several kinds, if there are any; `stored`: kinds by layer."""
+    for group in groups(stored):
+        kinds = {stored[name] or "plain" for name in group}
+        if len(kinds) > 1:
+            names = ", ".join([group[0], *(name.rpartition(".")[2] for name in group[1:])])
+            return f"{names} read one input and are stored as {' and '.join(sorted(kinds))}"
+    return None
+
+
+def obstacle(transformer: nn.Module) -> str | None:
+    """Why the fast path cannot stand in for the transformer's layers; None if it can."""
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_layers(transformer).items()}
+    split = split_kinds({name: kind_of(layer) for name, layer in layers.items()})
+    if split is not None:
+        return split
+    for name, layer in transformer.named_modules():
+        if "blocks." not in name or not hasattr(layer, "base_layer"):
+            continue
+        if getattr(layer, "merged", False):
+            return f"the adapter is merged into {name}"
+        if not hasattr(layer, "lora_A"):
+            return f"{name} has an adapter that is not LoRA ({type(layer).__name__})"
+        for key in layer.lora_A:
+            if layer.lora_dropout[key].__class__.__name__ != "Identity":
+                return "adapter.dropout is above 0"
+            if getattr(layer, "lora_bias", {}).get(key):
+                return f"{name} has an adapter with a bias of its own"
+            if key in layer.lora_magnitude_vector and len(layer.active_adapters) > 1:
+                return "DoRA beside another adapter"
+    return None

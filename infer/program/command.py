@@ -1,0 +1,169 @@
+"""A command: its YAML composed by Hydra, turned into dataclasses once, and its errors said in one paragraph.
+
+The exit codes are those of infer/program/errors.py; a config is checked before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from infer.program.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
+from infer.program.literal import literal_arguments, read_text_literally
+from infer.program.secrets import check_values
+from infer.program.settings import REFUSED, check_settings, explain
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
+T = TypeVar("T")
+FOLDERS = {
+    "adapter",
+    "adapter-ema",
+    "checkpoints",
+    "compare",
+    "gap",
+    "images",
+    "previews",
+    "skipped",
+    "tensorboard",
+    "wandb",
+}
+"""Of a run, beside which no other run can lie."""
+
+OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+
+
+def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
+    """Compose `configs/<name>.yaml` with the command line, check it against `schema`, and do the work."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=name)
+    def main(config: DictConfig) -> None:
+        with explained(), _refused(schema):
+            check_settings(config, schema)
+            options: Any = OmegaConf.to_object(config)
+            check_values(options)
+        with explained(_folder(options)):
+            work(options)
+
+    with explained(), _refused(schema), _raising():
+        _check_flags(sys.argv[1:])
+        sys.argv[1:] = literal_arguments(sys.argv[1:], schema, bool({"-m", "--multirun"} & set(sys.argv)))
+        read_text_literally(lambda: schema)
+        main()
+
+
+@contextmanager
+def _refused(schema: Any) -> Iterator[None]:
+    """Within, what Hydra and OmegaConf refuse is said in our words."""
+    try:
+        yield
+    except REFUSED as error:
+        refuse(explain(error, schema), error)
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Within, Hydra raises what it refuses; by itself it prints that and leaves."""
+    name, before = "HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Refuse --steps 5, which other programs take and Hydra answers with its own usage alone."""
+    if nameless := [a for a in arguments if a.startswith("=")]:
+        raise ValueError(f"the argument {nameless[0]!r} has no name; write name=value")
+    unknown = [a for a in arguments if a.startswith("-") and a not in ("-", "--")]
+    known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    for argument in unknown:
+        flag, _, value = argument.partition("=")
+        if flag not in known and not any(flag.startswith(short) for short in known if len(short) == 2):
+            word = flag.lstrip("-").replace("-", "_")
+            raise ValueError(
+                f"{argument!r} is no flag; settings are written without dashes, as {word}={value or '...'}"
+            )
+
+
+def _folder(options: Any) -> Path | None:
+    """The run's folder, if the command has one and its name is right."""
+    try:
+        return check_run_name(options.run) if hasattr(options, "run") else None
+    except ValueError:
+        return None
+
+
+def check_device_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: it names no kind of device that is used here.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device is {name!r}; choose auto, cuda or cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cuda`, `cuda:1` or `cpu` -> device.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    check_device_name(name)
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}, but torch sees no CUDA device here; set device=cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices; count from cuda:0")
+    return device
+
+
+def check_file_names(what: str, names: Iterable[str]) -> None:
+    """See that names which become parts of files' names can be that.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name) or name.startswith("."):
+            raise ValueError(f"{what} has the name {name!r}, which becomes a part of a file's; choose a plain one")
+
+
+def check_run_name(run: str) -> Path:
+    """The run's folder, runs/<run>.
+
+    Raises:
+        ValueError: the name would leave that folder.
+    """
+    if not run or run != run.strip() or run.startswith(".") or any(c in run for c in '\\:*?"<>|\n') or ".." in run:
+        raise ValueError(f"run is {run!r}; choose a plain name such as mine-nf4")
+    if Path(run).is_absolute():
+        raise ValueError(f"run is {run!r}, a path; it is the name of a folder within runs/")
+    first, *others = Path(run).parts
+    if first == "cache" or (taken := sorted(FOLDERS.intersection(others))):
+        what = "the encoded pictures of all runs" if first == "cache" else f"what {taken[0]} of another run holds"
+        raise ValueError(f"run is {run!r}, but that folder is for {what}; choose another name such as {first}-2")
+    return Path("runs") / run

@@ -1,0 +1,360 @@
+"""Precisions: which bitsandbytes format a model's linear layers are stored in, and what that costs in bytes.
+
+The libraries do the work, through `from_pretrained(quantization_config=...)`; this file says every field out loud,
+lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards that what was asked for happened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+from infer.program.bounds import GIB, check_most
+from infer.program.no_effect import refuse_idle
+
+KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
+QUANTIZED = ("int8", "fp4", "nf4")
+FOUR_BIT = ("fp4", "nf4", "auto")
+MIXED = ("bf16", *QUANTIZED)  # what layers of one transformer may be beside each other
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
+
+
+@dataclass
+class Precision:
+    """How the transformer's linear layers, and those of T5, are stored and multiplied.
+
+    4-bit weights, and int8 ones of the transformer, are dequantized for each product, which runs in `compute_dtype`.
+    """
+
+    kind: str = "nf4"
+    """fp32, bf16 (not quantized), int8 (a scale a row, Dettmers 2022), fp4 or nf4 (QLoRA, Dettmers 2023); auto: nf4,
+    and its worst layers int8 or bf16 as far as `budget_gib` goes."""
+    compute_dtype: str = "bf16"
+    """bf16, fp16 or fp32: the matrix products, and whatever stays unquantized. LLM.int8 multiplies in fp16 whatever
+    this says. Kind fp32 is its own compute dtype, and so is bf16 but for fp16, in which its weights are stored too.
+    fp16: infer/fast/half.py, by itself where a card has no bf16."""
+    double_quant: bool = False
+    """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
+    llm_int8: bool = False
+    """int8 only: quantize the activations too and multiply in int8, as bitsandbytes does by itself (T5 always does)."""
+    outlier_threshold: float = 6.0
+    """LLM.int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
+    skip_modules: list[str] = field(default_factory=list)
+    """Names (or ends of names) of transformer layers to leave in `compute_dtype`."""
+    layers: dict[str, str] = field(default_factory=dict)
+    """Transformer layers of other kinds: a regular expression over whole layer names -> bf16, int8, fp4 or nf4; the
+    first that matches counts, and what none matches is of `kind`."""
+    budget_gib: float | None = None
+    """Kind auto only: the transformer's bytes. Within them the layers that suffer most from NF4 are int8 or bf16
+    (infer/sensitivity.py)."""
+    t5: str = "same"
+    """T5's kind; `same` follows `kind` with these settings."""
+
+    def __post_init__(self) -> None:
+        check_most(self, "precision.", outlier_threshold=10**6, budget_gib=GIB)
+        if self.kind not in (*KINDS, "auto"):
+            raise ValueError(f"precision.kind is {self.kind!r}; choose one of {', '.join(KINDS)}, or auto")
+        if self.t5 not in ("same", *KINDS):
+            raise ValueError(f"precision.t5 is {self.t5!r}; choose same or one of {', '.join(KINDS)}")
+        if self.compute_dtype not in DTYPES:
+            raise ValueError(f"precision.compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.outlier_threshold < 0:
+            raise ValueError(f"precision.outlier_threshold is {self.outlier_threshold}; it must be 0 or more")
+        if self.llm_int8 and "int8" not in (self.kind, *self.layers.values()):
+            raise ValueError(f"precision.llm_int8 is a way to multiply int8 weights, not {self.kind}; set it to false")
+        self._check_layers()
+        if self.kind == "auto" and self.budget_gib is None:
+            raise ValueError("precision.budget_gib is null; kind auto needs the transformer's bytes, such as 8")
+        if self.kind != "auto" and self.budget_gib is not None:
+            raise ValueError(f"precision.budget_gib belongs to kind auto, not {self.kind}; set precision.kind=auto")
+        if self.budget_gib is not None and not self.budget_gib > 0:
+            raise ValueError(f"precision.budget_gib is {self.budget_gib}; it must be above 0")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Settings of a kind that neither the transformer's layers nor T5's are of."""
+        t5 = self._t5_kind()
+        kinds = {self.kind, *self.layers.values(), t5}
+        said = f"precision.kind={self.kind} and precision.t5={self.t5}"
+        if not kinds & set(FOUR_BIT):
+            refuse_idle(self, "precision.", ("double_quant",), f"with {said} no layer is nf4 or fp4")
+        if not self.llm_int8 and t5 != "int8":
+            reason = f"with precision.llm_int8=false and {said} nothing is multiplied by LLM.int8"
+            refuse_idle(self, "precision.", ("outlier_threshold",), reason)
+        if not self.quantized:
+            reason = f"with precision.kind={self.kind} no layer of the transformer is quantized"
+            refuse_idle(self, "precision.", ("skip_modules",), reason)
+        if not self.quantized and t5 not in QUANTIZED and self.compute_dtype != self.kind:
+            reason = f"nothing is quantized, and precision.kind={self.kind} is its own compute dtype"
+            refuse_idle(self, "precision.", ("compute_dtype",), reason)
+
+    def _check_layers(self) -> None:
+        for pattern, kind in self.layers.items():
+            if kind not in MIXED:
+                raise ValueError(f"precision.layers gives {pattern!r} the kind {kind!r}; choose {', '.join(MIXED)}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"precision.layers names {pattern!r}, no regular expression: {error}") from error
+        if self.layers and self.kind in ("fp32", "auto"):
+            raise ValueError(
+                f"precision.layers cannot be mixed with kind {self.kind}; choose {', '.join(MIXED)} for the others"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return any(kind in (*QUANTIZED, "auto") for kind in (self.kind, *self.layers.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything that is not quantized, and of the 4-bit products."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype_name])
+        return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """bf16, fp16 or fp32: the name of `dtype`."""
+        if self.quantized or (self.kind, self.compute_dtype) == ("bf16", "fp16"):
+            return self.compute_dtype
+        return self.kind
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value of `dtype`."""
+        return 4 if self.dtype_name == "fp32" else 2
+
+    def for_t5(self) -> Precision:
+        """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
+        kind = self._t5_kind()
+        own = {
+            "compute_dtype": (self.compute_dtype, kind in QUANTIZED),
+            "double_quant": (self.double_quant, kind in FOUR_BIT),
+            "outlier_threshold": (self.outlier_threshold, kind == "int8"),
+        }
+        return Precision(kind, **{name: value for name, (value, counts) in own.items() if counts})  # type: ignore[arg-type]
+
+    def _t5_kind(self) -> str:
+        return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
+
+
+def quantization_config(precision: Precision, library: Any, layers: Iterable[str] = ()) -> Any | None:
+    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized.
+
+    layers: the model's linear layers. Of them those that are skipped are given by their whole names: of a part of a
+    name, diffusers takes `transformer_blocks.0` for the end of `single_transformer_blocks.0` too.
+    """
+    if precision.kind == "auto":  # the commands that know it have decided it before anything is loaded
+        raise ValueError(
+            "precision=auto works in train, compare, gap and transfer; elsewhere give the precision that "
+            "infer/sensitivity.py writes (out=configs/precision/mine.yaml)"
+        )
+    if not precision.quantized:
+        return None
+    if precision.layers:
+        from infer.quantize.mixed import MixedConfig
+
+        return MixedConfig(precision)
+    skipped = [layer for layer in layers if any(_names(name, layer) for name in precision.skip_modules)]
+    if precision.kind == "int8":
+        return library.BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=precision.outlier_threshold,
+            llm_int8_skip_modules=skipped,
+            llm_int8_has_fp16_weight=False,
+        )
+    import torch
+
+    return library.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision.kind,
+        bnb_4bit_compute_dtype=precision.dtype,
+        bnb_4bit_use_double_quant=precision.double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer by name, quantized ones included (they are subclasses)."""
+    from torch import nn
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """`int8`, `fp4` or `nf4` for a quantized layer, else None."""
+    import bitsandbytes as bnb
+    import torch
+
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return "int8" if layer.weight.dtype == torch.int8 else None
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return str(layer.weight.quant_type) if layer.weight.quant_state is not None else None
+    return None
+
+
+def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...] = ()) -> int:
+    """The number of quantized layers, after comparing each layer with what was asked.
+
+    `kept` names ends of layer names that the library itself leaves alone.
+
+    Raises:
+        ValueError: a layer is stored otherwise than asked, or a name in `skip_modules` matches none.
+    """
+    layers = linear_layers(model)
+    check_layer_names(precision, layers)
+    wrong = []
+    count = 0
+    for name, layer in layers.items():
+        asked = None if any(_names(end, name) for end in kept) else kind_asked(precision, name)
+        found = kind_of(layer)
+        count += found is not None
+        if found != asked:
+            wrong.append(f"{name} ({found or 'not quantized'} instead of {asked or 'not quantized'})")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(layers)} linear layers are not stored as precision={precision.kind} asks: "
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. Choose the precision of the checkpoint, or "
+            "load an unquantized one."
+        )
+    return count
+
+
+def check_layer_names(precision: Precision, layers: Iterable[str]) -> None:
+    """Compare the names in a precision with those of a model's linear layers.
+
+    Raises:
+        ValueError: `skip_modules` or `layers` names none of them.
+    """
+    layers = list(layers)
+    for name in (*precision.skip_modules, *precision.layers):
+        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
+        if not any(matches(name, layer) for layer in layers):
+            raise ValueError(
+                f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
+                f"there are {', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', layer) for layer in layers}))}"
+            )
+
+
+def kind_asked(precision: Precision, layer: str) -> str | None:
+    """`int8`, `fp4` or `nf4` if a precision says so of a transformer layer, else None."""
+    if any(_names(name, layer) for name in precision.skip_modules):
+        return None
+    kinds = (kind for pattern, kind in precision.layers.items() if re.fullmatch(pattern, layer))
+    kind = next(kinds, precision.kind)
+    return kind if kind in QUANTIZED else None
+
+
+def _names(skip: str, layer: str) -> bool:
+    return f".{skip}." in f".{layer}."
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were quantized, on a CPU with AVX512-BF16 too.
+
+    There bitsandbytes repacks them at the first forward pass in eval mode, and cannot undo it: absmax stays transposed
+    and in bf16 (0.50.2, functional._convert_weight_packed_for_cpu_inverse), so that a state_dict or an adapter that
+    comes later reads garbage. Without it a forward pass of the bundled model takes 34 ms in place of 26.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers dequantize to a dtype, whatever the checkpoint was saved with."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            state: Any = module.weight.quant_state
+            if state is not None:
+                state.dtype = dtype
+
+
+def multiply_plainly(model: nn.Module) -> None:
+    """Have int8 layers dequantize their weights and multiply in the activations' own dtype.
+
+    LLM.int8 quantizes the activations too and takes its outliers apart: 2.4 times slower than NF4 in training and in
+    sampling at 4,608 tokens (H200), where the product is what costs and not the reading of weights.
+    """
+    for module in model.modules():
+        if kind_of(module) == "int8":
+            module.forward = partial(_plain_int8, module)
+
+
+def _plain_int8(layer: Any, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    scales = scales_of(layer)
+    weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
+    return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def scales_of(layer: Any) -> Tensor:
+    """An int8 layer's absmax of each row [out]; the first forward pass moves it."""
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
+
+
+def weight_bytes(rows: int, columns: int, kind: str | None, double_quant: bool, itemsize: int = 2) -> int:
+    """Bytes of a linear layer's weight [rows, columns] as int8, fp4 or nf4, quantization constants included (as
+    `stored_bytes` counts them), or unquantized with so many bytes a value."""
+    count = rows * columns
+    if kind == "int8":
+        return count + 4 * rows  # an absmax in fp32 for each row
+    if kind not in ("fp4", "nf4"):
+        return itemsize * count
+    blocks = -(-count // 64)
+    packed = (count + 1) // 2 + 16 * 4  # the code's sixteen values
+    if not double_quant:
+        return packed + 4 * blocks
+    return packed + blocks + 4 * -(-blocks // 256) + 256 * 4 + 4  # outer absmax, their code, the offset
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers as they lie in memory, quantization constants included."""
+    from torch import Tensor
+
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        total += tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            total += sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
+            state = state.state2
+    for module in model.modules():
+        if kind_of(module) == "int8":
+            scales = scales_of(module)
+            total += scales.numel() * scales.element_size()
+    return total
+
+
+def dequantized(layer: nn.Linear) -> Tensor:
+    """A layer's weight [out, in] as it takes part in products, in fp32; any kind."""
+    import bitsandbytes as bnb
+
+    weight: Any = layer.weight
+    rows: Tensor
+    kind = kind_of(layer)
+    if kind == "int8":
+        rows = bnb.functional.int8_vectorwise_dequant(weight.data, scales_of(layer))
+        return rows.float()
+    if kind is not None:
+        rows = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return rows.float()
+    rows = weight.detach()
+    return rows.float()

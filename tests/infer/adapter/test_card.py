@@ -1,0 +1,126 @@
+"""The model card as the Hub reads it, and the way to the Hub, against one that is made up."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+
+from infer.adapter.model_card import Card, push, write_card
+from infer.adapter.read import FILE
+from infer.checkpoint.load import Model
+from infer.sample.generate import Sampling
+from train.loop import preview as previews
+
+CARD = Card(
+    name="mine", base="black-forest-labs/FLUX.1-dev", trigger="sks: a 'dog'", precision="nf4",
+    facts={"kind": "LoRA, rank 4"}, figures={"0": 0.93812, "100": 0.2}, samples={"sks, on a table": "sample-0.png"},
+    notes=["Keep dry."],
+)  # fmt: skip
+
+
+def test_the_hub_reads_the_card(tmp_path: Path) -> None:
+    card = ModelCard.load(write_card(tmp_path, CARD))
+    data = card.data.to_dict()
+    assert data["base_model"] == "black-forest-labs/FLUX.1-dev" and data["instance_prompt"] == "sks: a 'dog'"
+    assert data["license"] == "other" and data["license_name"] == "flux-1-dev-non-commercial-license"
+    assert data["widget"] == [{"text": "sks, on a table", "output": {"url": "sample-0.png"}}]
+    assert data["library_name"] == "diffusers" and "lora" in data["tags"]
+    for part in ("0.9381 at step 0, 0.2000 at step 100", "| kind | LoRA, rank 4 |", "Keep dry.", "(sample-0.png)"):
+        assert part in card.text
+    local = tmp_path / "owner" / "model"
+    local.mkdir(parents=True)
+    card = ModelCard.load(write_card(tmp_path, Card("x", str(local), None, "bf16", {})))
+    assert "base_model" not in card.data.to_dict() and str(tmp_path) not in card.content  # no path of this machine
+
+
+class Hub:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def create_repo(self, name: str, **options: Any) -> str:
+        self.calls.append((name, options))
+        return f"hub/{name}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_push_is_private_and_says_what_the_hub_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    for name, message in (("mine", "push is 'mine'; write owner/name"), ("me/mine", "there is no adapter in")):
+        with pytest.raises(ValueError, match=message):
+            push(tmp_path, name)
+    assert not hub.calls
+    (tmp_path / FILE).write_bytes(b"")
+    assert push(tmp_path, "me/mine") == "hub/me/mine"
+    assert hub.calls[0] == ("me/mine", {"private": True, "exist_ok": True})
+    assert hub.calls[1][1]["repo_id"] == "me/mine" and hub.calls[1][1]["folder_path"] == tmp_path
+
+    def refuse(**options: Any) -> None:
+        raise HfHubHTTPError(
+            "403 Forbidden\nlong story", response=httpx.Response(403, request=httpx.Request("PUT", "hub:"))
+        )
+
+    monkeypatch.setattr(hub, "upload_folder", refuse)
+    with pytest.raises(ValueError, match=r"the Hub did not take me/mine: 403 Forbidden; log in with `hf auth login`"):
+        push(tmp_path, "me/mine")
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 32), (32, 80)])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_samples_are_the_adapters_pictures_pixel_for_pixel(
+    size: tuple[int, int], averaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = ["adapter"]
+
+    @contextmanager
+    def use(name: str) -> Iterator[None]:
+        weights.append(name)
+        yield
+        weights.pop()
+
+    def picture(prompt: str, name: str) -> Image.Image:
+        """Every pixel is another, and another for each prompt and each of the weights."""
+        height, width = size
+        noise = torch.Generator().manual_seed(sum(map(ord, prompt + name)))
+        pixels = torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8)
+        return Image.fromarray(pixels.numpy())
+
+    monkeypatch.setattr(previews, "load_scheduler", lambda model: None)
+    monkeypatch.setattr(previews, "load_vae", lambda model, device: None)
+    monkeypatch.setattr(previews, "without_adapter", lambda transformer: use("base"))
+    monkeypatch.setattr(previews, "draw", lambda transformer, scheduler, text, *rest: (text, weights[-1]))
+    monkeypatch.setattr(previews, "decode", lambda vae, drawn, *size: picture(*drawn))
+    prompts = ["a cup", "a long prompt that\nneeds\nthree lines", "a cup", "a dog", 'of {"a": [1]} and ünïcode'] * 2
+    cached: Any = {prompt: prompt for prompt in prompts}  # what the run has of each text, one for both of two equals
+    sheet, folder = tmp_path / "previews" / "step-000010.png", tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "sample-9.png").write_bytes(b"of an earlier card that showed ten prompts")
+    device: Any = torch.device("cpu")
+    model: Any = Model("owner/name")
+    after = use("averaged") if averaged else None
+    shown = previews.preview(None, model, cached, Sampling(), size, 0, device, sheet, True, after)  # type: ignore[arg-type]
+    samples = previews.samples_of(sheet, folder)
+    assert list(samples) == list(cached) == [prompt for prompt, _ in shown] and len(samples) == 4
+    for prompt, name in samples.items():
+        with Image.open(folder / name) as cut:
+            assert cut.convert("RGB").tobytes() == picture(prompt, "adapter").tobytes()
+    assert {file.name for file in folder.iterdir()} == {f"sample-{i}.png" for i in range(4)}
+    columns = ["base", "adapter", *(["averaged"] if averaged else [])]
+    with Image.open(sheet) as board:  # where the docs and eyes expect them
+        for row, prompt in enumerate(cached):
+            for column, name in enumerate(columns):
+                left, top = column * size[1], row * (size[0] + 28) + 28
+                cut = board.convert("RGB").crop((left, top, left + size[1], top + size[0]))
+                assert cut.tobytes() == picture(prompt, name).tobytes()
+    board.copy().save(tmp_path / "older.png")
+    assert previews.samples_of(tmp_path / "older.png", folder) == {}  # one that does not say what it shows

@@ -1,0 +1,127 @@
+"""What the user typed is answered before anything heavy is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infer.program.command import MEND, ROOT
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "scipy")
+# runs an entry with one command line after another; after each it says how it ended, and what is imported by then
+PROBE = """
+import contextlib, io, json, runpy, sys
+entry, heavy, lines = json.loads(sys.argv[1])
+for line in lines:
+    sys.argv = [entry, *line]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(entry, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    print(json.dumps([code, out.getvalue() + err.getvalue(), [name for name in heavy if name in sys.modules]]))
+"""
+SETTING = (["nosuch=1"], "there is no setting 'nosuch'")
+RUN = (["run=../x"], "run is '../x'")
+MODEL = (["model.path=/nowhere"], "/nowhere")
+FOLDER = (["model.path={root}/docs"], "model_index.json")
+DEVICE = (["device=gpu"], "device is 'gpu'")
+DATA = (["data.path=/nowhere"], "'/nowhere' does not exist")
+TABLE = (["data.path=/nowhere/a.parquet"], "does not exist")
+ADAPTER = (["adapter.path=/nowhere"], "no adapter at /nowhere")
+TYPED = (["optim.lr=fast"], "optim.lr is 'fast'")
+JOB = [
+    SETTING, RUN, MODEL, FOLDER, DEVICE, DATA, TABLE, TYPED,
+    (["steps=0"], "steps is 0"),
+    (["adapter.targets=nothing"], "matches no linear layer"),
+    (["adapter.start=/nowhere"], "no adapter at /nowhere"),
+    (["adapter.start={root}/README.md"], "no adapter that can be read"),
+    (["adapter.recovery=/nowhere"], "no adapter at /nowhere"),
+    (["precision.skip_modules=[nothing]"], "no linear layer of the model has that name"),
+    (["resume=step-000007", "run=no-such-run"], "resume is 'step-000007'"),
+    (["model=nosuch"], "there is no model=nosuch"),
+    (["--steps", "5"], "is no flag"),
+]  # fmt: skip
+MISTAKES: dict[str, list[tuple[list[str], str]]] = {
+    "train/train.py": JOB,
+    "train/selfcheck.py": [SETTING, RUN, MODEL, DEVICE, DATA, TYPED],
+    "train/cache.py": [SETTING, MODEL, DEVICE, DATA],
+    "train/look.py": [SETTING, RUN, DATA],
+    "train/plan.py": [
+        SETTING, TYPED, MODEL,
+        (["adapter.targets=nothing"], "matches no linear layer"),
+        (["fit_gib=0.1"], "nothing fits"),
+    ],
+    "train/gap.py": [SETTING, RUN, MODEL, DEVICE, DATA, ADAPTER, (["levels=0"], "levels is 0")],
+    "train/transfer.py": [SETTING, RUN, MODEL, DEVICE, DATA, TYPED],
+    "train/track.py": [SETTING, (["run=../x", "track=tensorboard"], "run is"), (["track=none"], "track is none")],
+    "train/sweep_report.py": [([], "give the sweep's folder"), (["/nowhere"], "/nowhere holds no points")],
+    "infer/compare.py": [
+        SETTING, RUN, MODEL, DEVICE, ADAPTER,
+        (["seeds=[]"], "at least one of prompts and of seeds"),
+        (["references=/nowhere"], "references is '/nowhere'"),
+        (["networks.lpips=/nowhere"], "networks.lpips is '/nowhere'"),
+        (["scores.mine=no.such.function"], "scores.mine"),
+        (["+recovery.nf4=/nowhere"], "no adapter at /nowhere"),
+    ],
+    "infer/save.py": [SETTING, DEVICE, MODEL, (["out={root}/docs"], "out is")],
+    "infer/merge.py": [SETTING, DEVICE, MODEL, ADAPTER, ([], "adapter.path is null")],
+    "infer/convert.py": [SETTING, ADAPTER, (["to=nothing"], "to is 'nothing'")],
+    "infer/recover.py": [SETTING, RUN, DEVICE, MODEL],
+    "infer/sensitivity.py": [SETTING, RUN, DEVICE, MODEL, (["budget_gib=0"], "budget_gib is 0")],
+}  # fmt: skip
+RIGHT = {  # what each entry needs beside, so that the mistake alone is left
+    "train/train.py": ["data.path={root}/docs"],
+    "train/selfcheck.py": ["data.path={root}/docs"],
+    "train/cache.py": ["data.path={root}/docs"],
+    "train/look.py": ["data.path={root}/docs"],
+    "train/gap.py": ["data.path={root}/docs"],
+    "train/transfer.py": ["data.path={root}/docs"],
+    "infer/compare.py": ["prompts=[a star]"],
+    "infer/save.py": ["out=runs/no-such-folder"],
+    "infer/merge.py": ["out=runs/no-such-folder"],
+    "infer/convert.py": ["out=no-such-file.safetensors", "to=kohya"],
+    "infer/recover.py": ["prompts=[a star]", "held_out=[a heart]"],
+}
+
+
+def answers(entry: str, lines: list[list[str]]) -> list[tuple[int, str, list[str]]]:
+    given = json.dumps([str(ROOT / entry), HEAVY, [[word.format(root=ROOT) for word in line] for line in lines]])
+    done = subprocess.run([sys.executable, "-c", PROBE, given], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]
+    return [(code, said, imported) for code, said, imported in found]
+
+
+def test_every_entry_is_here() -> None:
+    found = {
+        str(file.relative_to(ROOT))
+        for wing in ("train", "infer")
+        for file in Path(ROOT, wing).glob("*.py")
+        if "\nif __name__ == " in file.read_text() and "sys.path[0] =" in file.read_text()
+    }
+    assert found == MISTAKES.keys()
+
+
+@pytest.mark.parametrize("entry", MISTAKES)
+def test_a_mistake_and_help_import_nothing_heavy(entry: str) -> None:
+    lines = [
+        [word for word in RIGHT.get(entry, []) if word.partition("=")[0] not in " ".join(mistake)] + mistake
+        for mistake, _ in MISTAKES[entry]
+    ]
+    with_help = [["--help"]] if entry != "train/sweep_report.py" else []
+    found = answers(entry, lines + with_help)
+    for (code, said, imported), (mistake, expected) in zip(found, MISTAKES[entry], strict=False):
+        assert code == MEND and expected in said, (mistake, code, said)
+        assert imported == [], mistake
+    for code, said, imported in found[len(lines) :]:
+        assert code == 0 and "Powered by Hydra" in said and imported == []
+
+
+def test_a_plan_computes_without_torch() -> None:
+    for code, said, imported in answers("train/plan.py", [["model=dev", "fit_gib=12"]]):
+        assert code == 0 and '"peak_memory_bytes"' in said and imported == []

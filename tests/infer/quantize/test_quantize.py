@@ -1,0 +1,191 @@
+"""Precisions on the bundled model: what is stored, how far it is from the original, and what survives a round trip."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from infer.checkpoint.load import Model, load_text_parts, load_transformer
+from infer.quantize.hooks import held
+from infer.quantize.precision import (
+    KINDS,
+    Precision,
+    check_quantized,
+    dequantized,
+    kind_of,
+    linear_layers,
+    stored_bytes,
+)
+from infer.save import Save, save
+
+CPU = torch.device("cpu")
+TINY = Model("scripts/tiny/model")
+
+
+def nf4_by_hand(weight: torch.Tensor) -> torch.Tensor:
+    """NF4 from its definition (Dettmers et al. 2023, appendix E): blocks of 64 scaled by their absmax, each value
+    moved to the nearest of sixteen quantiles of the normal distribution."""
+    # fmt: off
+    levels = torch.tensor([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+    # fmt: on
+    blocks = weight.float().reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    return (levels[nearest] * scale).reshape(weight.shape)
+
+
+def int8_by_hand(weight: torch.Tensor) -> torch.Tensor:
+    """LLM.int8's weights: each row scaled by its absmax to [-127, 127] and rounded (Dettmers et al. 2022)."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight.float() / scale).round() * scale
+
+
+def test_weights_are_what_the_papers_say() -> None:
+    name = "transformer_blocks.0.attn.to_q"
+    original = linear_layers(load_transformer(TINY, Precision("bf16"), CPU))[name].weight.detach()
+    nf4 = dequantized(linear_layers(load_transformer(TINY, Precision("nf4"), CPU))[name])
+    # bitsandbytes dequantizes to bf16: one rounding of 2^-9
+    torch.testing.assert_close(nf4, nf4_by_hand(original), rtol=2**-7, atol=1e-6)
+    # and rounds int8 from fp16, where a value may fall to the neighbouring step
+    int8 = dequantized(linear_layers(load_transformer(TINY, Precision("int8"), CPU))[name])
+    step = original.float().abs().amax(1, keepdim=True) / 127
+    assert ((int8 - int8_by_hand(original)).abs() <= 1.01 * step).all()
+    assert ((int8 - int8_by_hand(original)).abs() < 0.1 * step).float().mean() > 0.99
+
+
+HELD = {
+    "int8": Precision("int8"),
+    "fp4": Precision("fp4"),
+    "nf4": Precision("nf4"),
+    "nested": Precision("nf4", double_quant=True),
+    "mixed": Precision("nf4", layers={r"single_transformer_blocks\..*": "int8", ".*norm.*": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("precision", HELD.values(), ids=HELD)
+def test_weights_held_elsewhere_than_they_were_quantized_are_the_same(precision: Precision) -> None:
+    # one memory by two names: tensors are moved as from a GPU to the host
+    elsewhere = torch.device("cpu", 0)
+    assert not isinstance(nn.Parameter(torch.zeros(1)).to(elsewhere), nn.Parameter)
+    here, there = (load_transformer(TINY, precision, CPU, hold) for hold in (CPU, elsewhere))
+    assert check_quantized(there, precision) == check_quantized(here, precision)
+    mine, own = here.state_dict(), there.state_dict()
+    assert mine.keys() == own.keys() and all(torch.equal(mine[key], own[key].to(CPU)) for key in mine)
+    own_layers = linear_layers(there)
+    for name, layer in linear_layers(here).items():
+        other = own_layers[name]
+        if kind_of(layer) is not None:
+            assert type(layer.weight) is type(other.weight) and not other.weight.requires_grad
+            assert torch.equal(dequantized(layer), dequantized(other))
+        if kind_of(layer) in ("nf4", "fp4"):  # else accelerate's affair
+            assert type(other.bias) is nn.Parameter and not other.bias.requires_grad
+
+
+def test_a_held_weight_keeps_its_class_and_takes_its_constants_along() -> None:
+    meta = torch.device("meta")
+    for kind in ("int8", "nf4"):
+        layer = next(iter(linear_layers(load_transformer(TINY, Precision(kind), CPU)).values()))
+        moved = held(layer.weight, meta)
+        assert type(moved) is type(layer.weight) and moved.is_meta
+        constants = moved.SCB if kind == "int8" else moved.quant_state.absmax
+        assert constants.is_meta
+        bias = held(layer.bias, meta)
+        assert type(bias) is nn.Parameter and bias.is_meta and bias.dtype == layer.bias.dtype
+
+
+def output(precision: Precision) -> torch.Tensor:
+    transformer = load_transformer(TINY, precision, CPU)
+    own = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        velocity: torch.Tensor = transformer(
+            hidden_states=torch.randn(2, 64, 64, generator=own).to(precision.dtype),
+            encoder_hidden_states=torch.randn(2, 40, 128, generator=own).to(precision.dtype),
+            pooled_projections=torch.randn(2, 128, generator=own).to(precision.dtype),
+            timestep=torch.tensor([0.3, 0.8]),
+            guidance=torch.ones(2),
+            img_ids=torch.zeros(64, 3),
+            txt_ids=torch.zeros(40, 3),
+            return_dict=False,
+        )[0]
+    return velocity.float()
+
+
+def test_errors_are_ordered_and_sizes_fall() -> None:
+    exact = output(Precision("fp32", compute_dtype="fp32"))
+    error = {kind: float((output(Precision(kind)) - exact).norm() / exact.norm()) for kind in KINDS[1:]}
+    assert error["bf16"] < error["int8"] < error["nf4"] < error["fp4"], error
+    size = {kind: stored_bytes(load_transformer(TINY, Precision(kind), CPU)) for kind in KINDS}
+    assert size["fp32"] == 2 * size["bf16"]
+    assert size["nf4"] == size["fp4"] < size["int8"] < size["bf16"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "bf16"])
+def test_stored_bytes_by_arithmetic(kind: str) -> None:
+    shapes = [layer.weight.shape for layer in linear_layers(load_transformer(TINY, Precision("bf16"), CPU)).values()]
+    rest = stored_bytes(load_transformer(TINY, Precision("bf16"), CPU)) - sum(2 * a * b for a, b in shapes)
+    expected = {
+        "bf16": sum(2 * a * b for a, b in shapes),
+        "int8": sum(a * b + 4 * a for a, b in shapes),  # a scale in fp32 for each row
+        "nf4": sum(a * b // 2 + a * b // 64 * 4 + 16 * 4 for a, b in shapes),  # absmax of 64 values, sixteen levels
+    }
+    expected["fp4"] = expected["nf4"]
+    assert stored_bytes(load_transformer(TINY, Precision(kind), CPU)) == expected[kind] + rest
+
+
+def test_double_quantization_is_smaller_and_close() -> None:
+    plain = load_transformer(TINY, Precision("nf4"), CPU)
+    double = load_transformer(TINY, Precision("nf4", double_quant=True), CPU)
+    name = "single_transformer_blocks.0.proj_mlp"
+    assert stored_bytes(double) < stored_bytes(plain)
+    a, b = dequantized(linear_layers(plain)[name]), dequantized(linear_layers(double)[name])
+    assert 0 < float((a - b).norm() / a.norm()) < 0.02
+
+
+def test_skipped_modules_and_wrong_names() -> None:
+    kept = load_transformer(TINY, Precision("nf4", skip_modules=["proj_out", "x_embedder"]), CPU)
+    kinds = {name: kind_of(layer) for name, layer in linear_layers(kept).items()}
+    skipped = [name for name, kind in kinds.items() if kind is None]
+    assert skipped == [name for name in kinds if name.split(".")[-1] in ("proj_out", "x_embedder")]
+    assert len(skipped) == 6  # four single blocks, the model's own, and the embedder
+    with pytest.raises(ValueError, match="skip_modules names 'no_such_layer'"):
+        load_transformer(TINY, Precision("nf4", skip_modules=["no_such_layer"]), CPU)
+
+
+def test_every_layer_is_quantized_and_a_miss_is_an_error() -> None:
+    transformer = load_transformer(TINY, Precision("nf4"), CPU)
+    assert check_quantized(transformer, Precision("nf4")) == len(linear_layers(transformer)) > 50
+    transformer.x_embedder = nn.Linear(64, 256)
+    with pytest.raises(ValueError, match=r"1 of .* x_embedder \(not quantized instead of nf4\)"):
+        check_quantized(transformer, Precision("nf4"))
+
+
+@pytest.mark.parametrize("t5", ["same", "bf16", "int8"])
+def test_t5_has_its_own_kind(t5: str) -> None:
+    parts = load_text_parts(TINY, Precision("nf4", t5=t5), CPU)
+    kinds = {
+        kind_of(layer) for name, layer in linear_layers(parts["text_encoder_2"]).items() if not name.endswith("wo")
+    }
+    assert kinds == {{"same": "nf4", "bf16": None, "int8": "int8"}[t5]}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_saved_quantized_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -> None:
+    out = save(Save(TINY, Precision(kind), str(tmp_path / kind), "cpu"))
+    again = load_transformer(Model(str(out)), Precision(kind), CPU)
+    first = load_transformer(TINY, Precision(kind), CPU)
+    assert stored_bytes(again) == stored_bytes(first)
+    for name, layer in linear_layers(first).items():
+        assert torch.equal(dequantized(layer), dequantized(linear_layers(again)[name])), name
+    with pytest.raises(ValueError, match=f"is stored as {kind}, and bf16 is asked for; set precision={kind}"):
+        load_transformer(Model(str(out)), Precision("bf16"), CPU)
+    with pytest.raises(ValueError, match="does not exist yet"):
+        save(Save(TINY, Precision(kind), str(out), "cpu"))
+
+
+def test_wrong_device() -> None:
+    with pytest.raises(ValueError, match="need a CUDA device or a CPU, not meta"):
+        load_transformer(TINY, Precision("nf4"), torch.device("meta"))

@@ -1,0 +1,432 @@
+"""The report of a small comparison: numbers against hand-made ones, files against what independent parsers read."""
+
+import base64
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infer.report import cells, chart, gallery, sections
+from infer.report import write as report
+from infer.report.cells import Estimate
+
+HOSTILE = "a $x_1$ | \"b\" 'c'\n<script>alert(1)</script> </style> [l](http://x.y) & `d` \\"
+MIB, GIB = 2**20, 2**30
+COLOURS = {  # precision, adapter -> the colour of its pictures
+    ("nf4", None): (250, 10, 20),
+    ("nf4", "neon & co"): (20, 250, 10),
+    ("bf16", None): (10, 20, 250),
+    ("bf16", "neon & co"): (250, 240, 30),
+}
+
+
+def comparison(folder: Path, side: int = 128, prompts: tuple[str, ...] = (HOSTILE, "a fox")) -> dict[str, Any]:
+    """nf4 before bf16, so that order of measurement and order by memory differ."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for (precision, adapter), colour in COLOURS.items():
+        for p, prompt in enumerate(prompts):
+            for seed in (0, 7):
+                image = f"images/{precision}-{adapter}-{p}-{seed}.png"
+                pixels = np.full((side, side, 3), colour, np.uint8)
+                pixels[0:40:2, 1:60:2] = 0  # single dark pixels at the top left: smoothing or turning would show
+                Image.fromarray(pixels).save(folder / image)
+                row: dict[str, Any] = {"precision": precision, "adapter": adapter, "prompt": prompt, "seed": seed}
+                row |= {"image": image, "seconds": 1.0 + seed, "seconds_per_step": 0.5, "scores": {"psnr_bf16": None}}
+                row |= {"weights_bytes": 700 * MIB, "peak_memory_bytes": 900 * MIB + seed}
+                row |= {"stages": {"load": {"seconds": 2.5, "peak_memory_bytes": 1}}}
+                if precision == "bf16":
+                    row |= {"weights_bytes": 2 * GIB, "peak_memory_bytes": 3 * GIB + seed}
+                rows.append(row)
+    sampling = {"steps": 2, "guidance": 3.5, "height": side, "width": side}
+    return {"model": "<b>m</b>", "device": "cpu: x", "versions": {"torch": "2"}, "sampling": sampling, "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    result = comparison(folder)
+    report.write(result, folder)
+    return folder, result
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] not in ("script", "style"):
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def decoded(source: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"))
+
+
+def test_summary_equals_means_by_hand() -> None:
+    def row(precision: str, adapter: str | None, seconds: float, peak: int, **scores: float | None) -> dict[str, Any]:
+        stages = {"load": {"seconds": 4.0}}
+        numbers = {"seconds": seconds, "seconds_per_step": seconds / 4, "weights_bytes": 5, "peak_memory_bytes": peak}
+        return {"precision": precision, "adapter": adapter, **numbers, "scores": scores, "stages": stages}
+
+    rows = [row("nf4", None, 1.0, 10, psnr=20.0, gone=None, right=0.0), row("bf16", None, 8.0, 40, psnr=None)]
+    rows += [row("nf4", "neon", 3.0, 11), row("nf4", None, 2.0, 30, psnr=None, gone=None)]
+    rows += [row("nf4", None, 6.0, 20, psnr=23.0, right=1.0)]
+    first, second, third = report.summarise(rows)
+    assert [(s["precision"], s["adapter"], s["images"]) for s in (first, second, third)] == [
+        ("nf4", None, 3),
+        ("bf16", None, 1),
+        ("nf4", "neon", 1),
+    ]
+    assert first["scores"] == {"psnr": 21.5, "gone": None, "right": 0.5}  # each over 2, 0 and 2 of the three pictures
+    assert (first["seconds"], first["seconds_per_step"], first["load_seconds"]) == (3.0, 0.75, 4.0)
+    assert (first["peak_memory_bytes"], first["weights_bytes"]) == (30, 5)
+    assert second["scores"] == {"psnr": None} and third["scores"] == {}
+
+    lines = report.table([first, second, third]).splitlines()
+    assert lines[0].split("  ")[0] == "precision" and lines[0].split()[-3:] == ["psnr", "gone", "right"]
+    assert [line.split()[-3:] for line in lines[2:]] == [["21.50", "-", "0.500"], ["-"] * 3, ["-"] * 3]
+    assert len({len(line) for line in lines}) == 1  # every line ends in a right-aligned column
+
+
+def test_json_holds_the_result_and_nothing_else_is_left(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = written
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == result
+    names = {"images", "results.json", "comparison.png", "report.md", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_page_is_inert_and_self_contained(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = written
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.all("script")) == len(page.all("style")) == len(page.all("dialog")) == 1
+    assert not page.all("b") and not page.all("link") and not page.all("iframe")
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert not {"action", "srcset"} & attributes.keys()
+        assert attributes.get("href", "#").startswith("#")
+        assert "src" not in attributes or attributes["src"].startswith("data:image/png;base64,")
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert HOSTILE in page.text and "<b>m</b>" in page.text
+    policies = [a["content"] for a in page.all("meta") if "http-equiv" in a]
+    assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
+
+
+def test_page_embeds_every_picture(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = written
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    shown = [(a["alt"], a["src"]) for a in page.all("img") if "src" in a]
+    pixels = {decoded(src).tobytes() for _, src in shown}
+    assert len(shown) == len(result["rows"]) == 16
+    assert pixels == {np.asarray(Image.open(folder / row["image"])).tobytes() for row in result["rows"]}
+    assert [alt for alt, _ in shown[:4]] == [  # by memory from left to right, though nf4 was measured first
+        "bf16, without adapter",
+        "nf4, without adapter",
+        "bf16, with neon & co",
+        "nf4, with neon & co",
+    ]
+    assert sum("data-reference" in a for a in page.all("button")) == 8
+    # Tables sort by exact values, not by the text that is shown: prompts, costs, scores.
+    values = [a["data-value"] for a in page.all("td") if "data-value" in a]
+    assert len(values) == 2 * 3 + 4 * 7 + 4 * 3
+    assert values[6:10] == ["nf4", "none", str(700 * MIB), str(900 * MIB + 7)] and values[-1] == ""
+
+
+def test_large_pictures_become_linked_thumbnails(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = comparison(folder, prompts=("p",))
+    gradient = np.linspace(0, 255, 1024 * 512 * 3).reshape(512, 1024, 3).astype(np.uint8)
+    for row in result["rows"]:
+        row["image"] = "images/big one #1.png"
+    Image.fromarray(gradient).save(folder / "images/big one #1.png")
+    report.write(result, folder)
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    links = [a["href"] for a in page.all("a") if not a["href"].startswith("#")]
+    assert len(links) == 8 and all((folder / unquote(link)).is_file() for link in links)
+    shown = decoded(next(a["src"] for a in page.all("img") if "src" in a)).astype(float)
+    assert shown.shape == (512, 1024, 3) and np.abs(shown - gradient).mean() < 3  # eight of them: at their own size
+
+
+def test_many_pictures_are_reduced_together_until_they_fit(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 300, 600, 3), dtype=np.uint8)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, pixels in zip(files, noise, strict=True):
+        Image.fromarray(pixels).save(file)
+    sizes = {}
+    for budget in (2**20, 2**18, 2**16, 1):
+        found = gallery.embed([*files, files[0]], budget)
+        assert list(found) == files and not any(picture.whole for picture in found.values())
+        assert {(picture.width, picture.height) for picture in found.values()} == {(600, 300)}
+        pictures = [decoded(picture.uri) for picture in found.values()]
+        (side,) = {picture.shape[:2] for picture in pictures}
+        sizes[budget] = side[1]
+        total = sum(len(base64.b64decode(picture.uri.split(",")[1])) for picture in found.values())
+        assert total <= budget or side[1] == gallery.SIDES[-1]
+        for i, pixels in enumerate(noise):  # each is its own, in brightness: noise of colour is beyond WebP
+            small = Image.fromarray(pixels).resize((side[1], side[0]), Image.Resampling.LANCZOS)
+            apart = [np.abs(p.mean(-1) - np.asarray(small).mean(-1)).mean() for p in pictures]
+            assert apart.index(min(apart)) == i and min(apart) < 0.5 * sorted(apart)[1]
+    assert 600 == sizes[2**20] > sizes[2**18] > sizes[2**16] > sizes[1] == 128
+    # small files are kept byte for byte, unless there are too many bytes of them
+    Image.fromarray(noise[0, :100, :100]).save(files[0])
+    kept = gallery.embed([files[0]])[files[0]]
+    assert kept.whole and base64.b64decode(kept.uri.split(",")[1]) == files[0].read_bytes()
+    assert not gallery.embed([files[0]], 10_000)[files[0]].whole
+
+
+def test_figure_copies_pixels_in_order_of_memory(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = written
+    pixels = np.asarray(Image.open(folder / "comparison.png").convert("RGB"))
+    # Two pictures of 3 x 128, a gap, the row names and the margin: 920, less than the width a title needs.
+    assert pixels.shape[1] == 1000
+    boxes = {}
+    for key, colour in COLOURS.items():
+        y, x = np.nonzero((pixels == colour).all(-1))
+        left, top = boxes[key] = x.min(), y.min()
+        source = np.asarray(Image.open(folder / f"images/{key[0]}-{key[1]}-0-0.png"))
+        assert (pixels[top : top + 384, left : left + 384] == np.kron(source, np.ones((3, 3, 1)))).all()
+    assert boxes["bf16", None][0] < boxes["nf4", None][0] and boxes["bf16", None][1] == boxes["nf4", None][1]
+    assert boxes["bf16", None][1] < boxes["bf16", "neon & co"][1]
+    below = pixels[boxes["nf4", "neon & co"][1] + 384 :]
+    assert len(Counter(map(tuple, below[::3, ::3].reshape(-1, 3).tolist()))) > 10  # the curves and their labels
+    assert (pixels[:20] == 255).all() and (pixels[-10:] == 255).all()  # nothing runs over the edge
+    assert report.by_memory(result["rows"]) == ["bf16", "nf4"]
+
+
+def test_figure_reduces_large_pictures_and_grows_with_them(tmp_path: Path) -> None:
+    result = comparison(tmp_path / "run", side=1024, prompts=("WIDE " * 200,))
+    result["rows"] = [row for row in result["rows"] if row["adapter"] is None]
+    report.figure(result, tmp_path / "run", tmp_path / "figure.png")
+    pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    assert pixels.shape[1] == 80 + 512 + 32 + 512 + 40
+    y, x = np.nonzero((pixels == COLOURS["bf16", None]).all(-1))
+    assert np.ptp(y) == np.ptp(x) == 511
+    assert (pixels[:, :20] == 255).all() and (pixels[:, -20:] == 255).all()
+
+
+@pytest.mark.parametrize(("load", "order"), [({"peak_reserved_bytes": 1}, "badc"), ({}, "cabd")])
+def test_precisions_are_ordered_by_peak_on_cuda_and_by_weights_on_a_cpu(load: dict[str, int], order: str) -> None:
+    rows = [("a", 5, 2), ("b", 9, 1), ("c", 5, 3), ("a", 7, 1), ("d", 7, 1)]
+    memory = [
+        {"precision": name, "peak_memory_bytes": peak, "weights_bytes": weights, "stages": {"load": load}}
+        for name, peak, weights in rows
+    ]
+    assert report.by_memory(memory) == list(order)
+
+
+def test_markdown_tables_survive_pipes(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = written
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text and "<b>" not in text and r"\[l\](http://x.y) &amp; \`d\` \\" in text
+    assert r"a \$x\_1\$ \| " in text and text.count("## Prompt") == 2 and text.count("### Seed 7") == 2
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2 + 4
+    for block in tables:
+        columns = {line.replace(r"\|", "").count("|") for line in block.splitlines()}
+        assert len(columns) == 1
+    links = [part.split(")")[0] for part in text.split("](images/")[1:]]
+    assert len(links) == 16 and all((folder / "images" / unquote(link)).is_file() for link in links)
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """A comparison with what else may be measured: intervals, differences, drift, training pictures, sections."""
+    result = comparison(folder, prompts=("a fox", "a hen"))
+    *rows, last = result["rows"]
+    last["nearest"] = "<i>/deep.png"
+    result["drift"] = [row | {"prompt": "a mill"} for row in rows if row["prompt"] == "a hen"]
+    result["summary"] = report.summarise(result["rows"])
+    for entry in result["summary"]:
+        entry["scores"] |= {"psnr_bf16": 31.25, "kid": None}
+        entry["intervals"] = {"psnr_bf16": [30.5, 32.0]}
+        entry["differences"] = {"base": {"psnr_bf16": {"mean": -1.5, "low": -2.0, "high": -1.0}}, "bf16": {}}
+    result |= {
+        "absent": {"lpips": "no <network> here"},
+        "references": {"folder": "<f>", "count": 3, "nearest_rms": 0.5},
+    }
+    values = {
+        "columns": ["nf4", "bf16"],
+        "rows": ["trained <nf4>"],
+        "values": [[{"mean": 1.5, "low": 1, "high": 2}, 7]],
+    }
+    result["sections"] = [
+        {"title": "Transfer <x>", "note": "rows: trained at", "matrix": values},
+        {"title": "By time", "lines": {"x": "t", "places": [0, 0.5, 2], "series": {"nf4": [1, None, {"mean": 3}]}}},
+        {"title": "Layers", "table": {"columns": ["layer", "error"], "rows": [["a|b", 0.25], ["c", None]]}},
+    ]
+    return result
+
+
+def test_whatever_else_was_measured_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = measured(folder)
+    report.write(result, folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.text.count("31.25") == page.text.count("30.50 to 32.00") == 4
+    assert page.text.count("-1.500") == page.text.count("-2.000 to -1.000") == 4
+    assert "Not measured: lpips (no <network> here)." in page.text
+    note = "Below each mean its 95 % bootstrap interval over prompts and seeds. "
+    assert f"{note}Training pictures: 3 in <f>; among themselves nearest_rms 0.500." in page.text
+    assert (
+        sum(
+            "nearest training picture <i>/deep.png" in a["data-scores"]
+            for a in page.all("button")
+            if "data-scores" in a
+        )
+        == 1
+    )
+    assert "Prompt 3, which the adapter has nothing to do with" in page.text and "a mill" in page.text
+    assert {"Transfer <x>", "rows: trained at", "trained <nf4>", "1 to 2".replace("1 to 2", "1.000 to 2.000")} <= set(
+        page.text
+    )
+    assert len([a for a in page.all("section") if a["id"].startswith("more-")]) == 3
+    hints = [t for t in page.text if t.startswith("nf4, ")]
+    assert {"nf4, 0: 1.000", "nf4, 2: 3.000"} <= set(hints)
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "| nf4 | none | 31.25 (30.50 to 32.00) | - |" in lines
+    assert "| trained &lt;nf4&gt; | 1.500 (1.000 to 2.000) | 7.000 |" in lines
+    assert "| 0.5 | - |" in lines and r"| a\|b | 0.250 |" in lines and "| c | - |" in lines
+    assert "- **lpips**: no &lt;network&gt; here" in lines
+    shown = report.differences(result["summary"]).splitlines()
+    assert shown[0].split() == ["precision", "adapter", "against", "psnr_bf16"] and len(shown) == 2 + 4
+    assert shown[2].split() == ["nf4", "none", "no", "adapter", "-1.500", "(-2.000", "to", "-1.000)"]
+    assert report.differences(report.summarise(result["rows"])) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0.0000"), (-2e-5, "-2.0e-05"), (0.01234, "0.0123"), (-0.5, "-0.500"), (9.87654, "9.877")],
+)
+def test_numbers_have_about_three_digits(value: float | None, text: str) -> None:
+    assert cells.number(value) == text
+
+
+def test_long_tables_are_cut_to_lines_of_the_terminal(tmp_path: Path) -> None:
+    result = comparison(tmp_path / "run", prompts=("p",))
+    for row in result["rows"]:
+        row["scores"] = {f"a_score_of_length_{i}": float(i) for i in range(12)}
+    parts = report.table(report.summarise(result["rows"])).split("\n\n")
+    assert len(parts) == 3 and all(len(line) <= 160 for part in parts for line in part.splitlines())
+    assert all(part.splitlines()[3].split()[:2] == ["nf4", "neon"] for part in parts)
+    titles = [title for part in parts for title in part.splitlines()[0].split("  ") if title.strip()]
+    assert sum(title.strip().startswith("a_score") for title in titles) == 12
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"title": "t"}, "'t' has nothing"),
+        ({"title": "t", "table": {}, "matrix": {}}, "it needs one of table, lines, matrix"),
+        ({"title": "t", "table": {"columns": ["a"], "rows": [[1, 2]]}}, "2 values where there are 1"),
+        ({"title": "t", "lines": {"x": "x", "places": [1, 2], "series": {"s": [1]}}}, "1 values where there are 2"),
+    ],
+)
+def test_sections_that_cannot_be_shown_are_named(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sections.to_html(section)
+
+
+def test_charts_put_values_where_they_belong() -> None:
+    text = chart.chart("t", ["a", "b"], [("one", [Estimate(0), Estimate(10, 5, 20)]), ("two", [None, None])], zero=True)
+    page = Page(text)
+    marks = [a["transform"] for a in page.all("path") if "transform" in a]
+    room = chart.HEIGHT - chart.TOP - chart.BOTTOM
+    assert [float(m.split()[1][:-1]) for m in marks] == [chart.TOP + room, chart.TOP + room / 2]  # 0 to 20
+    assert [float(a["y1"]) for a in page.all("line")] == [chart.TOP + room * (1 - i / 4) for i in range(5)]
+    assert "b: 10.00 (5.000 to 20.00)" in text and "two" not in "".join(page.text)
+    assert chart.chart("t", ["a"], [("one", [None])]) == ""
+    assert Page(chart.chart("t", ["a"], [("", [Estimate(3.0)])])).all("svg")  # no range at all
+    numbers = Page(chart.chart("t", [0, 1, 4], [("", [Estimate(v) for v in (1.0, 2.0, 3.0)])])).all("path")
+    x = [float(a["transform"].split("(")[1].split()[0]) for a in numbers if "transform" in a]
+    assert (x[2] - x[1]) / (x[1] - x[0]) == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 20, [0, 5, 10, 15, 20]),
+        (-0.013, 0.021, [-0.02, -0.01, 0, 0.01, 0.02, 0.03]),
+        (29.6, 52, [20, 30, 40, 50, 60]),
+    ],
+)
+def test_axes_have_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert chart.ticks(low, high) == pytest.approx(expected)
+
+
+def test_wrong_input_is_named_and_leaves_an_old_report_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = comparison(folder, prompts=("p",))
+    (folder / "report.md").write_text("old")
+    with pytest.raises(ValueError, match="got none"):
+        report.write(result | {"rows": []}, folder)
+    result["rows"][3]["scores"] = {"psnr_bf16": float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        report.write(result, folder)
+    (folder / result["rows"][2]["image"]).unlink()
+    with pytest.raises(ValueError, match=r"Row 2 \(nf4, with neon & co, seed 0\).*nf4-neon & co-0-0\.png"):
+        report.write(result, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "report.md"]
+    assert (folder / "report.md").read_text() == "old"
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    folder = tmp_path / "run"
+    result = comparison(folder, prompts=("p",))
+    monkeypatch.setattr(report, "figure", lambda result, folder, path: path.write_bytes(b"new"))
+    old = {name: f"old {name}".encode() for name in ("comparison.png", "report.md", "report.html", "results.json")}
+    for name, data in old.items():
+        (folder / name).write_bytes(data)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(result, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == old
+
+
+def test_results_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, order, replace = tmp_path / "run", [], os.replace
+    result = comparison(folder, prompts=("p",))
+    monkeypatch.setattr(report, "figure", lambda result, folder, path: path.write_bytes(b"new"))
+
+    def record(old: Path, new: Path) -> None:
+        order.append(new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", record)
+    report.write(result, folder)
+    assert sorted(order[:3]) == ["comparison.png", "report.html", "report.md"] and order[3:] == ["results.json"]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, infer.report.write; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
+    root = Path(report.__file__).parents[2]
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,145 @@
+"""The gap and the transfer on a few pictures, against plain calls of the transformer and figures worked out by hand."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter
+from infer.adapter.selection import Trained
+from infer.checkpoint.load import Model, load_transformer, load_vae
+from infer.fast.install import Memory
+from infer.quantize.precision import Precision
+from infer.sample.encode import pack, text_encoder, to_moments
+from train.data.dataset import Data
+from train.data.seeds import generator
+from train.gap import Gap, gap, summarise
+from train.objective.flow_matching import predict
+from train.objective.optim import Optim
+from train.transfer import Transfer, over_seeds, transfer
+from train.transfer import summarise as summarise_transfer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Data:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i in range(4):
+        small = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(f"pictures/{i}.png")
+        Path(f"pictures/{i}.txt").write_text(f"a red star {i}")
+    return Data("pictures", resolution=64, batch_size=3, validation=0.5)
+
+
+def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path) -> None:
+    transformer = load_transformer(tiny, Precision("bf16"), CPU)
+    for parameter in attach(transformer, Adapter(rank=2), seed=0):
+        parameter.data += 0.05
+    save_adapter(transformer, tmp_path / "lora", {})
+    precisions = {"nf4": Precision("nf4", t5="bf16"), "bf16": Precision("bf16")}
+    options = Gap(tiny, precisions, None, Trained("lora", "mine"), data, levels=2, device="cpu", run="test")
+    folder = gap(options)
+    result = json.loads((folder / "gap.json").read_text())
+    rows = result["rows"]
+    assert [(r["precision"], r["adapter"]) for r in rows[::4]] == [
+        (precision, adapter) for precision in ("bf16", "nf4") for adapter in (None, "mine")
+    ]
+    assert {r["sigma"] for r in rows} == {0.25, 0.75} and len({r["picture"] for r in rows}) == 2
+    assert all((row["error"] == 0) == (row["precision"] == "bf16") for row in rows)
+
+    # one of them by hand, with diffusers' own blocks
+    chosen = next(r for r in rows if r["precision"] == "nf4" and r["adapter"] == "mine" and r["sigma"] == 0.75)
+    number = Path(chosen["picture"]).stem
+    pixels = torch.from_numpy(np.asarray(Image.open(f"pictures/{number}.png"), dtype=np.float32)).permute(2, 0, 1)
+    x0, _ = to_moments(load_vae(tiny, CPU), pixels[None] / 127.5 - 1)
+    with text_encoder(tiny, Precision("bf16"), CPU, None) as encoder:
+        (text,) = encoder([f"a red star {number}"])
+    velocities = {}
+    from train.data.decode import decode, pixel_hash
+
+    identity = pixel_hash(decode(Path(f"pictures/{number}.png").read_bytes(), "x", "white", 10**6))
+    noise = torch.randn(x0[0].shape, generator=generator(0, "validation", identity, 1))[None]
+    sigma = torch.tensor([0.75])
+    for name, precision in precisions.items():
+        plain = load_transformer(tiny, precision, CPU)
+        load_adapter(plain, "lora", "mine")
+        with torch.no_grad():
+            inputs = 0.25 * x0 + 0.75 * noise, text.t5[None], text.pooled[None], sigma
+            velocities[name] = predict(plain, *inputs, 1.0, torch.bfloat16)
+    loss = float((velocities["nf4"] - pack(noise - x0)).square().mean())
+    assert chosen["loss"] == pytest.approx(loss, rel=0.01)
+    error = (velocities["nf4"] - velocities["bf16"]).norm() / velocities["bf16"].norm()
+    assert chosen["error"] == pytest.approx(float(error), rel=0.05)
+
+    whole = {(e["precision"], e["adapter"]): e for e in result["summary"] if e["level"] is None}
+    own = [r["loss"] for r in rows if (r["precision"], r["adapter"]) == ("nf4", None)]
+    theirs = [r["loss"] for r in rows if (r["precision"], r["adapter"]) == ("bf16", None)]
+    entry = whole["nf4", None]
+    assert entry["loss"]["mean"] == pytest.approx(statistics.fmean(own))
+    assert entry["cost"]["mean"] == pytest.approx(statistics.fmean(own) - statistics.fmean(theirs))
+    assert entry["transformer_bytes"] < whole["bf16", None]["transformer_bytes"]
+    assert (folder / "gap.png").stat().st_size > 10_000 and (folder / "gap.md").read_text().count("\n") == 6
+
+    # an adapter of another model is refused
+    other = load_transformer(tiny, Precision("bf16"), CPU)
+    parameters = attach(other, Adapter(rank=2, targets="single"), seed=0)
+    save_adapter(other, tmp_path / "zero", {})
+    assert parameters
+    with pytest.raises(ValueError, match="zero in every layer"):
+        gap(replace(options, adapter=Trained("zero"), only=["bf16"]))
+
+
+def test_limits_are_over_pictures_and_differences_are_paired() -> None:
+    rows = []
+    for name, more in (("bf16", 0.0), ("nf4", 0.25)):
+        for i in range(20):
+            for level in range(2):
+                place = {"precision": name, "adapter": None, "picture": str(i), "level": level, "sigma": level / 2}
+                rows.append(place | {"loss": float(i) + more, "error": more, "transformer_bytes": 1})
+    summary = summarise(rows)
+    assert [entry["level"] for entry in summary] == [None, 0, 1] * 2
+    entry = summary[3]
+    assert entry["cost"] == {"mean": 0.25, "low": 0.25, "high": 0.25, "pictures": 40}
+    # twenty pictures, not forty: both levels of a picture come together
+    assert entry["loss"]["high"] - entry["loss"]["low"] == pytest.approx(2 * 1.96 * 5.77 / 20**0.5, rel=0.1)
+
+
+def test_students_limits() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = [0.3, 0.5, 0.45, 0.1, 0.35]
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    found = over_seeds(values)
+    assert found[1:3] == pytest.approx([theirs.low, theirs.high]) and found.mean == pytest.approx(0.34)
+
+
+def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model) -> None:
+    options = Transfer(
+        tiny, {"bf16": Precision("bf16"), "fp4": Precision("fp4")}, Adapter(rank=2), replace(data, batch_size=1),
+        optim=Optim(lr=0.05), memory=Memory(keep="everything"), seeds=[0, 1], steps=2, levels=2, run="test",
+        device="cpu",
+    )  # fmt: skip
+    folder = transfer(options)
+    result = json.loads((folder / "transfer.json").read_text())
+    rows = {(row["trained"], row["run"], row["seed"]): row["loss"] for row in result["rows"]}
+    assert len(rows) == 2 * 2 * 2 and len(set(rows.values())) == 8
+    for name in ("bf16", "fp4"):  # as the training run itself measured it at its end
+        for seed in (0, 1):
+            lines = (Path("runs/test") / f"{name}-{seed}" / "metrics.jsonl").read_text().splitlines()
+            last = [json.loads(line) for line in lines if "validation_loss" in line][-1]
+            assert rows[name, name, seed] == pytest.approx(last["validation_loss"], rel=1e-4)
+    entry = next(e for e in result["summary"] if (e["trained"], e["run"]) == ("fp4", "bf16"))
+    costs = [rows["fp4", "bf16", seed] - rows["bf16", "bf16", seed] for seed in (0, 1)]
+    assert entry["cost"]["mean"] == pytest.approx(statistics.fmean(costs))
+    assert entry["cost"]["low"] < min(costs) and entry["cost"]["high"] > max(costs)
+    assert (folder / "transfer.png").stat().st_size > 10_000
+    assert (folder / "transfer.md").read_text().count("| fp4 |") == 2
+    summary = summarise_transfer(result["rows"])
+    assert [e["cost"]["mean"] for e in summary if e["trained"] == e["run"]] == [0, 0]

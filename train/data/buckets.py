@@ -1,0 +1,106 @@
+"""A picture's size -> the sizes and crops at which it is trained.
+
+A bucket is a height and a width that the model can pack, with as many pixels as the resolution's square or a little
+fewer. A picture goes to the bucket that cuts least from it. None is enlarged unless data.upscale says so: what is
+smaller than the resolution gets a smaller bucket.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from train.data.dataset import Data
+
+PACKED = 16  # pixels a packed token, each way
+LATENT = 8  # pixels a latent, each way
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop of one picture at one resolution."""
+
+    height: int
+    width: int
+    """Pixels after cutting, multiples of 16."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in the upright picture's pixels, before scaling."""
+    flip: bool
+    """Mirrored, left to right."""
+
+
+@lru_cache(maxsize=100_000)
+def bucket_of(width: int, height: int, resolution: int, step: int, aspect: float, upscale: bool) -> tuple[int, int]:
+    """Width and height of the bucket of a picture of width x height pixels.
+
+    Of the sizes whose sides are multiples of `step`, whose area is at most resolution^2, whose longer side is at most
+    `aspect` times the shorter, which the picture covers (unless upscale), and of which neither side could be longer:
+    the one that cuts least, then the largest.
+
+    Raises:
+        ValueError: a side of the picture is shorter than 16 pixels; the message follows its name.
+    """
+    area = resolution**2
+
+    def longest(other: int, own: int) -> int:
+        """The longest side that goes with the other one, for a picture whose own side is `own`."""
+        limits = [area // other, int(other * aspect), *([] if upscale else [own])]
+        return min(limits) // step * step
+
+    best = None
+    for w in range(step, int(resolution * aspect) + 1, step):
+        h = longest(w, height)
+        if h < step or longest(h, width) != w:
+            continue
+        cut = 1 - min(width * h, height * w) / max(width * h, height * w)
+        if best is None or (cut, -w * h) < best[0]:
+            best = (cut, -w * h), (w, h)
+    if best is not None:
+        return best[1]
+    if step > PACKED:  # too small for this step
+        return bucket_of(width, height, resolution, PACKED, aspect, upscale)
+    raise ValueError(
+        f"is {width}x{height}, less than {PACKED} pixels a side: take it out, or set data.upscale=true to enlarge it"
+    )
+
+
+def views_of(width: int, height: int, data: Data) -> list[list[View]]:
+    """The views of a picture of width x height pixels: one list a resolution, of its crops, evenly spread
+    over what the bucket cuts away, each unflipped first.
+
+    Raises:
+        ValueError: the picture is too small for a bucket; the message follows its name.
+    """
+    views = []
+    for resolution in data.resolutions:
+        w, h = bucket_of(width, height, resolution, data.bucket_step, data.aspect, data.upscale)
+        # the largest box of the bucket's shape; one side is the picture's own
+        across, down = min(float(width), height * w / h), min(float(height), width * h / w)
+        slack = max((width - across) * w / across, (height - down) * h / down)
+        crops = min(data.crops, 1 + int(slack))  # none less than a pixel from the next
+        boxes = []
+        for crop in range(crops):
+            place = crop / (crops - 1) if crops > 1 else 0.5
+            left, top = (width - across) * place, (height - down) * place
+            boxes.append((left, top, min(left + across, float(width)), min(top + down, float(height))))
+        flips = (False, True) if data.flip else (False,)
+        views.append([View(h, w, box, flip) for box in boxes for flip in flips])
+    return views
+
+
+def cut(picture: Image.Image, view: View) -> Tensor:
+    """The pixels of a view of an upright RGB picture, [3, height, width] in [-1, 1]."""
+    scaled = picture.resize((view.width, view.height), Image.Resampling.LANCZOS, box=view.box)
+    pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return pixels.flip(2) if view.flip else pixels
+
+
+def cut_mask(mask: Image.Image, view: View) -> Tensor:
+    """A view of a mask, [height / 8, width / 8] in [0, 1]: each latent gets the mean of what it covers."""
+    size = view.width // LATENT, view.height // LATENT
+    scaled = mask.resize(size, Image.Resampling.BOX, box=view.box)
+    weights = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 255)
+    return weights.flip(1) if view.flip else weights

@@ -1,0 +1,282 @@
+"""The training set: what it is made of, and how its pictures and captions are used."""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import ImageColor
+
+from infer.program.bounds import SEED, TOKENS, check_most
+from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand
+from train.data.decode import MOST_PIXELS
+from train.data.hf_table import is_table, read_table
+from train.data.image_folder import METADATA, no_source, read_folder
+from train.data.source import POLICIES, Faults, Sample, Skipped, Source
+
+__all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
+
+
+@dataclass
+class Prior:
+    """Prior preservation: pictures of the class at large, so that the adapter does not turn all of it into yours."""
+
+    path: str = ""
+    """A folder or data set of them; or none, and the quantized base draws `count`."""
+    prompt: str = ""
+    """The caption of those that have none, and what the base draws; the trigger is not added."""
+    count: int = 0
+    """Pictures that the base draws; 0 draws none."""
+    weight: float = 1.0
+    """Of them in the loss."""
+    ratio: float = 1.0
+    """Class pictures seen for each training picture."""
+    steps: int = 28
+    guidance: float = 3.5
+    seed: int = 0
+    """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
+
+    def __post_init__(self) -> None:
+        check_most(
+            self, "data.prior.", count=10**6, weight=10**6, ratio=10**6, steps=10**4, guidance=10**4, seed=SEED // 2
+        )
+        expand(self, "path")
+        if self.count < 0:
+            raise ValueError(f"data.prior.count is {self.count}; it must be 0 (draw none) or more")
+        if self.path and self.count:
+            raise ValueError("data.prior has both a path and a count to draw; give one of them")
+        if self.count and not self.prompt.strip():
+            raise ValueError("data.prior.prompt is empty; say what the base draws, as in 'a photo of a dog'")
+        changed = [f"data.prior.{each.name}" for each in fields(self) if getattr(self, each.name) != each.default]
+        if changed and not (self.path or self.count):
+            raise ValueError(
+                f"{changed[0]} is set, but there are no pictures; give data.prior.path, or data.prior.count"
+            )
+        for name in ("weight", "ratio"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"data.prior.{name} is {getattr(self, name)}; it must be above 0")
+        if self.steps < 1:
+            raise ValueError(f"data.prior.steps is {self.steps}; it must be 1 or more")
+        if self.path:
+            reason = "the base draws no pictures where data.prior.path gives them"
+            refuse_idle(self, "data.prior.", ("steps", "guidance", "seed"), reason)
+
+
+@dataclass
+class Data:
+    """The training set."""
+
+    path: str = ""
+    """A folder of pictures, a .parquet or .arrow file, or the name of a data set on the Hub; or data.sources."""
+    resolution: Any = 512
+    """Pixels a side of the square that a picture has as many pixels as; a list trains at each in turn."""
+    batch_size: int = 1
+    """Samples a step on each rank."""
+    trigger: str | None = None
+    """Put before every caption that does not hold it."""
+    validation: float = 0.1
+    """Share of the pictures held out, at least one; 0 holds out none."""
+    image_column: str = "image"
+    caption_column: str = "text"
+    """Of metadata.jsonl or metadata.csv, the parquet file or the data set; a list of texts is several captions."""
+    masks: str | None = None
+    """The masks of data.path: a folder of greyscale pictures of the same names, white where the loss counts."""
+    sources: list[Source] = field(default_factory=list)
+    """Several sources in place of data.path, each with its masks, repeats and weight."""
+    prior: Prior = field(default_factory=Prior)
+    background: str = "white"
+    """What shows through transparent pictures: a name or #rrggbb."""
+    most_pixels: int = MOST_PIXELS
+    """Pictures with more are refused before they are decoded; decoding takes 8 to 21 bytes a pixel."""
+    aspect: float = 2.0
+    """Longest side of a bucket over its shortest; what is longer is cropped. 1 trains squares."""
+    bucket_step: int = 16
+    """Pixels between the sides of buckets, a multiple of 16. Longer steps cut more and fill batches better."""
+    upscale: bool = False
+    """Enlarge pictures that are smaller than the resolution; else they are trained at their own size."""
+    crops: int = 1
+    """Crops of each picture, evenly spread over what its bucket leaves: 1 is the middle."""
+    flip: bool = False
+    """Train mirrored pictures too; not where left and right matter."""
+    prefix: str = ""
+    suffix: str = ""
+    """Put around every caption as they are, spaces included."""
+    caption_lines: bool = False
+    """Each line of a .txt or .caption file is a caption of its own."""
+    tag_orders: int = 1
+    """Orders in which a caption's comma-separated tags are trained; 1 leaves them as written."""
+    keep_tags: int = 0
+    """The first tags, which stay in front."""
+    caption_dropout: float = 0.0
+    """Share of the samples that are trained with an empty caption."""
+    text_length: int | None = None
+    """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    on_error: str = "raise"
+    """What a broken picture or a missing caption does: raise stops, skip leaves it out and names it."""
+    least: float = 0.5
+    """Share of the samples that must be left after skipping; training does not start with less."""
+    cache: str = "runs/cache"
+    """Where encoded pictures and captions are kept, for every run."""
+
+    def __post_init__(self) -> None:
+        check_most(
+            self,
+            "data.",
+            batch_size=4096,
+            aspect=10**4,
+            crops=1000,
+            tag_orders=10**4,
+            keep_tags=10**4,
+            text_length=TOKENS,
+        )
+        expand(self, "path", "masks", "cache")
+        listed = isinstance(self.resolution, list | tuple)
+        if not self.resolutions or not all(type(r) is int for r in self.resolutions):
+            raise ValueError(f"data.resolution is {self.resolution!r}; give a number, or several as [512,768]")
+        for r in self.resolutions:
+            if r < 16 or r % 16:
+                near = max(16, round(r / 16) * 16)
+                raise ValueError(f"data.resolution is {self.resolution}; FLUX packs multiples of 16, such as {near}")
+            if r * r > MOST_PIXELS:
+                raise ValueError(f"data.resolution is {self.resolution}; a picture has {MOST_PIXELS} pixels at most")
+        if listed and len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"data.resolution is {self.resolution}; name each once")
+        if self.path and self.sources:
+            raise ValueError("data.path and data.sources are both given; put the path among the sources")
+        if self.masks and not self.path:
+            raise ValueError("data.masks belongs to data.path; give each of data.sources its own masks")
+        for name, least in (("batch_size", 1), ("crops", 1), ("tag_orders", 1), ("keep_tags", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.keep_tags and self.tag_orders == 1:
+            raise ValueError(f"data.keep_tags is {self.keep_tags}, but tags stay as written; set data.tag_orders too")
+        for name in ("validation", "caption_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"data.least is {self.least}; it is a share, from 0 to 1")
+        if self.on_error == "raise":
+            refuse_idle(self, "data.", ("least",), "data.on_error=raise skips nothing")
+        if self.text_length is not None and self.text_length < 1:
+            raise ValueError(f"data.text_length is {self.text_length}; it must be 1 or more, or null")
+        if not 1 <= self.aspect < float("inf"):
+            raise ValueError(f"data.aspect is {self.aspect}; it must be 1 (squares) or more")
+        if self.bucket_step < 16 or self.bucket_step % 16 or self.bucket_step > min(self.resolutions):
+            raise ValueError(
+                f"data.bucket_step is {self.bucket_step}; it must be a multiple of 16 up to the resolution, such as 64"
+            )
+        if not 1 <= self.most_pixels <= MOST_PIXELS:
+            raise ValueError(f"data.most_pixels is {self.most_pixels}; it must be from 1 to Pillow's own {MOST_PIXELS}")
+        if self.on_error not in POLICIES:
+            raise ValueError(f"data.on_error is {self.on_error!r}; choose one of {', '.join(POLICIES)}")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise ValueError(
+                f"data.background is {self.background!r}; give a name such as white, or #rrggbb"
+            ) from error
+
+    @property
+    def resolutions(self) -> list[int]:
+        return list(self.resolution) if isinstance(self.resolution, list | tuple) else [self.resolution]
+
+
+def sources_of(data: Data) -> list[Source]:
+    """What a sample's `source` counts: data.path as one, or data.sources; and last prior preservation's, if any."""
+    sources = list(data.sources) if data.sources or not data.path else [Source(data.path, data.masks)]
+    prior = data.prior
+    if prior.path or prior.count:
+        path = prior.path or f"{prior.count} pictures drawn by the base"
+        sources.append(Source(path, weight=prior.weight, caption=prior.prompt or None, prior=True))
+    return sources
+
+
+def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
+    """Every sample in a fixed order, and under data.on_error=skip what is left out; pictures are not decoded yet.
+
+    Pictures that the base draws for prior preservation are not among them: see train/latents/prior.py.
+
+    Raises:
+        ValueError: a source cannot be read at all; or, under data.on_error=raise, anything is wrong with a sample.
+    """
+    if not data.path and not data.sources:
+        raise ValueError("data.path is empty; set it to a folder of pictures with captions")
+    faults = Faults(data.on_error)
+    samples = []
+    sources = sources_of(data)
+    _refuse_idle(data, [source.path for source in sources if not source.prior])
+    for index, source in enumerate(sources[:-1] if data.prior.count else sources):
+        column = source.caption_column or data.caption_column
+        if is_table(source.path):
+            image_column = source.image_column or data.image_column
+            samples += read_table(source, index, image_column, column, Path(data.cache), faults)
+        elif Path(source.path).is_dir():
+            samples += read_folder(source, index, column, data.caption_lines, faults)
+        else:
+            what = "data.path" if data.path == source.path else "a source's path"
+            raise ValueError(f"{what} {no_source(Path(source.path))}")
+    return samples, faults.skipped
+
+
+def _refuse_idle(data: Data, paths: list[str]) -> None:
+    """Refuse what is set for tables where all sources are folders, and the other way round."""
+    tables = [path for path in paths if is_table(path)]
+    folders = [path for path in paths if path not in tables]
+    listed = [path for path in folders if any(next(Path(path).rglob(name), None) for name in METADATA)]
+    if not tables:
+        refuse_idle(data, "data.", ("image_column",), "no source is a table; pictures of a folder are files")
+    if not tables and not listed:
+        reason = "no source is a table or has a metadata file; captions are in .txt or .caption files"
+        refuse_idle(data, "data.", ("caption_column",), reason)
+    if len(listed) == len(folders):
+        reason = "it splits .txt and .caption files, and captions are in tables or metadata files"
+        refuse_idle(data, "data.", ("caption_lines",), reason)
+
+
+def check_left(data: Data, samples: list[Sample], skipped: list[Skipped]) -> None:
+    """See that enough is left to train on.
+
+    Raises:
+        ValueError: less than data.least, nothing at all, or too few to hold one out.
+    """
+    sources = sources_of(data)
+    kept = sum(not sources[sample.source].prior for sample in samples)
+    said = f"; the first: {skipped[0].name} {skipped[0].reason}" if skipped else ""
+    if kept == 0:
+        raise ValueError(f"nothing is left to train on ({len(skipped)} skipped{said}); mend the pictures or captions")
+    if len(samples) < data.least * (len(samples) + len(skipped)):
+        raise ValueError(
+            f"{len(skipped)} of {len(samples) + len(skipped)} samples are skipped, and data.least={data.least} of them "
+            f"must be left; mend them, or lower data.least{said}"
+        )
+    if kept < 2 and data.validation > 0:
+        raise ValueError(f"there are {kept} pictures, too few to hold one out; set data.validation=0")
+
+
+def split(keys: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for training and for validation. Depends on each sample's key and the seed, not on the order.
+
+    Samples of the same key stay together, so that nothing that is trained is held out; so the share is met within the
+    largest group of them.
+
+    Raises:
+        ValueError: all have the same key.
+    """
+    if share == 0:
+        return list(range(len(keys))), []
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    if len(groups) < 2:
+        raise ValueError(f"all {len(keys)} pictures are the same, so none can be held out; set data.validation=0")
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    wanted = max(1, round(share * len(keys)))
+    held: list[int] = []
+    for key in order[:-1]:  # the last is trained on in any case
+        if len(held) + len(groups[key]) <= wanted:
+            held += groups[key]
+    held = held or min((groups[key] for key in order), key=len)
+    there = set(held)
+    return [i for i in range(len(keys)) if i not in there], sorted(held)

@@ -1,0 +1,235 @@
+"""A folder of pictures with captions -> samples.
+
+Captions come from metadata.jsonl or metadata.csv (a `file_name` and a text a line, as datasets' imagefolder reads them,
+in any subfolder for what is below it) or from a .txt or .caption file beside each picture. Where the two differ,
+neither is chosen. A name means the file of the same letters, however Unicode composes them and its ending is
+capitalised. Nothing outside of the folder is read: not by `../`, nor by an absolute name, nor by a link, but those of
+the Hub's cache. Files and folders whose names begin with a dot are no part of it.
+"""
+
+import errno
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from infer.program.paths import kind_of_file, roots_of
+from train.data.decode import SUFFIXES, UNREAD
+from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
+from train.data.names import Names, key_of, stem_of
+from train.data.source import Faults, Sample, Source, clean
+
+SIDECARS = (".txt", ".caption")
+
+
+def read_folder(source: Source, index: int, column: str, lines: bool, faults: Faults) -> list[Sample]:
+    """The samples of a source that is a folder, in the order of their names.
+
+    index: of the source. column: of the captions in the metadata. lines: each line of a sidecar is a caption.
+
+    Raises:
+        ValueError: it holds no pictures, its metadata cannot be read, or its masks' folder is not there.
+    """
+    for option, value in (("image_column", source.image_column), ("subset", source.subset)):
+        if value is not None:
+            raise ValueError(f"{option} of {source.path} is {value!r}, but that is a folder of pictures; leave it out")
+    if source.split != "train":
+        raise ValueError(f"split of {source.path} is {source.split!r}, but that is a folder of pictures; leave it out")
+    folder = Path(source.path)
+    masks = None if source.masks is None else Path(source.masks)
+    if masks is not None and not masks.is_dir():
+        raise ValueError(f"masks {source.masks!r} of {folder} is no folder; set it to the one that holds the masks")
+    files = _list(folder, masks, faults)
+    pictures = [name for name in files if _suffix(name) in SUFFIXES]
+    if not pictures:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); set its path to the folder that does")
+    names = Names(pictures)
+    listed: dict[str, Listed] = {}
+    lists = lists_in(folder, files)
+    for name in lists.values():
+        read_metadata(folder, name, column, names, listed, faults)
+    mask_of = {} if masks is None else _pair(pictures, masks, faults)
+    sidecars = Names(name for name in files if _suffix(name) in SIDECARS)
+
+    samples = []
+    for name in pictures:
+        try:
+            found, missing = _captions(folder, name, listed.get(name), list_for(name, lists), sidecars, lines)
+            captions = clean(found, source.caption, missing)
+            if masks is not None and name not in mask_of:
+                raise ValueError(f"has no mask in {masks}; put one there under the same name, white where all counts")
+        except ValueError as error:
+            faults.add(str(folder / name), str(error))
+            continue
+        file, mask = folder / name, None if masks is None else masks / mask_of[name]
+        read_mask = None if mask is None else partial(read_bytes, str(mask))
+        samples.append(Sample(str(file), captions, index, partial(read_bytes, str(file)), read_mask, file, mask))
+    for name, line in listed.items():
+        if name not in names:
+            near = names.near(name)
+            mend = f"did you mean {near!r}?" if near else "add it or take the line out"
+            faults.add(str(folder / line.file), f"names {name!r}, which is not in {folder}; {mend}")
+    return samples
+
+
+def _captions(
+    folder: Path, name: str, line: Listed | None, metadata: str | None, sidecars: Names, lines: bool
+) -> tuple[list[str] | None, str]:
+    """A picture's captions, if there are any, and what there would have to be.
+
+    Raises:
+        ValueError: a file beside it cannot be read, or says something else than the metadata.
+    """
+    beside = _sidecars_of(name, sidecars)
+    if line is None and metadata is None:
+        text = PurePosixPath(name).with_suffix(".txt").name
+        missing = f"no caption: write {text} beside it, or a metadata.jsonl for all"
+        return _read_sidecars(folder, beside, lines) or None, missing
+    if line is None:
+        assert metadata is not None
+        if beside:
+            raise ValueError(
+                f"has no line in {folder / metadata}, but a caption in {folder / beside[0]}; add the line, or take one "
+                "of the two files out"
+            )
+        own = PurePosixPath(name).relative_to(PurePosixPath(metadata).parent)
+        return None, f'no line in {folder / metadata}; add one with "file_name": {json.dumps(str(own))}'
+    said = {caption.strip() for caption in line.captions}
+    for each in beside:
+        texts = _read_sidecars(folder, [each], lines)
+        if any(text.strip() and text.strip() not in said for text in texts):
+            raise ValueError(
+                f"has one caption in {folder / line.file} and another in {folder / each}; keep one of them, or make "
+                "them the same"
+            )
+    return line.captions, ""
+
+
+def _sidecars_of(name: str, sidecars: Names) -> list[str]:
+    """The caption files beside a picture, at most one of each kind.
+
+    Raises:
+        ValueError: there are several of a kind, none of which has the picture's very name.
+    """
+    stem, found = str(PurePosixPath(name).with_suffix("")), []
+    there = sidecars.by_stem.get(stem_of(name), [])
+    for kind in SIDECARS:
+        own = [each for each in there if _suffix(each) == kind]
+        exact = [each for each in own if str(PurePosixPath(each).with_suffix("")) == stem]
+        own = exact or own
+        if len(own) > 1:
+            raise ValueError(f"could have its caption from any of {', '.join(map(repr, own))}; keep one of them")
+        found += own
+    return found
+
+
+def no_source(path: Path) -> str:
+    """What a path is that is neither a folder nor a table, and the mend; to be put behind the setting's name."""
+    if not path.exists():
+        return f"{str(path)!r} does not exist; set it to a folder of pictures with captions"
+    suffix = path.suffix.lower()
+    if path.name.lower() in METADATA:
+        mend = f"is the list of captions; set it to its folder, {str(path.parent)!r}"
+    elif suffix in SUFFIXES:
+        mend = f"is a picture; set it to the folder that holds it with its caption, {str(path.parent)!r}"
+    elif kind_of_file(path) == "archive":
+        mend = "is an archive; unpack it, and set it to the folder of the pictures"
+    else:
+        mend = "is a file of a kind that is not read; set it to a folder of pictures with captions"
+    return f"{str(path)!r} {mend}"
+
+
+def read_bytes(file: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); mend that, or take it out") from error
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
+    """The files below a folder that may be read, by their names in it, in order; without those below `aside`."""
+    roots = roots_of(folder)
+    found = []
+    for name, entry in _walk(folder, "", None if aside is None else aside.resolve()):
+        readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or entry.name.lower() in METADATA
+        if not readable and _suffix(name) not in UNREAD and not entry.is_dir():
+            continue
+        if entry.is_symlink() and _loops(entry):
+            faults.add(entry.path, "is a link to itself; take it out")
+        elif entry.is_symlink() and not any(Path(entry.path).resolve().is_relative_to(root) for root in roots):
+            faults.add(entry.path, f"is a link out of {folder}; put the file itself there, or take the link out")
+        elif entry.is_dir():
+            faults.add(entry.path, "is a link to a folder; give that folder as a source of its own, or take it out")
+        elif not entry.is_file():
+            faults.add(entry.path, "is no file; take it out")
+        elif not readable:
+            faults.add(entry.path, f"is of a format that is not read; save it as one of {', '.join(SUFFIXES)}")
+        else:
+            found.append(name)
+    return dict.fromkeys(sorted(found, key=lambda name: name.split("/")))
+
+
+def _loops(entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads to itself."""
+    try:
+        entry.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _walk(folder: Path, within: str, aside: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every entry below a folder that is no folder itself, with its name in the first one; links are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                yield within + entry.name, entry
+            elif aside is None or Path(entry.path).resolve() != aside:
+                yield from _walk(Path(entry.path), f"{within}{entry.name}/", aside)
+
+
+def _pair(pictures: list[str], masks: Path, faults: Faults) -> dict[str, str]:
+    """Each picture's mask: the file of the same name, or else of the same name but for its ending, where that is meant
+    for no other picture."""
+    there = [name for name in _list(masks, None, faults) if _suffix(name) in SUFFIXES]
+    pairs = {name: name for name in set(there) & set(pictures)}
+    left = set(there) - set(pictures)
+    spellings: tuple[Callable[[str], str], ...] = (key_of, stem_of)
+    for spelled in spellings:
+        masks_by = defaultdict(list)
+        for name in sorted(left):
+            masks_by[spelled(name)].append(name)
+        counts = Counter(map(spelled, pictures))
+        for name in pictures:
+            found = masks_by[spelled(name)]
+            if name not in pairs and counts[spelled(name)] == 1 and len(found) == 1:
+                pairs[name] = found[0]
+                left.discard(found[0])
+    for name in sorted(left):
+        faults.add(str(masks / name), "is the mask of no picture, or of more than one; give it its picture's full name")
+    return pairs
+
+
+def _read_sidecars(folder: Path, beside: list[str], lines: bool) -> list[str]:
+    captions = []
+    for name in beside:
+        try:
+            text = read_text(folder / name)
+        except ValueError as error:
+            raise ValueError(f"has a broken caption: {error}") from error
+        # splitlines would split within captions, at any of Unicode's separators
+        captions += [line for line in text.split("\n") if line.strip()] if lines else [text]
+    return captions

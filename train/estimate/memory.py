@@ -1,0 +1,211 @@
+"""Device memory of training, by part, from shapes alone: no weights, no GPU.
+
+What is stored is counted; what a block's backward pass works with was measured and is proportional to the tokens. Sizes
+are in bytes. The unit of work is one activation of the transformer's width: batch x tokens x width x 2 bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from infer.adapter.targets import match_targets
+from infer.checkpoint.layers import linear_shapes, norm_sizes
+from infer.checkpoint.load import Model, read_config
+from infer.checkpoint.random_weights import SHAPES, shape_config
+from infer.fast.memory import device_bytes, residents
+from infer.quantize.precision import Precision, kind_asked, weight_bytes
+from train.estimate.flop import tokens_of
+from train.objective.optim import state_bytes
+from train.run.config import Train
+
+# measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
+WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
+# an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
+PRODUCTS, EVERYTHING = 7.0, 11.5
+WORKSPACE = 96 * 2**20  # of the libraries' kernels
+CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
+# what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
+# products are kept
+HOLES, HOLES_PLAIN, HOLES_STREAMED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
+
+
+@dataclass
+class Footprint:
+    """Bytes by part."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    checkpoints: int
+    """What is kept of each block from its forward to its backward pass."""
+    block: int
+    """What one block's backward pass works with."""
+    workspace: int
+    """Of cuBLAS and cuDNN."""
+    allocator: int
+    """What torch's allocator holds beyond what is allocated: holes between what was freed."""
+    context: int
+    """CUDA's own."""
+    host: int
+    """Pinned memory of streamed blocks."""
+    resident: int
+    """Blocks whose weights stay on the device."""
+    blocks: int
+    text_phase: int
+    """The text encoders, before the transformer is loaded."""
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates at the peak of a step."""
+        learned = self.adapters + self.gradients + self.optimizer
+        return self.weights + learned + self.checkpoints + self.block + self.workspace
+
+    @property
+    def peak(self) -> int:
+        """What the device must have: the larger of the phases, the allocator's holes, and CUDA's own."""
+        return max(self.allocated, self.text_phase) + self.allocator + self.context
+
+
+def part_config(model: Model, part: str) -> dict[str, Any]:
+    """A part's config: known here for FLUX.1-dev and schnell, else the checkpoint's own."""
+    if model.local is None and model.path in SHAPES:
+        return shape_config(model.path, part)
+    return read_config(model, part)
+
+
+def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision) -> int:
+    """A linear layer's weight [rows, columns] as it is stored, without its bias."""
+    return weight_bytes(rows, columns, kind, precision.double_quant, precision.itemsize)
+
+
+def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str, int]:
+    """Bytes of every module's own parameters as they will be stored. config: the transformer's."""
+    found = {name: count * precision.itemsize for name, count in norm_sizes(config).items()}
+    for name, layer in linear_shapes(config).items():
+        found[name] = layer_bytes(*layer, kind_asked(precision, name), precision) + layer.rows * precision.itemsize
+    return found
+
+
+def text_bytes(model: Model, precision: Precision) -> int:
+    """Of T5 and CLIP; transformers keeps T5's `wo` layers unquantized."""
+    t5, clip, own = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
+    width, inner, hidden = t5["d_model"], t5["num_heads"] * t5["d_kv"], t5["d_ff"]
+    each = 4 * layer_bytes(inner, width, own.kind, own) + 2 * layer_bytes(hidden, width, own.kind, own)
+    kept = width * hidden * (4 if own.quantized and own.compute_dtype == "fp16" else own.itemsize)
+    total = t5["num_layers"] * (each + kept) + t5["vocab_size"] * width * own.itemsize
+    width, hidden = clip["hidden_size"], clip["intermediate_size"]
+    weights = clip["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
+    weights += (clip["vocab_size"] + clip["max_position_embeddings"]) * width
+    return int(total + 2 * weights)
+
+
+def text_tokens(job: Train) -> int:
+    """T5 tokens that training sees; the checkpoint's own are 512 but for schnell's 256."""
+    if job.data.text_length is not None:
+        return job.data.text_length
+    return 256 if job.model.path.endswith("schnell") else 512
+
+
+def footprint(job: Train) -> Footprint:
+    """What training of a config takes at its largest resolution.
+
+    Raises:
+        ValueError: the adapter's targets match no layer, or the budget is too small even with every block streamed.
+    """
+    config = part_config(job.model, "transformer")
+    sizes = weights_by_module(config, job.precision)
+    layers = linear_shapes(config)
+    targets = [layers[name] for name in match_targets(layers, job.adapter.targets, job.adapter.rank)]
+    tensors = [job.adapter.rank * side for layer in targets for side in (layer.columns, layer.rows)]
+    if job.adapter.dora:
+        tensors += [layer.rows for layer in targets]
+
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = config["num_layers"] + config["num_single_layers"]
+    tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job)) * job.data.batch_size
+    activation = tokens * width * (2 if job.precision.dtype_name == "bf16" else 4)  # fp16 is carried in fp32
+    attended = tokens * width * job.precision.itemsize
+    logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp
+    keep = job.memory.keep
+    kept = blocks * activation
+    if keep == "attention":
+        kept += blocks * (attended + logs)
+    elif keep == "products":
+        adapted = sum(layer.rows / width for layer in targets) / blocks
+        kept += int(blocks * (activation * (1 + PRODUCTS + 0.75 * adapted) + logs))
+    elif keep == "everything":
+        kept += int(blocks * (activation * EVERYTHING + logs))
+    work = int(WORK["fused"] * activation)
+    single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
+    size = {name.split(".", 2)[2]: each.columns * each.rows for name, each in single.items()}
+    reads = [size["proj_mlp"], sum(size[f"attn.to_{name}"] for name in "qkv")]
+    # the weights of one product; memory=lean has one for q, k and v and one for the MLP
+    largest = max(size["proj_out"], max(reads) if keep == "nothing" else sum(reads))
+    if not job.memory.fused:
+        four = job.precision.kind in ("nf4", "fp4")
+        work = int(WORK["plain 4-bit" if four else "plain"] * activation)
+    if job.precision.quantized:
+        work += 2 * largest  # dequantized to bf16
+        if job.memory.fused and keep in ("attention", "products"):
+            work += largest  # one copy is kept from the recomputation to the gradient
+
+    by_block = [
+        sum(size for name, size in sizes.items() if name.startswith(f"{stack}.{i}."))
+        for stack, count in (
+            ("transformer_blocks", config["num_layers"]),
+            ("single_transformer_blocks", config["num_single_layers"]),
+        )
+        for i in range(count)
+    ]
+    result = Footprint(
+        weights=sum(sizes.values()),
+        adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
+        gradients=4 * sum(tensors) * (2 if _sums_apart(job) else 1),
+        optimizer=state_bytes(job.optim.name, tensors),
+        checkpoints=kept,
+        block=work,
+        workspace=WORKSPACE,
+        allocator=int(_holes(job) * 2**30),
+        context=CONTEXT,
+        host=0,
+        resident=blocks,
+        blocks=blocks,
+        text_phase=text_bytes(job.model, job.precision),
+    )
+    if job.memory.budget_gib is not None:
+        _stream(result, by_block, job)
+    return result
+
+
+def _sums_apart(job: Train) -> bool:
+    """Whether the gradients of an update's micro-batches are added up beside those that a captured step leaves."""
+    return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
+
+
+def _holes(job: Train) -> float:
+    if not job.memory.fused:
+        return HOLES_PLAIN
+    if job.memory.budget_gib is not None:
+        return HOLES_STREAMED
+    kept = job.memory.keep in ("products", "everything") and job.precision.kind in ("nf4", "fp4")
+    return HOLES_KEPT if kept else HOLES
+
+
+def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
+    """Have as many blocks stay on the device as the budget allows; the others take turns in a few slots.
+
+    Raises:
+        ValueError: too small a budget.
+    """
+    budget = int((job.memory.budget_gib or 0) * 2**30)
+    rest = result.weights - sum(by_block)
+    work = rest + result.allocated - result.weights + result.allocator
+    least = work + device_bytes(by_block, 0)
+    if least > budget:
+        raise ValueError(
+            f"memory.budget_gib is {job.memory.budget_gib}, but with every block in host memory the work itself takes "
+            f"about {least / 2**30:.2f} GiB; raise the budget, or choose memory=lean, a smaller resolution or "
+            "batch_size"
+        )
+    result.resident, result.host = residents(by_block, budget - work), sum(by_block)
+    result.weights = rest + device_bytes(by_block, result.resident)

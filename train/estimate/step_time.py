@@ -1,0 +1,66 @@
+"""Seconds a training step takes on a card, from floating-point operations and bytes: an estimate, not a measurement.
+
+The shares of a card's rates that are reached were measured on an H100 (scripts/bench_train.py); other cards are
+estimated from their makers' datasheets by the same shares.
+"""
+
+from dataclasses import dataclass
+
+from train.estimate.flop import attention_flop, linear_flop, tokens_of, width_of
+from train.estimate.memory import Footprint, part_config, text_tokens
+from train.run.config import Train
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card."""
+
+    gib: float
+    flops: float
+    """Dense bf16 products with fp32 sums, as the maker says, a second."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    host: float = 25e9
+    """Bytes a second from pinned host memory."""
+
+
+CARDS = {
+    "H200": Card(139.8, 989e12, 4.8e12, 56e9),
+    "H100": Card(79.2, 989e12, 3.35e12, 56e9),
+    "A100 80GB": Card(79.2, 312e12, 2.04e12),
+    "L40S": Card(44.5, 362e12, 0.864e12),
+    "RTX 5090": Card(31.4, 209e12, 1.79e12, 50e9),
+    "RTX 4090": Card(23.6, 165e12, 1.01e12),
+    "RTX 3090": Card(23.6, 71e12, 0.936e12),
+    "RTX 4080": Card(15.6, 97e12, 0.717e12),
+    "RTX 4060 Ti 16GB": Card(15.6, 44e12, 0.288e12, 12e9),
+    "RTX 3060 12GB": Card(11.8, 25e12, 0.360e12),
+    "RTX 4060": Card(7.6, 30e12, 0.272e12, 12e9),
+}
+RATE = 0.8  # of the datasheet's, in a large product of random matrices
+PRODUCTS = 0.88  # of that, in a step's products
+HOST = 0.006  # seconds a step that the device waits for the host
+PASSES = 105  # times that a block's fused kernels read or write an activation
+COPY = 0.9  # of the bandwidth
+
+
+def seconds(job: Train, taken: Footprint, card: Card) -> float:
+    """Of one optimizer update on the fast path; the plain one is slower, and how much depends on the host too."""
+    config = part_config(job.model, "transformer")
+    tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
+    batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
+    recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"
+    # a block is recomputed but for its last product, whose value nobody needs again
+    linear = linear_flop(config, tokens) * (2.6 if recomputed else 2)
+    attention = attention_flop(config, tokens) * (3.5 if kept else 4.5)
+    reached = 0.83 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
+    rate = card.flops * RATE
+    time = batch * (linear / (PRODUCTS * rate) + attention / (reached * rate))
+    time += batch * tokens * width * 2 * PASSES * blocks / (COPY * card.bandwidth)
+    if job.precision.quantized:
+        weights = blocks * 12 * width**2
+        stored = {"int8": 1.0}.get(job.precision.kind, 0.56)
+        times = 2 if job.memory.keep != "nothing" else 3
+        time += times * weights * (stored + 2) / (COPY * card.bandwidth)
+    streamed = taken.host * (1 - taken.resident / taken.blocks)
+    return (max(time, 2 * streamed / card.host) + HOST) * job.accumulation

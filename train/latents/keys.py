@@ -1,0 +1,47 @@
+"""What everything in the cache is found by: a hash of all that its encoding depends on, and of nothing else."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from infer.checkpoint.load import Model, fingerprint
+from infer.quantize.precision import Precision
+from train.data.buckets import View
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The part of the keys that one model and config give."""
+
+    vae: str
+    """The autoencoder's weights and dtype."""
+    tile: int
+    """Longest side that it takes whole, 0 for any."""
+    encoders: str
+    """Both text encoders and their tokenizers, T5's precision and length."""
+
+    def picture(self, identity: str, view: View) -> str:
+        """Of a view of a picture with these pixels."""
+        tile = self.tile if 0 < self.tile < max(view.height, view.width) else 0
+        return _hash("picture", identity, *_transform(view), self.vae, tile)
+
+    def mask(self, identity: str, view: View) -> str:
+        """Of a view of a mask with these pixels."""
+        return _hash("mask", identity, *_transform(view))
+
+    def text(self, text: str) -> str:
+        return _hash("text", text, self.encoders)
+
+
+def make_keys(model: Model, precision: Precision, length: int | None, tile: int) -> Keys:
+    """Reads all weights that a key depends on. length: T5's, None for the checkpoint's own."""
+    parts = [fingerprint(model, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
+    return Keys(_hash(fingerprint(model, "vae"), "bfloat16"), tile, _hash(parts, asdict(precision.for_t5()), length))
+
+
+def _transform(view: View) -> tuple[object, ...]:
+    return "lanczos", view.height, view.width, view.box, view.flip
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Encoded samples, read from the cache's shards: pictures by view, masks, texts."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import IO, Any
+
+from torch import Tensor
+
+from infer.sample.encode import Text, normalise
+from train.data.buckets import View, views_of
+from train.data.dataset import Data
+from train.data.source import Skipped
+from train.latents.index import Picture
+from train.latents.keys import Keys
+from train.latents.shards import DamagedError, Item, Shelf, read_item
+
+
+@dataclass
+class Cache:
+    """Encoded samples on disk. What it uses is not pruned until it is closed or the process ends."""
+
+    data: Data
+    keys: Keys
+    shift: float
+    scale: float
+    """Of the autoencoder's latents."""
+    held: IO[bytes]
+    kept: list[int] = field(default_factory=list)
+    """Which of the samples that build was given can be used; all else here counts these, from 0."""
+    pictures: list[Picture] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    """Those that cannot, under data.on_error=skip."""
+    truncated: list[str] = field(default_factory=list)
+    """Texts whose end T5 does not see."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What was there and what was encoded, over all ranks: distinct views, their masks, texts."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of this rank: to look at the pictures, to check what is there, to encode pictures, masks and texts."""
+    shelves: dict[str, Shelf] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # pictures come in few sizes, and what is not remembered is worked out again
+        self.views_of = lru_cache(maxsize=4096)(partial(views_of, data=self.data))
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time of a with-block to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def identity(self, index: int) -> str:
+        """A hash of the sample's decoded pixels."""
+        return self.pictures[index].identity
+
+    def mask_identity(self, index: int) -> str | None:
+        """A hash of its mask's pixels, if it has one."""
+        return self.pictures[index].mask
+
+    def views(self, index: int) -> list[list[View]]:
+        """The sample's views: one list a resolution, of what may be drawn at it."""
+        return self.views_of(self.pictures[index].width, self.pictures[index].height)
+
+    def picture(self, index: int, view: View) -> tuple[Tensor, Tensor]:
+        """A view's latents: mean and deviation of the autoencoder's posterior, [channels, height / 8, width / 8] each,
+        in fp32, normalised as the transformer expects them."""
+        item = self._read("pictures", self.keys.picture(self.identity(index), view), "mean", "deviation")
+        return normalise(item["mean"], item["deviation"], self.shift, self.scale)
+
+    def mask(self, index: int, view: View) -> Tensor | None:
+        """A view's mask at latent size, [height / 8, width / 8] in [0, 1]; None if the sample has none."""
+        identity = self.mask_identity(index)
+        return None if identity is None else self._read("masks", self.keys.mask(identity, view), "mask")["mask"]
+
+    def text(self, text: str) -> Text:
+        """A text's embeddings, in the dtype that the encoders give."""
+        item = self._read("texts", self.keys.text(text), "t5", "pooled")
+        return Text(item["t5"], item["pooled"])
+
+    def _read(self, kind: str, key: str, *parts: str) -> Item:
+        file = self.shelves[kind].found[key]
+        try:
+            return read_item(file, key, *parts)
+        except DamagedError as damage:
+            if file.exists():
+                self.shelves[kind].distrust(damage)
+            raise ValueError(f"{damage}; start again: what it held is then encoded anew") from damage
+
+    def entries(self, kind: str, unit: Any) -> dict[str, Any]:
+        """Key -> what is encoded under it: the views of a sample, or a text."""
+        if kind == "texts":
+            return {self.keys.text(unit): unit}
+        if kind == "masks":
+            identity, key = self.mask_identity(unit), self.keys.mask
+        else:
+            identity, key = self.identity(unit), self.keys.picture
+        assert identity is not None
+        return {key(identity, view): view for views in self.views(unit) for view in views}
+
+    def close(self) -> None:
+        """Let others prune."""
+        self.held.close()

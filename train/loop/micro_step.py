@@ -1,0 +1,135 @@
+"""One micro-step: the objective of a batch and its gradient, plain or captured as a CUDA graph."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from infer.fast.cuda_graph import Replay
+from infer.fast.offload import Stream
+from infer.quantize.compute import compute_dtype_of
+from train.loop.batch import Batch
+from train.objective.flow_matching import losses, noised, predict
+from train.objective.optim import state_bytes
+from train.run.config import Train
+
+
+def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train) -> Tensor:
+    """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
+    x = noised(batch.x0, batch.noise, batch.sigma)
+    dtype = compute_dtype_of(transformer)
+    # the fast path casts for itself; PEFT's layers, fp32 beside bf16, need autocast
+    mixed = not job.memory.fused and dtype != torch.float32
+    with torch.autocast(x.device.type, dtype, enabled=mixed):
+        return predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+
+
+def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
+    """The objective of each sample, [b], in fp32."""
+    velocity = batch_velocity(transformer, batch, job)
+    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
+
+
+def graphs(job: Train, accelerator: Accelerator) -> bool:
+    """Whether steps are captured.
+
+    Raises:
+        ValueError: they are to be and cannot.
+    """
+    wanted = job.memory.graph
+    hindrance = None
+    if accelerator.device.type != "cuda":
+        hindrance = f"the device is {accelerator.device}"
+    elif not job.memory.fused:
+        hindrance = "memory.fused is false"
+    if wanted and hindrance:
+        raise ValueError(f"memory.graph=true captures CUDA steps, but {hindrance}; set it to false or null")
+    # of several ranks too: gradients are exchanged between the replays
+    return hindrance is None and wanted is not False
+
+
+def make_learner(
+    job: Train,
+    accelerator: Accelerator,
+    model: Any,
+    parameters: list[nn.Parameter],
+    stream: Stream | None,
+    turns: int = 1,
+) -> Callable[[Batch], Tensor]:
+    """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device.
+
+    It does not wait for the device. turns: how many parts of each batch are learned from one after another, before an
+    update.
+    """
+
+    def backward(batch: Batch) -> Tensor:
+        values = batch_losses(model, batch, job, job.flow.weighting)
+        ((values * batch.weight).sum() / job.accumulation).backward()
+        return values.detach()
+
+    def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses and the gradient, the parameters' own left alone: what can be replayed."""
+        kept = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            values = backward(Batch(*tensors))  # type: ignore[arg-type]
+            gradients = [parameter.grad for parameter in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+        return values, gradients
+
+    replay = Replay(apart, stream) if graphs(job, accelerator) else None
+    seen: set[tuple[int, ...]] = set()
+
+    def learn(batch: Batch) -> Tensor:
+        start, form = time.perf_counter(), tuple(batch.x0.shape)
+        if replay is None:
+            values = backward(batch)
+        else:
+            places, gradients = replay(*vars(batch).values())
+            values = places.clone()  # the next replay writes to the same places
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
+                else:
+                    parameter.grad += gradient
+        if form not in seen:
+            seen.add(form)
+            values.tolist()  # waits for the device
+            if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
+                pixels = f"{form[0]} of {form[3] * 8}x{form[2] * 8} pixels"
+                tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
+        return values
+
+    return learn
+
+
+def fit_budget(
+    job: Train,
+    learn: Callable[[Batch], object],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stream: Stream,
+    largest: Batch,
+) -> int:
+    """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""
+    whole = state_bytes(job.optim.name, (parameter.numel() for parameter in parameters))
+    # what the first update makes; a run that resumes has it already
+    absent = 0 if optimizer.state else whole
+
+    def work() -> None:
+        states = torch.empty(absent, dtype=torch.uint8, device=largest.x0.device)
+        learn(largest)
+        for parameter in parameters:
+            parameter.grad = None
+        del states
+
+    assert job.memory.budget_gib is not None
+    return stream.fit(job.memory.budget_gib, work)

@@ -1,0 +1,233 @@
+"""Several processes on one run: how they were launched, what they share, and what they say to each other.
+
+Every rank holds the whole adapter, which has megabytes, and the optimizer's state of it. What is exchanged is one sum
+of the adapter's gradients an update; frozen weights are never sent, but under FSDP, where each rank stores a part of
+each block and gathers the rest when its turn comes. A launch that cannot work is refused before anything is loaded.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from infer.adapter.lora import FROM_ERROR
+from infer.fast.memory import NEEDS_FUSED
+from infer.program.command import pick_device
+from infer.quantize.precision import kind_of
+from train.run.config import Train
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
+
+
+def _on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def shards(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asks for the frozen weights to be shared between the ranks (FSDP)."""
+    return _on(environment, "ACCELERATE_USE_FSDP")
+
+
+def zero(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asks for the optimizer's state to be shared between the ranks (DeepSpeed)."""
+    return _on(environment, "ACCELERATE_USE_DEEPSPEED")
+
+
+def _check_zero(job: Train, environment: Mapping[str, str]) -> None:
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage != "2":
+        what = {
+            "3": "it cuts packed 4-bit weights apart and saves empty adapters",
+            "1": "ZeRO-2 does the same and more",
+        }
+        raise ValueError(
+            f"accelerate was launched for DeepSpeed ZeRO-{stage}, which is not supported: "
+            f"{what.get(stage, 'nothing is shared')}; use configs/accelerate/zero2.yaml, or fsdp2.yaml to share weights"
+        )
+    if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise ValueError("a DeepSpeed config file is not read; take deepspeed_config_file out of accelerate's config")
+    for name in ("OFFLOAD_OPTIMIZER", "OFFLOAD_PARAM"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_{name}_DEVICE", "none")
+        if device != "none":
+            raise ValueError(f"{name.lower()}_device is {device}, but an adapter has megabytes; set it to none")
+    if job.optim.name != "adamw":
+        raise ValueError(
+            f"optim.name={job.optim.name} cannot be shared by ZeRO-2, which flattens the parameters that its state is "
+            "for; use optim=adamw, or configs/accelerate/ddp.yaml"
+        )
+
+
+def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> None:
+    """Compare what the launcher asks for, by its environment, with what can work.
+
+    Raises:
+        ValueError: it cannot; the message says why, and what can.
+    """
+    if zero(environment):
+        _check_zero(job, environment)
+    if not shards(environment):
+        return
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"accelerate was launched for FSDP {version}, which flattens packed weights and adapters into one tensor "
+            "of one type; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"
+        )
+    for name, mend in (
+        ("FSDP_OFFLOAD_PARAMS", "to keep weights in host memory use memory.budget_gib, without FSDP"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set it to false: memory.keep=nothing does that here"),
+    ):
+        if _on(environment, name):
+            raise ValueError(f"accelerate was launched with {name.lower()}: true, which is not supported; {mend}")
+    if job.precision.kind == "int8":
+        raise ValueError(
+            "precision.kind=int8 cannot be shared by FSDP: bitsandbytes keeps the scales on the weight itself, and "
+            "they are lost when it is cut; use precision=nf4 or bf16, or configs/accelerate/ddp.yaml"
+        )
+    if job.precision.kind == "auto" or "int8" in job.precision.layers.values():
+        raise ValueError(
+            "a mixture of precisions with int8 layers cannot be shared by FSDP, which loses their scales; use "
+            "precision=nf4 or bf16, or configs/accelerate/ddp.yaml"
+        )
+    if job.adapter.recovery is not None or job.adapter.init in FROM_ERROR:
+        raise ValueError("adapter.recovery and adapter.init=residual or loftq need whole layers; launch without FSDP")
+    for name in NEEDS_FUSED:
+        if getattr(job.memory, name):
+            raise ValueError(
+                f"memory.{name}={getattr(job.memory, name)} needs the fast path, which holds a block's weights in one "
+                "piece, and FSDP cuts them apart; set it to null, or use configs/accelerate/ddp.yaml"
+            )
+
+
+def make_accelerator(job: Train) -> Accelerator:
+    """Mixed precision is the loop's own business, so that previews and validation see the plain model.
+
+    Raises:
+        ValueError: the launcher's settings are not what the config asks for, or not supported.
+    """
+    wanted = None if job.device == "auto" else pick_device(job.device)
+    if wanted is not None and wanted.index is not None:
+        raise ValueError(f"device is {job.device!r}; set device=cuda and choose the card by CUDA_VISIBLE_DEVICES")
+    check_launch(job)
+    here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    on_cuda = torch.cuda.is_available() and not (wanted and wanted.type == "cpu")
+    if on_cuda and here > cards and not _on(os.environ, "ACCELERATE_USE_CPU"):
+        raise ValueError(
+            f"{here} processes were launched on this machine, but torch sees {cards} CUDA devices; set num_processes "
+            "(or --nproc_per_node) to the number of GPUs"
+        )
+    accelerator = Accelerator(
+        cpu=wanted is not None and wanted.type == "cpu",
+        mixed_precision="no",
+        # rank 0 may encode a large data set while the others wait; train/ranks/peers.py notices who dies meanwhile
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+    if wanted is not None and accelerator.device.type != wanted.type:
+        raise ValueError(
+            f"accelerate was launched for {accelerator.device}, but device={job.device} asks for {wanted}; "
+            "set device=auto to follow the launcher"
+        )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"accelerate was launched for {accelerator.distributed_type.value}, which is not supported; use one "
+            "process, data parallelism, FSDP 2 or ZeRO-2 (configs/accelerate)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate was launched with gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
+            "set it to 1 there and use accumulation=... here"
+        )
+    return accelerator
+
+
+def check_shared(folder: Path, rank: int) -> None:
+    """See that what rank 0 wrote is seen here; a file system between machines may take its time.
+
+    Raises:
+        ValueError: it is not.
+    """
+    file, start = folder / "config.yaml", time.monotonic()
+    while not file.is_file():
+        if time.monotonic() - start > 30:
+            raise ValueError(
+                f"rank {rank} does not see {file.resolve()}, which rank 0 has written: start all machines in one "
+                "folder that they share"
+            )
+        time.sleep(0.2)
+
+
+def shard(
+    transformer: FluxTransformer2DModel,
+    parameters: Iterable[nn.Parameter],
+    job: Train,
+    device: torch.device,
+    say: Callable[[str], object],
+) -> None:
+    """Leave this rank its part of every frozen weight (FSDP 2), block by block; the adapter stays whole on each.
+
+    4-bit scales stay whole too. Packed codes are cut as what they are, two bytes at a time under the name of bf16: FSDP
+    2 gathers each weight by itself, so that adapters need not be of one type with it, but before torch 2.12 it takes
+    no weight of whole numbers. `transformer` may lie on the host.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if job.memory.fused:
+        say("note: the fast path is off: it holds a block's weights in one piece, and FSDP cuts them apart")
+    job.memory = replace(job.memory, keep="everything" if job.memory.keep == "everything" else "nothing", fused=False)
+    if job.memory.keep == "nothing":
+        transformer.enable_gradient_checkpointing()
+    own = set(parameters)
+    for parameter in own:
+        parameter.data = parameter.data.to(device)
+    for module in transformer.modules():
+        if kind_of(module) in ("nf4", "fp4"):
+            layer: Any = module
+            layer.quant_state = layer.weight.quant_state  # bitsandbytes takes it from here once the weight is gathered
+            layer.quant_state.to(device)
+            pairs = layer.weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+            layer.weight.data, layer.quant_storage = pairs, pairs.dtype
+    cut: Any = partial(
+        fully_shard, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)), ignored_params=own
+    )
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        cut(block)
+    cut(transformer)
+
+
+def start_alike(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Give all ranks rank 0's adapter, whatever their hardware drew."""
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.data, src=0)
+
+
+def exchange(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Put the mean of all ranks' gradients in the place of each rank's own: one sum of one tensor."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    assert all(gradient is not None for gradient in gradients), "a part of the adapter has no gradient"
+    flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+    torch.distributed.all_reduce(flat)
+    flat /= accelerator.num_processes
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for gradient, part in zip(gradients, parts, strict=True):
+        assert gradient is not None
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,128 @@
+"""Everything a training run is told, as one dataclass; the defaults are in configs/train.yaml."""
+
+import re
+from dataclasses import dataclass, field
+
+from infer.adapter.lora import Adapter
+from infer.checkpoint.load import Model
+from infer.fast.memory import Memory
+from infer.program.bounds import MANY, SEED, STEPS, check_most
+from infer.quantize.precision import Precision
+from infer.sample.generate import Sampling
+from train.data.dataset import Data
+from train.latents.settings import Encode
+from train.objective.flow_matching import Flow
+from train.objective.optim import Optim
+from train.sweeps.sweep import Sweep
+from train.trackers.options import Track
+
+
+@dataclass
+class Train:
+    """One training run."""
+
+    model: Model = field(default_factory=Model)
+    precision: Precision = field(default_factory=Precision)
+    adapter: Adapter = field(default_factory=Adapter)
+    data: Data = field(default_factory=Data)
+    encode: Encode = field(default_factory=Encode)
+    flow: Flow = field(default_factory=Flow)
+    memory: Memory = field(default_factory=Memory)
+    optim: Optim = field(default_factory=Optim)
+    sampling: Sampling = field(default_factory=Sampling)
+    """Of the previews."""
+    track: Track = field(default_factory=Track)
+    sweep: Sweep = field(default_factory=Sweep)
+    run: str = "train"
+    """The run's name: its folder is runs/<run>. The same command again resumes it."""
+    seed: int = 0
+    deterministic: bool = False
+    """The same command comes to the same bits every time on one kind of GPU, stopped or not; false is quicker there, by
+    figures in docs/nothing-lost.md. A CPU repeats itself in any case."""
+    steps: int = 1000
+    """Optimizer updates."""
+    accumulation: int = 1
+    """Micro-batches an update."""
+    ema: float | None = None
+    """Decay of a moving average of the adapter's weights, such as 0.99, which is kept, measured, drawn and saved beside
+    them; null: none."""
+    save_every: int = 200
+    """Steps between checkpoints; 0 keeps only the last."""
+    save_minutes: float = 0.0
+    """Minutes after which a checkpoint is written in any case; 0: never."""
+    keep: int = 2
+    """Of the newest checkpoints, how many are kept."""
+    keep_best: int = 0
+    """Of the checkpoints with the lowest validation loss (of the averaged weights, if there are any), how many are kept
+    besides; above 0, each validation has its checkpoint."""
+    resume: str | None = None
+    """A checkpoint's name, such as step-000200, to go on from; null: the newest that is whole."""
+    stop_after_bad: int = 5
+    """Updates in a row whose loss or gradient is not finite, after which the run stops; each of them is left out."""
+    spikes: float = 6.0
+    """A loss that is so many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
+    validate_every: int = 100
+    """Steps between validations; 0 validates at the start and the end."""
+    validation_levels: int = 8
+    """Noise levels at which each held-out picture is measured."""
+    preview_every: int = 0
+    """Steps between previews; 0 draws one at the end."""
+    previews: list[str] = field(default_factory=list)
+    """Prompts of the previews; none draws none. The trigger word is not added."""
+    push: str | None = None
+    """owner/name on the Hub, where the finished adapter and its card go, private if new; null keeps them here."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_most(
+            self,
+            "",
+            seed=SEED,
+            steps=STEPS,
+            accumulation=10**4,
+            save_every=MANY,
+            save_minutes=MANY,
+            keep=MANY,
+            keep_best=MANY,
+            stop_after_bad=MANY,
+            spikes=MANY,
+            validate_every=MANY,
+            validation_levels=10**4,
+            preview_every=MANY,
+        )
+        for name, least in (
+            ("steps", 1),
+            ("accumulation", 1),
+            ("keep", 1),
+            ("keep_best", 0),
+            ("stop_after_bad", 1),
+            ("validation_levels", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("save_every", "validate_every", "preview_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (only at the end) or more")
+        for name in ("save_minutes", "spikes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or more")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must be above 0 and below 1, such as 0.99, or null for none")
+        if self.resume is not None and not re.fullmatch(r"step-\d+", self.resume):
+            raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
+        if self.push is not None and self.push.count("/") != 1:
+            raise ValueError(f"push is {self.push!r}; write owner/name, or null to keep the adapter here")
+        check_half(self.precision)
+
+
+def check_half(precision: Precision) -> None:
+    """Refuse what cannot be trained with products in fp16 (infer/fast/half.py).
+
+    Raises:
+        ValueError: LLM.int8, in whose own products gradients vanish.
+    """
+    if precision.llm_int8 and precision.dtype_name == "fp16":
+        raise ValueError(
+            "precision.llm_int8=true multiplies gradients in fp16, in which they vanish, where compute_dtype is fp16 "
+            "(as on every card without bf16); set precision.llm_int8=false"
+        )

@@ -1,0 +1,135 @@
+"""Sweeps: `train/train.py -m` with several values for some settings trains a point for each, and compares it.
+
+    python train/train.py -m run=mine data.path=my_pictures precision=nf4,int8 adapter.rank=4,16,64 seed=0,1,2
+
+Each point is a run of its own, runs/mine/<its values>, made by the same commands that one would type (train/train.py,
+infer/compare.py), each in a process of its own: a point that dies takes nothing with it, memory is
+measured afresh, and `accelerate launch` can start several processes. So the process that sweeps holds no model and
+needs no torch. The same command again skips what is done, goes on with what was interrupted, and tries again what
+failed.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from infer.program.bounds import check_most
+from infer.program.errors import ROOT, explained
+from infer.program.literal import literal_arguments, read_text_literally
+
+DIRECTIONS = ("minimize", "maximize")
+
+OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+
+
+@dataclass
+class Sweep:
+    """What `-m` does with each point; a single run has no use for it."""
+
+    compare: list[str] | None = field(default_factory=list)
+    """Options of infer/compare.py, as on its command line; null trains alone. Unless they name an experiment, the
+    prompts are those of `previews`, and the rest is as in training."""
+    launch: list[str] = field(default_factory=list)
+    """What starts train/train.py, such as [accelerate, launch, --config_file, F]; none: python."""
+    gpus: list[int] | None = None
+    """GPUs of this machine of which each point gets one that is free; null leaves the choice to the launcher."""
+    objectives: dict[str, str] = field(
+        default_factory=lambda: {"validation_loss": "minimize", "memory_gib": "minimize", "seconds": "minimize"}
+    )
+    """Figures of a point that count, and whether to minimize or maximize them: the axes of the report's front, and what
+    an optimizing sweeper is told. The first one decides which point is the best."""
+    keys: list[str] | None = None
+    """Settings whose values name the points; null: those that have several."""
+
+    def __post_init__(self) -> None:
+        check_most(self, "sweep.", gpus=10**4)
+        if not self.objectives:
+            raise ValueError("sweep.objectives is empty; name a figure, as in {validation_loss: minimize}")
+        for name, direction in self.objectives.items():
+            if direction not in DIRECTIONS:
+                raise ValueError(f"sweep.objectives.{name} is {direction!r}; choose one of {', '.join(DIRECTIONS)}")
+        if self.gpus and min(self.gpus) < 0:
+            raise ValueError(f"sweep.gpus is {self.gpus}; GPUs are counted from 0")
+        if self.gpus == []:
+            raise ValueError("sweep.gpus is []; name GPUs as in [0,1], or set it to null")
+
+
+def _schema() -> Any:
+    from train.run.config import Train
+
+    return Train
+
+
+read_text_literally(_schema)  # in every process that runs points, which imports this file
+
+
+def asked(arguments: list[str]) -> bool:
+    """Whether a command line asks for a sweep."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def varied(overrides: list[str]) -> list[str]:
+    """The settings that a command line gives several values."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
+
+
+def point(config: DictConfig) -> tuple[float, ...] | None:
+    """One point: Hydra's task. Returns the objectives; None if it failed, which its record and the report say."""
+    from train.sweeps.point import run_point
+
+    job = HydraConfig.get()
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    keys = list(dict.fromkeys([*(plain["sweep"]["keys"] or []), *(job.sweeper.get("params") or {})]))
+    places = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+    return run_point(plain, list(job.overrides.task), keys, job.job.num, places)
+
+
+def preview_config(arguments: Any) -> Any:
+    """What the options that have one value compose: the sweep's name and settings, before any point is run."""
+    parser = OverridesParser.create()
+    single = [o for o in arguments.overrides if not parser.parse_override(o).is_sweep_override()]
+    more = [f"hydra.searchpath=[{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose("train", [*single, *more]), resolve=True)
+
+
+def main() -> None:
+    """Sweep, then report; leaves with exit code 2 if a point failed or the sweep cannot start."""
+    from infer.program.command import check_run_name
+    from train.sweeps.report import conclude
+
+    # untyped: the commands of a point check their settings
+    ConfigStore.instance().store(name="train_schema", node={})
+    with explained():
+        sys.argv[1:] = literal_arguments(sys.argv[1:], _schema(), sweep=True)
+    arguments = get_args_parser().parse_args()
+    with explained():
+        try:
+            keys = varied(arguments.overrides)
+            config = preview_config(arguments)
+        except HydraException as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        if "run" in keys:
+            raise ValueError("run has several values, but it names the sweep's folder; give it one")
+        folder = check_run_name(config["run"])
+        Sweep(**config["sweep"])
+    if not any(override.startswith("sweep.keys=") for override in arguments.overrides):
+        # beside the other options: the parser takes them in one row only
+        place = sys.argv.index(arguments.overrides[0]) if arguments.overrides else len(sys.argv)
+        sys.argv.insert(place, f"sweep.keys=[{','.join(keys)}]")
+    # whatever a launcher starts, wherever, finds this checkout and its plugins
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(point)()
+    with explained():
+        conclude(folder)

@@ -1,0 +1,98 @@
+"""A Weights & Biases run: figures, previews, comparison, adapter, and an alert if it stops short.
+
+W&B's offline mode writes the same to the run's folder: `wandb sync runs/<run>/wandb/offline-run-*` sends it later.
+"""
+
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+from infer.program.atomic import replace_file
+from train.trackers.options import Track
+
+LONGEST = 63  # characters of an alert's title
+
+
+class Wandb:
+    """A W&B run in the run's folder; its id is kept there, so that a resumed run continues its curves."""
+
+    def __init__(self, track: Track, run: str, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("track=wandb needs the wandb package: pip install wandb, or set track=none") from error
+        self.wandb, self.name, self.warned = wandb, run, False
+        mode: Any = track.mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE")
+            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        # under `wandb agent` the sweep's controller has chosen the id
+        kept = folder / "wandb_id"
+        identity = os.environ.get("WANDB_RUN_ID") or (kept.read_text().strip() if kept.is_file() else "")
+        identity = identity or secrets.token_hex(4)
+        replace_file(kept, lambda path: path.write_text(identity))
+        # what artifacts hold waits for `wandb sync` there too, not in the home folder
+        os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
+        self.run = wandb.init(
+            project=track.project,
+            entity=track.entity,
+            group=track.group,
+            tags=track.tags or None,
+            name=run,
+            id=identity,
+            resume="allow",
+            dir=str(folder.resolve()),  # the writing process may have been started elsewhere
+            mode=mode,
+            config=config,
+        )
+        # an axis of our own: W&B drops what comes with a lower step than the last, as a resumed run's may
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("validation_loss", step_metric="step", summary="min,last")
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log({"step": step, **figures})
+        if "skipped" in figures and not self.warned:
+            self.warned = True
+            self._alert("left out an update", f"the loss or gradient of step {step} is not finite", "WARN")
+
+    def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        if not rows:
+            return
+        table = self.wandb.Table(columns=["step", "prompt", *rows[0][1]])
+        for prompt, pictures in rows:
+            table.add_data(step, prompt, *map(self.wandb.Image, pictures.values()))
+        # beside the table, pictures alone: the panel that slides over the steps
+        shown = [self.wandb.Image(pictures["adapter"], caption=prompt) for prompt, pictures in rows]
+        self.run.log({"step": step, "previews": table, "preview": shown})
+
+    def comparison(self, result: dict[str, Any], folder: Path) -> None:
+        rows = result["rows"]
+        scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
+        columns = ["prompt", "seed", "precision", "adapter", "picture", "seconds", "peak_gib", "weights_gib", *scores]
+        table = self.wandb.Table(columns=columns)
+        for row in rows:
+            sizes = [row[key] / 2**30 for key in ("peak_memory_bytes", "weights_bytes")]
+            picture = self.wandb.Image(str(folder / row["image"]))
+            names = [row["prompt"], row["seed"], row["precision"], row["adapter"] or "none"]
+            table.add_data(*names, picture, row["seconds"], *sizes, *(row["scores"].get(key) for key in scores))
+        self.run.log({"comparison": table})
+
+    def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
+        name = re.sub(r"[^\w.-]", "-", f"{self.name}-adapter", flags=re.ASCII)
+        artifact = self.wandb.Artifact(name[-128:], type="adapter", metadata=notes)
+        artifact.add_dir(str(folder))
+        self.run.log_artifact(artifact)
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, Exception):
+            self._alert("stopped", str(error), "ERROR")
+        self.run.finish(exit_code=1)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+    def _alert(self, what: str, text: str, level: Any) -> None:
+        self.run.alert(f"{self.name} {what}"[-LONGEST:], text, level=level)
