@@ -32,15 +32,15 @@ from infer.sensitivity import Sensitivity
 from train.cache import Fill
 from train.data.dataset import Data
 from train.estimate.memory import footprint
+from train.estimate.plan import Plan
 from train.gap import Gap
 from train.latents.encoding import Encode
 from train.look import Look
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
-from train.plan import Plan
 from train.run.config import Train
+from train.run.sweep import Sweep
 from train.state.identity import claim
-from train.sweeps.sweep import Sweep
 from train.trackers.options import Told, Track
 from train.transfer import Transfer
 

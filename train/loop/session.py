@@ -25,6 +25,7 @@ from infer.sample.encode import release
 from train.data.caption import all_texts
 from train.data.dataset import check_left
 from train.data.source import Sample, Skipped
+from train.estimate.plan import announce
 from train.latents.build import build
 from train.latents.prior import prior_samples
 from train.loop.batch import choose
@@ -32,7 +33,6 @@ from train.loop.checks import check_job
 from train.loop.fit import fit
 from train.loop.model_card import card_of
 from train.objective.optim import rate_at
-from train.plan import announce
 from train.ranks.launch import check_shared, make_accelerator, shard, shards
 from train.ranks.peers import watching
 from train.run.config import Train, check_half

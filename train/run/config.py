@@ -13,7 +13,7 @@ from train.data.dataset import Data
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
-from train.sweeps.sweep import Sweep
+from train.run.sweep import Sweep
 from train.trackers.options import Track
 
 

@@ -27,10 +27,10 @@ from scripts.bench_grid import job_of
 from scripts.bench_variants import VARIANTS
 from train.data.dataset import Data
 from train.estimate.memory import footprint, part_config, text_bytes, weights_by_module
+from train.estimate.plan import Plan, announce, check_fits, overrides, plan, propose
 from train.estimate.step_time import CARDS, seconds
 from train.loop.micro_step import fit_budget
 from train.objective.optim import NAMES, Optim, make_optimizer, state_bytes
-from train.plan import Plan, announce, check_fits, overrides, plan, propose
 from train.run.config import Train
 
 GIB = 2**30

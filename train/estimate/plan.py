@@ -1,0 +1,183 @@
+"""A plan: whether a training config fits a card, which memory settings would, and what a step takes on known cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from infer.fast.memory import Memory
+from infer.program import bounds
+from train.estimate.memory import Footprint, footprint
+from train.estimate.step_time import CARDS, seconds
+from train.run.config import Train
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+PARTS = ("weights", "adapters", "gradients", "optimizer", "checkpoints", "block", "workspace", "allocator", "context")
+MEANING = {
+    "weights": "the transformer's, as stored",
+    "adapters": "in fp32, and their average if there is one",
+    "gradients": "of the adapters",
+    "optimizer": "its states",
+    "checkpoints": "kept of each block for its backward pass",
+    "block": "what one block's backward pass works with",
+    "workspace": "of cuBLAS and cuDNN",
+    "allocator": "held by torch beyond what is allocated",
+    "context": "CUDA's own",
+}
+REFERENCE = CARDS["H100"]  # whose seconds order the proposals
+
+
+@dataclass
+class Plan(Train):
+    """train.py's options, and a size that the run is to fit."""
+
+    fit_gib: float | None = None
+    """Memory of a card: propose the fastest memory settings with which the run fits it."""
+
+    def __post_init__(self) -> None:
+        bounds.check_most(self, "", fit_gib=bounds.GIB)
+        Train.__post_init__(self)
+        if self.fit_gib is not None and not self.fit_gib > 0:
+            raise ValueError(f"fit_gib is {self.fit_gib}; it must be above 0, or null")
+
+
+def describe(job: Train) -> str:
+    memory = "diffusers' own layers" if not job.memory.fused else f"memory.keep={job.memory.keep}"
+    if job.memory.budget_gib is not None:
+        memory += f", memory.budget_gib={job.memory.budget_gib:g}"
+    if job.precision.double_quant:
+        memory += ", precision.double_quant=true"
+    pixels = "x".join([str(max(job.data.resolutions))] * 2)
+    return f"{job.precision.kind}, {job.data.batch_size} of {pixels} a step, rank {job.adapter.rank}, {memory}"
+
+
+def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
+    """Ways to trade time for memory with which the config fits, each with its seconds on the reference card.
+
+    Nothing that is learned changes but for double quantization, which is tried where nothing else fits.
+    """
+    for keep in ("everything", "products", "attention", "nothing"):
+        for budget in (None, gib - 1):
+            if budget is not None and (budget <= 0 or keep not in ("attention", "nothing")):
+                continue
+            changed = replace(job, memory=Memory(keep, budget_gib=budget))
+            try:
+                taken = footprint(changed)
+            except ValueError:
+                continue  # the budget is too small for this way
+            if taken.peak <= gib * GIB and (budget is None or taken.resident < taken.blocks):
+                yield seconds(changed, taken, REFERENCE), changed, taken
+
+
+def propose(job: Train, gib: float) -> tuple[float, Train, Footprint] | None:
+    """The fastest of them; None where nothing fits."""
+    found = list(proposals(job, gib))
+    if not found and job.precision.kind in ("nf4", "fp4") and not job.precision.double_quant:
+        found = list(proposals(replace(job, precision=replace(job.precision, double_quant=True)), gib))
+    return min(found, key=lambda each: each[0]) if found else None
+
+
+def overrides(job: Train, wanted: Train) -> str:
+    """What to write behind the command to get `wanted` from `job`."""
+    words = []
+    for name in ("memory", "precision"):
+        mine, other = getattr(job, name), getattr(wanted, name)
+        for each in fields(other):
+            value = getattr(other, each.name)
+            if value != getattr(mine, each.name):
+                words.append(f"{name}.{each.name}={'null' if value is None else str(value).lower()}")
+    return " ".join(words)
+
+
+def line(taken: Footprint) -> str:
+    """The plan in one line."""
+    parts = ", ".join(f"{part} {getattr(taken, part) / GIB:.2f}" for part in PARTS)
+    return f"plan: {taken.peak / GIB:.2f} GiB at the peak ({parts})"
+
+
+def table(job: Train, taken: Footprint) -> str:
+    lines = [describe(job)]
+    lines += [f"  {part:12} {getattr(taken, part) / GIB:7.2f} GiB  {MEANING[part]}" for part in PARTS]
+    if taken.text_phase > taken.allocated:
+        lines.append(
+            f"  {'text phase':12} {taken.text_phase / GIB:7.2f} GiB  T5 and CLIP, before training; above the rest"
+        )
+    lines.append(f"  {'peak':12} {taken.peak / GIB:7.2f} GiB")
+    if taken.resident < taken.blocks:
+        there = f"{taken.resident} of {taken.blocks} blocks stay on the device"
+        lines.append(f"  {there}; {taken.host / GIB:.2f} GiB of pinned host memory")
+    lines.append("  about seconds a step (measured shares of an H100's rates; other cards by their datasheets):")
+    for name, card in CARDS.items():
+        fits = "" if taken.peak <= card.gib * GIB else "  does not fit"
+        lines.append(f"    {name:18} {seconds(job, taken, card):6.2f}{fits}")
+    return "\n".join(lines)
+
+
+def check_fits(job: Train, gib: float) -> Footprint:
+    """The plan for a card of so many GiB.
+
+    Raises:
+        ValueError: the run does not fit it; the text says what would.
+    """
+    taken = footprint(job)
+    if taken.peak <= gib * GIB:
+        return taken
+    better = propose(job, gib)
+    if better is None:
+        advice = "no memory setting makes it fit; lower data.resolution, data.batch_size or adapter.rank"
+    else:
+        advice = f"add {overrides(job, better[1])} (about {better[2].peak / GIB:.1f} GiB)"
+    raise ValueError(f"the run needs about {taken.peak / GIB:.1f} GiB and the card has {gib:.1f}: {advice}")
+
+
+def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> None:
+    """Say what a run on a GPU will take, before anything is loaded.
+
+    Raises:
+        ValueError: the GPU is too small.
+    """
+    if device.type == "cuda":
+        import torch
+
+        say(line(check_fits(job, torch.cuda.get_device_properties(device).total_memory / GIB)))
+
+
+def plan(options: Plan) -> dict[str, Any]:
+    """Print the plan; returns the JSON object."""
+    if options.precision.kind == "auto":
+        raise ValueError(
+            "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
+            "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
+        )
+    job: Train = options
+    if options.fit_gib is not None:
+        found = propose(options, options.fit_gib)
+        if found is None:
+            raise ValueError(
+                f"nothing fits {options.fit_gib:g} GiB: lower data.resolution, data.batch_size or adapter.rank, or "
+                "choose precision=nf4"
+            )
+        job = found[1]
+        changes = overrides(options, job)
+        print(f"the fastest that fits {options.fit_gib:g} GiB: {changes or 'the settings as they are'}")
+    taken = footprint(job)
+    print(table(job, taken))
+    result = {
+        "peak_memory_bytes": taken.peak,
+        "allocated_bytes": taken.allocated,
+        "parts": {part: getattr(taken, part) for part in PARTS},
+        "text_phase_bytes": taken.text_phase,
+        "host_bytes": taken.host,
+        "resident_blocks": taken.resident,
+        "blocks": taken.blocks,
+        "seconds_per_step": {name: round(seconds(job, taken, card), 4) for name, card in CARDS.items()},
+        "memory": asdict(job.memory),
+        "double_quant": job.precision.double_quant,
+    }
+    print(json.dumps(result))
+    return result
