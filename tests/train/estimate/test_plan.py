@@ -179,7 +179,7 @@ def test_the_page_says_what_the_plan_says() -> None:
     ConfigStore.instance().store(name="plan_schema", node=Plan)
     found = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for name in re.findall(r"`experiment=(dev_\w+)`", page):
+        for name in re.findall(r"`experiment=(dev_\d+gb)`", page):
             options: Any = OmegaConf.to_object(compose("plan", [f"experiment={name}"]))
             found[name] = footprint(options)
             row = next(line for line in page.splitlines() if f"| `experiment={name}` |" in line)
