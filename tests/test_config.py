@@ -41,7 +41,7 @@ from train.objective.optim import Optim
 from train.run.config import Train
 from train.run.sweep import Sweep
 from train.state.identity import claim
-from train.trackers.options import Told, Track
+from train.trackers.options import SendComparison, Track
 from train.transfer import Transfer
 
 CONFIGS = ROOT / "configs"
@@ -55,7 +55,7 @@ ROOTS: dict[str, Any] = {
     "merge": Merge,
     "recover": Recover,
     "plan": Plan,
-    "track": Told,
+    "track": SendComparison,
     "gap": Gap,
     "sensitivity": Sensitivity,
     "transfer": Transfer,
@@ -159,7 +159,7 @@ def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     assert differences(recovery, others) == {"model.path"}
     for root in ("cache", "look", "plan", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
-    assert made("track") == Told(Track("wandb"))
+    assert made("track") == SendComparison(Track("wandb"))
     precisions = {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
     for root in SEVERAL:
         assert made(root).precisions == precisions
@@ -203,7 +203,8 @@ def test_launchers_and_sweepers_are_made(file: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("dev_")])
 def test_experiments_for_a_card_fit_it(name: str) -> None:
-    gigabytes = int(name.removeprefix("dev_").removesuffix("gb"))
+    card = name.removeprefix("dev_")
+    gigabytes = 15 if card == "t4" else int(card.removesuffix("gb"))  # a T4 shows 15 of its 16
     assert footprint(made("train", f"experiment={name}")).peak < 0.95 * gigabytes * 10**9
 
 
@@ -351,7 +352,7 @@ WRONG = [
     ("compare", "+recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
     ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
     ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),
-    ("merge", "adapter.path=a adapter.also=[{path:b,weight:inf}]", "the weight of adapter b is inf; give a number"),
+    ("merge", "adapter.path=a adapter.also=[{path:b,weight:inf}]", "adapter b: weight is inf; it must be 1,000,000 or less"),
     ("recover", "share=0", "share is 0.0; it must be above 0"),
     ("recover", "rows=0", "rows is 0; it must be 1 or more"),
     ("recover", "rate=0", "rate is 0.0; it must be above 0"),

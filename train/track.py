@@ -1,4 +1,4 @@
-"""Tell a run's tracker what was compared after the training, with infer/compare.py.
+"""Send the comparison that infer/compare.py made of a trained run to the run's tracker.
 
 python train/track.py run=mine track=wandb
 """
@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.program.command import run_command
-from train.trackers.options import Told, tell_comparison
+from train.trackers.options import SendComparison, send_comparison
 
 if __name__ == "__main__":
-    run_command("track", Told, tell_comparison)
+    run_command("track", SendComparison, send_comparison)

@@ -1,7 +1,7 @@
-"""Where a run's figures and previews go besides its own folder: Weights & Biases, TensorBoard, or nowhere.
+"""Where a run's figures and previews go besides its own folder: Weights & Biases, TensorBoard, or nowhere else.
 
-The plain tracker is always there: metrics.jsonl in the run's folder, one JSON object a line, with the figures that the
-others get, and previews/ as PNG. What was compared later, with infer/compare.py, reaches the run's tracker by
+Every run writes metrics.jsonl to its folder, one JSON object a line with the figures that a tracker gets, and previews/
+as PNG. A comparison that infer/compare.py made later reaches the run's tracker by
 
     python train/track.py run=mine track=wandb
 """
@@ -47,29 +47,29 @@ class Track:
 
 
 class Tracker(Protocol):
-    """What a run tells."""
+    """Keeps what a run measures and makes."""
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Figures at a step; those that metrics.jsonl gets."""
+        """Figures at a step, the same as in metrics.jsonl."""
 
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
-        """For each prompt its pictures (PIL) by name: base, adapter, and its average where there is one."""
+        """For each prompt its pictures (PIL) by name: base, adapter, and average where the run keeps one."""
 
     def comparison(self, result: dict[str, Any], folder: Path) -> None:
         """What results.json of infer/compare.py holds; the pictures lie in `folder`."""
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
-        """The finished adapter's folder and what is known of it."""
+        """The finished adapter's folder and its notes: step, settings, trigger."""
 
     def fail(self, error: BaseException) -> None:
-        """The run stopped short; the last call."""
+        """The run stopped early. No call follows."""
 
     def finish(self) -> None:
-        """All is told; the last call."""
+        """The run is complete. No call follows."""
 
 
 class NoTracker:
-    """Tells nobody."""
+    """Keeps nothing: the run's folder has it all."""
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Nothing."""
@@ -91,10 +91,15 @@ class NoTracker:
 
 
 def make_tracker(track: Track, run: str, folder: Path, config: dict[str, Any]) -> Tracker:
-    """The tracker of a run; config: its settings as plain values.
+    """The tracker of a run.
+
+    Args:
+        run: the run's name.
+        folder: the run's folder, in which the tracker's files lie.
+        config: the run's settings as plain values.
 
     Raises:
-        ValueError: its package is not installed.
+        ValueError: the tracker's package is not installed.
     """
     if track.kind == "wandb":
         from train.trackers.wandb import Wandb
@@ -108,30 +113,33 @@ def make_tracker(track: Track, run: str, folder: Path, config: dict[str, Any]) -
 
 
 @dataclass
-class Told:
-    """A run whose comparison is told to its tracker."""
+class SendComparison:
+    """Which run's comparison goes to which tracker."""
 
     track: Track = field(default_factory=Track)
     run: str = "train"
 
 
-def tell_comparison(told: Told) -> None:
-    """Add runs/<run>/compare to what the run's tracker has.
+def send_comparison(options: SendComparison) -> None:
+    """Send runs/<run>/compare to the run's tracker.
 
     Raises:
-        ValueError: there is no tracker, or no comparison.
+        ValueError: `track` names no tracker, or the run has no comparison.
     """
     from infer.program.command import check_run_name
 
-    folder = check_run_name(told.run)
+    folder = check_run_name(options.run)
     results = folder / "compare" / "results.json"
-    if told.track.kind == "none":
-        raise ValueError("track is none, and nobody is told; choose track=wandb or track=tensorboard")
+    if options.track.kind == "none":
+        raise ValueError("track is none, so no tracker gets the comparison; set track=wandb or track=tensorboard")
     if not results.is_file():
-        raise ValueError(f"there is no {results}; make it with infer/compare.py run={told.run} ...")
+        raise ValueError(f"there is no {results}; make it with infer/compare.py run={options.run} ...")
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
-    tracker = make_tracker(told.track, told.run, folder, settings)
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
+    tracker = make_tracker(options.track, options.run, folder, settings)
     tracker.comparison(json.loads(results.read_text()), results.parent)
     tracker.finish()
-    print(f"told {told.track.kind}: {results.parent}")
+    print(f"sent {results.parent} to {options.track.kind}")

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate import PartialState
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -19,7 +21,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from infer.program.command import ROOT
 from tests.wandb_file import read_wandb
 from train.run.config import Train
-from train.trackers.options import Told, Track, make_tracker, tell_comparison
+from train.trackers.options import SendComparison, Track, make_tracker, send_comparison
 
 CONFIG = {"adapter": {"rank": 4}, "data": {"path": "p", "sources": []}, "model": {"revision": None}}
 NOTES = {"step": 3, "adapter": {"rank": 4}, "trigger": None}
@@ -27,7 +29,7 @@ RED, BLUE = (Image.new("RGB", (8, 6), colour) for colour in ("red", "blue"))
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run's folder with an adapter and a comparison of one picture without and one with it."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", "")  # so that it is as it was afterwards
@@ -45,7 +47,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         row = {"precision": "nf4", "adapter": adapter, "prompt": "a fox", "seed": 7, "image": f"images/{adapter}.png"}
         rows.append(row | {"seconds": 0.5, "peak_memory_bytes": 2**31, "weights_bytes": 2**30, "scores": {"psnr": 3.5}})
     (folder / "compare" / "results.json").write_text(json.dumps({"rows": rows}))
-    return folder
+    absent = not PartialState._shared_state
+    PartialState(cpu=True)  # as training has it
+    yield folder
+    if absent:
+        PartialState._reset_state()
 
 
 def told(track: Track, folder: Path) -> None:
@@ -75,7 +81,7 @@ def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
     track = Track("wandb", project="p", group="set", tags=["a"], mode="offline")
     told(track, run)
-    tell_comparison(Told(track, "set/mine"))
+    send_comparison(SendComparison(track, "set/mine"))
     tracker = make_tracker(track, "set/mine", run, CONFIG)
     tracker.log(4, {"lr": 1e-4, "skipped": 1})
     tracker.log(5, {"lr": 1e-4, "skipped": 2})
@@ -147,7 +153,7 @@ def test_an_agent_chooses_the_id(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tensorboard(run: Path) -> None:
     told(Track("tensorboard"), run)
-    tell_comparison(Told(Track("tensorboard"), "set/mine"))
+    send_comparison(SendComparison(Track("tensorboard"), "set/mine"))
     events = EventAccumulator(str(run / "tensorboard"), {"tensors": 0, "images": 0}).Reload()
     tags = events.Tags()
 
@@ -186,19 +192,19 @@ def test_an_absent_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (Told(Track(), "set/mine"), "track is none, and nobody is told; choose track=wandb"),
-        (Told(Track("tensorboard"), "other"), "there is no runs/other/compare/results.json; make it with"),
+        (SendComparison(Track(), "set/mine"), "track is none, so no tracker gets the comparison; set track=wandb"),
+        (SendComparison(Track("tensorboard"), "other"), "there is no runs/other/compare/results.json; make it with"),
     ],
 )
-def test_nothing_to_tell(run: Path, given: Told, message: str) -> None:
+def test_nothing_to_tell(run: Path, given: SendComparison, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tell_comparison(given)
+        send_comparison(given)
 
 
 def test_the_command(run: Path) -> None:
     command = [sys.executable, str(ROOT / "train/track.py"), "run=set/mine", "track=tensorboard"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "told tensorboard: runs/set/mine/compare\n"
+    assert done.stdout == "sent runs/set/mine/compare to tensorboard\n"
     assert list((run / "tensorboard").iterdir())
 
 
