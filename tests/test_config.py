@@ -16,13 +16,14 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
 from infer.compare import Compare
 from infer.convert import Convert
 from infer.fast.install import Memory
 from infer.merge import Merge
-from infer.program.command import ROOT, check_run_name
+from infer.program.command import check_run_name
+from infer.program.paths import ROOT
 from infer.quantize.precision import KINDS, Precision
 from infer.recover import Recover
 from infer.sample.generate import Sampling

@@ -24,8 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from infer.program.bounds import check_most
-from infer.program.errors import ROOT, explained
+from infer.program.errors import explained
 from infer.program.literal import literal_arguments, read_text_literally
+from infer.program.paths import ROOT
 
 DIRECTIONS = ("minimize", "maximize")
 
