@@ -20,9 +20,10 @@ if __name__ == "__main__":
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, check_model
+from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import TOKENS, check_most
-from infer.program.command import check_device_name, check_file_names, check_run_name, pick_device, run_command
+from infer.program.command import check_file_names, check_run_name, run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded
 from infer.program.quiet import ready

@@ -22,9 +22,10 @@ from infer.adapter.read import check_fit, read_pairs
 from infer.adapter.selection import Trained
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import Model, check_model, load_transformer, read_config
+from infer.device.device import check_device_name, pick_device
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.program.bounds import SEED, check_most
-from infer.program.command import check_device_name, pick_device, run_command
+from infer.program.command import run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from infer.program.quiet import ready

@@ -25,9 +25,10 @@ from infer.adapter.checks import check_guidance, check_precision, undecided
 from infer.adapter.lora import RECOVERY
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import Model, check_model, fingerprint, load_transformer, read_config
+from infer.device.device import check_device_name, pick_device
 from infer.program.atomic import replace_file
 from infer.program.bounds import MANY, SEED, STEPS, check_most
-from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.command import check_run_name, run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision, kind_asked, stored_bytes
@@ -98,11 +99,11 @@ def recover(options: Recover) -> Path:
     from infer.adapter.attach import put_pairs
     from infer.adapter.attached import save_adapter
     from infer.checkpoint.originals import Originals, streamed_transformer
+    from infer.device.device import release
     from infer.quantize.compute import compute_dtype
     from infer.rounding.calibration import collect, record, relative_errors, velocities
     from infer.rounding.layer_errors import decide
     from infer.rounding.recovering import polish, recovered
-    from infer.sample.encode import release
 
     if compute_dtype(torch.bfloat16, device) == torch.float16:
         raise ValueError(

@@ -28,8 +28,9 @@ from infer.checkpoint.load import (
     pipeline_index,
     read_config,
 )
+from infer.device.device import check_device_name, pick_device
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
-from infer.program.command import check_device_name, pick_device, run_command
+from infer.program.command import run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision

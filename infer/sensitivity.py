@@ -19,9 +19,10 @@ if __name__ == "__main__":
 
 from infer.adapter.checks import check_guidance
 from infer.checkpoint.load import Model, check_model
+from infer.device.device import check_device_name, pick_device
 from infer.program.atomic import replace_file
 from infer.program.bounds import GIB, check_most
-from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.command import check_run_name, run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
 from infer.report.write import aligned

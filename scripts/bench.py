@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
     quieten()
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from scripts.bench_grid import job_of
 from scripts.bench_rows import Row, make_row, read_lines, table, write_rows
 from train.estimate.memory import footprint

@@ -58,7 +58,7 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     import torch
 
     from infer.checkpoint.load import Model
-    from infer.program.command import pick_device
+    from infer.device.device import pick_device
     from infer.quantize.precision import Precision
     from train.data.caption import all_texts
     from train.data.dataset import Data, read_samples
@@ -85,7 +85,7 @@ def cold(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, Any
     import torch
 
     from infer.checkpoint.load import Model, load_vae
-    from infer.program.command import pick_device
+    from infer.device.device import pick_device
     from infer.sample.encode import to_posterior
     from train.latents.encoding import Encode
 

@@ -26,15 +26,17 @@ if __name__ == "__main__":
 from diffusers import FluxPipeline
 from torch import nn
 
-from infer.adapter.attach import Adapter, attach
+from infer.adapter.attach import attach
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_scheduler, load_text_parts, load_transformer, load_vae
 from infer.checkpoint.random_weights import random_part
 from infer.device import allocator
+from infer.device.device import release
 from infer.device.measure import measure as measured
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import Memory, choose_path, hold_of
 from infer.quantize.precision import Precision
-from infer.sample.encode import Text, decode, release, text_encoder
+from infer.sample.encode import Text, decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row

@@ -34,9 +34,9 @@ from torch import nn
 from infer.adapter.attach import attach
 from infer.checkpoint.load import load_transformer
 from infer.device import allocator
+from infer.device.device import release
 from infer.fast.install import Memory, choose_path
 from infer.quantize.precision import Precision
-from infer.sample.encode import release
 from scripts.bench_rows import Row, attempt, make_row, read_lines, write_rows
 from scripts.bench_train import make_batch
 from scripts.bench_variants import BALANCED, BF16, NF4, Variant

@@ -24,7 +24,7 @@ import torch
 
 from infer.device.allocator import prepare
 from infer.program.atomic import replace_file
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 
 Row = dict[str, Any]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")

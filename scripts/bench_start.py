@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.program.errors import ROOT
+from infer.program.paths import ROOT
 from infer.program.remembered import Remembered
 
 PICTURES, PICTURE = 10_000, 100_000  # files, and bytes of each

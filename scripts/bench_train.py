@@ -30,9 +30,9 @@ from infer.adapter.attach import attach
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.random_weights import DEV
 from infer.device import allocator
+from infer.device.device import release
 from infer.fast.install import choose_path, hold_of, uninstall
 from infer.quantize.precision import stored_bytes
-from infer.sample.encode import release
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision

@@ -27,13 +27,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
 from infer.device import allocator
 from infer.device.allocator import prepare
 from infer.fast.cuda_graph import Replay
 from infer.fast.install import Memory, choose_path
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts import bench_rows
 from scripts.bench_rows import make_row

@@ -44,22 +44,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infer.adapter.attach import adapter_state, attach, load_recovery, set_adapter_state
+from infer.adapter.attach import attach, load_recovery
+from infer.adapter.attached import adapter_state, set_adapter_state
 from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_transformer
 from infer.compare import Compare, compare
 from infer.device.allocator import prepare
+from infer.device.device import release
 from infer.fast import offload as streaming
 from infer.fast.cuda_graph import Replay
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
 from infer.merge import Merge, merge
 from infer.program.atomic import replace_file
-from infer.program.command import DIFFERS, ROOT
+from infer.program.errors import DIFFERS
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from infer.recover import Recover, recover
-from infer.sample.encode import release
 from infer.sample.generate import Sampling
 from scripts import bench_rows
 from scripts.bench_rows import Row

@@ -31,17 +31,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from infer.adapter.attach import Adapter, attach
+from infer.adapter.attach import attach
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.device import allocator
 from infer.device.allocator import prepare
+from infer.device.device import release
 from infer.fast import install as fast
 from infer.fast.half import compute_in_half
 from infer.fast.install import Memory, choose_path, hold_of, uninstall
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize import compute
 from infer.quantize.precision import Precision, dequantize_to, linear_layers
-from infer.sample.encode import decode, release, text_encoder
+from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row

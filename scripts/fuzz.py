@@ -36,7 +36,9 @@ if __name__ == "__main__":
 import torch
 from diffusers import FluxTransformer2DModel
 
-from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
 from scripts.fault.things import Thing, things
 
 LONGEST = 10  # seconds

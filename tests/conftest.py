@@ -7,7 +7,7 @@ import pytest
 
 from infer.checkpoint import random_weights as shapes
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.browser import Browser

@@ -16,13 +16,14 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
 from infer.compare import Compare
 from infer.convert import Convert
 from infer.fast.install import Memory
 from infer.merge import Merge
-from infer.program.command import ROOT, check_run_name
+from infer.program.command import check_run_name
+from infer.program.paths import ROOT
 from infer.quantize.precision import KINDS, Precision
 from infer.recover import Recover
 from infer.sample.generate import Sampling
@@ -352,7 +353,11 @@ WRONG = [
     ("compare", "+recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
     ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
     ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),
-    ("merge", "adapter.path=a adapter.also=[{path:b,weight:inf}]", "adapter b: weight is inf; it must be 1,000,000 or less"),
+    (
+        "merge",
+        "adapter.path=a adapter.also=[{path:b,weight:inf}]",
+        "adapter b: weight is inf; it must be 1,000,000 or less",
+    ),
     ("recover", "share=0", "share is 0.0; it must be above 0"),
     ("recover", "rows=0", "rows is 0; it must be 1 or more"),
     ("recover", "rate=0", "rate is 0.0; it must be above 0"),

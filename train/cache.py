@@ -18,7 +18,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.checkpoint.load import MEMORY, Model, check_model
-from infer.program.command import check_device_name, pick_device, run_command
+from infer.device.device import check_device_name, pick_device
+from infer.program.command import run_command
 from infer.program.quiet import ready
 from infer.program.remembered import forget
 from infer.quantize.precision import Precision

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, check_model
+from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.bounds import MANY, SEED, check_most
-from infer.program.command import check_device_name, check_run_name, pick_device, run_command
+from infer.program.command import check_run_name, run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision, stored_bytes
@@ -194,7 +195,7 @@ def gap(options: Gap) -> Path:
     device = pick_device(options.device)
     ready()
     from infer.adapter.checks import check_running
-    from infer.device.measure import describe_device
+    from infer.device.device import describe_device
     from infer.rounding.layer_errors import decide
     from train.loop.checks import check_flow
     from train.probe.curves import draw_curves

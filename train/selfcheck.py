@@ -28,7 +28,9 @@ if __name__ == "__main__":
 
 import psutil
 
-from infer.program.command import DIFFERS, DONE, ROOT, run_command
+from infer.program.command import run_command
+from infer.program.errors import DIFFERS, DONE
+from infer.program.paths import ROOT
 from train.data.dataset import check_left, read_samples
 from train.run.check import check_run
 from train.run.config import Train

@@ -27,10 +27,11 @@ from tqdm import tqdm
 from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_scheduler, load_vae, own_size
+from infer.device.device import pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.bounds import SEED, STEPS, check_most
-from infer.program.command import check_file_names, check_run_name, pick_device, run_command
+from infer.program.command import check_file_names, check_run_name, run_command
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision
 from infer.report.cells import markdown_table
@@ -194,7 +195,7 @@ def transfer(options: Transfer) -> Path:
     device = pick_device(options.device)
     ready()
     from infer.adapter.checks import check_guidance, check_training
-    from infer.device.measure import describe_device
+    from infer.device.device import describe_device
     from infer.rounding.layer_errors import decide
     from infer.score.judges import find_scores
     from train.loop.checks import check_flow

@@ -11,17 +11,10 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
-from infer.adapter.attached import adapter_state as adapter_state
-from infer.adapter.attached import save_adapter as save_adapter
-from infer.adapter.attached import set_adapter_state as set_adapter_state
 from infer.adapter.attached import strengths
-from infer.adapter.attached import update_norm as update_norm
 from infer.adapter.error_init import Start, round_again, settled
 from infer.adapter.lora import INITS, RECOVERY, Adapter
-from infer.adapter.read import FILE as FILE
-from infer.adapter.read import Pairs, check_fit, read_pairs
-from infer.adapter.read import find_adapter as find_adapter
-from infer.adapter.read import read_notes as read_notes
+from infer.adapter.read import Pairs, check_fit, find_adapter, read_notes, read_pairs
 from infer.adapter.targets import base_layers, match_targets
 from infer.adapter.write import lora_config
 from infer.checkpoint.layers import Linear

@@ -12,9 +12,10 @@ from torch import Tensor
 from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae, own_size
+from infer.device.device import release
 from infer.quantize.layer import rounded
 from infer.quantize.precision import Precision, dequantized
-from infer.sample.encode import decode, release, text_encoder
+from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from infer.score.pairs import distance
 

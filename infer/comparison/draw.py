@@ -21,7 +21,8 @@ from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
-from infer.device.measure import describe_device, measure
+from infer.device.device import describe_device, release
+from infer.device.measure import measure
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
@@ -31,7 +32,7 @@ from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.precision import stored_bytes
 from infer.report import write as report
 from infer.rounding.layer_errors import decide
-from infer.sample.encode import NotFiniteError, Text, decode, release, text_encoder
+from infer.sample.encode import NotFiniteError, Text, decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from infer.score.judges import Score
 from infer.score.networks import check_networks

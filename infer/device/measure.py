@@ -1,13 +1,11 @@
 """Seconds and peak memory of one piece of work."""
 
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -66,13 +64,3 @@ def measure(device: torch.device) -> Iterator[Measure]:
         over.set()
         watcher.join()
     result.peak_memory_bytes = max(result.peak_memory_bytes, process.memory_info().rss)
-
-
-def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the CPU's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.split(":")[1] for line in lines if line.startswith("model name")]
-    return f"cpu: {names[0].strip() if names else platform.processor() or platform.machine()}"

@@ -12,22 +12,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from infer.program.errors import DEFECT, DIFFERS, DONE, MEND, ROOT, STOPPED, explained, refuse
+from infer.program.errors import explained, refuse
 from infer.program.literal import literal_arguments, read_text_literally
+from infer.program.paths import ROOT
 from infer.program.secrets import check_values
 from infer.program.settings import REFUSED, check_settings, explain
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["DEFECT", "DIFFERS", "DONE", "MEND", "ROOT", "STOPPED"]
 T = TypeVar("T")
 FOLDERS = {
     "adapter",
@@ -111,34 +108,6 @@ def _folder(options: Any) -> Path | None:
         return check_run_name(options.run) if hasattr(options, "run") else None
     except ValueError:
         return None
-
-
-def check_device_name(name: str) -> None:
-    """
-    Raises:
-        ValueError: it names no kind of device that is used here.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device is {name!r}; choose auto, cuda or cpu")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `cuda:1` or `cpu` -> device.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    check_device_name(name)
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}, but torch sees no CUDA device here; set device=cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices; count from cuda:0")
-    return device
 
 
 def check_file_names(what: str, names: Iterable[str]) -> None:

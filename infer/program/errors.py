@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from infer.program.atomic import replace_file
+from infer.program.paths import ROOT
 from infer.program.secrets import hide
 
-ROOT = Path(__file__).resolve().parents[2]
 DONE, DEFECT, MEND, STOPPED, DIFFERS = range(5)
 TRACEBACK = "traceback.txt"
 MENDS = {

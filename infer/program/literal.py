@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig
 from omegaconf._utils import get_yaml_loader
 
-from infer.program.errors import ROOT
+from infer.program.paths import ROOT
 
 TAKEN = "is taken away, but every setting has a value; leave the ~ out"
 WORDS = ("null", "true", "false", "nan", "inf")  # which are no strings on Hydra's command line

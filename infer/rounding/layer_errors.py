@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infer.checkpoint.load import Model, fingerprint, load_scheduler, load_transformer, own_size
+from infer.device.device import release
 from infer.fast.install import choose_path
 from infer.fast.memory import Memory
 from infer.fast.weights import groups
 from infer.program.atomic import replace_file
 from infer.quantize.precision import Precision, linear_layers, stored_bytes
 from infer.rounding.budget import HEADER, Mixture, choose, layer_bytes
-from infer.sample.encode import release, text_encoder
+from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling, draw, mend_of
 from infer.sensitivity import Sensitivity
 

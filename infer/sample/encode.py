@@ -1,7 +1,5 @@
 """Prompts -> embeddings, images <-> packed latents: what goes into FLUX's transformer and comes out of it."""
 
-import ctypes
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from infer.checkpoint.load import Model, load_text_parts
+from infer.device.device import release
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision, stored_bytes
 
@@ -76,17 +75,6 @@ def text_encoder(model: Model, precision: Precision, device: torch.device, lengt
         encoder.pipeline = None  # callers may keep the encoder's figures, not its weights
         del pipeline, parts
         release(device)
-
-
-def release(device: torch.device) -> None:
-    """Give freed memory back to the device or the system, so that the next part's peak is its own."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-        if trim is not None:
-            trim(0)
 
 
 def to_posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:

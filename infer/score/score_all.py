@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer.sample.encode import release
+from infer.device.device import release
 from infer.score.judges import Score
 from infer.score.memorization import score_likeness
 from infer.score.networks import TRAINING, Networks, clip_score, load_networks

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from infer.adapter.attach import FILE
+from infer.adapter.read import FILE
 from scripts.bad.case import Case
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -24,7 +24,7 @@ MISFIT = r"bad\.safetensors"
 
 @lru_cache
 def width() -> int:
-    from infer.program.command import ROOT
+    from infer.program.paths import ROOT
 
     config: dict[str, Any] = json.loads((ROOT / "scripts/tiny/model/transformer/config.json").read_text())
     return int(config["num_attention_heads"] * config["attention_head_dim"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from scripts.bad.adapters import Bomb, pair
 from scripts.bad.case import Case
 

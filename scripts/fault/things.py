@@ -13,7 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.adapter.attach import attach
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
 from infer.report import write as report
 from scripts.bad.case import colours
 from scripts.bad.reports import RESULT

@@ -11,9 +11,12 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.adapter.attach import attach
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
+from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
-from infer.compare import Compare, Trained, compare
+from infer.compare import Compare, compare
 from infer.device.measure import measure
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from scripts import bench_rows
 from scripts.bench_train import rows_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infer.program.command import DIFFERS
+from infer.program.errors import DIFFERS
 from scripts import bench_rows, check_gpu
 from scripts.check_gpu import CASES, WORK, apart, decibels, groups, possible, relative, row_of, share, table
 from scripts.tiny.make_style import make_style

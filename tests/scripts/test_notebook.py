@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 
 NOTEBOOK = ROOT / "docs" / "free-notebook.ipynb"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from scripts.bad.case import Case, Outcome, judge, meet
 from scripts.bad_input import KINDS, cases, commands, spread
 from scripts.fault.things import things

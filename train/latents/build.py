@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from infer.checkpoint.load import Model, config_number, load_vae
+from infer.device.device import release
 from infer.program.remembered import Remembered
 from infer.quantize.precision import Precision
-from infer.sample.encode import release, text_encoder
+from infer.sample.encode import text_encoder
 from train.data.dataset import Data
 from train.data.source import Faults, Sample
 from train.latents.encoding import Seen, Work, encode_masks, encode_pictures, encode_texts

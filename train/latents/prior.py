@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from infer.checkpoint.load import PARTS, Model, fingerprint, load_scheduler, load_transformer, load_vae
+from infer.device.device import release
 from infer.program.atomic import replace_file
 from infer.quantize.precision import Precision
-from infer.sample.encode import decode, release, text_encoder
+from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from train.data.dataset import Data, sources_of
 from train.data.image_folder import read_bytes

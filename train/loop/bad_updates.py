@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import nn
 
-from infer.adapter.attach import adapter_state
+from infer.adapter.attached import adapter_state
 from infer.program.atomic import replace_file
 from train.latents.store import Cache
 from train.loop.batch import Samples, choices, training_batch

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from infer.adapter.attach import switch
 from infer.checkpoint.load import Model, load_scheduler, load_vae
+from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.sample.encode import Text, decode, release
+from infer.sample.encode import Text, decode
 from infer.sample.generate import Sampling, draw
 
 LABEL = 14  # pixels of a label's line

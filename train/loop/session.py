@@ -11,17 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from infer.adapter.attach import FILE, attach, began, load_recovery, read_notes, save_adapter, strengths, update_norm
+from infer.adapter.attach import attach, began, load_recovery
+from infer.adapter.attached import save_adapter, strengths, update_norm
 from infer.adapter.error_init import save_start, start_from_error
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.model_card import push, write_card
+from infer.adapter.read import FILE, read_notes
 from infer.checkpoint.headers import check_transformer
 from infer.checkpoint.load import fingerprint, load_transformer, own_size, part_folder, read_config
+from infer.device.device import release
 from infer.fast.install import choose_path, hold_of
-from infer.program.command import STOPPED
+from infer.program.errors import STOPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
-from infer.sample.encode import release
 from train.data.caption import all_texts
 from train.data.dataset import check_left
 from train.data.source import Sample, Skipped

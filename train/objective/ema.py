@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from infer.adapter.attach import adapter_state, set_adapter_state
+from infer.adapter.attached import adapter_state, set_adapter_state
 
 
 class Average:

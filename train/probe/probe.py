@@ -11,9 +11,9 @@ from torch import Tensor
 
 from infer.adapter.selection import Trained, load_chosen
 from infer.checkpoint.load import load_transformer
+from infer.device.device import release
 from infer.fast.install import choose_path, hold_of
 from infer.fast.weights import obstacle
-from infer.sample.encode import release
 from infer.sample.generate import mend_of
 from train.data.caption import all_texts
 from train.data.dataset import check_left, read_samples

@@ -21,8 +21,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from infer.adapter.lora import FROM_ERROR
+from infer.device.device import pick_device
 from infer.fast.memory import NEEDS_FUSED
-from infer.program.command import pick_device
 from infer.quantize.precision import kind_of
 from train.run.config import Train
 

@@ -6,7 +6,8 @@ from infer.adapter.read import find_adapter, read_notes
 from infer.adapter.targets import match_targets
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import check_model, read_config
-from infer.program.command import check_device_name, check_run_name
+from infer.device.device import check_device_name
+from infer.program.command import check_run_name
 from infer.quantize.precision import check_layer_names
 from train.run.config import Train
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import FluxTransformer2DModel
 
-from infer.adapter.attach import adapter_state, set_adapter_state
+from infer.adapter.attached import adapter_state, set_adapter_state
 from train.objective.ema import Average
 from train.run.config import Train
 from train.state.checkpoint import (

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from infer.program.atomic import replace_file
-from infer.program.errors import ROOT, STOPPED
+from infer.program.errors import STOPPED
 from infer.program.literal import quote
+from infer.program.paths import ROOT
 from train.trackers.figures import objectives_of, read_figures
 
 RECORD = "point.json"

@@ -22,8 +22,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from infer.program.errors import ROOT, explained
+from infer.program.errors import explained
 from infer.program.literal import literal_arguments, read_text_literally
+from infer.program.paths import ROOT
 from train.run.config import Train
 from train.run.sweep import Sweep
 

@@ -8,19 +8,10 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from infer.adapter.attach import (
-    FILE,
-    Adapter,
-    adapter_state,
-    attach,
-    load_adapter,
-    read_notes,
-    save_adapter,
-    shapes_of,
-    strengths,
-    switch,
-    update_norm,
-)
+from infer.adapter.attach import attach, load_adapter, shapes_of, switch
+from infer.adapter.attached import adapter_state, save_adapter, strengths, update_norm
+from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE, read_notes
 from infer.adapter.targets import PRESETS, match_targets
 from infer.checkpoint.load import Model, load_transformer
 from infer.quantize.precision import Precision, dequantized, linear_layers

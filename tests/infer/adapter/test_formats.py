@@ -14,7 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infer.adapter.attach import Adapter, adapter_state, attach, load_adapter, save_adapter
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import adapter_state, save_adapter
+from infer.adapter.lora import Adapter
 from infer.adapter.read import read_notes, read_pairs
 from infer.adapter.write import FORMATS
 from infer.checkpoint.load import Model, load_transformer

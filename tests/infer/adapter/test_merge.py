@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter, set_adapters
+from infer.adapter.attach import attach, load_adapter, set_adapters
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained, Weighted
 from infer.adapter.targets import base_layers

@@ -20,10 +20,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from infer.adapter.attach import FILE, Adapter, attach, load_adapter, save_adapter
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import save_adapter
 from infer.adapter.error_init import minus, save_start, start_from_error
+from infer.adapter.lora import Adapter
 from infer.adapter.merging import merged
-from infer.adapter.read import Pairs, read_pairs
+from infer.adapter.read import FILE, Pairs, read_pairs
 from infer.adapter.selection import Trained
 from infer.adapter.targets import base_layers
 from infer.adapter.write import FORMATS
@@ -33,7 +35,7 @@ from infer.compare import Compare, compare
 from infer.convert import Convert, Source, convert
 from infer.fast.install import Memory
 from infer.merge import Merge, merge
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
 from infer.recover import Recover, recover
 from infer.sample.generate import Sampling

@@ -9,20 +9,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from infer.adapter.attach import (
-    RECOVERY,
-    Adapter,
-    attach,
-    began,
-    load_adapter,
-    load_recovery,
-    remove_adapter,
-    save_adapter,
-    strengths,
-    switch,
-)
-from infer.adapter.attached import adapter_state
+from infer.adapter.attach import attach, began, load_adapter, load_recovery, remove_adapter, switch
+from infer.adapter.attached import adapter_state, save_adapter, strengths
 from infer.adapter.error_init import save_start, start_from_error
+from infer.adapter.lora import RECOVERY, Adapter
 from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import load_transformer

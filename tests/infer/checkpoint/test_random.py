@@ -48,7 +48,8 @@ def test_training_and_comparing_need_no_checkpoint(
 def test_each_shape_is_compiled_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
-    from infer.adapter.attach import Adapter, attach
+    from infer.adapter.attach import attach
+    from infer.adapter.lora import Adapter
     from infer.checkpoint.load import load_transformer
     from infer.fast import install as fast
     from train.objective.flow_matching import predict

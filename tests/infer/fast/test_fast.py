@@ -10,7 +10,9 @@ from bitsandbytes import functional as bnb
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from infer.adapter.attach import Adapter, adapter_state, attach, load_adapter, save_adapter, switch
+from infer.adapter.attach import attach, load_adapter, switch
+from infer.adapter.attached import adapter_state, save_adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint import random_weights as shapes
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.fast import install as fast

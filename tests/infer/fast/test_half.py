@@ -13,7 +13,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from infer.adapter.attach import Adapter, attach
+from infer.adapter.attach import attach
+from infer.adapter.lora import Adapter
 from infer.checkpoint import load as flux
 from infer.checkpoint.checks import check_stored
 from infer.checkpoint.load import Model, load_transformer

@@ -19,8 +19,9 @@ from infer.adapter.attach import shapes_of
 from infer.adapter.targets import match_targets
 from infer.checkpoint.load import Model, load_transformer
 from infer.program.bounds import check_most
-from infer.program.command import ROOT, run_command
+from infer.program.command import run_command
 from infer.program.literal import _required
+from infer.program.paths import ROOT
 from infer.program.secrets import check_values
 from infer.program.settings import explain
 from infer.quantize.precision import Precision

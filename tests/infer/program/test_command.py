@@ -14,7 +14,9 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from infer.program.command import ROOT, pick_device, run_command
+from infer.device.device import pick_device
+from infer.program.command import run_command
+from infer.program.paths import ROOT
 from infer.program.settings import nearest, settings
 from infer.save import Save
 from train.run.config import Train

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infer.adapter.attach import FILE, Adapter, attach, load_adapter, save_adapter
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE
 from infer.adapter.selection import Trained, Weighted, load_chosen
 from infer.checkpoint.load import Model, load_transformer
 from infer.compare import Compare, compare

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained, Weighted
 from infer.checkpoint.load import Model, check_model

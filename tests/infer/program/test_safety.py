@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
 from infer.program.errors import fail
+from infer.program.paths import ROOT
 from infer.program.secrets import check_values, hide
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from infer.program.command import MEND, ROOT
+from infer.program.errors import MEND
+from infer.program.paths import ROOT
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "scipy")
 # runs an entry with one command line after another; after each it says how it ended, and what is imported by then

@@ -17,7 +17,7 @@ from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_text_parts, load_transformer, load_vae
 from infer.fast.install import install
 from infer.fast.memory import Memory
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of
 from infer.quantize.precision import Precision, dequantized, linear_layers, stored_bytes

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 
-from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter, strengths
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import save_adapter, strengths
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_scheduler, load_transformer
 from infer.fast.install import Memory, choose_path, uninstall
 from infer.fast.weights import groups, obstacle

@@ -17,7 +17,9 @@ from torch.nn import functional
 from torchmetrics.functional.image import lpips as torchmetrics_lpips
 from torchmetrics.image.kid import poly_mmd
 
-from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.adapter.attach import attach
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_transformer
 from infer.compare import Compare, compare

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from train.data.decode import decode, decode_mask, pixel_hash
 
 

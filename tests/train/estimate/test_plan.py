@@ -15,11 +15,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infer.adapter.attach import Adapter, attach
+from infer.adapter.attach import attach
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_transformer
 from infer.fast.install import install
 from infer.fast.memory import KEEP, Memory, device_bytes
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import KINDS, Precision, stored_bytes
 from infer.sample.encode import text_encoder
 from scripts.bench import plan_rows

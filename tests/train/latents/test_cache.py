@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.program.remembered import NAME, Remembered
 from infer.quantize.precision import Precision
 from train.data.buckets import View

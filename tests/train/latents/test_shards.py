@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from train.latents.shards import (
     DamagedError,
     Item,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from train.latents import claims as claims_module
 from train.latents.claims import Claims
 from train.latents.shards import Shelf, list_shards, read_keys, write_shard

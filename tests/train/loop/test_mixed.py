@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageOps
 
-from infer.adapter.attach import Adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from train.data.dataset import Data, Prior, Source
 from train.run.config import Train

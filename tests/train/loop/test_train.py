@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infer.adapter.attach import FILE
 from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE
 from infer.checkpoint.load import Model, fingerprint
 from infer.fast import blocks as fused
 from infer.fast.memory import KEEP, Memory
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from tests.wandb_file import read_wandb

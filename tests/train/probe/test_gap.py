@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from infer.adapter.attach import Adapter, attach, load_adapter, save_adapter
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_transformer, load_vae
 from infer.fast.install import Memory

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infer.adapter.attach import FILE, Adapter
+from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE
 from infer.fast.install import Memory
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from train.loop.micro_step import graphs

@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from infer.adapter.attach import FILE, Adapter
+from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from infer.sample.encode import NotFiniteError
 from infer.sample.generate import Sampling
 from scripts.tiny.make_style import make_style

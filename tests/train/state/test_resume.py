@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infer.adapter.attach import FILE, Adapter
+from infer.adapter.lora import Adapter
+from infer.adapter.read import FILE
 from infer.checkpoint.load import Model
-from infer.program.command import DIFFERS, MEND, ROOT, STOPPED
+from infer.program.errors import DIFFERS, MEND, STOPPED
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data

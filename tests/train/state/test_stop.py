@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from infer.program.errors import ROOT, STOPPED
+from infer.program.errors import STOPPED
+from infer.program.paths import ROOT
 from train.data.batches import Place
 from train.objective.spikes import LEAST, WINDOW, remember, threshold
 from train.ranks.update import divide

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from infer.checkpoint.load import Model
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from train.data.dataset import Data, Prior
 from train.data.source import Source
 from train.look import Look, look

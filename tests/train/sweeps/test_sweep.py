@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-from infer.adapter.attach import FILE
-from infer.program.command import ROOT
+from infer.adapter.read import FILE
+from infer.program.paths import ROOT
 from scripts.tiny.make_style import make_style
 from train.sweeps.point import RECORD, name_point, reason_of, spell
 from train.sweeps.sweep import main, varied

@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from infer.program.command import ROOT
+from infer.program.paths import ROOT
 from tests.wandb_file import read_wandb
 from train.run.config import Train
 from train.trackers.options import SendComparison, Track, make_tracker, send_comparison
