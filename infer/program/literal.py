@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig
 from omegaconf._utils import get_yaml_loader
 
-from infer.program.paths import ROOT
+from infer.program.paths import CONFIGS
 
 TAKEN = "is taken away, but every setting has a value; leave the ~ out"
 WORDS = ("null", "true", "false", "nan", "inf")  # which are no strings on Hydra's command line
@@ -171,7 +171,7 @@ def _argument(argument: str, schema: Any, sweep: bool) -> str:
     if known is not None:
         return f"{name}={(literals if sweep else literal)(value, known)}"
     group = name.lstrip("+").partition("@")[0]
-    if "." in group or not (ROOT / "configs" / group).is_dir():
+    if "." in group or not (CONFIGS / group).is_dir():
         return f"{name}={value if sweep else literal(value, Any)}"
     options = (split(value) if sweep else None) or [value]
     return f"{name}={','.join(_option(option, '@' in name) for option in options)}"
@@ -242,6 +242,8 @@ def _restore_sweep(config: DictConfig | ListConfig, schema: Any) -> None:
 def read_text_literally(schema: Callable[[], Any]) -> None:
     """From here on, what Hydra reads from files is read by a schema, which is asked for when a file is."""
     Plugins.instance()  # registers its own kinds of sources, and takes no others of their name
+    # under the name of Hydra's own: a launcher's process is given this registry and registers Hydra's kinds again, and
+    # Hydra refuses a second kind of another name
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = type(
-        "TextFiles", (TextFiles,), {"schema": staticmethod(schema)}
+        FileConfigSource.__name__, (TextFiles,), {"schema": staticmethod(schema)}
     )
