@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from infer.program.errors import explained, refuse
 from infer.program.literal import literal_arguments, read_text_literally
-from infer.program.paths import ROOT
+from infer.program.paths import CONFIGS, SHIPPED
 from infer.program.secrets import check_values
 from infer.program.settings import REFUSED, check_settings, explain
 
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 """Of a run, beside which no other run can lie."""
 
-OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
 
 
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
@@ -49,7 +49,7 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
 
-    @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def main(config: DictConfig) -> None:
         with explained(), _refused(schema):
             check_settings(config, schema)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from infer.program.atomic import replace_file
-from infer.program.paths import ROOT
+from infer.program.paths import INSTALLED, ROOT
 from infer.program.secrets import hide
 
 DONE, DEFECT, MEND, STOPPED, DIFFERS = range(5)
@@ -35,6 +35,7 @@ MENDS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 MEMORY = "choose precision=nf4, memory=lean or memory.budget_gib=..., or a smaller resolution or batch_size"
+PACKAGES = ("hydra_plugins", "infer", "train")
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors")
 
 
@@ -97,6 +98,8 @@ def is_ours(error: Exception) -> bool:
     if not place.is_relative_to(ROOT):
         return False
     inside = place.relative_to(ROOT).parts
+    if INSTALLED:  # among the libraries
+        return not inside or inside[0] in PACKAGES
     return not inside or not inside[0].startswith(".")  # an environment within the repository
 
 

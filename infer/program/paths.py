@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository, or the folder that a wheel was installed into."""
+"""The folder of infer/ and train/: the repository, or the one that a wheel was installed into."""
+SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() else ROOT
+"""The folder of configs/ and scripts/tiny/model: the repository, or within a wheel's package (setup.py)."""
+INSTALLED = SHIPPED != ROOT
+CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
 FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",

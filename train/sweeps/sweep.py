@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from infer.program.errors import explained
 from infer.program.literal import literal_arguments, read_text_literally
-from infer.program.paths import ROOT
+from infer.program.paths import CONFIGS, INSTALLED, ROOT, SHIPPED
 from train.run.config import Train
 from train.run.sweep import Sweep
 
-OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
 
 
 read_text_literally(lambda: Train)  # in every process that runs points, which imports this file
@@ -61,7 +61,7 @@ def preview_config(arguments: Any) -> Any:
     parser = OverridesParser.create()
     single = [o for o in arguments.overrides if not parser.parse_override(o).is_sweep_override()]
     more = [f"hydra.searchpath=[{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
-    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose("train", [*single, *more]), resolve=True)
 
 
@@ -89,8 +89,8 @@ def main() -> None:
         # beside the other options: the parser takes them in one row only
         place = sys.argv.index(arguments.overrides[0]) if arguments.overrides else len(sys.argv)
         sys.argv.insert(place, f"sweep.keys=[{','.join(keys)}]")
-    # whatever a launcher starts, wherever, finds this checkout and its plugins
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(point)()
+    if not INSTALLED:  # what a launcher starts, on whichever machine, finds this checkout and its plugins
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
     with explained():
         conclude(folder)
