@@ -1,7 +1,7 @@
 """Device memory of training, by part, from shapes alone: no weights, no GPU.
 
-What is stored is counted; what a block's backward pass works with was measured and is proportional to the tokens. Sizes
-are in bytes. The unit of work is one activation of the transformer's width: batch x tokens x width x 2 bytes.
+Stored tensors are counted. The working memory of a block's backward pass was measured and grows with the tokens. Sizes
+are in bytes. The unit of working memory is one activation of the transformer's width: batch x tokens x width x 2 bytes.
 """
 
 from dataclasses import dataclass
@@ -17,69 +17,70 @@ from train.estimate.flop import tokens_of
 from train.objective.optim import state_bytes
 from train.run.config import Train
 
-# measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, beside what is kept for it
+# measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, besides those kept for it
 WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
-# an activation's worth of products (base and adapter) that the backward pass reads, a block, and what it reads of all
+# activations a block that the backward pass reads: the outputs of its matrix products (base and adapter), and all
 PRODUCTS, EVERYTHING = 7.0, 11.5
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
-CONTEXT = int(0.85 * 2**30)  # what CUDA takes beside torch's allocator: H100, torch 2.11
-# what torch's allocator holds beyond the peak of what is allocated, in GiB, measured likewise; most where 4-bit layers'
-# products are kept
-HOLES, HOLES_PLAIN, HOLES_STREAMED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
+CONTEXT = int(0.85 * 2**30)  # CUDA's own memory, outside torch's allocator: H100, torch 2.11
+# GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; most where the products of
+# 4-bit layers are kept
+HOLES, HOLES_PLAIN, HOLES_OFFLOADED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
 
 
 @dataclass
 class Footprint:
-    """Bytes by part."""
+    """Bytes by part, at the peak of a training step."""
 
     weights: int
     adapters: int
     gradients: int
     optimizer: int
     checkpoints: int
-    """What is kept of each block from its forward to its backward pass."""
+    """Tensors of each block that are kept from its forward to its backward pass."""
     block: int
-    """What one block's backward pass works with."""
+    """Working memory of one block's backward pass."""
     workspace: int
     """Of cuBLAS and cuDNN."""
     allocator: int
-    """What torch's allocator holds beyond what is allocated: holes between what was freed."""
+    """Held by torch's allocator beyond the allocated bytes: holes between freed tensors."""
     context: int
     """CUDA's own."""
     host: int
-    """Pinned memory of streamed blocks."""
+    """Pinned host memory of the blocks, where some are offloaded."""
     resident: int
-    """Blocks whose weights stay on the device."""
+    """How many blocks keep their weights on the device."""
     blocks: int
+    """How many blocks the transformer has."""
     text_phase: int
-    """The text encoders, before the transformer is loaded."""
+    """The text encoders' weights, before the transformer is loaded."""
 
     @property
     def allocated(self) -> int:
-        """What torch allocates at the peak of a step."""
+        """Bytes that torch allocates at the peak of a step."""
         learned = self.adapters + self.gradients + self.optimizer
         return self.weights + learned + self.checkpoints + self.block + self.workspace
 
     @property
     def peak(self) -> int:
-        """What the device must have: the larger of the phases, the allocator's holes, and CUDA's own."""
+        """Bytes that the device must have: the larger of the two phases, the allocator's holes, and CUDA's own."""
         return max(self.allocated, self.text_phase) + self.allocator + self.context
 
 
 def part_config(model: Model, part: str) -> dict[str, Any]:
-    """A part's config: known here for FLUX.1-dev and schnell, else the checkpoint's own."""
+    """A part's config: for FLUX.1-dev and schnell from our table, else from the checkpoint."""
     if model.local is None and model.path in SHAPES:
         return shape_config(model.path, part)
     return read_config(model, part)
 
 
 def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision) -> int:
-    """A linear layer's weight [rows, columns] as it is stored, without its bias."""
+    """Bytes of a linear layer's weight [rows, columns] as it is stored, without its bias."""
     return weight_bytes(rows, columns, kind, precision.double_quant, precision.itemsize)
 
 
 def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str, int]:
-    """Bytes of every module's own parameters as they will be stored. config: the transformer's."""
+    """Stored bytes of every module's parameters, without those of its children. config: the transformer's."""
     found = {name: count * precision.itemsize for name, count in norm_sizes(config).items()}
     for name, layer in linear_shapes(config).items():
         found[name] = layer_bytes(*layer, kind_asked(precision, name), precision) + layer.rows * precision.itemsize
@@ -87,12 +88,12 @@ def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str,
 
 
 def text_bytes(model: Model, precision: Precision) -> int:
-    """Of T5 and CLIP; transformers keeps T5's `wo` layers unquantized."""
-    t5, clip, own = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
+    """Bytes of T5's and CLIP's weights. transformers keeps T5's `wo` layers unquantized."""
+    t5, clip, stored = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
     width, inner, hidden = t5["d_model"], t5["num_heads"] * t5["d_kv"], t5["d_ff"]
-    each = 4 * layer_bytes(inner, width, own.kind, own) + 2 * layer_bytes(hidden, width, own.kind, own)
-    kept = width * hidden * (4 if own.quantized and own.compute_dtype == "fp16" else own.itemsize)
-    total = t5["num_layers"] * (each + kept) + t5["vocab_size"] * width * own.itemsize
+    layers = 4 * layer_bytes(inner, width, stored.kind, stored) + 2 * layer_bytes(hidden, width, stored.kind, stored)
+    wo = width * hidden * (4 if stored.quantized and stored.compute_dtype == "fp16" else stored.itemsize)
+    total = t5["num_layers"] * (layers + wo) + t5["vocab_size"] * width * stored.itemsize
     width, hidden = clip["hidden_size"], clip["intermediate_size"]
     weights = clip["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
     weights += (clip["vocab_size"] + clip["max_position_embeddings"]) * width
@@ -100,17 +101,17 @@ def text_bytes(model: Model, precision: Precision) -> int:
 
 
 def text_tokens(job: Train) -> int:
-    """T5 tokens that training sees; the checkpoint's own are 512 but for schnell's 256."""
+    """T5 tokens of a caption in training: data.text_length, else the checkpoint's 512, or schnell's 256."""
     if job.data.text_length is not None:
         return job.data.text_length
     return 256 if job.model.path.endswith("schnell") else 512
 
 
 def footprint(job: Train) -> Footprint:
-    """What training of a config takes at its largest resolution.
+    """Memory of a training config at its largest resolution.
 
     Raises:
-        ValueError: the adapter's targets match no layer, or the budget is too small even with every block streamed.
+        ValueError: the adapter's targets match no layer, or the budget is too small even with every block offloaded.
     """
     config = part_config(job.model, "transformer")
     sizes = weights_by_module(config, job.precision)
@@ -139,7 +140,7 @@ def footprint(job: Train) -> Footprint:
     single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
     size = {name.split(".", 2)[2]: each.columns * each.rows for name, each in single.items()}
     reads = [size["proj_mlp"], sum(size[f"attn.to_{name}"] for name in "qkv")]
-    # the weights of one product; memory=lean has one for q, k and v and one for the MLP
+    # weights of one matrix product; memory=lean computes q, k and v in one, and the MLP in another
     largest = max(size["proj_out"], max(reads) if keep == "nothing" else sum(reads))
     if not job.memory.fused:
         four = job.precision.kind in ("nf4", "fp4")
@@ -147,7 +148,7 @@ def footprint(job: Train) -> Footprint:
     if job.precision.quantized:
         work += 2 * largest  # dequantized to bf16
         if job.memory.fused and keep in ("attention", "products"):
-            work += largest  # one copy is kept from the recomputation to the gradient
+            work += largest  # the dequantized copy is kept from the recomputation to the gradient
 
     by_block = [
         sum(size for name, size in sizes.items() if name.startswith(f"{stack}.{i}."))
@@ -173,12 +174,12 @@ def footprint(job: Train) -> Footprint:
         text_phase=text_bytes(job.model, job.precision),
     )
     if job.memory.budget_gib is not None:
-        _stream(result, by_block, job)
+        _offload(result, by_block, job)
     return result
 
 
 def _sums_apart(job: Train) -> bool:
-    """Whether the gradients of an update's micro-batches are added up beside those that a captured step leaves."""
+    """Whether the gradients of an update's micro-batches are added up in tensors besides those of a captured step."""
     return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
 
 
@@ -186,16 +187,16 @@ def _holes(job: Train) -> float:
     if not job.memory.fused:
         return HOLES_PLAIN
     if job.memory.budget_gib is not None:
-        return HOLES_STREAMED
+        return HOLES_OFFLOADED
     kept = job.memory.keep in ("products", "everything") and job.precision.kind in ("nf4", "fp4")
     return HOLES_KEPT if kept else HOLES
 
 
-def _stream(result: Footprint, by_block: list[int], job: Train) -> None:
-    """Have as many blocks stay on the device as the budget allows; the others take turns in a few slots.
+def _offload(result: Footprint, by_block: list[int], job: Train) -> None:
+    """Keep as many blocks on the device as the budget allows. The others lie in host memory and share a few slots.
 
     Raises:
-        ValueError: too small a budget.
+        ValueError: the budget is too small.
     """
     budget = int((job.memory.budget_gib or 0) * 2**30)
     rest = result.weights - sum(by_block)

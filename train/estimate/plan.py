@@ -20,24 +20,24 @@ GIB = 2**30
 PARTS = ("weights", "adapters", "gradients", "optimizer", "checkpoints", "block", "workspace", "allocator", "context")
 MEANING = {
     "weights": "the transformer's, as stored",
-    "adapters": "in fp32, and their average if there is one",
+    "adapters": "in fp32, and their average if the run keeps one",
     "gradients": "of the adapters",
     "optimizer": "its states",
-    "checkpoints": "kept of each block for its backward pass",
-    "block": "what one block's backward pass works with",
+    "checkpoints": "tensors of each block, kept for its backward pass",
+    "block": "working memory of one block's backward pass",
     "workspace": "of cuBLAS and cuDNN",
-    "allocator": "held by torch beyond what is allocated",
+    "allocator": "held by torch's allocator beyond the allocated bytes",
     "context": "CUDA's own",
 }
-REFERENCE = CARDS["H100"]  # whose seconds order the proposals
+REFERENCE = CARDS["H100"]  # proposals are ordered by their seconds on this card
 
 
 @dataclass
 class Plan(Train):
-    """train.py's options, and a size that the run is to fit."""
+    """train.py's options, and the memory that the run must fit."""
 
     fit_gib: float | None = None
-    """Memory of a card: propose the fastest memory settings with which the run fits it."""
+    """GiB of a card: propose the fastest memory settings with which the run fits it."""
 
     def __post_init__(self) -> None:
         bounds.check_most(self, "", fit_gib=bounds.GIB)
@@ -47,6 +47,7 @@ class Plan(Train):
 
 
 def describe(job: Train) -> str:
+    """The settings that decide memory and speed, in one line."""
     memory = "diffusers' own layers" if not job.memory.fused else f"memory.keep={job.memory.keep}"
     if job.memory.budget_gib is not None:
         memory += f", memory.budget_gib={job.memory.budget_gib:g}"
@@ -57,9 +58,9 @@ def describe(job: Train) -> str:
 
 
 def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
-    """Ways to trade time for memory with which the config fits, each with its seconds on the reference card.
+    """Memory settings with which the config fits, each with its seconds a step on the reference card.
 
-    Nothing that is learned changes but for double quantization, which is tried where nothing else fits.
+    They change time and memory, not what is learned.
     """
     for keep in ("everything", "products", "attention", "nothing"):
         for budget in (None, gib - 1):
@@ -69,13 +70,16 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
             try:
                 taken = footprint(changed)
             except ValueError:
-                continue  # the budget is too small for this way
+                continue  # the budget is too small for these settings
             if taken.peak <= gib * GIB and (budget is None or taken.resident < taken.blocks):
                 yield seconds(changed, taken, REFERENCE), changed, taken
 
 
 def propose(job: Train, gib: float) -> tuple[float, Train, Footprint] | None:
-    """The fastest of them; None where nothing fits."""
+    """The fastest of the proposals, or None where nothing fits.
+
+    Where nothing else fits a 4-bit precision, double quantization is tried too, which changes the weights slightly.
+    """
     found = list(proposals(job, gib))
     if not found and job.precision.kind in ("nf4", "fp4") and not job.precision.double_quant:
         found = list(proposals(replace(job, precision=replace(job.precision, double_quant=True)), gib))
@@ -83,13 +87,13 @@ def propose(job: Train, gib: float) -> tuple[float, Train, Footprint] | None:
 
 
 def overrides(job: Train, wanted: Train) -> str:
-    """What to write behind the command to get `wanted` from `job`."""
+    """The options that turn the command of `job` into that of `wanted`."""
     words = []
     for name in ("memory", "precision"):
-        mine, other = getattr(job, name), getattr(wanted, name)
-        for each in fields(other):
-            value = getattr(other, each.name)
-            if value != getattr(mine, each.name):
+        now, then = getattr(job, name), getattr(wanted, name)
+        for each in fields(then):
+            value = getattr(then, each.name)
+            if value != getattr(now, each.name):
                 words.append(f"{name}.{each.name}={'null' if value is None else str(value).lower()}")
     return " ".join(words)
 
@@ -101,6 +105,7 @@ def line(taken: Footprint) -> str:
 
 
 def table(job: Train, taken: Footprint) -> str:
+    """The plan as a table for the terminal: memory by part, seconds by card."""
     lines = [describe(job)]
     lines += [f"  {part:12} {getattr(taken, part) / GIB:7.2f} GiB  {MEANING[part]}" for part in PARTS]
     if taken.text_phase > taken.allocated:
@@ -109,8 +114,8 @@ def table(job: Train, taken: Footprint) -> str:
         )
     lines.append(f"  {'peak':12} {taken.peak / GIB:7.2f} GiB")
     if taken.resident < taken.blocks:
-        there = f"{taken.resident} of {taken.blocks} blocks stay on the device"
-        lines.append(f"  {there}; {taken.host / GIB:.2f} GiB of pinned host memory")
+        stay = f"{taken.resident} of {taken.blocks} blocks stay on the device"
+        lines.append(f"  {stay}; {taken.host / GIB:.2f} GiB of pinned host memory")
     lines.append("  about seconds a step (measured shares of an H100's rates; other cards by their datasheets):")
     for name, card in CARDS.items():
         fits = "" if taken.peak <= card.gib * GIB else "  does not fit"
@@ -119,10 +124,10 @@ def table(job: Train, taken: Footprint) -> str:
 
 
 def check_fits(job: Train, gib: float) -> Footprint:
-    """The plan for a card of so many GiB.
+    """The plan of a run on a card with `gib` GiB.
 
     Raises:
-        ValueError: the run does not fit it; the text says what would.
+        ValueError: the run does not fit the card; the message names settings with which it would.
     """
     taken = footprint(job)
     if taken.peak <= gib * GIB:
@@ -136,10 +141,10 @@ def check_fits(job: Train, gib: float) -> Footprint:
 
 
 def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> None:
-    """Say what a run on a GPU will take, before anything is loaded.
+    """Say how much memory a run on a GPU will take, before anything is loaded.
 
     Raises:
-        ValueError: the GPU is too small.
+        ValueError: the run does not fit the GPU.
     """
     if device.type == "cuda":
         import torch

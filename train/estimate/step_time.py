@@ -1,7 +1,7 @@
-"""Seconds a training step takes on a card, from floating-point operations and bytes: an estimate, not a measurement.
+"""Seconds of a training step on a card, estimated from floating-point operations and bytes.
 
-The shares of a card's rates that are reached were measured on an H100 (scripts/bench_train.py); other cards are
-estimated from their makers' datasheets by the same shares.
+How much of its datasheet's rates an H100 reaches was measured (scripts/bench_train.py). Other cards are assumed to
+reach the same shares of theirs.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Card:
 
     gib: float
     flops: float
-    """Dense bf16 products with fp32 sums, as the maker says, a second."""
+    """Operations a second of dense bf16 products with fp32 sums, by the datasheet."""
     bandwidth: float
-    """Bytes a second of its memory."""
+    """Bytes a second from the card's memory."""
     host: float = 25e9
     """Bytes a second from pinned host memory."""
 
@@ -37,20 +37,20 @@ CARDS = {
     "RTX 3060 12GB": Card(11.8, 25e12, 0.360e12),
     "RTX 4060": Card(7.6, 30e12, 0.272e12, 12e9),
 }
-RATE = 0.8  # of the datasheet's, in a large product of random matrices
-PRODUCTS = 0.88  # of that, in a step's products
-HOST = 0.006  # seconds a step that the device waits for the host
-PASSES = 105  # times that a block's fused kernels read or write an activation
-COPY = 0.9  # of the bandwidth
+RATE = 0.8  # share of the datasheet's operations that a large product of random matrices reaches
+PRODUCTS = 0.88  # share of that rate that a step's products reach
+HOST = 0.006  # seconds a step in which the device waits for the host
+PASSES = 105  # how often a block's fused kernels read or write an activation
+COPY = 0.9  # share of the bandwidth that they reach
 
 
 def seconds(job: Train, taken: Footprint, card: Card) -> float:
-    """Of one optimizer update on the fast path; the plain one is slower, and how much depends on the host too."""
+    """Seconds of one optimizer update on the fast path. The plain path is slower by an amount that the host decides."""
     config = part_config(job.model, "transformer")
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
     recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"
-    # a block is recomputed but for its last product, whose value nobody needs again
+    # the recomputation of a block skips its last product, whose value no gradient reads
     linear = linear_flop(config, tokens) * (2.6 if recomputed else 2)
     attention = attention_flop(config, tokens) * (3.5 if kept else 4.5)
     reached = 0.83 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
@@ -62,5 +62,5 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
         stored = {"int8": 1.0}.get(job.precision.kind, 0.56)
         times = 2 if job.memory.keep != "nothing" else 3
         time += times * weights * (stored + 2) / (COPY * card.bandwidth)
-    streamed = taken.host * (1 - taken.resident / taken.blocks)
-    return (max(time, 2 * streamed / card.host) + HOST) * job.accumulation
+    offloaded = taken.host * (1 - taken.resident / taken.blocks)
+    return (max(time, 2 * offloaded / card.host) + HOST) * job.accumulation
