@@ -1,8 +1,8 @@
 """Optuna as Hydra's sweeper: `hydra/sweeper=optuna`.
 
-hydra-optuna-sweeper 1.3.0 holds Optuna at 2.10, which cannot keep a study with a current SQLAlchemy. This one takes any
-number of objectives from `sweep.objectives`, keeps the study in a file, so that the same command goes on with it, and
-counts a point that failed as failed.
+hydra-optuna-sweeper 1.3.0 requires Optuna 2.10, which cannot store a study with a current SQLAlchemy. This sweeper
+takes any number of objectives from `sweep.objectives`. It keeps the study in a file: the same command again continues
+it. Optuna hears of failed points as failed trials.
 """
 
 from pathlib import Path
@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def distribution(override: Override) -> Any:
-    """What Optuna draws from for `choice(a,b)` or `a,b`, `range(1,9)`, `interval(1e-5,1e-3)`; `tag(log, ...)` of an
-    interval draws its logarithm evenly.
+    """Optuna's distribution for `choice(a,b)` or `a,b`, `range(1,9)` and `interval(1e-5,1e-3)`.
+
+    `tag(log, interval(...))` draws the logarithm evenly.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -30,12 +31,12 @@ def distribution(override: Override) -> Any:
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log="log" in value.tags)
         return FloatDistribution(float(low), float(high), log="log" in value.tags)
-    # range() and choice() alike: each value as it would stand on the command line
+    # range() and choice() alike: each value as it is written on the command line
     return CategoricalDistribution(tuple(override.sweep_string_iterator()))
 
 
 class OptunaSweeper(Sweeper):
-    """Asks for `n_jobs` points at a time, `n_trials` in all, those of earlier calls included."""
+    """Runs `n_jobs` points at a time until `n_trials` have finished, those of earlier commands included."""
 
     def __init__(self, n_trials: int, n_jobs: int, sampler: Any, params: DictConfig | None) -> None:
         self.n_trials, self.n_jobs, self.sampler = n_trials, n_jobs, sampler
@@ -70,7 +71,7 @@ class OptunaSweeper(Sweeper):
             directions=list(self.config.sweep.objectives.values()),
             load_if_exists=True,
         )
-        # what an earlier call left open or saw fail comes first: its points go on where they stopped
+        # trials that an earlier command left running or failed come first: their points resume where they stopped
         done = [trial.params for trial in study.get_trials(states=(TrialState.COMPLETE,))]
         for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
             if trial.state is TrialState.RUNNING:

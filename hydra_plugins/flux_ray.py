@@ -1,7 +1,7 @@
 """Ray as Hydra's launcher: `hydra/launcher=ray`.
 
-hydra-ray-launcher 1.2.2 holds cloudpickle below 3, which joblib 1.6 needs, and brings an AWS client with it; this one
-needs `ray` alone. A point is a task: it waits for its share of the cluster, and Ray shows it only its own GPUs.
+hydra-ray-launcher 1.2.2 requires cloudpickle below 3, while joblib 1.6 requires 3, and installs an AWS client; this
+launcher needs `ray` alone. A point is a task of Ray: it waits for its share of the cluster, and sees its own GPUs only.
 """
 
 import os
@@ -26,7 +26,7 @@ def run_task(
     overrides: list[str],
     number: int,
 ) -> JobReturn:
-    """One point, in a worker of Ray. cwd: the folder of the sweep's command, which all machines share."""
+    """Run one point in a worker of Ray. cwd: the folder of the sweep's command, which all machines share."""
     os.chdir(cwd)
     setup_globals()
     Singleton.set_state(state)
@@ -45,7 +45,7 @@ def run_task(
 
 
 class RayLauncher(Launcher):
-    """`init`: of ray.init, such as {address: auto}; `task`: of ray.remote, such as {num_cpus: 4, num_gpus: 1}."""
+    """`init`: arguments of ray.init, such as {address: auto}; `task`: of ray.remote, such as {num_gpus: 1}."""
 
     def __init__(self, init: DictConfig, task: DictConfig) -> None:
         self.init: Any = OmegaConf.to_container(init, resolve=True)

@@ -1,4 +1,4 @@
-"""What a sweep does with each of its points: train/train.py's group `sweep`."""
+"""The settings of a sweep: train/train.py's group `sweep`."""
 
 from dataclasses import dataclass, field
 
@@ -9,22 +9,22 @@ DIRECTIONS = ("minimize", "maximize")
 
 @dataclass
 class Sweep:
-    """What `-m` does with each point; a single run has no use for it."""
+    """What `-m` does with each point. A single run reads none of it."""
 
     compare: list[str] | None = field(default_factory=list)
-    """Options of infer/compare.py, as on its command line; null trains alone. Unless they name an experiment, the
-    prompts are those of `previews`, and the rest is as in training."""
+    """Options of infer/compare.py, as on its command line; null: points are trained, not compared. Unless the options
+    name an experiment, the prompts are those of `previews`, and the other settings are those of the training."""
     launch: list[str] = field(default_factory=list)
-    """What starts train/train.py, such as [accelerate, launch, --config_file, F]; none: python."""
+    """The command that starts train/train.py, such as [accelerate, launch, --config_file, F]; empty: python."""
     gpus: list[int] | None = None
-    """GPUs of this machine of which each point gets one that is free; null leaves the choice to the launcher."""
+    """GPUs of this machine: each point gets one that is free. null leaves the choice to the launcher."""
     objectives: dict[str, str] = field(
         default_factory=lambda: {"validation_loss": "minimize", "memory_gib": "minimize", "seconds": "minimize"}
     )
-    """Figures of a point that count, and whether to minimize or maximize them: the axes of the report's front, and what
-    an optimizing sweeper is told. The first one decides which point is the best."""
+    """Figures of a point, and whether to minimize or maximize each: the axes of the report's Pareto front, and the
+    objectives of an optimizing sweeper. The first one decides which point is the best."""
     keys: list[str] | None = None
-    """Settings whose values name the points; null: those that have several."""
+    """Settings whose values name the points; null: those with several values."""
 
     def __post_init__(self) -> None:
         check_most(self, "sweep.", gpus=10**4)

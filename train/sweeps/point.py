@@ -1,11 +1,10 @@
 """A point of a sweep: its name, its commands, and running those that are not done yet.
 
-runs/<sweep>/<point>/ is an ordinary run's folder; point.json there records the commands and how they ended, train.log,
-compare.log and track.log what they printed. Points that train at the same time share one cache
-(train/latents/shards.py): none encodes what another has encoded or is about to.
+runs/<sweep>/<point>/ is the folder of an ordinary run. point.json there records the point's commands and how each of
+them ended; train.log, compare.log and track.log hold what they printed. Points that train at the same time share one
+cache (train/latents/shards.py): none encodes what another has encoded or is encoding.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from infer.program.atomic import replace_file
 from infer.program.errors import STOPPED
 from infer.program.literal import quote
@@ -28,16 +29,16 @@ from infer.program.paths import ROOT
 from train.trackers.figures import objectives_of, read_figures
 
 RECORD = "point.json"
-LONGEST = 100  # characters of a point's name
-GRACE = 120  # seconds for a command to finish its step and save after an interrupt
+NAME_LENGTH = 100  # characters of a point's name, before its checksum
+GRACE = 120  # seconds in which an interrupted command finishes its step and saves
 PRODUCTS = {"train": "adapter/pytorch_lora_weights.safetensors", "compare": "compare/results.json"}
 
 
 def name_point(overrides: list[str], keys: list[str]) -> str:
-    """A folder's name made of the values of `keys`, in their order: precision-nf4_rank-4_seed-0.
+    """The name of a point's folder, made of the values of `keys` in their order: precision-nf4_rank-4_seed-0.
 
-    A key is shortened to its last part where that tells it from the others. What a plain name cannot say gets a few
-    digits of a checksum, so that two points never share a name.
+    A key is shortened to its last part where no other key ends alike. Where the name cannot hold the values as they
+    are, digits of their checksum follow it: two points never share a name.
     """
     given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
     lasts = [key.split("@")[0].split(".")[-1] for key in keys]
@@ -53,20 +54,20 @@ def name_point(overrides: list[str], keys: list[str]) -> str:
         exact &= part == f"{label}-{given[key]}"
         parts.append(part)
     name = "_".join(parts) or "point"
-    if exact and len(name) <= LONGEST and ".." not in name:
+    if exact and len(name) <= NAME_LENGTH and ".." not in name:
         return name
     values = json.dumps([[key, given[key]] for key in keys if key in given])
-    return f"{name[:LONGEST].replace('..', '.')}-{hashlib.sha256(values.encode()).hexdigest()[:6]}"
+    return f"{name[:NAME_LENGTH].replace('..', '.')}-{hashlib.sha256(values.encode()).hexdigest()[:6]}"
 
 
 def spell(value: Any) -> str:
-    """A plain value in the words of Hydra's command line."""
+    """A plain value as it is written on Hydra's command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # `${` is text here, not an interpolation
+        # a `${` in a plain value is text, not an interpolation
         return quote(re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value))
     if isinstance(value, list):
         return f"[{','.join(map(spell, value))}]"
@@ -76,7 +77,7 @@ def spell(value: Any) -> str:
 
 
 def spell_all(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every value of nested settings as an option."""
+    """Every value of nested settings as an override of Hydra: `optim.lr=0.0001`."""
     options = []
     for key, value in config.items():
         nested = isinstance(value, dict) and value
@@ -84,18 +85,27 @@ def spell_all(config: dict[str, Any], prefix: str = "") -> list[str]:
     return options
 
 
-def commands_of(config: dict[str, Any], overrides: list[str], name: str, places: list[str]) -> dict[str, list[str]]:
-    """The commands of a point by stage, in order; places: further folders of configs."""
+def commands_of(
+    config: dict[str, Any], overrides: list[str], name: str, config_dirs: list[str]
+) -> dict[str, list[str]]:
+    """The commands of a point, by stage and in order: train, compare, track.
+
+    Args:
+        config: the point's settings.
+        overrides: what the sweep's command line says, with this point's values.
+        name: the point's.
+        config_dirs: further folders of configs, given with --config-dir.
+    """
     sweep, track = config["sweep"], config["track"]
     run = f"{config['run']}/{name}"
-    start = list(sweep["launch"]) or [sys.executable]
-    if start[0] == "accelerate":  # the one of this Python, whatever PATH says
-        start[0] = str(Path(sys.executable).with_name("accelerate"))
-    own = [o for o in overrides if not re.match(r"[+~]*(run|sweep|sweep\..*)=", o)]
+    launch = list(sweep["launch"]) or [sys.executable]
+    if launch[0] == "accelerate":  # the one beside this Python, whichever PATH finds first
+        launch[0] = str(Path(sys.executable).with_name("accelerate"))
+    options = [o for o in overrides if not re.match(r"[+~]*(run|sweep|sweep\..*)=", o)]
     if track["kind"] == "wandb" and track["group"] is None:
-        own.append(f"track.group={spell(config['run'])}")
-    sources = [word for place in places for word in ("--config-dir", place)]
-    commands = {"train": [*start, str(ROOT / "train/train.py"), *sources, *own, f"run={spell(run)}"]}
+        options.append(f"track.group={spell(config['run'])}")
+    flags = [word for folder in config_dirs for word in ("--config-dir", folder)]
+    commands = {"train": [*launch, str(ROOT / "train/train.py"), *flags, *options, f"run={spell(run)}"]}
     if sweep["compare"] is not None:
         kind = config["precision"]["kind"]
         options = spell_all({key: config[key] for key in ("model", "memory", "device")})
@@ -107,33 +117,39 @@ def commands_of(config: dict[str, Any], overrides: list[str], name: str, places:
         commands["compare"] = [sys.executable, str(ROOT / "infer/compare.py"), *options, *sweep["compare"]]
         if track["kind"] != "none":
             group = track["group"] or config["run"] if track["kind"] == "wandb" else None
-            told = spell_all({"track": track | {"group": group}})
-            commands["track"] = [sys.executable, str(ROOT / "train/track.py"), f"run={spell(run)}", *told]
+            options = spell_all({"track": track | {"group": group}})
+            commands["track"] = [sys.executable, str(ROOT / "train/track.py"), f"run={spell(run)}", *options]
     return commands
 
 
 @contextmanager
-def locked(file: Path, wait: bool) -> Iterator[bool]:
-    """Hold a file's lock, which ends with the process; gives False if it is taken and `wait` is not set."""
+def try_lock(file: Path) -> Iterator[bool]:
+    """Hold a file's lock, which ends with the process. Gives False where another process holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 @contextmanager
-def one_gpu(gpus: list[int] | None, folder: Path) -> Iterator[int | None]:
-    """A GPU of this machine that no other point of the sweep uses; waits until there is one."""
+def free_gpu(gpus: list[int] | None, folder: Path) -> Iterator[int | None]:
+    """One of `gpus` that no other point of the sweep uses; waits until one is free. None where `gpus` is.
+
+    folder: of the locks, one a GPU of this machine.
+    """
     if gpus is None:
         yield None
         return
     while True:
         for gpu in gpus:
-            with locked(folder / f"{socket.gethostname()}-gpu-{gpu}.lock", wait=False) as free:
+            with try_lock(folder / f"{socket.gethostname()}-gpu-{gpu}.lock") as free:
                 if free:
                     yield gpu
                     return
@@ -141,20 +157,20 @@ def one_gpu(gpus: list[int] | None, folder: Path) -> Iterator[int | None]:
 
 
 def execute(command: list[str], log: Path, gpu: int | None) -> int:
-    """Run a command to its end, what it prints going to `log`; returns its exit code.
+    """Run a command to its end, with its output in `log`; returns its exit code.
 
-    It has a session of its own, so that a terminal's Ctrl-C does not reach it by itself: it is handed on once, and the
-    command is given the time to save. A second one ends it at once.
+    The command has a session of its own, which a terminal's Ctrl-C does not reach. The first Ctrl-C is passed on, and
+    the command has GRACE seconds to save; the second one kills it.
     """
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     shown = shlex.join(command) if gpu is None else f"CUDA_VISIBLE_DEVICES={gpu} {shlex.join(command)}"
-    with log.open("wb") as stream:
-        stream.write(f"$ {shown}\n".encode())
-        stream.flush()
+    with log.open("wb") as output:
+        output.write(f"$ {shown}\n".encode())
+        output.flush()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=stream,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
@@ -171,11 +187,11 @@ def execute(command: list[str], log: Path, gpu: int | None) -> int:
 
 
 def reason_of(log: Path, code: int) -> str:
-    """Why a command failed: the last line in which it says so (infer/program/errors.py), else its last line."""
+    """Why a command failed: its last error message (infer/program/errors.py), else its last line."""
     text = log.read_text(errors="replace")
-    found = re.findall(r"^error(?: on rank \d+)?: (.+)$", text, flags=re.MULTILINE)
-    if found:
-        return str(found[-1]).strip()
+    errors = re.findall(r"^error(?: on rank \d+)?: (.+)$", text, flags=re.MULTILINE)
+    if errors:
+        return str(errors[-1]).strip()
     if code == STOPPED:
         return "stopped by a signal, its state saved"
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
@@ -184,9 +200,14 @@ def reason_of(log: Path, code: int) -> str:
 
 
 def run_point(
-    config: dict[str, Any], overrides: list[str], keys: list[str], number: int, places: list[str]
+    config: dict[str, Any], overrides: list[str], keys: list[str], number: int, config_dirs: list[str]
 ) -> tuple[float, ...] | None:
-    """Run what is not done of a point; returns its objectives, None if it failed.
+    """Run the commands of a point that are not done; returns its objectives, or None if it failed.
+
+    Args:
+        keys: the settings whose values name the point.
+        number: the point's, counted by Hydra.
+        config, overrides, config_dirs: as for `commands_of`.
 
     Raises:
         ValueError: the sweep's name leads out of runs/.
@@ -194,20 +215,20 @@ def run_point(
     name = name_point(overrides, keys)
     sweep = Path("runs") / config["run"]
     folder = sweep / name
-    say = f"[{number}] {name}:"
-    with locked(folder / ".point.lock", wait=False) as ours:
-        if not ours:
-            print(f"{say} left out, another process is at it", flush=True)
+    label = f"[{number}] {name}:"
+    with try_lock(folder / ".point.lock") as held:
+        if not held:
+            print(f"{label} skipped, another process runs it", flush=True)
             return None
         record = _read(folder / RECORD)
         values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
         record |= {"name": name, "values": {key: values[key] for key in keys if key in values}, "config": config}
         record.setdefault("stages", {})
-        commands = commands_of(config, overrides, name, places)
+        commands = commands_of(config, overrides, name, config_dirs)
         error = None
-        with one_gpu(config["sweep"]["gpus"], sweep / ".locks") as gpu:
+        with free_gpu(config["sweep"]["gpus"], sweep / ".locks") as gpu:
             for stage, command in commands.items():
-                error = _stage(stage, command, record, folder, gpu, say)
+                error = _run_stage(stage, command, record, folder, gpu, label)
                 if error is not None:
                     break
             stopped = any(stage["code"] == STOPPED for stage in record["stages"].values())
@@ -216,29 +237,29 @@ def run_point(
         if error is None:
             try:
                 objectives = objectives_of(figures, config["sweep"]["objectives"])
-            except ValueError as lacking:
-                error = str(lacking)
+            except ValueError as absent:
+                error = str(absent)
         state = "stopped" if stopped else "failed" if error else "done"
         record |= {"state": state, "error": error, "figures": figures}
         _write(folder / RECORD, record)
     shown = error or ", ".join(f"{name} {figures[name]:.4g}" for name in config["sweep"]["objectives"])
-    print(f"{say} {record['state']}, {shown}", flush=True)
+    print(f"{label} {record['state']}, {shown}", flush=True)
     return objectives
 
 
-def _stage(
-    stage: str, command: list[str], record: dict[str, Any], folder: Path, gpu: int | None, say: str
+def _run_stage(
+    stage: str, command: list[str], record: dict[str, Any], folder: Path, gpu: int | None, label: str
 ) -> str | None:
-    """One command of a point, if it is not done; returns why it failed."""
+    """Run one command of a point if it is not done; returns why it failed, or None."""
     stages = record["stages"]
-    if stages.get(stage, {}).get("command") == command and _done(record, stage, folder):
+    if stages.get(stage, {}).get("command") == command and _is_done(record, stage, folder):
         return None
     for later in list(stages)[list(stages).index(stage) :] if stage in stages else []:
         del stages[later]
     record["state"] = "running"
     _write(folder / RECORD, record)
     log = folder / f"{stage}.log"
-    print(f"{say} {stage}, {log}", flush=True)
+    print(f"{label} {stage}, {log}", flush=True)
     start = time.monotonic()
     code = execute(command, log, gpu)
     ended = {"seconds": time.monotonic() - start, "gpu": gpu, "ended": time.time()}
@@ -246,7 +267,7 @@ def _stage(
     return reason_of(log, code) if code else None
 
 
-def _done(record: dict[str, Any], stage: str, folder: Path) -> bool:
+def _is_done(record: dict[str, Any], stage: str, folder: Path) -> bool:
     ended = record["stages"].get(stage, {}).get("code") == 0
     return ended and (stage not in PRODUCTS or (folder / PRODUCTS[stage]).is_file())
 
@@ -254,7 +275,7 @@ def _done(record: dict[str, Any], stage: str, folder: Path) -> bool:
 def _read(file: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):  # none yet, or torn by a crash of the machine: all is asked for again
+    except (OSError, ValueError):  # absent, or torn by a crash of the machine: every command runs again
         return {}
     return record
 

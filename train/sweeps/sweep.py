@@ -1,12 +1,12 @@
-"""Sweeps: `train/train.py -m` with several values for some settings trains a point for each, and compares it.
+"""Sweeps: `train/train.py -m` with several values for some settings trains and compares a point for each combination.
 
     python train/train.py -m run=mine data.path=my_pictures precision=nf4,int8 adapter.rank=4,16,64 seed=0,1,2
 
-Each point is a run of its own, runs/mine/<its values>, made by the same commands that one would type (train/train.py,
-infer/compare.py), each in a process of its own: a point that dies takes nothing with it, memory is
-measured afresh, and `accelerate launch` can start several processes. So the process that sweeps holds no model and
-needs no torch. The same command again skips what is done, goes on with what was interrupted, and tries again what
-failed.
+Each point is a run, runs/mine/<its values>, made by the commands that a user would type (train/train.py,
+infer/compare.py), each in a process of its own. So a point that dies takes no other with it, its memory is measured
+apart, and `accelerate launch` can start several processes for it. The process that sweeps holds no model and needs no
+torch. The same command again skips points that are done, resumes those that were interrupted, and tries those again
+that failed.
 """
 
 import os
@@ -31,7 +31,7 @@ from train.run.sweep import Sweep
 OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
 
 
-read_text_literally(lambda: Train)  # in every process that runs points, which imports this file
+read_text_literally(lambda: Train)  # here, since every process that runs points imports this file
 
 
 def asked(arguments: list[str]) -> bool:
@@ -40,37 +40,37 @@ def asked(arguments: list[str]) -> bool:
 
 
 def varied(overrides: list[str]) -> list[str]:
-    """The settings that a command line gives several values."""
+    """The settings to which a command line gives several values."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     return [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
 
 
 def point(config: DictConfig) -> tuple[float, ...] | None:
-    """One point: Hydra's task. Returns the objectives; None if it failed, which its record and the report say."""
+    """Run one point: Hydra's task. Returns the objectives, or None if it failed; its record and the report say why."""
     from train.sweeps.point import run_point
 
     job = HydraConfig.get()
     plain: Any = OmegaConf.to_container(config, resolve=True)
     keys = list(dict.fromkeys([*(plain["sweep"]["keys"] or []), *(job.sweeper.get("params") or {})]))
-    places = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
-    return run_point(plain, list(job.overrides.task), keys, job.job.num, places)
+    config_dirs = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+    return run_point(plain, list(job.overrides.task), keys, job.job.num, config_dirs)
 
 
 def preview_config(arguments: Any) -> Any:
-    """What the options that have one value compose: the sweep's name and settings, before any point is run."""
+    """The config of the options with one value: it has the sweep's name and settings before any point runs."""
     parser = OverridesParser.create()
     single = [o for o in arguments.overrides if not parser.parse_override(o).is_sweep_override()]
-    more = [f"hydra.searchpath=[{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
+    search = [f"hydra.searchpath=[{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose("train", [*single, *more]), resolve=True)
+        return OmegaConf.to_container(hydra.compose("train", [*single, *search]), resolve=True)
 
 
 def main() -> None:
-    """Sweep, then report; leaves with exit code 2 if a point failed or the sweep cannot start."""
+    """Sweep, then report. Exits with code 2 if a point failed or the sweep cannot start."""
     from infer.program.command import check_run_name
     from train.sweeps.report import conclude
 
-    # untyped: the commands of a point check their settings
+    # without types: the commands of a point check their settings themselves
     ConfigStore.instance().store(name="train_schema", node={})
     with explained():
         sys.argv[1:] = literal_arguments(sys.argv[1:], Train, sweep=True)
@@ -82,13 +82,13 @@ def main() -> None:
         except HydraException as error:
             raise ValueError(" ".join(str(error).split())) from error
         if "run" in keys:
-            raise ValueError("run has several values, but it names the sweep's folder; give it one")
+            raise ValueError("run has several values, but it names the sweep's folder; give it one value")
         folder = check_run_name(config["run"])
         Sweep(**config["sweep"])
     if not any(override.startswith("sweep.keys=") for override in arguments.overrides):
-        # beside the other options: the parser takes them in one row only
-        place = sys.argv.index(arguments.overrides[0]) if arguments.overrides else len(sys.argv)
-        sys.argv.insert(place, f"sweep.keys=[{','.join(keys)}]")
+        # beside the other options, since argparse takes positional arguments from one row alone
+        position = sys.argv.index(arguments.overrides[0]) if arguments.overrides else len(sys.argv)
+        sys.argv.insert(position, f"sweep.keys=[{','.join(keys)}]")
     if not INSTALLED:  # what a launcher starts, on whichever machine, finds this checkout and its plugins
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
