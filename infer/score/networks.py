@@ -161,13 +161,14 @@ def _channel_weights() -> list[Tensor]:
         return [state[f"lin{i}.model.1.weight"] for i in range(5)]
     except (OSError, KeyError) as error:
         raise ValueError(
-            f"networks.lpips is set, but torchmetrics has no LPIPS weights at {file} ({type(error).__name__}: {error}); "
+            f"networks.lpips is set, but torchmetrics has no LPIPS weights at {file} "
+            f"({type(error).__name__}: {error}); "
             "install torchmetrics 1.9, or set networks.lpips to null"
         ) from error
 
 
 def _lpips(path: str, device: torch.device) -> Callable[[Image.Image, Image.Image], float]:
-    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, weighted by channel."""
+    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, by channel weights."""
     weights = [weight.to(device) for weight in _channel_weights()]
     features = _alexnet(path).to(device)
     shift = torch.tensor([-0.030, -0.088, -0.188], device=device)[:, None, None]
