@@ -42,7 +42,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith(("https://", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
-    for file in re.findall(r"(?:configs|scripts|docs|train|infer)/[\w/.-]+\.(?:yaml|py|sh|md)\b", page.read_text()):
+    for file in re.findall(
+        r"(?:tests/)?(?:configs|scripts|docs|train|infer)/[\w/.-]+\.(?:yaml|py|sh|md)\b", page.read_text()
+    ):
         assert (ROOT / file).exists(), file
 
 

@@ -19,20 +19,20 @@ MODES = ("auto", "online", "offline")
 
 @dataclass
 class Track:
-    """Tracking of a run. metrics.jsonl in the run's folder is always written."""
+    """Where a run's figures go besides metrics.jsonl in its folder, which is always written."""
 
     kind: str = "none"
     """none, wandb or tensorboard."""
     project: str = "flux-lora"
-    """wandb: the project, as the next three."""
+    """W&B's project; this setting and the next four belong to kind wandb alone."""
     entity: str | None = None
-    """The team or user; null takes your default."""
+    """W&B's team or user; null takes your default."""
     group: str | None = None
-    """Runs of one name stand together; a sweep gives its own."""
+    """Runs of one group stand together; null: none, or the sweep's name for the points of a sweep."""
     tags: list[str] = field(default_factory=list)
     mode: str = "auto"
-    """wandb: online, offline, or auto: WANDB_MODE if it is set, else online with a key (WANDB_API_KEY or
-    `wandb login`) and offline without."""
+    """online, offline, or auto: as WANDB_MODE says if it is set, else online with a key (WANDB_API_KEY or `wandb
+    login`) and offline without."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

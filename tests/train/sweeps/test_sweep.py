@@ -23,7 +23,7 @@ from safetensors import safe_open
 from infer.adapter.read import FILE
 from infer.program.paths import ROOT
 from scripts.tiny.make_style import make_style
-from train.sweeps.point import RECORD, name_point, reason_of, spell
+from train.sweeps.point import RECORD, name_point, reason_of, spell, try_lock
 from train.sweeps.sweep import main, varied
 
 TRAIN = [sys.executable, str(ROOT / "train/train.py")]
@@ -76,6 +76,20 @@ def test_a_sweep_finishes_what_can_be_and_goes_on_where_it_stopped(tmp_path: Pat
     assert trained(tmp_path) == ["s/rank-2_lr-0.001", "s/rank-2_lr-0.5", "s/rank-2_lr-0.5"]
     assert record(tmp_path, "rank-2_lr-0.001") == before["rank-2_lr-0.001"]
     assert (tmp_path / "runs/s/rank-13_lr-0.5/train.log").stat().st_mtime > 0
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    file = tmp_path / "locks" / "gpu-0.lock"
+    code = "import time, pathlib, sys\nfrom train.sweeps.point import try_lock\n"
+    code += "with try_lock(pathlib.Path(sys.argv[1])) as held:\n    print(held, flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+    with try_lock(file) as held:
+        assert not held
+    holder.kill()
+    holder.wait()
+    with try_lock(file) as held, try_lock(file) as again:
+        assert held and not again
 
 
 @pytest.mark.parametrize("launcher", ["processes", "submitit", "ray"])
