@@ -49,19 +49,22 @@ from infer.adapter.attached import adapter_state, set_adapter_state
 from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_transformer
-from infer.compare import Compare, compare
+from infer.compare import compare
+from infer.comparison.settings import Compare
 from infer.device.allocator import prepare
 from infer.device.device import release
 from infer.fast import offload as streaming
 from infer.fast.cuda_graph import Replay
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
-from infer.merge import Merge, merge
+from infer.merge import merge
+from infer.merging.settings import Merge
 from infer.program.atomic import replace_file
 from infer.program.errors import DIFFERS
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
-from infer.recover import Recover, recover
+from infer.recover import recover
+from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
 from scripts import bench_rows
 from scripts.bench_rows import Row

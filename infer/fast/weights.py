@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from infer.fast.dequantize import dequantize_4bit
-from infer.quantize.precision import kind_of, linear_layers
+from infer.quantize.precision import int8_values, kind_of, linear_layers
 
 # layers of a block that read one input; what a block lacks (proj_mlp, of a double one) is left out
 TOGETHER = (
@@ -62,7 +62,7 @@ def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
         return stack.stored.to(dtype)
     assert stack.scale is not None
     if stack.kind == "int8":
-        return (stack.stored.float() * (stack.scale / 127.0)[:, None]).to(dtype)
+        return int8_values(stack.stored, stack.scale, dtype)
     outer, code, offsets = stack.nested or (None, None, None)
     ends = [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
     weights: Tensor = dequantize_4bit(

@@ -19,8 +19,9 @@ from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, streamed_transformer
 from infer.fast.install import Memory, choose_path
 from infer.quantize.precision import Precision, dequantized, kind_asked
-from infer.recover import Recover, recover
+from infer.recover import recover
 from infer.rounding.lowrank import allot, approximate
+from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
 from tests.infer.adapter.test_adapters import TINY, inputs, randomise
 
