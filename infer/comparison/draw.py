@@ -78,12 +78,12 @@ def draw_precision(
         if name in options.recovery:
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
-        path, stream = choose_path(transformer, memory, precision, device, bar.write)
+        path, offload = choose_path(transformer, memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
     one_step = Sampling(steps=1, guidance=options.sampling.guidance)
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
-        Sampler(transformer, stream)
+        Sampler(transformer, offload)
     load = {
         "seconds": load_text.seconds + load_rest.seconds,
         "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
@@ -95,10 +95,12 @@ def draw_precision(
         if variant:
             load_chosen(transformer, options.adapter, model)
             assert not path.fused or obstacle(transformer) is None, obstacle(transformer)
-        if stream is not None:
+        if offload is not None:
             assert memory.budget_gib is not None
-            resident = stream.fit(memory.budget_gib, warm_up)
-            bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
+            resident = offload.fit(memory.budget_gib, warm_up)
+            bar.write(
+                f"{name}: {resident} of {len(offload.blocks)} blocks stay on the device, the others are offloaded"
+            )
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
         for _ in range(2 if path.graphs(device) else 1):
@@ -136,7 +138,7 @@ def draw_precision(
                 )
                 kept[key_of(rows[-1])] = latents.cpu()
                 bar.update()
-    del transformer, vae, warm_up, stream
+    del transformer, vae, warm_up, offload
     release(device)
     return rows
 

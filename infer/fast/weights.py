@@ -83,34 +83,34 @@ def stack(layers: list[Any]) -> Stack:
     kind = kinds.pop()
     shape = sum(layer.out_features for layer in layers), layers[0].in_features
     widths = tuple(layer.out_features for layer in layers)
-    bias = None if layers[0].bias is None else _behind([layer.bias.data for layer in layers])
+    bias = None if layers[0].bias is None else _concatenated([layer.bias.data for layer in layers])
     if kind == "plain":
-        return Stack(kind, shape, widths, _behind([layer.weight.data for layer in layers]), None, None, bias)
+        return Stack(kind, shape, widths, _concatenated([layer.weight.data for layer in layers]), None, None, bias)
     if kind == "int8":
         for layer in layers:
             if layer.state.CB is None:
                 layer.init_8bit_state()  # moves codes and scales from the weight to where forward reads them
-        stored, scale = (_behind([getattr(layer.state, name) for layer in layers]) for name in ("CB", "SCB"))
+        stored, scale = (_concatenated([getattr(layer.state, name) for layer in layers]) for name in ("CB", "SCB"))
         return Stack(kind, shape, widths, stored, scale, None, bias)
     states = [layer.weight.quant_state for layer in layers]
     if shape[1] % 64 or any(state.blocksize != 64 for state in states):
         raise ValueError(f"4-bit blocks of 64 do not end with the rows of {shape[1]} features")
-    stored = _behind([layer.weight.data.view(-1, 1) for layer in layers])
-    scale = _behind([state.absmax for state in states])
+    stored = _concatenated([layer.weight.data.view(-1, 1) for layer in layers])
+    scale = _concatenated([state.absmax for state in states])
     nested = None
     if states[0].nested:
         if any(state.absmax.numel() % 256 for state in states[:-1]):
             raise ValueError("blocks of 256 scales do not end with the layers")
-        outer = _behind([state.state2.absmax for state in states])
+        outer = _concatenated([state.state2.absmax for state in states])
         nested = outer, states[0].state2.code, torch.stack([state.offset for state in states])
     return Stack(kind, shape, widths, stored, scale, nested, bias)
 
 
-def _behind(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def share(layers: list[Any], frozen: Stack) -> None:
+def use_views(layers: list[Any], frozen: Stack) -> None:
     """Make the layers' own weights views of the stack, so that nothing is stored twice."""
     rows = list(frozen.widths)
     if frozen.bias is not None:
