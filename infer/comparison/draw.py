@@ -42,8 +42,8 @@ from infer.score.pairs import Key, Row, key_of
 from infer.score.score_all import judge
 
 
-def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
-    decode(vae, draw(*place), *place[-2])
+def _draw_one(vae: AutoencoderKL, *what: Any) -> None:
+    decode(vae, draw(*what), *what[-2])  # the size is the last but one
 
 
 def draw_precision(

@@ -120,10 +120,10 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-def _llm_int8(own: Any, layer: nn.Linear, x: Tensor) -> Tensor:
+def _llm_int8(multiply: Any, layer: nn.Linear, x: Tensor) -> Tensor:
     """LLM.int8 of rows that fit fp16; the others are scaled until they do."""
     scale = (x.abs().amax(-1, keepdim=True) / 32768).clamp_min(1.0)
-    y: Tensor = own(x / scale)
+    y: Tensor = multiply(x / scale)
     return y * scale if layer.bias is None else (y - layer.bias) * scale + layer.bias
 
 

@@ -164,10 +164,10 @@ def groups(layers: Iterable[str]) -> list[list[str]]:
     """Names of linear layers, those that read one input together, in the order of the first of each."""
     found: dict[str, list[str]] = {}
     for name in layers:
-        ends = (end for end in TOGETHER if any(name.endswith(f".{own}") for own in end))
+        ends = (end for end in TOGETHER if any(name.endswith(f".{layer}") for layer in end))
         end = next(ends, None)
-        own = next((own for own in end or () if name.endswith(f".{own}")), "")
-        found.setdefault(f"{name.removesuffix(own)}{end[0]}" if end else name, []).append(name)
+        last = next((layer for layer in end or () if name.endswith(f".{layer}")), "")
+        found.setdefault(f"{name.removesuffix(last)}{end[0]}" if end else name, []).append(name)
     return list(found.values())
 
 

@@ -128,7 +128,7 @@ def report(
             said.append(f"pictures, {kind}: {sum(psnr) / len(psnr):.1f} dB from bf16 with the adapters")
     lines = ["# Merged: " + ", ".join(adapters), "", *[f"- {line}" for line in said], ""]
     lines += ["| layer | update % | error % | survives % | straight % |", "|---|---|---|---|---|"]
-    for one in sorted(kept, key=lambda own: own.survives):
+    for one in sorted(kept, key=lambda each: each.survives):
         last = "" if one.straight is None else f"{100 * one.straight:.1f}"
         row = f"{100 * one.update:.2f} | {100 * one.error:.2f} | {100 * one.survives:.1f}"
         lines.append(f"| {one.layer} | {row} | {last} |")

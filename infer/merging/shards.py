@@ -41,11 +41,11 @@ def write_transformer(
         shard: dict[str, Tensor] = {}
         for name in names:
             value, layer = originals.tensors[name], name.removesuffix(".weight")
-            own = parts.get(layer, []) if name.endswith(".weight") else []
+            updates = parts.get(layer, []) if name.endswith(".weight") else []
             linear = layer in layers and name.endswith(".weight")
             quantize = linear and kind_asked(precision, layer) is not None
-            exact = merged(value.float(), own) if own else value
-            if own:
+            exact = merged(value.float(), updates) if updates else value
+            if updates:
                 kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
             if quantize:
                 state = quantized_layer(exact, precision, device).state_dict(prefix=f"{layer}.")

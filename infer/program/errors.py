@@ -82,9 +82,9 @@ def reason(error: Exception) -> str | None:
     number = int(told[1]) if told else number
     if number in errno.errorcode:
         assert number is not None
-        place = getattr(error, "filename", None) or "reading or writing a file"
+        file = getattr(error, "filename", None) or "reading or writing a file"
         mend = MENDS.get(number, "check the path and its permissions")
-        return f"{os.strerror(number)}: {place}; {mend}"
+        return f"{os.strerror(number)}: {file}; {mend}"
     return str(error) if is_ours(error) else None
 
 
@@ -93,10 +93,10 @@ def is_ours(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    place = Path(frames[-1].filename) if frames else ROOT
-    if not place.is_relative_to(ROOT):
+    raised_in = Path(frames[-1].filename) if frames else ROOT
+    if not raised_in.is_relative_to(ROOT):
         return False
-    inside = place.relative_to(ROOT).parts
+    inside = raised_in.relative_to(ROOT).parts
     return not inside or not inside[0].startswith(".")  # an environment within the repository
 
 

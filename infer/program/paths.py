@@ -52,7 +52,7 @@ def roots_of(folder: Path) -> list[Path]:
     """Where what a folder holds may really lie: in it, and if it is of a snapshot in the Hub's cache, whose files are
     links, among that repository's blobs."""
     root = folder.resolve()
-    snapshots = next((place.parent for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    snapshots = next((each.parent for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
     return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
 
 

@@ -135,12 +135,12 @@ class Precision:
     def for_t5(self) -> Precision:
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
         kind = self._t5_kind()
-        own = {
+        settings = {
             "compute_dtype": (self.compute_dtype, kind in QUANTIZED),
             "double_quant": (self.double_quant, kind in FOUR_BIT),
             "outlier_threshold": (self.outlier_threshold, kind == "int8"),
         }
-        return Precision(kind, **{name: value for name, (value, counts) in own.items() if counts})  # type: ignore[arg-type]
+        return Precision(kind, **{name: value for name, (value, counts) in settings.items() if counts})  # type: ignore[arg-type]
 
     def _t5_kind(self) -> str:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind

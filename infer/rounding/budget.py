@@ -24,7 +24,7 @@ class Mixture:
     nf4_error: float  # the same, with all layers NF4
 
     def describe(self) -> str:
-        groups = {kind: sum(own == kind for _, own in self.kinds) for kind in LADDER}
+        groups = {kind: sum(chosen == kind for _, chosen in self.kinds) for kind in LADDER}
         counts = ", ".join(f"{count} {kind}" for kind, count in groups.items() if count)
         return (
             f"{counts} of {len(self.kinds)} groups of layers, {self.total_bytes / 2**20:,.2f} MiB; predicted error of "

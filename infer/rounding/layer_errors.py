@@ -52,15 +52,15 @@ def measure(
     found = []
     for names in groups(layers):
         errors = {"bf16": 0.0}
-        own = [layers[name].weight for name in names]
+        weights = [layers[name].weight for name in names]
         for kind in KINDS:
-            kept = [weight.data.clone() for weight in own]
-            for weight in own:
+            kept = [weight.data.clone() for weight in weights]
+            for weight in weights:
                 # in place: what the fast path has stacked are views of these
                 weight.data.copy_(quantized_values(weight.data, kind, double_quant))
             off = (velocities(transformer, calls, device) - exact).flatten(1).square().sum(1)
             errors[kind] = float((off / norms).mean())
-            for weight, data in zip(own, kept, strict=True):
+            for weight, data in zip(weights, kept, strict=True):
                 weight.data.copy_(data)
             tick()
         sizes = {kind: sum(_bytes(layers[name], kind, double_quant) for name in names) for kind in errors}

@@ -116,13 +116,13 @@ def recovered(transformer: FluxTransformer2DModel, originals: Originals, rows: d
     costs = {}
     for name, layer in tqdm(base_layers(transformer).items(), unit="layer", desc="approximating errors"):
         error = originals.weight(name).to(device) - dequantized(layer).to(device)
-        seen = rows.pop(name)
-        inputs, gradients = torch.cat(seen.inputs).to(device), torch.cat(seen.gradients).to(device)
-        own = approximate(error, inputs, gradients, options.most, seen.tokens)
-        factors[name] = Factors(own.down.bfloat16().cpu(), own.up.bfloat16().cpu(), own.gains.cpu())
+        collected = rows.pop(name)
+        inputs, gradients = torch.cat(collected.inputs).to(device), torch.cat(collected.gradients).to(device)
+        found = approximate(error, inputs, gradients, options.most, collected.tokens)
+        factors[name] = Factors(found.down.bfloat16().cpu(), found.up.bfloat16().cpu(), found.gains.cpu())
         costs[name] = 2 * sum(error.shape)
     budget = int(options.share * stored_bytes(transformer))
-    ranks = allot({name: own.gains for name, own in factors.items()}, costs, budget)
+    ranks = allot({name: each.gains for name, each in factors.items()}, costs, budget)
     return {
         name: Pair(factors[name].down[:rank].contiguous(), factors[name].up[:, :rank].contiguous(), 1.0)
         for name, rank in ranks.items()
