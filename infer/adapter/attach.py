@@ -22,14 +22,14 @@ from infer.checkpoint.load import Model, fingerprint
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision, kind_asked
 
-BEGAN = "_began"  # an attribute of a transformer: what the adapter began with that makes up for its quantization
+BEGAN = "_began"  # an attribute of a transformer: by adapter, its start from a quantization error
 METHODS = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 """Names that a module within PEFT's dictionaries of modules and parameters cannot have."""
 
 
 def own_random() -> AbstractContextManager[None]:
-    """Random numbers within leave those after it as they would have been, on the CPU and on this process's GPU: of the
-    others, which torch takes too unless it is told, it warns once a process."""
+    """Within, random numbers can be drawn without changing those that are drawn afterwards, on the CPU and on this
+    process's GPU. That GPU is named because torch warns if it has to take all of them."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
@@ -144,7 +144,7 @@ def check_start(pairs: Pairs, adapter: Adapter, layers: Container[str]) -> None:
 
 
 def began(transformer: nn.Module) -> dict[str, Start]:
-    """By adapter, the start from a quantization error that is in its weights now: what has to be kept beside it."""
+    """By adapter, the start from a quantization error that its weights hold, which is saved beside it."""
     found: dict[str, Start] = transformer.__dict__.setdefault(BEGAN, {})
     return found
 

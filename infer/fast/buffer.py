@@ -1,8 +1,7 @@
-"""The stored weights of a block's layers behind each other in one buffer of bytes.
+"""The stored weights of a block's layers, one after another in one buffer of bytes.
 
-A block is then copied as a whole (infer/fast/offload.py), and lies in a piece of memory of its own: what its layers
-took before is free to the last byte, where tensors moved one by one leave holes that nothing else fits
-into.
+A block is then copied as a whole (infer/fast/offload.py), and its layers' former memory is free in one piece; tensors
+that are moved one by one leave holes that nothing else fits into.
 """
 
 from collections.abc import Iterable

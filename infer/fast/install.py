@@ -192,7 +192,7 @@ def install(
 
 
 def _gather(groups: list[Group], device: torch.device) -> None:
-    """A block's weights into a piece of memory of their own."""
+    """Copy a block's weights into one buffer."""
     stacks = [group.frozen for group in groups]
     buffer = torch.empty(buffer_bytes(stacks), dtype=torch.uint8, device=stacks[0].stored.device)
     copy_into(buffer, stacks)

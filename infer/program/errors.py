@@ -128,7 +128,8 @@ def _keep(error: Exception, folder: Path | None) -> str:
 
 
 def _leave(code: int, said: str, error: BaseException | None) -> NoReturn:
-    """What all ranks of a run find, rank 0 says alone: its launcher ends the others while they wait."""
+    """Print the message and exit. What every rank finds is printed by rank 0 alone: the others wait, and the launcher
+    ends them."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(3)

@@ -109,7 +109,7 @@ def _inside(text: str, brackets: str) -> list[str] | None:
 
 
 def literal(text: str, kind: Any, element: bool = False) -> str:
-    """A value as Hydra reads it back as what was typed. element: of a list or dictionary."""
+    """A value, quoted where Hydra would otherwise not read back what was typed. element: of a list or dictionary."""
     kind, optional = _required(kind)
     if kind is str:
         # what no null may be says so itself, and how to write the word
@@ -240,7 +240,7 @@ def _restore_sweep(config: DictConfig | ListConfig, schema: Any) -> None:
 
 
 def read_text_literally(schema: Callable[[], Any]) -> None:
-    """From here on, what Hydra reads from files is read by a schema, which is asked for when a file is."""
+    """From here on, Hydra reads text settings of YAML files as they stand there; each file asks for the schema."""
     Plugins.instance()  # registers its own kinds of sources, and takes no others of their name
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = type(
         FileConfigSource.__name__, (TextFiles,), {"schema": staticmethod(schema)}
