@@ -58,7 +58,7 @@ class Originals:
         return value.float()
 
 
-def streamed_transformer(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The unquantized transformer, each block read from its shard for the time of its forward pass: a 24 GB card runs
     FLUX.1-dev in bf16, a pass at the speed of the disk or of the system's cache of it."""
     originals = Originals(model)

@@ -17,7 +17,7 @@ from infer.adapter.read import Pair, Pairs
 from infer.adapter.targets import base_layers
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import fingerprint, load_transformer, own_size, read_config
-from infer.checkpoint.originals import Originals, streamed_transformer
+from infer.checkpoint.originals import Originals, transformer_from_shards
 from infer.device.device import release
 from infer.program.atomic import replace_file
 from infer.program.command import check_run_name
@@ -68,7 +68,7 @@ def make_recovery(options: Recover, device: torch.device) -> Path:
         raise ValueError(f"share is {options.share}: too little for rank 1 anywhere; raise it")
     put_pairs(transformer, pairs, RECOVERY)
     release(device)
-    teacher = streamed_transformer(options.model, device, compute_dtype(torch.bfloat16, device))
+    teacher = transformer_from_shards(options.model, device, compute_dtype(torch.bfloat16, device))
     if options.polish:
         polish(transformer, records, _velocities(teacher, records, 16, device), options, device)
     exact = _velocities(teacher, unseen, 16, device)
