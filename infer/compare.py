@@ -8,123 +8,24 @@ The experiment of the Hugging Face guide "Quantize Your Diffusion Models with di
 Writes results.json, comparison.png, report.md and report.html to runs/<run>/compare/.
 """
 
-import re
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.adapter.read import find_adapter
-from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, check_model
-from infer.device.device import check_device_name, pick_device
-from infer.fast.memory import Memory
-from infer.program.bounds import TOKENS, check_most
-from infer.program.command import check_file_names, check_run_name, run_command
-from infer.program.no_effect import refuse_idle
-from infer.program.paths import expand, expanded
+from infer.comparison.settings import Compare, check_compare
+from infer.program.command import run_command
 from infer.program.quiet import ready
-from infer.quantize.precision import Precision
-from infer.sample.generate import Sampling
-from infer.score.judges import Networks, check_paths, find_scores, list_pictures
-
-TAKEN_SCORES = re.compile(
-    r"(psnr|ssim|latents|lpips|drift)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
-)
-
-
-@dataclass
-class Compare:
-    """One comparison."""
-
-    model: Model = field(default_factory=Model)
-    precisions: dict[str, Precision] = field(default_factory=dict)
-    """By the names that the report shows; the one of kind bf16 is what the others are compared with."""
-    only: list[str] | None = None
-    """Names of the precisions to run; null runs all."""
-    adapter: Trained = field(default_factory=Trained)
-    recovery: dict[str, str] = field(default_factory=dict)
-    """Recovery adapters (infer/recover.py) by the names of the precisions that they belong to, always on there."""
-    prompts: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    sampling: Sampling = field(default_factory=Sampling)
-    memory: Memory = field(default_factory=Memory)
-    text_length: int | None = None
-    """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
-    unrelated: list[str] = field(default_factory=list)
-    """Prompts that the adapter has nothing to do with: what it changes there is its drift. None draws none."""
-    references: str | None = None
-    """The folder of the training pictures, to see how like them the pictures are, and whether any was learned by heart;
-    null leaves these scores out."""
-    networks: Networks = field(default_factory=Networks)
-    scores: dict[str, str] = field(default_factory=dict)
-    """More scores: a name and the dotted path of a function (picture, prompt) -> number."""
-    run: str = "compare"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_most(self, "", text_length=TOKENS)
-        expand(self, "references")
-        self.recovery = {name: expanded(path) for name, path in self.recovery.items()}
-        if not self.prompts or not self.seeds:
-            raise ValueError(
-                "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"
-            )
-        for seed in self.seeds:
-            if not -(2**63) <= seed < 2**63:
-                raise ValueError(f"seeds has {seed}; a seed has 64 bits: choose one below {2**63}")
-        if self.text_length is not None and self.text_length < 1:
-            raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
-        check_file_names("precisions", self.precisions)
-        if "base" in self.precisions:
-            raise ValueError("precisions has the name 'base', which is what runs without the adapter; rename it")
-        if both := [name for name in self.precisions if f"{name}-adapter" in self.precisions]:
-            raise ValueError(
-                f"precisions has {both[0]} and {both[0]}-adapter, whose pictures have one name; rename one"
-            )
-        for name in self.scores:
-            if TAKEN_SCORES.fullmatch(name):
-                raise ValueError(f"scores.{name} has the name of a score that is measured anyway; choose another one")
-        for what in ("prompts", "seeds", "unrelated"):
-            twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
-            if twice:
-                raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
-        unknown = set(self.only or []) - set(self.precisions)
-        if unknown or not self.precisions or self.only == []:
-            raise ValueError(f"only names {sorted(unknown)}; choose from {', '.join(self.precisions)}")
-        for name in self.recovery:
-            if name not in self.precisions:
-                raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
-            if self.only is not None and name not in self.only:
-                raise ValueError(f"recovery names {name!r}, which only={self.only} leaves out; name it in both or none")
-        both = [prompt for prompt in self.prompts if prompt in self.unrelated]
-        if both:
-            raise ValueError(f"{both[0]!r} is among prompts and among unrelated; a prompt is one or the other")
-        if self.adapter.path is None:
-            reason = "they show what an adapter changes, and adapter.path is null"
-            refuse_idle(self, "", ("unrelated",), reason)
 
 
 def compare(options: Compare) -> Path:
     """Run the comparison; returns its folder, which appears whole or not at all."""
-    check_device_name(options.device)
-    run = check_run_name(options.run)
-    check_model(options.model)
-    check_paths(options.networks)
-    if options.references is not None:
-        list_pictures(options.references)
-    options.adapter.all()
-    for path in options.recovery.values():
-        find_adapter(path)
-    own = find_scores(options.scores)
-    device = pick_device(options.device)
+    device = check_compare(options)
     ready()
     from infer.comparison.draw import draw_all
 
-    return draw_all(options, run, own, device)
+    return draw_all(options, device)
 
 
 if __name__ == "__main__":

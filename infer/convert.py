@@ -13,8 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.adapter.read import FILE, find_adapter, read_notes, read_pairs
-from infer.adapter.write import FORMATS, write_pairs
+from infer.adapter.read import FILE, find_adapter, read_notes
+from infer.adapter.write import FORMATS
 from infer.program.command import run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
@@ -66,22 +66,12 @@ def convert(options: Convert) -> Path:
         raise ValueError(
             f"out is {options.out!r}; to={options.to} writes a {'folder' if file else 'file named *.safetensors'}"
         )
-    notes = read_notes(find_adapter(path))
+    read_notes(find_adapter(path))  # a file that cannot be read is answered before torch is imported
     ready()
-    from infer.adapter.error_init import minus, read_start
+    from infer.adapter.convert import convert_file
 
-    pairs = read_pairs(path, options.drop_text_encoder)
-    start = read_start(path, lambda layer: None)
-    if start is not None:  # other programs have not the weights that it makes up for, nor its start.safetensors
-        pairs = minus(pairs, start.elsewhere)
-        notes |= {"adapter": notes["adapter"] | {"init": "default"}}
-        print(
-            f"{path} starts from a quantization error (init={start.init}): written is what it has learned beyond that"
-        )
-    written = write_pairs(pairs, options.to, out if file or options.to == "peft" else out / FILE, notes)
-    ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
-    print(f"{len(pairs)} layers of rank {', '.join(map(str, ranks))} as {options.to} in {written}")
-    return written
+    out = out if file or options.to == "peft" else out / FILE
+    return convert_file(path, options.to, out, options.drop_text_encoder)
 
 
 if __name__ == "__main__":

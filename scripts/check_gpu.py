@@ -49,19 +49,22 @@ from infer.adapter.attached import adapter_state, set_adapter_state
 from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_transformer
-from infer.compare import Compare, compare
+from infer.compare import compare
+from infer.comparison.settings import Compare
 from infer.device.allocator import prepare
 from infer.device.device import release
-from infer.fast import offload as streaming
+from infer.fast import offload as offloading
 from infer.fast.cuda_graph import Replay
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
-from infer.merge import Merge, merge
+from infer.merge import merge
+from infer.merging.settings import Merge
 from infer.program.atomic import replace_file
 from infer.program.errors import DIFFERS
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
-from infer.recover import Recover, recover
+from infer.recover import recover
+from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
 from scripts import bench_rows
 from scripts.bench_rows import Row
@@ -414,21 +417,21 @@ def check_budget(name: str, device: torch.device) -> Figures:
     """Training with an optimizer's true states stays within a budget that some of the blocks fit."""
     adapter, optim = Adapter(rank=256, alpha=256.0), Optim(name, lr=1.0 if name == "prodigy" else 1e-3)
     job = training(f"budget-{name}", adapter, device, NF4, Memory(budget_gib=4.0), optim=optim, previews=[])
-    whole, budgets = streaming.Stream.fit, []
+    whole, budgets = offloading.Offload.fit, []
 
     def fit(self: Any, _: float, work: Callable[[], object]) -> int:
-        self.keep(0)
+        self.set_resident(0)
         budgets.append(self._taken(work) + self.host_bytes // 2)
         resident = whole(self, budgets[0] / 2**30, work)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return resident
 
-    setattr(streaming.Stream, "fit", fit)  # noqa: B010 - the types differ in a name
+    setattr(offloading.Offload, "fit", fit)  # noqa: B010 - the types differ in a name
     try:
         train(job)
     finally:
-        setattr(streaming.Stream, "fit", whole)  # noqa: B010
+        setattr(offloading.Offload, "fit", whole)  # noqa: B010
     return {"of the budget, held": (torch.cuda.max_memory_reserved(device) / budgets[0], "<=", 1.0)}
 
 
@@ -553,17 +556,17 @@ def groups(names: list[str]) -> list[list[str]]:
 
 @contextmanager
 def streamed(blocks: int | None) -> Iterator[None]:
-    """Within, so many blocks are streamed whatever a budget allows, of None half of them."""
-    whole = streaming.residents
+    """Within, so many blocks are offloaded whatever a budget allows, of None half of them."""
+    whole = offloading.residents
 
     def few(sizes: list[int], room: int) -> int:
         return len(sizes) - (len(sizes) // 2 if blocks is None else blocks)
 
-    streaming.residents = few
+    offloading.residents = few
     try:
         yield
     finally:
-        streaming.residents = whole
+        offloading.residents = whole
 
 
 @contextmanager

@@ -18,18 +18,17 @@ from omegaconf import OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
-from infer.compare import Compare
+from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.fast.install import Memory
-from infer.merge import Merge
+from infer.merging.settings import Merge
 from infer.program.command import check_run_name
 from infer.program.paths import ROOT
 from infer.quantize.precision import KINDS, Precision
-from infer.recover import Recover
+from infer.rounding.settings import Recover, Sensitivity
 from infer.sample.generate import Sampling
 from infer.save import Save
 from infer.score.networks import Networks
-from infer.sensitivity import Sensitivity
 from train.cache import Fill
 from train.data.dataset import Data
 from train.estimate.memory import footprint

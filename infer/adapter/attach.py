@@ -22,14 +22,14 @@ from infer.checkpoint.load import Model, fingerprint
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision, kind_asked
 
-BEGAN = "_began"  # an attribute of a transformer: what the adapter began with that makes up for its quantization
+BEGAN = "_began"  # an attribute of a transformer: by adapter, its start from a quantization error
 METHODS = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 """Names that a module within PEFT's dictionaries of modules and parameters cannot have."""
 
 
 def own_random() -> AbstractContextManager[None]:
-    """Random numbers within leave those after it as they would have been, on the CPU and on this process's GPU: of the
-    others, which torch takes too unless it is told, it warns once a process."""
+    """Within, random numbers can be drawn without changing those that are drawn afterwards, on the CPU and on this
+    process's GPU. That GPU is named because torch warns if it has to take all of them."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
@@ -110,13 +110,13 @@ def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str,
     check_fit(pairs, shapes_of(transformer), adapter.start)
     alone = RECOVERY not in transformer.peft_config
     pairs, start = settled(transformer, adapter.start, pairs, model, alone)
-    own = strengths(transformer, name)
-    check_start(pairs, adapter, own)
+    adapted = strengths(transformer, name)
+    check_start(pairs, adapter, adapted)
     for layer, pair in pairs.items():
         module: Any = transformer.get_submodule(layer)
         rank = pair.down.shape[0]
         module.lora_A[name].weight.data[:rank] = pair.down
-        module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / own[layer])
+        module.lora_B[name].weight.data.zero_()[:, :rank] = pair.up.float() * (pair.strength / adapted[layer])
         if pair.magnitude is not None:
             module.lora_magnitude_vector[name].weight.data.copy_(pair.magnitude)
     _keep(transformer, name, start)
@@ -144,7 +144,7 @@ def check_start(pairs: Pairs, adapter: Adapter, layers: Container[str]) -> None:
 
 
 def began(transformer: nn.Module) -> dict[str, Start]:
-    """By adapter, the start from a quantization error that is in its weights now: what has to be kept beside it."""
+    """By adapter, the start from a quantization error that its weights hold, which is saved beside it."""
     found: dict[str, Start] = transformer.__dict__.setdefault(BEGAN, {})
     return found
 
@@ -232,19 +232,19 @@ def check_recovery(path: str, model: Model, precision: Precision, layers: Iterab
     if made is None:
         raise ValueError(f"{path} is no recovery adapter; make one with infer/recover.py")
     # all of its precision, layers of other kinds too
-    theirs = Precision(**notes["precision"])
-    kinds = {layer: (kind_asked(theirs, layer), kind_asked(precision, layer)) for layer in layers}
-    other = [layer for layer, (own, asked) in kinds.items() if own != asked]
+    recovered = Precision(**notes["precision"])
+    kinds = {layer: (kind_asked(recovered, layer), kind_asked(precision, layer)) for layer in layers}
+    other = [layer for layer, (made_for, asked) in kinds.items() if made_for != asked]
     said = None
     if made["base"] != fingerprint(model, "transformer"):
         said = "another checkpoint"
-    elif theirs.kind != precision.kind:
-        said = f"kind={theirs.kind}, not {precision.kind}"
+    elif recovered.kind != precision.kind:
+        said = f"kind={recovered.kind}, not {precision.kind}"
     elif other:
-        own, asked = (kind or "not quantized" for kind in kinds[other[0]])
-        said = f"another mixture: {other[0]} was {own} and is {asked}, as one of {len(other)} layers"
-    elif theirs.double_quant != precision.double_quant:
-        said = f"double_quant={theirs.double_quant}, not {precision.double_quant}"
+        made_for, asked = (kind or "not quantized" for kind in kinds[other[0]])
+        said = f"another mixture: {other[0]} was {made_for} and is {asked}, as one of {len(other)} layers"
+    elif recovered.double_quant != precision.double_quant:
+        said = f"double_quant={recovered.double_quant}, not {precision.double_quant}"
     if said is not None:
         raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
 

@@ -25,8 +25,8 @@ def set_adapter_state(transformer: nn.Module, state: dict[str, Tensor], name: st
     """Put `adapter_state` back into an attached adapter, every tensor of it and no other."""
     from peft.utils import set_peft_model_state_dict
 
-    own = adapter_state(transformer, name)
-    if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
+    attached = adapter_state(transformer, name)
+    if attached.keys() != state.keys() or any(attached[key].shape != state[key].shape for key in attached):
         raise ValueError("the checkpoint's adapter has other layers or another rank than the run's config asks for")
     set_peft_model_state_dict(transformer, state, adapter_name=name)
 

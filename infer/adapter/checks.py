@@ -32,10 +32,10 @@ def check_precision(model: Model, precision: Precision, layers: Collection[str])
     """
     check_layer_names(precision, layers)
     if not model.random:
-        for part, own in (("transformer", precision), ("text_encoder_2", precision.for_t5())):
+        for part, asked in (("transformer", precision), ("text_encoder_2", precision.for_t5())):
             stored = read_config(model, part).get("quantization_config")
             if stored:
-                check_stored(model.path, stored, own, part)
+                check_stored(model.path, stored, asked, part)
 
 
 def check_guidance(model: Model, settings: dict[str, tuple[float, float]]) -> None:
@@ -63,11 +63,11 @@ def shift_of(model: Model) -> float | None:
     if not config.use_dynamic_shifting:
         return float(config.shift)
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "time_shift_type")
-    own = tuple(config[name] for name in names)
-    if own != (256, 4096, 0.5, 1.15, "exponential"):
+    values = tuple(config[name] for name in names)
+    if values != (256, 4096, 0.5, 1.15, "exponential"):
         raise ValueError(
             f"flow.density=shifted follows FLUX.1-dev's sampler, and that of {model.path} has "
-            f"{', '.join(f'{name}={value}' for name, value in zip(names, own, strict=True))}; "
+            f"{', '.join(f'{name}={value}' for name, value in zip(names, values, strict=True))}; "
             "set flow.density=logit_normal and flow.logit_mean"
         )
     return None

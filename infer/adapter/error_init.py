@@ -147,8 +147,8 @@ def kinds_of(transformer: nn.Module) -> Callable[[str], str | None]:
 def settled(
     transformer: FluxTransformer2DModel, path: str, pairs: Pairs, model: Model | None, alone: bool = True
 ) -> tuple[Pairs, Start | None]:
-    """An adapter's pairs as they are right on this transformer, and what is still in them of what they began with;
-    loftq's layers are quantized again around that. Adapters that start from no error are as they are.
+    """An adapter's pairs as this transformer needs them, and the start that is still in them, if there is one; loftq's
+    layers are quantized again around it. Adapters that did not start from an error are returned unchanged.
 
     alone: nothing else makes up for the quantization, and the adapter is on at weight 1. Else what it began with is
     taken off: what it has learned is left.

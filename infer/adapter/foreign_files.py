@@ -1,4 +1,4 @@
-"""Why the keys of a LoRA file are not read: what they are instead."""
+"""The reason why the keys of a LoRA file are not read: the format or the model that they belong to."""
 
 import re
 from collections.abc import Collection

@@ -242,15 +242,15 @@ class _Strengths:
         said = None
         if self.config.get("lora_alpha") is not None:
             patterns = self.config.get("alpha_pattern") or {}
-            keys = (get_pattern_key(patterns, own) for own in (name, layer))
+            keys = (get_pattern_key(patterns, each) for each in (name, layer))
             whole = next((patterns[key] for key in keys if key in patterns), self.config["lora_alpha"])
             said = float(whole) / (rank**0.5 if self.config.get("use_rslora") else rank)
         if alpha is None:
             return 1.0 if said is None else said
-        own = float(alpha) / rank
-        if said is not None and abs(own - said) > 1e-3 * abs(own):
-            raise ValueError(f"{self.file} gives {layer} two strengths, {own} and {said}; remove one of them")
-        return own
+        strength = float(alpha) / rank
+        if said is not None and abs(strength - said) > 1e-3 * abs(strength):
+            raise ValueError(f"{self.file} gives {layer} two strengths, {strength} and {said}; remove one of them")
+        return strength
 
 
 def _split(file: Path, name: str, parts: dict[str, Tensor], strengths: _Strengths) -> Pairs:

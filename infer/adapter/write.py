@@ -35,8 +35,8 @@ def lora_config(pairs: Pairs) -> LoraConfig:
         r=int(rank),
         lora_alpha=alpha,
         # from the name's start on: PEFT would take `proj_out` for the end of a longer one
-        rank_pattern={f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank},
-        alpha_pattern={f"^{re.escape(layer)}": own for layer, own in alphas.items() if own != alpha},
+        rank_pattern={f"^{re.escape(layer)}": value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{re.escape(layer)}": value for layer, value in alphas.items() if value != alpha},
         use_dora=next(iter(pairs.values())).magnitude is not None,
         target_modules="|".join(map(re.escape, pairs)),
     )

@@ -1,4 +1,4 @@
-"""Whether what was loaded is a whole checkpoint: both libraries fill in what is absent, with a warning at most."""
+"""Checks that a checkpoint is whole and fits the settings: both libraries fill in absent tensors and only warn."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,11 @@ from infer.quantize.precision import DTYPES, Precision
 
 
 def check_whole(path: str, part: str, found: dict[str, Any]) -> None:
-    """Both libraries fill in at random what a file of weights lacks, with a warning."""
+    """Refuse a part whose files lack tensors, which both libraries fill in at random with a warning.
+
+    Raises:
+        ValueError: tensors are missing.
+    """
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
@@ -17,7 +21,11 @@ def check_whole(path: str, part: str, found: dict[str, Any]) -> None:
 
 
 def check_stored(path: str, stored: dict[str, Any], precision: Precision, part: str) -> None:
-    """What a quantized checkpoint was saved with cannot be changed by loading it: refuse what says otherwise."""
+    """Refuse settings that differ from those of a stored quantized checkpoint: loading cannot change them.
+
+    Raises:
+        ValueError: the kind or another setting of the precision differs.
+    """
     kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
     if precision.layers or precision.kind != kind:
         other = "a mixture of kinds" if precision.layers else precision.kind

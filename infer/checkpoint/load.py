@@ -182,7 +182,7 @@ def _load(
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
-    from infer.quantize.hooks import quantizing_on
+    from infer.quantize.quantizer import quantizing_on
 
     return quantizing_on(device, hold) if wanted else nullcontext()
 

@@ -1,4 +1,4 @@
-"""A part of a checkpoint that cannot be loaded, whatever the libraries raise: one message with its mend."""
+"""One message with its mend for a part of a checkpoint that cannot be loaded, whatever the libraries raise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -58,7 +58,7 @@ class Originals:
         return value.float()
 
 
-def streamed_transformer(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The unquantized transformer, each block read from its shard for the time of its forward pass: a 24 GB card runs
     FLUX.1-dev in bf16, a pass at the speed of the disk or of the system's cache of it."""
     originals = Originals(model)
@@ -66,7 +66,7 @@ def streamed_transformer(model: Model, device: torch.device, dtype: torch.dtype)
         transformer = FluxTransformer2DModel.from_config(read_config(model, "transformer")).to(dtype)
     blocks = {"transformer_blocks": transformer.transformer_blocks}
     blocks["single_transformer_blocks"] = transformer.single_transformer_blocks
-    parts = {f"{kind}.{i}": block for kind, own in blocks.items() for i, block in enumerate(own)}
+    parts = {f"{kind}.{i}": block for kind, several in blocks.items() for i, block in enumerate(several)}
     parts |= {name: part for name, part in transformer.named_children() if name not in blocks}
     for name, part in parts.items():
         if not list(part.parameters()):

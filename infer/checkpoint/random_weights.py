@@ -129,7 +129,7 @@ def random_part(
             else:
                 model = transformers.T5EncoderModel(transformers.T5Config(**config))
     model = nn.Module.to(model, precision.dtype)  # diffusers' own warns of modules that are not there
-    _replace_layers(model, part, precision)
+    _replace_layers(model, part, precision, device, hold or device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -139,15 +139,18 @@ def random_part(
     return model
 
 
-def _replace_layers(model: nn.Module, part: str, precision: Precision) -> None:
+def _replace_layers(
+    model: nn.Module, part: str, precision: Precision, device: torch.device, hold: torch.device
+) -> None:
     """Linear layers -> bitsandbytes' own, by the libraries' own replacement."""
     if not precision.quantized:
         return
     if part == "transformer":
         import diffusers
-        from diffusers.quantizers import DiffusersAutoQuantizer
 
-        quantizer = DiffusersAutoQuantizer.from_config(quantization_config(precision, diffusers), pre_quantized=False)
+        from infer.quantize.quantizer import LayerQuantizer
+
+        quantizer = LayerQuantizer(quantization_config(precision, diffusers), device, hold, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map=None, keep_in_fp32_modules=[])
         model.hf_quantizer = quantizer
         return
@@ -166,7 +169,7 @@ def _fill(
     import torch
     from torch import nn
 
-    from infer.quantize.hooks import held
+    from infer.quantize.quantizer import held
 
     for name, old in list(module.named_parameters(recurse=False)):
         if not old.is_meta:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,6 +21,7 @@ from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
+from infer.comparison.settings import Compare
 from infer.device.device import describe_device, release
 from infer.device.measure import measure
 from infer.fast.cuda_graph import Sampler
@@ -28,23 +29,21 @@ from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
 from infer.fast.weights import obstacle
 from infer.program.atomic import clear_partials, partial_of
+from infer.program.command import check_run_name
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.precision import stored_bytes
 from infer.report import write as report
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import NotFiniteError, Text, decode, text_encoder
 from infer.sample.generate import Sampling, draw
-from infer.score.judges import Score
+from infer.score.judges import find_scores
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, Row, key_of
 from infer.score.score_all import judge
 
-if TYPE_CHECKING:
-    from infer.compare import Compare
 
-
-def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
-    decode(vae, draw(*place), *place[-2])
+def _draw_one(vae: AutoencoderKL, *what: Any) -> None:
+    decode(vae, draw(*what), *what[-2])  # the size is the last but one
 
 
 def draw_precision(
@@ -79,12 +78,12 @@ def draw_precision(
         if name in options.recovery:
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
-        path, stream = choose_path(transformer, memory, precision, device, bar.write)
+        path, offload = choose_path(transformer, memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
     one_step = Sampling(steps=1, guidance=options.sampling.guidance)
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
-        Sampler(transformer, stream)
+        Sampler(transformer, offload)
     load = {
         "seconds": load_text.seconds + load_rest.seconds,
         "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
@@ -96,10 +95,12 @@ def draw_precision(
         if variant:
             load_chosen(transformer, options.adapter, model)
             assert not path.fused or obstacle(transformer) is None, obstacle(transformer)
-        if stream is not None:
+        if offload is not None:
             assert memory.budget_gib is not None
-            resident = stream.fit(memory.budget_gib, warm_up)
-            bar.write(f"{name}: {resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
+            resident = offload.fit(memory.budget_gib, warm_up)
+            bar.write(
+                f"{name}: {resident} of {len(offload.blocks)} blocks stay on the device, the others are offloaded"
+            )
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
         for _ in range(2 if path.graphs(device) else 1):
@@ -137,7 +138,7 @@ def draw_precision(
                 )
                 kept[key_of(rows[-1])] = latents.cpu()
                 bar.update()
-    del transformer, vae, warm_up, stream
+    del transformer, vae, warm_up, offload
     release(device)
     return rows
 
@@ -147,11 +148,9 @@ def all_prompts(options: Compare) -> list[str]:
     return options.prompts + (options.unrelated if options.adapter.path is not None else [])
 
 
-def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.device) -> Path:
-    """Run the comparison; returns its folder within the run's, which appears whole or not at all.
-
-    own: the user's scores by name.
-    """
+def draw_all(options: Compare, device: torch.device) -> Path:
+    """Run the comparison; returns its folder within the run's, which appears whole or not at all."""
+    run, scores = check_run_name(options.run), find_scores(options.scores)
     check_networks(options.networks)
     adapter = None
     if options.adapter.path is not None:
@@ -165,7 +164,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
             memory[name] = check_running(options.model, *how, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
-    for name, score in own.items():  # before an hour of drawing, not after it
+    for name, score in scores.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
@@ -192,7 +191,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))
-        found = rows, drift, unfinished, kept, reference, own
+        found = rows, drift, unfinished, kept, reference, scores
         judged = judge(*found, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")

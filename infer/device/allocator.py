@@ -1,4 +1,4 @@
-"""torch's CUDA allocator: how it takes memory from the device, and the peak of what it gave out.
+"""torch's CUDA allocator: how it takes memory from the device, and the peak of what was allocated.
 
 A captured graph has its working memory once, when it is captured. Replays use it again without asking, so that torch's
 own peak since a reset leaves it out; here each replay is counted with what it works with.
@@ -18,7 +18,7 @@ _reserved: dict[int, int] = {}
 
 
 def prepare() -> None:
-    """Have segments grow instead of lying side by side; call before CUDA is first used. A user's own setting stays.
+    """Let the allocator's segments grow; call before CUDA is first used. A user's own setting stays.
 
     FLUX.1-dev's training step at 1024x1024 then holds 0.3 GiB beyond what is allocated, else 1.2 (H100, torch 2.11).
     Not under WSL 2, where such segments fail at the first allocation on some cards (pytorch/pytorch#192330).
@@ -49,7 +49,7 @@ def peak_reserved(device: torch.device) -> int:
 
 
 def count_replay(device: torch.device, work: int) -> None:
-    """Count a replay that works with so many bytes beyond what it leaves allocated.
+    """Count a replay that needs `work` bytes beyond what it leaves allocated.
 
     What graphs of other shapes left within that memory, an adapter's gradients each, is counted twice.
     """
@@ -59,7 +59,7 @@ def count_replay(device: torch.device, work: int) -> None:
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[list[int]]:
-    """Filled in when the with-block is over: the bytes that it worked with beyond what it left allocated."""
+    """Yields a list that gets, at the end of the with-block, its peak in bytes beyond what it left allocated."""
     number = _number(device)
     _allocated[number], _reserved[number] = peak(device), peak_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -65,7 +65,7 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     frozen = layers.frozen
     dora = any(lora.magnitude is not None for adapters in layers.adapters for lora in adapters)
     weights = dequantize(frozen, _dtype(frozen, x)) if frozen.shared or dora else None
-    downs = [_even(lora.down, 0) for adapters in layers.adapters for lora in adapters]
+    downs = [_padded_rank(lora.down, 0) for adapters in layers.adapters for lora in adapters]
     thin = functional.linear(x, torch.cat(downs).to(x.dtype)) if downs else None
     if thin is not None and frozen.in_place and not dora:
         up, first = _up(layers)
@@ -84,7 +84,7 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
     for i, adapters in enumerate(layers.adapters):
         width = frozen.widths[i]
         for lora in adapters:
-            update = functional.linear(thins[taken], _even(lora.up * lora.strength, 1).to(x.dtype))
+            update = functional.linear(thins[taken], _padded_rank(lora.up * lora.strength, 1).to(x.dtype))
             taken += 1
             if lora.magnitude is None:
                 outputs[i] = outputs[i] + update
@@ -104,7 +104,7 @@ def _up(layers: Linear) -> tuple[Tensor, int]:
     widths = layers.frozen.widths[first:end]
     start, device = sum(layers.frozen.widths[:first]), layers.adapters[first][0].up.device
     ups = [
-        torch.cat([_even(lora.up * lora.strength, 1) for lora in adapters], dim=1)
+        torch.cat([_padded_rank(lora.up * lora.strength, 1) for lora in adapters], dim=1)
         if adapters
         else torch.zeros(width, 0, device=device)
         for width, adapters in zip(widths, layers.adapters[first:end], strict=True)
@@ -119,7 +119,7 @@ def _up(layers: Linear) -> tuple[Tensor, int]:
     return torch.where(own, torch.cat(ups).repeat(1, count), 0.0), start
 
 
-def _even(thin: Tensor, dimension: int) -> Tensor:
+def _padded_rank(thin: Tensor, dimension: int) -> Tensor:
     """A or B with its rank filled with zeros to a multiple of 8, without which products fall to slow kernels."""
     missing = -thin.shape[dimension] % 8
     if not missing or not thin.is_cuda:

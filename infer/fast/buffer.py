@@ -1,8 +1,7 @@
-"""The stored weights of a block's layers behind each other in one buffer of bytes.
+"""The stored weights of a block's layers, one after another in one buffer of bytes.
 
-A block is then copied as a whole (infer/fast/offload.py), and lies in a piece of memory of its own: what its layers
-took before it was packed is free to the last byte, where tensors moved one by one leave holes that nothing else fits
-into.
+A block is then copied as a whole (infer/fast/offload.py), and its layers' former memory is free in one piece; tensors
+that are moved one by one leave holes that nothing else fits into.
 """
 
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ ALIGN = 256  # bytes: what kernels may ask of a tensor's address
 
 
 def _tensors(frozen: Stack) -> list[Tensor]:
-    """What is packed: all but biases and code books, which are small."""
+    """What lies in the buffer: all but biases and code books, which are small."""
     parts = [frozen.stored, frozen.scale, frozen.nested[0] if frozen.nested else None]
     return [part for part in parts if part is not None]
 
@@ -40,12 +39,12 @@ def _padded(tensor: Tensor) -> int:
     return -(-_bytes(tensor) // ALIGN) * ALIGN
 
 
-def packed_bytes(stacks: Iterable[Stack]) -> int:
-    """The size of a buffer that holds them."""
+def buffer_bytes(stacks: Iterable[Stack]) -> int:
+    """Bytes of a buffer that holds them."""
     return sum(_padded(tensor) for frozen in stacks for tensor in _tensors(frozen))
 
 
-def unpacked(buffer: Tensor, stacks: Iterable[Stack]) -> list[Stack]:
+def views_of(buffer: Tensor, stacks: Iterable[Stack]) -> list[Stack]:
     """The stacks with views of a buffer [bytes] in the place of their tensors."""
     found, start = [], 0
     for frozen in stacks:
@@ -57,14 +56,14 @@ def unpacked(buffer: Tensor, stacks: Iterable[Stack]) -> list[Stack]:
     return found
 
 
-def pack(buffer: Tensor, stacks: list[Stack]) -> None:
+def copy_into(buffer: Tensor, stacks: list[Stack]) -> None:
     """Copy their tensors into a buffer [bytes]."""
-    for frozen, place in zip(stacks, unpacked(buffer, stacks), strict=True):
-        for tensor, view in zip(_tensors(frozen), _tensors(place), strict=True):
+    for frozen, copies in zip(stacks, views_of(buffer, stacks), strict=True):
+        for tensor, view in zip(_tensors(frozen), _tensors(copies), strict=True):
             view.copy_(tensor)
 
 
-def place(groups: list[Any], buffer: Tensor) -> None:
-    """Have a block's groups (infer/fast/install.py) use their weights in a buffer that they are packed in."""
-    for group, frozen in zip(groups, unpacked(buffer, [group.frozen for group in groups]), strict=True):
-        group.put(frozen)
+def use_buffer(groups: list[Any], buffer: Tensor) -> None:
+    """Have a block's groups (infer/fast/install.py) use the copies of their weights in a buffer."""
+    for group, frozen in zip(groups, views_of(buffer, [group.frozen for group in groups]), strict=True):
+        group.use(frozen)

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.device import allocator
-from infer.fast.offload import Stream
+from infer.fast.offload import Offload
 
 
 def _device() -> torch.device:
@@ -25,13 +25,13 @@ class Replay:
     The first call of a form is an ordinary one, which compiles and tunes; the second captures.
     """
 
-    def __init__(self, function: Callable[..., Any], stream: Stream | None = None) -> None:
-        self.function, self.stream = function, stream
+    def __init__(self, function: Callable[..., Any], offload: Offload | None = None) -> None:
+        self.function, self.offload = function, offload
         self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any, int]] = {}
         self.seen: set[Hashable] = set()
         self.pool: Any = None
-        if stream is not None:
-            stream.captured.append(self.release)
+        if offload is not None:
+            offload.graphs.append(self.release)
 
     def release(self) -> None:
         """Give back the memory of what was captured; the next call of each form captures it again."""
@@ -51,17 +51,17 @@ class Replay:
         form = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
         if form not in self.captured:
             if form not in self.seen:
-                if self.stream is not None:
+                if self.offload is not None:
                     self.release()  # both do not fit a budget
                 self.seen.add(form)
                 return self._ordinary(inputs)
             self._capture(form, inputs)
-        graph, places, output, work = self.captured[form]
-        for place, x in zip(places, inputs, strict=True):
-            if place is not None and x is not None:
-                place.copy_(x)
-        if self.stream is not None:
-            self.stream.rewind()
+        graph, buffers, output, work = self.captured[form]
+        for buffer, x in zip(buffers, inputs, strict=True):
+            if buffer is not None and x is not None:
+                buffer.copy_(x)
+        if self.offload is not None:
+            self.offload.rewind()
         graph.replay()
         allocator.count_replay(_device(), work)
         return output
@@ -77,9 +77,9 @@ class Replay:
         return self.function(*inputs)
 
     def _capture(self, form: Hashable, inputs: tuple[Tensor | None, ...]) -> None:
-        places = [None if x is None else x.clone() for x in inputs]
-        if self.stream is not None:
-            self.stream.rewind()
+        buffers = [None if x is None else x.clone() for x in inputs]
+        if self.offload is not None:
+            self.offload.rewind()
         torch.cuda.synchronize()
         gc.collect()  # another model's memory is not given back in the middle of a capture
         # what ordinary calls held is the graph's now; it takes workspaces of its own
@@ -88,13 +88,13 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         # one pool for all: no two of them run at once, and what they leave is read before the next one runs
         # of this thread alone: with several processes NCCL's own looks after its events at any time
-        place = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        with allocator.watched(_device()) as work, place:
-            output = self.function(*places)
-            if self.stream is not None:
-                self.stream.join()
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with allocator.watched(_device()) as work, capture:
+            output = self.function(*buffers)
+            if self.offload is not None:
+                self.offload.join()
         self.pool = graph.pool()
-        self.captured[form] = graph, places, output, work[0]
+        self.captured[form] = graph, buffers, output, work[0]
 
 
 def adapters_state(transformer: FluxTransformer2DModel) -> Hashable:
@@ -109,10 +109,10 @@ def adapters_state(transformer: FluxTransformer2DModel) -> Hashable:
 class Sampler:
     """The transformer's own forward for sampling, captured; another adapter, or none, is captured anew."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, stream: Stream | None) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel, offload: Offload | None) -> None:
         self.transformer = transformer
         self.plain = type(transformer).forward
-        self.replay = Replay(self._velocity, stream)
+        self.replay = Replay(self._velocity, offload)
         self.state: Hashable = None
         transformer.forward = self
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infer.quantize.precision import kind_of, scales_of
+from infer.quantize.precision import int8_values, kind_of, scales_of
 
 LEAST = 2.0**-100  # a row of zeros is divided by it
 HEAD = 8.0  # largest magnitude of a head's values, and of its gradient: sums over 8,000 tokens stay below 65504
@@ -109,7 +109,7 @@ def _weights(layer: Any) -> Tensor:
     weights: Tensor = layer.weight.detach()
     kind = kind_of(layer)
     if kind == "int8":
-        weights = weights.float() * (scales_of(layer) / 127.0)[:, None]
+        weights = int8_values(weights, scales_of(layer), torch.float32)
     elif kind is not None:
         weights = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weights.half()
@@ -120,10 +120,10 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-def _llm_int8(own: Any, layer: nn.Linear, x: Tensor) -> Tensor:
+def _llm_int8(multiply: Any, layer: nn.Linear, x: Tensor) -> Tensor:
     """LLM.int8 of rows that fit fp16; the others are scaled until they do."""
     scale = (x.abs().amax(-1, keepdim=True) / 32768).clamp_min(1.0)
-    y: Tensor = own(x / scale)
+    y: Tensor = multiply(x / scale)
     return y * scale if layer.bias is None else (y - layer.bias) * scale + layer.bias
 
 

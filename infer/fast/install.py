@@ -14,10 +14,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fast.blocks import Double, Single, double_block, modulation, single_block
-from infer.fast.buffer import pack, packed_bytes, place
+from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
 from infer.fast.memory import Memory, refuse_plain
-from infer.fast.offload import Stream
-from infer.fast.weights import Linear, Stack, adapters_of, obstacle, share, stack
+from infer.fast.offload import Offload
+from infer.fast.weights import Linear, Stack, adapters_of, obstacle, stack, use_views
 from infer.quantize.compute import in_half
 from infer.quantize.precision import Precision, kind_of
 
@@ -71,7 +71,7 @@ class Group:
 
     def __init__(self, block: nn.Module, *names: str) -> None:
         self.block, self.names = block, names
-        self.put(stack(self._layers()))
+        self.use(stack(self._layers()))
 
     def _modules(self) -> list[nn.Module]:
         return [self.block.get_submodule(name) for name in self.names]
@@ -79,10 +79,10 @@ class Group:
     def _layers(self) -> list[Any]:
         return [getattr(module, "base_layer", module) for module in self._modules()]
 
-    def put(self, frozen: Stack) -> None:
-        """Take these weights, and have the layers share them."""
+    def use(self, frozen: Stack) -> None:
+        """Take these weights, and have the layers use_views them."""
         self.frozen = frozen
-        share(self._layers(), frozen)
+        use_views(self._layers(), frozen)
 
     def linear(self) -> Linear:
         return Linear(self.frozen, tuple(adapters_of(module) for module in self._modules()))
@@ -126,8 +126,8 @@ def install(
     device: torch.device,
     keep: str | None = None,
     repeatable: bool = False,
-) -> Stream | None:
-    """Replace every block's forward; returns the stream of the blocks where a budget asks for one.
+) -> Offload | None:
+    """Replace every block's forward; returns the offload of its blocks where a budget asks for one.
 
     repeatable: with an attention whose gradient is the same every time (infer/fast/attention.py).
 
@@ -138,7 +138,7 @@ def install(
     heads = transformer.config.num_attention_heads
     wrap: Any = partial(torch.compile, fullgraph=True, dynamic=False, backend=BACKEND)
     if not memory.compiles(device):
-        wrap = _as_it_is
+        wrap = _uncompiled
     runs = wrap(partial(_double, keep)), wrap(partial(_single, keep))
     modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     doubles = len(transformer.transformer_blocks)
@@ -146,7 +146,7 @@ def install(
     for i, module in enumerate(modules):
         built.append(_double_parts(module) if i < doubles else _single_parts(module, apart=keep == "nothing"))
         if memory.budget_gib is None:
-            _pack(built[-1][0], device)
+            _gather(built[-1][0], device)
     # one a shape, a form of adapter, and a mixture of kinds
     mixtures = {tuple(group.frozen.kind for group in groups) for groups, _ in built}
     torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
@@ -158,9 +158,9 @@ def install(
         # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
         in_place = keep != "products" and memory.compiles(device) and not half
         group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half)
-    stream = None
+    offload = None
     if memory.budget_gib is not None:
-        stream = Stream([groups for groups, _ in built], device)
+        offload = Offload([groups for groups, _ in built], device)
         _move_rest(transformer, device)
 
     def forward_of(i: int) -> Callable[..., Any]:
@@ -178,32 +178,32 @@ def install(
                 # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
                 txt, img = (x if x.requires_grad else x.detach().requires_grad_() for x in (txt, img))
             block = parts(heads)._replace(repeatable=repeatable)
-            if stream is None:
+            if offload is None:
                 return run(block, txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
-            txt, img = stream.before(i, txt, img)
+            txt, img = offload.before(i, txt, img)
             txt, img = run(block, txt, img, temb, *image_rotary_emb)
-            return stream.after(i, txt, img)
+            return offload.after(i, txt, img)
 
         return forward
 
     for i, module in enumerate(modules):
         module.forward = forward_of(i)
-    return stream
+    return offload
 
 
-def _pack(groups: list[Group], device: torch.device) -> None:
-    """A block's weights into a piece of memory of their own."""
+def _gather(groups: list[Group], device: torch.device) -> None:
+    """Copy a block's weights into one buffer."""
     stacks = [group.frozen for group in groups]
-    buffer = torch.empty(packed_bytes(stacks), dtype=torch.uint8, device=stacks[0].stored.device)
-    pack(buffer, stacks)
+    buffer = torch.empty(buffer_bytes(stacks), dtype=torch.uint8, device=stacks[0].stored.device)
+    copy_into(buffer, stacks)
     del stacks
-    place(groups, buffer)
+    use_buffer(groups, buffer)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what they lay in before: else loading would take twice the memory
 
 
 def _move_rest(transformer: FluxTransformer2DModel, device: torch.device) -> None:
-    """What is not streamed, to the device: norms, embedders, adapters."""
+    """What is not offloaded, to the device: norms, embedders, adapters."""
     nn.Module.to(transformer, device)  # diffusers' own `to` refuses int8
     for module in transformer.modules():
         if kind_of(module) == "int8":  # torch moves their codes, but not the scales
@@ -213,7 +213,7 @@ def _move_rest(transformer: FluxTransformer2DModel, device: torch.device) -> Non
 
 
 def hold_of(memory: Memory) -> torch.device | None:
-    """Where the transformer is held after loading: on the host where blocks are streamed."""
+    """Where the transformer is held after loading: on the host where blocks are offloaded."""
     return None if memory.budget_gib is None else torch.device("cpu")
 
 
@@ -224,7 +224,7 @@ def choose_path(
     device: torch.device,
     say: Callable[[str], object],
     repeatable: bool = False,
-) -> tuple[Memory, Stream | None]:
+) -> tuple[Memory, Offload | None]:
     """Install the fast path, or say why not and prepare the plain one; returns what was done.
 
     repeatable: the fast path's gradients are the same every time; the plain one's are what torch's flags make them.
@@ -251,5 +251,5 @@ def uninstall(transformer: FluxTransformer2DModel) -> None:
         module.__dict__.pop("forward", None)
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function

@@ -12,7 +12,7 @@ from infer.program.bounds import GIB, check_most
 
 KEEP = ("nothing", "attention", "products", "everything")
 NEEDS_FUSED = ("compile", "graph", "budget_gib")
-SLOTS = 3  # places on the device that streamed blocks take in turn
+SLOTS = 3  # buffers on the device that offloaded blocks take in turn
 
 
 @dataclass
@@ -73,8 +73,8 @@ def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Me
     return Memory(keep="everything" if memory.keep == "everything" else "nothing", fused=False)
 
 
-def streamed_of(blocks: int, resident: int) -> list[int]:
-    """Which blocks are streamed where so many stay: evenly spread, so that the copies have their time too."""
+def offloaded_blocks(blocks: int, resident: int) -> list[int]:
+    """Which blocks are offloaded where so many stay: evenly spread, so that the copies have their time too."""
     return [i * blocks // (blocks - resident) for i in range(blocks - resident)]
 
 
@@ -85,11 +85,11 @@ def residents(sizes: list[int], room: int) -> int:
 
 def device_bytes(sizes: list[int], resident: int) -> int:
     """Of the blocks that stay on the device and of the slots that the others take turns in."""
-    streamed = [sizes[i] for i in streamed_of(len(sizes), resident)]
-    return sum(resident_bytes(sizes, resident)) + min(SLOTS, len(streamed)) * max(streamed, default=0)
+    offloaded = [sizes[i] for i in offloaded_blocks(len(sizes), resident)]
+    return sum(resident_bytes(sizes, resident)) + min(SLOTS, len(offloaded)) * max(offloaded, default=0)
 
 
 def resident_bytes(sizes: list[int], resident: int) -> list[int]:
     """Of the blocks that stay on the device."""
-    streamed = set(streamed_of(len(sizes), resident))
-    return [size for i, size in enumerate(sizes) if i not in streamed]
+    offloaded = set(offloaded_blocks(len(sizes), resident))
+    return [size for i, size in enumerate(sizes) if i not in offloaded]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from infer.fast.dequantize import dequantize_4bit
-from infer.quantize.precision import kind_of, linear_layers
+from infer.quantize.precision import int8_values, kind_of, linear_layers
 
 # layers of a block that read one input; what a block lacks (proj_mlp, of a double one) is left out
 TOGETHER = (
@@ -62,7 +62,7 @@ def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
         return stack.stored.to(dtype)
     assert stack.scale is not None
     if stack.kind == "int8":
-        return (stack.stored.float() * (stack.scale / 127.0)[:, None]).to(dtype)
+        return int8_values(stack.stored, stack.scale, dtype)
     outer, code, offsets = stack.nested or (None, None, None)
     ends = [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
     weights: Tensor = dequantize_4bit(
@@ -83,34 +83,34 @@ def stack(layers: list[Any]) -> Stack:
     kind = kinds.pop()
     shape = sum(layer.out_features for layer in layers), layers[0].in_features
     widths = tuple(layer.out_features for layer in layers)
-    bias = None if layers[0].bias is None else _behind([layer.bias.data for layer in layers])
+    bias = None if layers[0].bias is None else _concatenated([layer.bias.data for layer in layers])
     if kind == "plain":
-        return Stack(kind, shape, widths, _behind([layer.weight.data for layer in layers]), None, None, bias)
+        return Stack(kind, shape, widths, _concatenated([layer.weight.data for layer in layers]), None, None, bias)
     if kind == "int8":
         for layer in layers:
             if layer.state.CB is None:
                 layer.init_8bit_state()  # moves codes and scales from the weight to where forward reads them
-        stored, scale = (_behind([getattr(layer.state, name) for layer in layers]) for name in ("CB", "SCB"))
+        stored, scale = (_concatenated([getattr(layer.state, name) for layer in layers]) for name in ("CB", "SCB"))
         return Stack(kind, shape, widths, stored, scale, None, bias)
     states = [layer.weight.quant_state for layer in layers]
     if shape[1] % 64 or any(state.blocksize != 64 for state in states):
         raise ValueError(f"4-bit blocks of 64 do not end with the rows of {shape[1]} features")
-    stored = _behind([layer.weight.data.view(-1, 1) for layer in layers])
-    scale = _behind([state.absmax for state in states])
+    stored = _concatenated([layer.weight.data.view(-1, 1) for layer in layers])
+    scale = _concatenated([state.absmax for state in states])
     nested = None
     if states[0].nested:
         if any(state.absmax.numel() % 256 for state in states[:-1]):
             raise ValueError("blocks of 256 scales do not end with the layers")
-        outer = _behind([state.state2.absmax for state in states])
+        outer = _concatenated([state.state2.absmax for state in states])
         nested = outer, states[0].state2.code, torch.stack([state.offset for state in states])
     return Stack(kind, shape, widths, stored, scale, nested, bias)
 
 
-def _behind(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def share(layers: list[Any], frozen: Stack) -> None:
+def use_views(layers: list[Any], frozen: Stack) -> None:
     """Make the layers' own weights views of the stack, so that nothing is stored twice."""
     rows = list(frozen.widths)
     if frozen.bias is not None:
@@ -164,10 +164,10 @@ def groups(layers: Iterable[str]) -> list[list[str]]:
     """Names of linear layers, those that read one input together, in the order of the first of each."""
     found: dict[str, list[str]] = {}
     for name in layers:
-        ends = (end for end in TOGETHER if any(name.endswith(f".{own}") for own in end))
+        ends = (end for end in TOGETHER if any(name.endswith(f".{layer}") for layer in end))
         end = next(ends, None)
-        own = next((own for own in end or () if name.endswith(f".{own}")), "")
-        found.setdefault(f"{name.removesuffix(own)}{end[0]}" if end else name, []).append(name)
+        last = next((layer for layer in end or () if name.endswith(f".{layer}")), "")
+        found.setdefault(f"{name.removesuffix(last)}{end[0]}" if end else name, []).append(name)
     return list(found.values())
 
 

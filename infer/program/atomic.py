@@ -9,11 +9,11 @@ from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
-STALE = 24 * 3600.0  # seconds without a write after which what another machine began counts as left behind
+STALE = 24 * 3600.0  # seconds after its last write at which a partial of another machine counts as abandoned
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk: a file that was renamed is only then there after a power cut."""
+    """Write the names in a folder to the disk: until then a power cut can lose a file that was renamed."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(number)
@@ -22,7 +22,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file in a folder and in those below it reach the disk, and their names."""
+    """Write every file in a folder and in those below it to the disk, and their names."""
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
@@ -33,15 +33,15 @@ def sync_tree(folder: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where what is to become `path` is written first: `path` with this machine's name and this process's number."""
+    """The name under which `path` is written until it is whole: with this machine's name and this process's number."""
     return path.with_name(f"{path.name}.{_host()}.{os.getpid()}.partial")
 
 
 def clear_partials(folder: Path, name: str) -> None:
-    """Remove what processes that were killed left of `name`: files and folders name.<machine>.<pid>.partial.
+    """Remove the partial files and folders of `name` that killed processes left: name.<machine>.<pid>.partial.
 
-    Whether a process of another machine lives is not known here (a shared folder, a container): what it began is
-    removed once nothing in it was written for a day.
+    Whether a process of another machine (a shared folder, a container) is alive cannot be known here: its partials are
+    removed a day after their last write.
     """
     for path in folder.glob(f"{escape(name)}.*.partial"):
         rest = path.name.removeprefix(f"{name}.").removesuffix(".partial")
@@ -83,7 +83,7 @@ def _alive(pid: int) -> bool:
 
 
 def replace_file(path: Path, save: Callable[[Path], object]) -> None:
-    """Put what `save` writes in the place of `path`, or leave `path` as it was if anything fails.
+    """Replace `path` by what `save` writes, or leave it as it was if anything fails.
 
     `save` is given another name in the same folder; the folder is made if it is not there.
     """

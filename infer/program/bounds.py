@@ -1,12 +1,12 @@
-"""Upper bounds of numeric settings, beyond which nothing is meant: libraries overflow, memory or time runs out."""
+"""Upper bounds of numeric settings: beyond them libraries overflow, or memory or time runs out."""
 
 from typing import Any
 
 MANY = 10**9
-"""Of what is only waited for or counted, such as steps between checkpoints."""
+"""For what is only counted, such as steps between checkpoints."""
 STEPS = 10**8
 SEED = 2**63 - 1
-"""A seed has 64 bits; those from which others are counted on are half as large."""
+"""A seed has 64 bits; one to which numbers are added is at most half as large."""
 GIB = 10**6
 TOKENS = 4096
 PIXELS = 2**40
@@ -14,13 +14,13 @@ SIGNED = ("seed", "seeds", "guidance", "logit_mean", "weight")
 
 
 def check_most(holder: Any, within: str, **most: float) -> None:
-    """See that numbers are not beyond what they may be at most; those of SIGNED below zero too. A list's are all looked
-    at, and None is none.
+    """Check that settings do not exceed their limits, those of SIGNED in either direction. Every number of a list is
+    checked; None passes.
 
-    within: what stands before a setting's name, such as `data.`.
+    within: the prefix of the settings' names, such as `data.`.
 
     Raises:
-        ValueError: one is.
+        ValueError: a setting exceeds its limit.
     """
     for name, limit in most.items():
         value = getattr(holder, name)

@@ -38,7 +38,7 @@ FOLDERS = {
     "tensorboard",
     "wandb",
 }
-"""Of a run, beside which no other run can lie."""
+"""Folders within a run's folder, whose names no run nested in it can have."""
 
 OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
 
@@ -111,7 +111,7 @@ def _folder(options: Any) -> Path | None:
 
 
 def check_file_names(what: str, names: Iterable[str]) -> None:
-    """See that names which become parts of files' names can be that.
+    """Check that names can be parts of file names.
 
     Raises:
         ValueError: one cannot.

@@ -83,9 +83,9 @@ def reason(error: Exception) -> str | None:
     number = int(told[1]) if told else number
     if number in errno.errorcode:
         assert number is not None
-        place = getattr(error, "filename", None) or "reading or writing a file"
+        file = getattr(error, "filename", None) or "reading or writing a file"
         mend = MENDS.get(number, "check the path and its permissions")
-        return f"{os.strerror(number)}: {place}; {mend}"
+        return f"{os.strerror(number)}: {file}; {mend}"
     return str(error) if is_ours(error) else None
 
 
@@ -94,10 +94,10 @@ def is_ours(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    place = Path(frames[-1].filename) if frames else ROOT
-    if not place.is_relative_to(ROOT):
+    raised_in = Path(frames[-1].filename) if frames else ROOT
+    if not raised_in.is_relative_to(ROOT):
         return False
-    inside = place.relative_to(ROOT).parts
+    inside = raised_in.relative_to(ROOT).parts
     if INSTALLED:  # among the libraries
         return not inside or inside[0] in PACKAGES
     return not inside or not inside[0].startswith(".")  # an environment within the repository
@@ -131,7 +131,8 @@ def _keep(error: Exception, folder: Path | None) -> str:
 
 
 def _leave(code: int, said: str, error: BaseException | None) -> NoReturn:
-    """What all ranks of a run find, rank 0 says alone: its launcher ends the others while they wait."""
+    """Print the message and exit. What every rank finds is printed by rank 0 alone: the others wait, and the launcher
+    ends them."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(3)

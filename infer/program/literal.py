@@ -74,12 +74,12 @@ def kind_of(schema: Any, name: str) -> Any:
 def split(text: str, by: str = ",") -> list[str] | None:
     """The parts between separators that stand in no brackets and no quotation marks; None if brackets do not match."""
     for opens, closes in ((OPENS, CLOSES), (OPENS[1:], CLOSES[1:])):  # a ( alone may be of the text, as in :(
-        parts, stack, place, fresh = [""], "", 0, True
-        while place < len(text):
-            letter = text[place]
-            within = QUOTED.match(text, place) if fresh and letter in "'\"" else None
+        parts, stack, position, fresh = [""], "", 0, True
+        while position < len(text):
+            letter = text[position]
+            within = QUOTED.match(text, position) if fresh and letter in "'\"" else None
             word = within[0] if within else letter
-            place += len(word)
+            position += len(word)
             if word == by and not stack:
                 parts.append("")
             else:
@@ -109,7 +109,7 @@ def _inside(text: str, brackets: str) -> list[str] | None:
 
 
 def literal(text: str, kind: Any, element: bool = False) -> str:
-    """A value as Hydra reads it back as what was typed. element: of a list or dictionary."""
+    """A value, quoted where Hydra would otherwise not read back what was typed. element: of a list or dictionary."""
     kind, optional = _required(kind)
     if kind is str:
         # what no null may be says so itself, and how to write the word
@@ -218,29 +218,29 @@ def _restore(config: Any, node: yaml.Node, kind: Any) -> None:
     elif isinstance(node, yaml.SequenceNode) and isinstance(config, ListConfig):
         inner = list(enumerate(node.value))
     for name, value in inner:
-        own, may_be_null = _required(_within(kind, str(name)))
-        if own is str and isinstance(value, yaml.ScalarNode):
+        wanted, may_be_null = _required(_within(kind, str(name)))
+        if wanted is str and isinstance(value, yaml.ScalarNode):
             element = get_origin(kind) in (list, dict) and not may_be_null
             if not value.tag.endswith((":str", ":null")) or (element and value.tag.endswith(":null")):
                 config[name] = value.value
-        elif own is not None:
-            _restore(config._get_node(name), value, own)
+        elif wanted is not None:
+            _restore(config._get_node(name), value, wanted)
 
 
 def _restore_sweep(config: DictConfig | ListConfig, schema: Any) -> None:
     """The same for the values of a sweep that is written in a file."""
-    place: Any = config
+    params: Any = config
     for name in ("hydra", "sweeper", "params"):
-        place = place.get(name) if isinstance(place, DictConfig) else None
-    for key in place if isinstance(place, DictConfig) else ():
+        params = params.get(name) if isinstance(params, DictConfig) else None
+    for key in params if isinstance(params, DictConfig) else ():
         known = kind_of(schema, str(key).lstrip("+"))
-        value = place._get_node(key)._value()
+        value = params._get_node(key)._value()
         if known is not None and isinstance(value, str):
-            place[key] = literals(value, known)
+            params[key] = literals(value, known)
 
 
 def read_text_literally(schema: Callable[[], Any]) -> None:
-    """From here on, what Hydra reads from files is read by a schema, which is asked for when a file is."""
+    """From here on, Hydra reads text settings of YAML files as they stand there; each file asks for the schema."""
     Plugins.instance()  # registers its own kinds of sources, and takes no others of their name
     # under the name of Hydra's own: a launcher's process is given this registry and registers Hydra's kinds again, and
     # Hydra refuses a second kind of another name

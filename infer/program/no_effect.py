@@ -1,4 +1,4 @@
-"""Settings that have no effect beside others: refused, so that nobody takes them for done."""
+"""Settings that have no effect beside others: refused, so that nobody believes that they act."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -15,7 +15,7 @@ def changed(options: Any, *names: str) -> list[str]:
 
 
 def refuse_idle(options: Any, group: str, names: tuple[str, ...], reason: str) -> None:
-    """Refuse fields whose values are not their defaults, because `reason`. A default says nothing: nobody chose it.
+    """Refuse fields whose values are not their defaults, because `reason`. A default passes: nobody chose it.
 
     group: their dotted prefix, with its dot.
 

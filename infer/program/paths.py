@@ -1,5 +1,5 @@
-"""Paths that users write: ~ is their home, a name is a path or a Hub id, and a file that is not what is wanted is named
-for what it is. Only headers are read, and nothing heavy is imported: paths are looked at before anything is loaded.
+"""Paths that users write: ~ is their home, a name is a path or a Hub id, and the message about a wrong file says what
+it is. Only headers are read, and nothing heavy is imported: paths are checked before anything is loaded.
 """
 
 import json
@@ -53,10 +53,10 @@ def is_hub_id(path: str) -> bool:
 
 
 def roots_of(folder: Path) -> list[Path]:
-    """Where what a folder holds may really lie: in it, and if it is of a snapshot in the Hub's cache, whose files are
-    links, among that repository's blobs."""
+    """Folders in which a folder's files may really lie: itself, and for a snapshot in the Hub's cache, whose files are
+    links, that repository's blobs."""
     root = folder.resolve()
-    snapshots = next((place.parent for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    snapshots = next((each.parent for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
     return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
 
 
@@ -92,7 +92,7 @@ def kind_of_file(file: Path) -> str:
 
 
 def not_a_model(path: Path) -> str:
-    """What a file is that was given as model.path, and the mend."""
+    """The message about a file that was given as model.path: what it is, and the mend."""
     kind = kind_of_file(path)
     if kind == "gguf":
         return (
@@ -113,7 +113,7 @@ def not_a_model(path: Path) -> str:
 
 
 def no_index(folder: Path) -> str:
-    """What a folder is that was given as model.path and holds no model_index.json, and the mend."""
+    """The message about a folder without model_index.json that was given as model.path: what it is, and the mend."""
     if (folder.parent / "model_index.json").is_file():
         return f"{folder} is a part of the checkpoint {folder.parent}; set model.path to that folder"
     if (folder / "snapshots").is_dir() and folder.name.startswith("models--"):

@@ -19,7 +19,7 @@ NOISE = (
 
 @cache
 def ready() -> None:
-    """Ready torch and its kin for a command, once what the user typed is known to be right: imports them."""
+    """Import torch and the libraries around it, and configure them. Call it once the user's settings are checked."""
     from infer.device.allocator import prepare
 
     prepare()

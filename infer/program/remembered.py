@@ -1,9 +1,8 @@
-"""What was found out about large files, remembered by what the file system says of them: a second start reads none.
+"""Hashes and other facts about large files, kept so that a second start reads none of the files.
 
-A file is taken for the one that was read while its device, inode, size, mtime and ctime are the same; no program can
-set the last one back. One JSON file a cache folder holds it all. A process that adds to it replaces it as a whole,
-under a lock. What is not in it is found out again, so it may be deleted at any time; `train/cache.py recheck=true` does
-that.
+A file counts as unchanged while its device, inode, size, mtime and ctime are the same; no program can set ctime back.
+One JSON file for each cache folder holds all facts; a process that adds some replaces the whole file, under a lock. A
+fact that is absent is found again, so the file may be deleted at any time; `train/cache.py recheck=true` does that.
 """
 
 import fcntl

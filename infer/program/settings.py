@@ -100,8 +100,8 @@ def explain(error: Exception, schema: Any) -> str:
         name = str(cause.full_key)
         group = cause.object_type
         if is_dataclass(group) and name == cause.key and group is not schema:  # an entry of a list
-            own = [each.name for each in fields(group)]
-            return f"there is no {name!r} in a {group.__name__}{nearest(name, own) or '; it has ' + ', '.join(own)}"
+            names = [each.name for each in fields(group)]
+            return f"there is no {name!r} in a {group.__name__}{nearest(name, names) or '; it has ' + ', '.join(names)}"
         if is_dataclass(group):
             return unknown(name, schema)
         there = nearest(str(cause.key), map(str, cause.parent_node or {}))

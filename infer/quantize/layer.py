@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infer.quantize.precision import Precision, dequantized
+from infer.quantize.precision import Precision, dequantized, int8_values
 
 
 def quantized_layer(weight: Tensor, precision: Precision, device: torch.device) -> nn.Linear:
@@ -39,3 +39,17 @@ def rounded(weight: Tensor, precision: Precision, device: torch.device) -> Tenso
     if not precision.quantized:
         return weight.to(precision.dtype).float()
     return dequantized(quantized_layer(weight, precision, device)).cpu()
+
+
+def quantized_values(weight: Tensor, kind: str, double_quant: bool) -> Tensor:
+    """The values [out, in] that take part in products once a weight is stored as int8, fp4 or nf4, in its own dtype."""
+    import bitsandbytes.functional as bnb
+
+    if kind == "int8":
+        codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return int8_values(codes, scales, weight.dtype)
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=64, compress_statistics=double_quant, quant_type=kind
+    )
+    values: Tensor = bnb.dequantize_4bit(packed, state).to(weight.dtype)
+    return values

@@ -135,12 +135,12 @@ class Precision:
     def for_t5(self) -> Precision:
         """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
         kind = self._t5_kind()
-        own = {
+        settings = {
             "compute_dtype": (self.compute_dtype, kind in QUANTIZED),
             "double_quant": (self.double_quant, kind in FOUR_BIT),
             "outlier_threshold": (self.outlier_threshold, kind == "int8"),
         }
-        return Precision(kind, **{name: value for name, (value, counts) in own.items() if counts})  # type: ignore[arg-type]
+        return Precision(kind, **{name: value for name, (value, counts) in settings.items() if counts})  # type: ignore[arg-type]
 
     def _t5_kind(self) -> str:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
@@ -160,7 +160,7 @@ def quantization_config(precision: Precision, library: Any, layers: Iterable[str
     if not precision.quantized:
         return None
     if precision.layers:
-        from infer.quantize.mixed import MixedConfig
+        from infer.quantize.quantizer import MixedConfig
 
         return MixedConfig(precision)
     skipped = [layer for layer in layers if any(_names(name, layer) for name in precision.skip_modules)]
@@ -298,8 +298,7 @@ def multiply_plainly(model: nn.Module) -> None:
 def _plain_int8(layer: Any, x: Tensor) -> Tensor:
     from torch.nn import functional
 
-    scales = scales_of(layer)
-    weight = (layer.weight.data.float() * (scales / 127.0)[:, None]).to(x.dtype)
+    weight = int8_values(layer.weight.data, scales_of(layer), x.dtype)
     return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
@@ -307,6 +306,11 @@ def scales_of(layer: Any) -> Tensor:
     """An int8 layer's absmax of each row [out]; the first forward pass moves it."""
     scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     return scales
+
+
+def int8_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values [out, in] of int8 codes [out, in], whose rows have the absmax `scales` [out]."""
+    return (codes.float() * (scales / 127.0)[:, None]).to(dtype)
 
 
 def weight_bytes(rows: int, columns: int, kind: str | None, double_quant: bool, itemsize: int = 2) -> int:

@@ -8,21 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from infer.quantize.precision import weight_bytes
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any
 
 LADDER = ("nf4", "int8", "bf16")
-
-
-def layer_bytes(layer: nn.Linear, kind: str, double_quant: bool) -> int:
-    """Bytes of a linear layer's weight as bf16, int8, fp4 or nf4."""
-    return weight_bytes(layer.out_features, layer.in_features, kind, double_quant)
-
-
 HEADER = "# python infer/sensitivity.py"  # the first line of a mixture's YAML
 
 
@@ -36,7 +24,7 @@ class Mixture:
     nf4_error: float  # the same, with all layers NF4
 
     def describe(self) -> str:
-        groups = {kind: sum(own == kind for _, own in self.kinds) for kind in LADDER}
+        groups = {kind: sum(chosen == kind for _, chosen in self.kinds) for kind in LADDER}
         counts = ", ".join(f"{count} {kind}" for kind, count in groups.items() if count)
         return (
             f"{counts} of {len(self.kinds)} groups of layers, {self.total_bytes / 2**20:,.2f} MiB; predicted error of "

@@ -45,8 +45,8 @@ def steadied(rows: Tensor, damping: float = 0.03) -> Tensor:
     if width <= 4096:
         extra = scale * torch.eye(width, dtype=rows.dtype, device=rows.device)
     else:
-        own = torch.Generator(rows.device).manual_seed(width)
-        extra = torch.randn(n, width, generator=own, dtype=rows.dtype, device=rows.device) * (scale / n**0.5)
+        generator = torch.Generator(rows.device).manual_seed(width)
+        extra = torch.randn(n, width, generator=generator, dtype=rows.dtype, device=rows.device) * (scale / n**0.5)
     rows = torch.cat([rows, extra])
     return torch.linalg.qr(rows, mode="r").R if len(rows) > width else rows
 
@@ -54,7 +54,8 @@ def steadied(rows: Tensor, damping: float = 0.03) -> Tensor:
 def allot(gains: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict[str, int]:
     """Ranks by layer: the greatest gains a byte first, until the budget is spent. costs: bytes of one rank."""
     steps = sorted(
-        ((float(gain) / costs[layer], layer) for layer, own in gains.items() for gain in own), key=lambda step: -step[0]
+        ((float(gain) / costs[layer], layer) for layer, several in gains.items() for gain in several),
+        key=lambda step: -step[0],
     )
     ranks: dict[str, int] = {}
     for gain, layer in steps:

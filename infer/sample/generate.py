@@ -36,9 +36,9 @@ class Sampling:
                 near = max(16, round(value / 16) * 16)
                 raise ValueError(f"sampling.{name} is {value}; FLUX draws multiples of 16, such as {near}")
 
-    def size(self, own: int) -> tuple[int, int]:
-        """Height and width in pixels for a checkpoint made for `own`."""
-        return self.height or own, self.width or own
+    def size(self, default: int) -> tuple[int, int]:
+        """Height and width in pixels of the pictures; `default` in place of what is null."""
+        return self.height or default, self.width or default
 
 
 def noise(seed: int, height: int, width: int, channels: int) -> Tensor:

@@ -62,14 +62,14 @@ def without_texts(content: bytes) -> bytes:
     """
     if not content.startswith(PNG):
         return content
-    parts, kept, place = [], 0, len(PNG)  # content[kept:place] is to be kept
-    while place + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        after = place + 12 + length  # length, kind, data, checksum
-        if kind in TEXTS and after <= len(content) and not content.startswith(KEPT, place + 8):
-            parts.append(content[kept:place])
+    parts, kept, position = [], 0, len(PNG)  # content[kept:position] is to be kept
+    while position + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        after = position + 12 + length  # length, kind, data, checksum
+        if kind in TEXTS and after <= len(content) and not content.startswith(KEPT, position + 8):
+            parts.append(content[kept:position])
             kept = after
-        place = after
+        position = after
     return b"".join([*parts, content[kept:]]) if parts else content
 
 
@@ -118,14 +118,14 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile:
         return picture
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(own).lower():  # nearly all: nothing to do
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(embedded).lower():  # nearly all: nothing to do
             return picture
         if picture.mode not in ("L", "RGB", "CMYK"):
             picture = picture.convert("RGB")
         found = ImageCms.profileToProfile(
             picture,
-            own,
+            embedded,
             ImageCms.createProfile("sRGB"),
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             "RGB",

@@ -18,7 +18,8 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
-from infer.compare import Compare, compare
+from infer.compare import compare
+from infer.comparison.settings import Compare
 from infer.device.measure import measure
 from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype

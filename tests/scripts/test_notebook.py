@@ -81,7 +81,7 @@ def test_the_notebooks_other_model_composes() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from infer.compare import Compare
+    from infer.comparison.settings import Compare
     from train.run.config import Train
 
     names: dict[str, Any] = {}

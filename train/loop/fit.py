@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from infer.device import allocator
-from infer.fast.offload import Stream
+from infer.fast.offload import Offload
 from infer.sample.encode import NotFiniteError, Text
 from train.data.batches import batches_from
 from train.data.dataset import sources_of
@@ -68,7 +68,7 @@ def fit(
     parameters: list[nn.Parameter],
     cache: Cache,
     samples: Samples,
-    stream: Stream | None,
+    stream: Offload | None,
     previews: dict[str, Text],
     size: tuple[int, int],
     tracker: Tracker,
@@ -110,7 +110,7 @@ def fit(
     weights = [source.weight for source in sources_of(job.data)]
     if stream is not None:
         resident = fit_budget(job, learn, parameters, optimizer, stream, largest_batch(job, cache, samples, device))
-        accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are streamed")
+        accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are offloaded")
     start_memory(device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)
     stopping, save_now, saved = False, False, time.monotonic()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer.fast.cuda_graph import Replay
-from infer.fast.offload import Stream
+from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
 from train.loop.batch import Batch
 from train.objective.flow_matching import losses, noised, predict
@@ -58,7 +58,7 @@ def make_learner(
     accelerator: Accelerator,
     model: Any,
     parameters: list[nn.Parameter],
-    stream: Stream | None,
+    stream: Offload | None,
     turns: int = 1,
 ) -> Callable[[Batch], Tensor]:
     """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device.
@@ -116,7 +116,7 @@ def fit_budget(
     learn: Callable[[Batch], object],
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    stream: Stream,
+    stream: Offload,
     largest: Batch,
 ) -> int:
     """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""

@@ -24,20 +24,23 @@ from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter
 from infer.adapter.error_init import minus, save_start, start_from_error
 from infer.adapter.lora import Adapter
-from infer.adapter.merging import merged
 from infer.adapter.read import FILE, Pairs, read_pairs
 from infer.adapter.selection import Trained
 from infer.adapter.targets import base_layers
 from infer.adapter.write import FORMATS
 from infer.checkpoint.load import Model, fingerprint, load_transformer
 from infer.checkpoint.originals import Originals
-from infer.compare import Compare, compare
+from infer.compare import compare
+from infer.comparison.settings import Compare
 from infer.convert import Convert, Source, convert
 from infer.fast.install import Memory
-from infer.merge import Merge, merge
+from infer.merge import merge
+from infer.merging.settings import Merge
+from infer.merging.update import merged
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
-from infer.recover import Recover, recover
+from infer.recover import recover
+from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
 from infer.save import Save, save
 from tests.covering import Row, covering

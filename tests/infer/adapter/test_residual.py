@@ -16,12 +16,13 @@ from infer.adapter.lora import RECOVERY, Adapter
 from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import load_transformer
-from infer.checkpoint.originals import Originals, streamed_transformer
+from infer.checkpoint.originals import Originals, transformer_from_shards
 from infer.fast.install import Memory, choose_path
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision, dequantized, kind_asked
-from infer.recover import Recover, recover
+from infer.recover import recover
 from infer.rounding.lowrank import allot, approximate
+from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
 from tests.infer.adapter.test_adapters import TINY, inputs, randomise
 
@@ -190,7 +191,7 @@ def test_ranks_go_where_a_byte_gains_most() -> None:
 
 def test_the_streamed_transformer_is_the_loaded_one() -> None:
     dtype = compute_dtype(torch.bfloat16, CPU)
-    loaded, streamed = load_transformer(TINY, Precision("bf16"), CPU), streamed_transformer(TINY, CPU, dtype)
+    loaded, streamed = load_transformer(TINY, Precision("bf16"), CPU), transformer_from_shards(TINY, CPU, dtype)
     assert all(parameter.is_meta for parameter in streamed.parameters())
     with torch.no_grad():
         for seed in (0, 1):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from infer.checkpoint.load import Model
-from infer.compare import Compare, compare
+from infer.compare import compare
+from infer.comparison.settings import Compare
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision
 from infer.sample.generate import Sampling

@@ -186,17 +186,17 @@ def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, re
     transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
     install(transformer, Memory(), CPU)
     expected = step(transformer, parameters, precision)
-    stream = install(transformer, Memory(budget_gib=1), CPU)
-    assert stream is not None and len(stream.blocks) == 6
-    assert stream.host_bytes > 0.4 * stored_bytes(transformer)
-    stream.keep(resident)
-    assert len(stream.streamed) == 6 - resident
+    offload = install(transformer, Memory(budget_gib=1), CPU)
+    assert offload is not None and len(offload.blocks) == 6
+    assert offload.host_bytes > 0.4 * stored_bytes(transformer)
+    offload.set_resident(resident)
+    assert len(offload.offloaded) == 6 - resident
     for _ in range(2):  # the second finds the slots as the first left them
         assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
     with torch.no_grad():  # sampling goes round and round instead of forth and back
-        for slot in stream.slots:
+        for slot in offload.slots:
             slot.fill_(255)  # what is not copied when needed would show
-        stream.holds = [None] * len(stream.slots)
+        offload.holds = [None] * len(offload.slots)
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
 
@@ -206,19 +206,19 @@ def test_a_stream_waits_for_its_own_copies_alone(
 ) -> None:
     """While a step is captured, waiting for copies from before it is an error; CUDA played by hand."""
     transformer, parameters = make(Precision("nf4"), ADAPTERS["lora"], tiny)
-    stream: Any = install(transformer, Memory(budget_gib=1), CPU)
-    stream.keep(resident)
+    offload: Any = install(transformer, Memory(budget_gib=1), CPU)
+    offload.set_resident(resident)
     waited: list[str] = []
     current = SimpleNamespace(wait_stream=lambda _: waited.append("all"), wait_event=lambda _: waited.append("one"))
-    stream.copies = SimpleNamespace(wait_stream=lambda _: None, record_event=lambda: "event")
+    offload.copy_stream = SimpleNamespace(wait_stream=lambda _: None, record_event=lambda: "event")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     step(transformer, parameters, Precision("nf4"))
-    stream.rewind()
+    offload.rewind()
     waited.clear()
     step(transformer, parameters, Precision("nf4"))  # what is captured
-    stream.join()
-    assert bool(waited) == waits and stream.arriving == [None] * len(stream.slots)
+    offload.join()
+    assert bool(waited) == waits and offload.arriving == [None] * len(offload.slots)
 
 
 def test_more_blocks_stay_with_more_room_and_the_last_need_no_slots() -> None:
@@ -234,24 +234,24 @@ def test_a_budget_holds_with_the_holes_that_come_with_resident_blocks(
     tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformer, _ = make(Precision("nf4"), ADAPTERS["lora"], tiny)
-    stream = install(transformer, Memory(budget_gib=1), CPU)
-    assert stream is not None
-    sizes = [buffer.numel() for buffer in stream.host]
+    offload = install(transformer, Memory(budget_gib=1), CPU)
+    assert offload is not None
+    sizes = [buffer.numel() for buffer in offload.host]
     work, holes, forgotten = 100 * max(sizes), 2 * max(sizes), []
-    stream.captured.append(lambda: forgotten.append(len(stream.streamed)))
+    offload.graphs.append(lambda: forgotten.append(len(offload.offloaded)))
 
     def taken(_: Any) -> int:
-        resident = len(sizes) - len(stream.streamed)
+        resident = len(sizes) - len(offload.offloaded)
         return work + device_bytes(sizes, resident) + (holes if resident else 0)
 
-    monkeypatch.setattr(stream, "_taken", taken)
+    monkeypatch.setattr(offload, "_taken", taken)
 
     def fit(extra: int) -> int:
-        return stream.fit((work + extra) / 2**30, lambda: None)
+        return offload.fit((work + extra) / 2**30, lambda: None)
 
-    assert fit(sum(sizes) + holes) == 6 and not stream.streamed
+    assert fit(sum(sizes) + holes) == 6 and not offload.offloaded
     least = device_bytes(sizes, 0)
-    assert fit(least) == 0 and len(stream.streamed) == 6
+    assert fit(least) == 0 and len(offload.offloaded) == 6
     some = fit(sum(sizes))  # all of them would fit but for the holes
     assert 0 <= some < 6 and taken(None) <= work + sum(sizes)
     assert forgotten and fit(least + max(sizes)) == 0
@@ -398,10 +398,10 @@ def test_blocks_of_a_checkpoint_held_on_the_host_are_those_on_the_gpu(kind: str,
         assert check_quantized(transformer, precision) == (0 if kind == "bf16" else len(linear_layers(transformer)))
         attach(transformer, ADAPTERS[adapter], 0)
         memory = Memory(compile=False, budget_gib=None if hold == device else 1.0)
-        stream = install(transformer, memory, device)
-        assert (stream is None) == (hold == device)
-        if stream is not None:
-            stream.keep(2)
+        offload = install(transformer, memory, device)
+        assert (offload is None) == (hold == device)
+        if offload is not None:
+            offload.set_resident(2)
         noise = torch.Generator().manual_seed(0)
         x = torch.randn(1, transformer.config.in_channels // 4, 16, 16, generator=noise).to(device)
         t5 = torch.randn(1, 20, transformer.config.joint_attention_dim, generator=noise).to(device)

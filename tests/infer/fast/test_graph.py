@@ -84,12 +84,12 @@ def test_the_second_call_of_a_form_captures_and_a_released_one_is_captured_at_on
 
 
 def test_under_a_budget_graphs_are_given_back_before_an_ordinary_call(log: list[str]) -> None:
-    stream: Any = SimpleNamespace(captured=[], rewind=lambda: None, join=lambda: None)
-    replay = Replay(doubled(log), stream)
+    offload: Any = SimpleNamespace(graphs=[], rewind=lambda: None, join=lambda: None)
+    replay = Replay(doubled(log), offload)
     for x in (torch.ones(2), torch.ones(2), torch.ones(3)):
         replay(x)
     assert not replay.captured and len(replay.seen) == 2
-    assert stream.captured == [replay.release]  # blocks that move take the graphs with them
+    assert offload.graphs == [replay.release]  # blocks that move take the graphs with them
 
 
 def test_an_ordinary_call_that_runs_out_of_memory_has_that_of_graphs(log: list[str]) -> None:

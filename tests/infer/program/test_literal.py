@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.compare import Compare
+from infer.comparison.settings import Compare
 from infer.program.command import run_command
 from infer.program.literal import PLAIN, QUOTED, kind_of, literal, literal_arguments, split
 from infer.program.settings import settings as names_of

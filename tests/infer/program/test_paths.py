@@ -14,15 +14,15 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained, Weighted
 from infer.checkpoint.load import Model, check_model
-from infer.compare import Compare
+from infer.comparison.settings import Compare
 from infer.convert import Convert, Source
-from infer.merge import Merge
+from infer.merging.settings import Merge
 from infer.program.paths import is_hub_id, kind_of_file
 from infer.quantize.precision import Precision
+from infer.rounding.settings import Sensitivity
 from infer.save import Save
 from infer.score.judges import list_pictures
 from infer.score.networks import Networks, check_networks
-from infer.sensitivity import Sensitivity
 from train.data.dataset import Data, Prior, read_samples
 from train.data.hf_table import is_table
 from train.data.source import Source as Pictures

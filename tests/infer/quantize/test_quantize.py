@@ -1,13 +1,16 @@
 """Precisions on the bundled model: what is stored, how far it is from the original, and what survives a round trip."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import nn
 
 from infer.checkpoint.load import Model, load_text_parts, load_transformer
-from infer.quantize.hooks import held
 from infer.quantize.precision import (
     KINDS,
     Precision,
@@ -17,6 +20,7 @@ from infer.quantize.precision import (
     linear_layers,
     stored_bytes,
 )
+from infer.quantize.quantizer import LayerQuantizer, held, quantizing_on
 from infer.save import Save, save
 
 CPU = torch.device("cpu")
@@ -184,6 +188,35 @@ def test_saved_quantized_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -
         load_transformer(Model(str(out)), Precision("bf16"), CPU)
     with pytest.raises(ValueError, match="does not exist yet"):
         save(Save(TINY, Precision(kind), str(out), "cpu"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_plain_diffusers_loads_what_was_saved(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By diffusers' own quantizers, which this module's loads leave in their places."""
+    out = save(Save(TINY, Precision(kind), str(tmp_path / kind), "cpu")) / "transformer"
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "bitsandbytes" and stored["load_in_8bit"] is (kind == "int8")
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is BnB4BitDiffusersQuantizer
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is BnB8BitDiffusersQuantizer
+    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):  # which ask for a GPU
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, **kwargs: None)
+    plain = FluxTransformer2DModel.from_pretrained(out, device_map={"": CPU}, torch_dtype=torch.bfloat16)
+    assert type(plain.hf_quantizer) in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)
+    ours = linear_layers(load_transformer(TINY, Precision(kind), CPU))
+    for name, layer in linear_layers(plain).items():
+        assert kind_of(layer) == kind and torch.equal(dequantized(layer), dequantized(ours[name])), name
+
+
+@pytest.mark.parametrize("precision", [Precision("nf4"), Precision("int8"), HELD["mixed"]], ids=str)
+def test_one_quantizer_reads_every_kind_and_is_registered_only_meanwhile(precision: Precision) -> None:
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    transformer = load_transformer(TINY, precision, CPU)
+    assert type(transformer.hf_quantizer) is LayerQuantizer
+    assert transformer.hf_quantizer.is_serializable is not bool(precision.layers)
+    with pytest.raises(KeyError), quantizing_on(CPU, CPU):
+        assert AUTO_QUANTIZER_MAPPING.keys() == before.keys() | {"bitsandbytes_mixed"}
+        raise KeyError
+    assert before == AUTO_QUANTIZER_MAPPING
 
 
 def test_wrong_device() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import FluxTransformer2DModel
 
 from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter, strengths
@@ -17,13 +18,24 @@ from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_scheduler, load_transformer
 from infer.fast.install import Memory, choose_path, uninstall
 from infer.fast.weights import groups, obstacle
-from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of, linear_layers, stored_bytes
-from infer.rounding.budget import LADDER, Mixture, choose, layer_bytes
-from infer.rounding.layer_errors import decide, inputs_of, kept_file, measure, quantized_values, velocities
+from infer.quantize.layer import quantized_values
+from infer.quantize.precision import (
+    Precision,
+    dequantized,
+    kind_asked,
+    kind_of,
+    linear_layers,
+    stored_bytes,
+    weight_bytes,
+)
+from infer.rounding.budget import LADDER, Mixture, choose
+from infer.rounding.layer_errors import calls_of, decide, kept_file, measure
+from infer.rounding.records import Record, record, velocities
+from infer.rounding.settings import Sensitivity
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling, draw
 from infer.save import Save, save
-from infer.sensitivity import Sensitivity, sensitivity
+from infer.sensitivity import sensitivity
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -32,6 +44,10 @@ KINDS = {
     "proj_out": "fp4",  # the model's own alone, not the blocks'
 }
 MIXED = Precision("nf4", layers=KINDS)
+
+
+def bytes_of(layer: torch.nn.Linear, kind: str, double_quant: bool) -> int:
+    return weight_bytes(layer.out_features, layer.in_features, kind, double_quant)
 
 
 @pytest.mark.parametrize("weights", ["checkpoint", "random"])
@@ -57,7 +73,7 @@ def test_each_layer_is_stored_as_asked(weights: str, tiny: Model, monkeypatch: p
         for name, layer in linear_layers(mixed).items():
             if (kinds[name] or "bf16") == kind:
                 assert torch.equal(dequantized(layer), dequantized(whole[name])), name
-    sizes = sum(layer_bytes(layer, kinds[name] or "bf16", False) for name, layer in linear_layers(mixed).items())
+    sizes = sum(bytes_of(layer, kinds[name] or "bf16", False) for name, layer in linear_layers(mixed).items())
     plain = load_transformer(model, Precision("bf16"), CPU)
     others = stored_bytes(plain) - sum(2 * layer.weight.numel() for layer in linear_layers(plain).values())
     assert stored_bytes(mixed) == sizes + others
@@ -70,7 +86,7 @@ def test_bytes_of_a_double_quantized_layer(tiny: Model) -> None:
     layers = linear_layers(double)
     plain = load_transformer(tiny, Precision("bf16"), CPU)
     others = stored_bytes(plain) - sum(2 * layer.weight.numel() for layer in linear_layers(plain).values())
-    assert stored_bytes(double) == others + sum(layer_bytes(layer, "nf4", True) for layer in layers.values())
+    assert stored_bytes(double) == others + sum(bytes_of(layer, "nf4", True) for layer in layers.values())
 
 
 def picture(transformer: Any, tiny: Model) -> torch.Tensor:
@@ -191,19 +207,25 @@ def short(tiny: Model) -> Sensitivity:
     return Sensitivity(tiny, ["a red star"], Sampling(steps=1), run="test", device="cpu")
 
 
+def recorded(transformer: FluxTransformer2DModel, options: Sensitivity) -> list[Record]:
+    how = options.prompts, 0, options.sampling, (128, 128), CPU
+    records = record(transformer, options.model, Precision("bf16"), *how)
+    return calls_of(records, options.sampling.steps, transformer, CPU)
+
+
 def test_a_layers_error_is_that_of_a_model_with_it_alone(short: Sensitivity, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against loading the transformer with that group quantized by the library."""
     chosen = [["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k", "transformer_blocks.1.attn.to_v"]]
     monkeypatch.setattr("infer.rounding.layer_errors.groups", lambda layers: chosen)
     transformer = load_transformer(short.model, Precision("bf16"), CPU)
-    inputs = inputs_of(transformer, short, (128, 128), CPU)
+    calls = recorded(transformer, short)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    (group,) = measure(transformer, inputs, False, lambda: None)
+    (group,) = measure(transformer, calls, False, lambda: None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
-    exact = velocities(transformer, inputs)
+    exact = velocities(transformer, calls, CPU)
     for kind in ("nf4", "int8"):
         alone = Precision("bf16", layers={r"transformer_blocks\.1\.attn\.to_[qkv]": kind})
-        off = velocities(load_transformer(short.model, alone, CPU), inputs) - exact
+        off = velocities(load_transformer(short.model, alone, CPU), calls, CPU) - exact
         expected = float((off.norm() / exact.norm()) ** 2)
         assert group["errors"][kind] == pytest.approx(expected, rel=0.1)
     assert group["errors"]["int8"] < group["errors"]["nf4"]
@@ -233,6 +255,6 @@ def test_auto_measures_once_and_its_yaml_says_the_same(short: Sensitivity, elsew
         decide(short.model, Precision("auto", budget_gib=0.001), CPU, said.append)
     # the mixture is better than NF4 where it was measured
     transformer = load_transformer(short.model, Precision("bf16"), CPU)
-    inputs = inputs_of(transformer, short, (128, 128), CPU)
-    exact = velocities(transformer, inputs)
-    assert (velocities(mixed, inputs) - exact).norm() < 0.8 * (velocities(plain, inputs) - exact).norm()
+    calls = recorded(transformer, short)
+    exact = velocities(transformer, calls, CPU)
+    assert (velocities(mixed, calls, CPU) - exact).norm() < 0.8 * (velocities(plain, calls, CPU) - exact).norm()

@@ -164,7 +164,7 @@ def test_as_many_blocks_stay_as_the_plan_says(kind: str, tiny: Model, monkeypatc
     assert whole.resident == len(sizes)
     work = whole.allocated + whole.allocator - whole.weights  # as the plan has it, and what is in no block
     work += sum(weights_by_module(part_config(tiny, "transformer"), precision).values()) - sum(sizes)
-    monkeypatch.setattr(stream, "_taken", lambda _: work + device_bytes(sizes, len(sizes) - len(stream.streamed)))
+    monkeypatch.setattr(stream, "_taken", lambda _: work + device_bytes(sizes, len(sizes) - len(stream.offloaded)))
     found = set()
     for room in range(device_bytes(sizes, 0), sum(sizes), sum(sizes) // 16):
         budget = (work + room + sizes[-1] // 2) / GIB

@@ -13,6 +13,7 @@ from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae, own_size
 from infer.device.device import release
+from infer.merging.update import Part, merged
 from infer.quantize.layer import rounded
 from infer.quantize.precision import Precision, dequantized
 from infer.sample.encode import decode, text_encoder
@@ -58,10 +59,8 @@ def kept_of(
     )
 
 
-def straight_loss(transformer: FluxTransformer2DModel, parts: dict[str, Any], precision: Precision) -> float:
+def straight_loss(transformer: FluxTransformer2DModel, parts: dict[str, list[Part]], precision: Precision) -> float:
     """The share of the update that merging straight into quantized weights loses, the mean over at most 16 layers."""
-    from infer.adapter.merging import merged
-
     layers, lost = base_layers(transformer), []
     for name in list(parts)[:16]:
         stored = dequantized(layers[name]).cpu()
@@ -129,7 +128,7 @@ def report(
             said.append(f"pictures, {kind}: {sum(psnr) / len(psnr):.1f} dB from bf16 with the adapters")
     lines = ["# Merged: " + ", ".join(adapters), "", *[f"- {line}" for line in said], ""]
     lines += ["| layer | update % | error % | survives % | straight % |", "|---|---|---|---|---|"]
-    for one in sorted(kept, key=lambda own: own.survives):
+    for one in sorted(kept, key=lambda each: each.survives):
         last = "" if one.straight is None else f"{100 * one.straight:.1f}"
         row = f"{100 * one.update:.2f} | {100 * one.error:.2f} | {100 * one.survives:.1f}"
         lines.append(f"| {one.layer} | {row} | {last} |")

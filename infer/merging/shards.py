@@ -4,59 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from infer.adapter.merge_report import Kept, kept_of
-from infer.adapter.read import Pair
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import read_config
+from infer.checkpoint.load import Model, read_config
 from infer.checkpoint.originals import Originals
+from infer.merging.report import Kept, kept_of
+from infer.merging.update import Part, merged
 from infer.quantize.layer import quantized_layer
-from infer.quantize.precision import quantization_config
-
-if TYPE_CHECKING:
-    from infer.merge import Merge
-
-Part = tuple[Pair, float]  # an adapter's pair and the weight it is on with
+from infer.quantize.precision import Precision, kind_asked, quantization_config
 
 
-def merged(weight: Tensor, parts: list[Part]) -> Tensor:
-    """W [out, in] in fp32 with the updates in it."""
-    for pair, amount in parts:
-        update = pair.strength * (pair.up.float() @ pair.down.float())
-        if pair.magnitude is not None:
-            whole = weight + update
-            update = whole * (pair.magnitude.float() / whole.norm(dim=1))[:, None] - weight
-        weight = weight + amount * update
-    return weight
-
-
-def write_transformer(options: Merge, originals: Originals, parts: dict[str, list[Part]], folder: Path,
-                      device: torch.device) -> list[Kept]:  # fmt: skip
+def write_transformer(
+    model: Model,
+    precision: Precision,
+    originals: Originals,
+    parts: dict[str, list[Part]],
+    folder: Path,
+    device: torch.device,
+) -> list[Kept]:
     """The merged transformer, one shard in memory at a time; returns what is left of each layer's update."""
     import diffusers
 
-    config = read_config(options.model, "transformer")
+    config = read_config(model, "transformer")
     layers = linear_shapes(config)
-    precision, kept = options.precision, []
+    kept = []
     index: dict[str, str] = {}
-    skipped = [f".{name}." for name in precision.skip_modules]
     folder.mkdir()
     bar = tqdm(total=sum(map(len, originals.shards.values())), unit="tensor", desc="merging")
     for file, names in originals.shards.items():
         shard: dict[str, Tensor] = {}
         for name in names:
             value, layer = originals.tensors[name], name.removesuffix(".weight")
-            own = parts.get(layer, []) if name.endswith(".weight") else []
+            updates = parts.get(layer, []) if name.endswith(".weight") else []
             linear = layer in layers and name.endswith(".weight")
-            quantize = linear and precision.quantized and not any(skip in f".{layer}." for skip in skipped)
-            exact = merged(value.float(), own) if own else value
-            if own:
+            quantize = linear and kind_asked(precision, layer) is not None
+            exact = merged(value.float(), updates) if updates else value
+            if updates:
                 kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
             if quantize:
                 state = quantized_layer(exact, precision, device).state_dict(prefix=f"{layer}.")

@@ -17,7 +17,8 @@ from infer.adapter.targets import base_layers
 from infer.checkpoint.load import Model, load_transformer
 from infer.checkpoint.originals import Originals
 from infer.fast import install as fast
-from infer.merge import Merge, merge
+from infer.merge import merge
+from infer.merging.settings import Merge
 from infer.quantize.precision import Precision, dequantized, linear_layers
 from infer.save import Save, save
 from tests.infer.adapter.test_adapters import TINY, inputs, randomise

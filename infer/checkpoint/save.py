@@ -1,0 +1,56 @@
+"""A checkpoint -> a folder of it whose transformer and T5 are stored quantized, which plain diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infer.checkpoint.load import PARTS, Model, load_text_parts, load_transformer, part_folder, pipeline_index
+from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
+from infer.quantize.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+def refuse_mixture(precision: Precision, mend: str) -> None:
+    """Raises:
+    ValueError: the precision is one that no checkpoint is stored in.
+    """
+    if precision.layers or precision.kind == "auto":
+        asked = "precision.layers" if precision.layers else "precision=auto"
+        raise ValueError(
+            f"{asked} is a mixture of kinds, which is made while a checkpoint is read: diffusers has no way to store "
+            f"one; {mend}"
+        )
+
+
+def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
+    """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
+    parts = load_text_parts(model, precision, device)
+    parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
+    for part in PARTS:
+        if part not in ("transformer", "text_encoder_2"):
+            shutil.copytree(part_folder(model, part), folder / part)
+    index = pipeline_index(model)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_checkpoint(model: Model, precision: Precision, out: Path, device: torch.device) -> Path:
+    """Write the folder `out`, whole or not at all; returns it."""
+    partial = partial_of(out)
+    clear_partials(out.parent, out.name)
+    partial.mkdir(parents=True)
+    try:
+        load_transformer(model, precision, device).save_pretrained(partial / "transformer")
+        save_beside(model, precision, device, partial)
+        sync_tree(partial)
+        partial.rename(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{precision.kind} checkpoint of {size / 2**20:,.1f} MiB in {out}")
+    return out
