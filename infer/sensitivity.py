@@ -24,7 +24,7 @@ from infer.program.bounds import GIB, check_most
 from infer.program.command import check_device_name, check_run_name, pick_device, run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
-from infer.report.write import aligned
+from infer.report.cells import text_table
 from infer.rounding.budget import HEADER, choose
 from infer.sample.generate import Sampling
 
@@ -91,7 +91,7 @@ def sensitivity(options: Sensitivity) -> Path:
         shown = [f"{100 * group['errors'][kind] ** 0.5:.3f}" for kind in KINDS]
         lines.append([name, *shown, f"{group['bytes']['nf4'] / 2**10:,.0f}"])
     print(f"the {len(worst)} of {len(found['groups'])} groups of layers that suffer most, each quantized alone:")
-    print(aligned(lines, 1))
+    print(text_table(lines, 1))
     if options.budget_gib is not None:
         mixture = choose(found, int(options.budget_gib * 2**30), "budget_gib")
         print(mixture.describe())

@@ -21,7 +21,7 @@ from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
-from infer.device.measure import describe_device, measure
+from infer.device.measure import Measure, describe_device, measure
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
@@ -29,21 +29,28 @@ from infer.fast.weights import obstacle
 from infer.program.atomic import clear_partials, partial_of
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.precision import stored_bytes
-from infer.report import write as report
+from infer.report.cells import differences_text, summary_text
+from infer.report.results import Comparison, Row, Stage
+from infer.report.write import write
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import NotFiniteError, Text, decode, release, text_encoder
 from infer.sample.generate import Sampling, draw
 from infer.score.judges import Score
 from infer.score.networks import check_networks
-from infer.score.pairs import Key, Row, key_of
-from infer.score.score_all import judge
+from infer.score.pairs import Key, key_of
+from infer.score.score_all import score_all
 
 if TYPE_CHECKING:
     from infer.compare import Compare
 
 
-def _draw_one(vae: AutoencoderKL, *place: Any) -> None:
-    decode(vae, draw(*place), *place[-2])
+def _draw_one(vae: AutoencoderKL, *arguments: Any) -> None:
+    """A picture that nobody looks at; arguments: those of `draw`."""
+    decode(vae, draw(*arguments), *arguments[-2])
+
+
+def _stage(measured: Measure) -> Stage:
+    return Stage(measured.seconds, measured.peak_memory_bytes, measured.peak_reserved_bytes)
 
 
 def draw_precision(
@@ -84,12 +91,9 @@ def draw_precision(
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, stream)
-    load = {
-        "seconds": load_text.seconds + load_rest.seconds,
-        "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
-    }
+    load = Stage(load_text.seconds + load_rest.seconds, max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes))
     if load_rest.peak_reserved_bytes is not None:
-        load["peak_reserved_bytes"] = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
+        load.peak_reserved_bytes = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
     rows = []
     for variant in (None, adapter) if adapter else (None,):
         if variant:
@@ -114,25 +118,25 @@ def draw_precision(
                 picture.save(folder / image)
                 stages = {
                     "load": load,
-                    "encode": encode.to_dict(),
-                    "denoise": denoising.to_dict(),
-                    "decode": decoding.to_dict(),
+                    "encode": _stage(encode),
+                    "denoise": _stage(denoising),
+                    "decode": _stage(decoding),
                 }
                 rows.append(
-                    {
-                        "precision": name,
-                        "adapter": variant[0] if variant else None,
-                        "prompt": prompt,
-                        "seed": seed,
-                        "image": image,
-                        "seconds": denoising.seconds + decoding.seconds,
-                        "seconds_per_step": denoising.seconds / options.sampling.steps,
-                        "weights_bytes": weights,
-                        "compute_dtype": NAMES[product_dtype_of(transformer)],
-                        "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
-                        "scores": {},
-                        "stages": stages,
-                    }
+                    Row(
+                        precision=name,
+                        adapter=variant[0] if variant else None,
+                        prompt=prompt,
+                        seed=seed,
+                        image=image,
+                        seconds=denoising.seconds + decoding.seconds,
+                        seconds_per_step=denoising.seconds / options.sampling.steps,
+                        weights_bytes=weights,
+                        compute_dtype=NAMES[product_dtype_of(transformer)],
+                        peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages.values()),
+                        scores={},
+                        stages=stages,
+                    )
                 )
                 kept[key_of(rows[-1])] = latents.cpu()
                 bar.update()
@@ -146,10 +150,10 @@ def all_prompts(options: Compare) -> list[str]:
     return options.prompts + (options.unrelated if options.adapter.path is not None else [])
 
 
-def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.device) -> Path:
+def draw_all(options: Compare, run: Path, scores: dict[str, Score], device: torch.device) -> Path:
     """Run the comparison; returns its folder within the run's, which appears whole or not at all.
 
-    own: the user's scores by name.
+    scores: the user's, by name.
     """
     check_networks(options.networks)
     adapter = None
@@ -164,7 +168,7 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
             memory[name] = check_running(options.model, *how, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
-    for name, score in own.items():  # before an hour of drawing, not after it
+    for name, score in scores.items():  # before an hour of drawing, not after it
         for prompt in options.prompts:
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
@@ -190,37 +194,38 @@ def draw_all(options: Compare, run: Path, own: dict[str, Score], device: torch.d
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
-        rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))
-        found = rows, drift, unfinished, kept, reference, own
-        judged = judge(*found, options.networks, options.references, device)
+        rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
+        found = rows, drift, unfinished, kept, reference, scores
+        scored = score_all(*found, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
-        report.write(
-            {
-                "model": options.model.path,
-                "device": describe_device(device),
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-                "sampling": {
-                    "steps": options.sampling.steps,
-                    "guidance": options.sampling.guidance,
-                    "height": height,
-                    "width": width,
-                },
-                "rows": rows,
-                **judged,
+        comparison = Comparison(
+            model=options.model.path,
+            device=describe_device(device),
+            versions={"python": platform.python_version(), **{name: version(name) for name in libraries}},
+            sampling={
+                "steps": options.sampling.steps,
+                "guidance": options.sampling.guidance,
+                "height": height,
+                "width": width,
             },
-            unfinished,
+            rows=rows,
+            drift=drift,
+            summary=scored.summary,
+            references=scored.references,
+            absent=scored.absent,
         )
+        write(comparison, unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not any(run.iterdir()):
             run.rmdir()
-    print(report.table(judged["summary"]))
-    if paired := report.differences(judged["summary"]):
+    print(summary_text(scored.summary))
+    if paired := differences_text(scored.summary):
         print(f"\ndifferences at the same prompt and seed, with 95 % limits:\n{paired}")
-    for score, reason in judged["absent"].items():
-        print(f"not measured: {score} ({reason})")
+    for name, reason in scored.absent.items():
+        print(f"not measured: {name} ({reason})")
     print(f"report: {target / 'report.html'}")
     return target

@@ -15,6 +15,7 @@ from torch import nn
 
 from infer.adapter.attach import Adapter, attach, save_adapter
 from infer.report import write as report
+from infer.report.results import Comparison, from_json
 from scripts.bad.case import colours
 from scripts.bad.reports import RESULT
 from train.latents.index import read_rows, write_rows
@@ -144,7 +145,7 @@ def _write_report(folder: Path, state: int) -> None:
         colours(1).save(own / "images" / "a.png")
     result = copy.deepcopy(RESULT)
     result["rows"][0]["seconds"] = float(state)  # type: ignore[index]
-    report.write(result, own)
+    report.write(from_json(Comparison, result, ""), own)
 
 
 def _read_report(folder: Path) -> Any:

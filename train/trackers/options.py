@@ -6,14 +6,16 @@ others get, and previews/ as PNG. What was compared later, with infer/compare.py
     python train/track.py run=mine track=wandb
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from infer.program.no_effect import refuse_idle
+
+if TYPE_CHECKING:
+    from infer.report.results import Comparison
 
 KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
@@ -55,8 +57,8 @@ class Tracker(Protocol):
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """For each prompt its pictures (PIL) by name: base, adapter, and its average where there is one."""
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
-        """What results.json of infer/compare.py holds; the pictures lie in `folder`."""
+    def comparison(self, comparison: "Comparison", folder: Path) -> None:
+        """What infer/compare.py measured; the pictures lie in `folder`."""
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
         """The finished adapter's folder and what is known of it."""
@@ -77,7 +79,7 @@ class NoTracker:
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """Nothing."""
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
+    def comparison(self, comparison: "Comparison", folder: Path) -> None:
         """Nothing."""
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
@@ -122,6 +124,7 @@ def tell_comparison(told: Told) -> None:
         ValueError: there is no tracker, or no comparison.
     """
     from infer.program.command import check_run_name
+    from infer.report.results import read_results
 
     folder = check_run_name(told.run)
     results = folder / "compare" / "results.json"
@@ -132,6 +135,6 @@ def tell_comparison(told: Told) -> None:
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
     tracker = make_tracker(told.track, told.run, folder, settings)
-    tracker.comparison(json.loads(results.read_text()), results.parent)
+    tracker.comparison(read_results(results), results.parent)
     tracker.finish()
     print(f"told {told.track.kind}: {results.parent}")

@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from train.trackers.figures import read_metrics
+from infer.report.results import Comparison
+from train.trackers.metrics import read_events
 
 
 class TensorBoard:
@@ -51,14 +52,14 @@ class TensorBoard:
                 f"previews/{i} ({', '.join(pictures)}): {prompt}", row, step, dataformats="HWC"
             )
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
-        step = max([int(event["step"]) for event in read_metrics(self.folder.parent)], default=0)
+    def comparison(self, comparison: Comparison, folder: Path) -> None:
+        step = max([int(event["step"]) for event in read_events(self.folder.parent / "metrics.jsonl")], default=0)
         writer = self.open(max(step, self.step))
-        for row in result["rows"]:
-            adapter = f", {row['adapter']}" if row["adapter"] else ""
-            with Image.open(folder / row["image"]) as picture:
+        for row in comparison.rows:
+            adapter = f", {row.adapter}" if row.adapter else ""
+            with Image.open(folder / row.image) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            name = f"comparison/{row['precision']}{adapter}/{row['prompt']} (seed {row['seed']})"
+            name = f"comparison/{row.precision}{adapter}/{row.prompt} (seed {row.seed})"
             writer.add_image(name, pixels, self.step, dataformats="HWC")
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
