@@ -138,7 +138,8 @@ def _alexnet(path: str) -> nn.Sequential:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        convolutions = {key.removeprefix("features."): own for key, own in state.items() if key.startswith("features.")}
+        prefix = "features."
+        convolutions = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(prefix)}
         features.load_state_dict(convolutions)
     except Exception as error:  # pickle, safetensors and torch each raise their own
         raise ValueError(
@@ -162,8 +163,7 @@ def _channel_weights() -> list[Tensor]:
     except (OSError, KeyError) as error:
         raise ValueError(
             f"networks.lpips is set, but torchmetrics has no LPIPS weights at {file} "
-            f"({type(error).__name__}: {error}); "
-            "install torchmetrics 1.9, or set networks.lpips to null"
+            f"({type(error).__name__}: {error}); install torchmetrics 1.9, or set networks.lpips to null"
         ) from error
 
 

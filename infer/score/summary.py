@@ -1,4 +1,6 @@
-"""Rows -> one summary for each (precision, adapter): means with intervals over prompts and seeds, paired differences."""
+"""Rows -> one summary for each (precision, adapter): means with intervals over prompts and seeds, and paired
+differences.
+"""
 
 from collections.abc import Sequence
 
