@@ -118,12 +118,12 @@ def compare(options: Compare) -> Path:
     options.adapter.all()
     for path in options.recovery.values():
         find_adapter(path)
-    own = find_scores(options.scores)
+    scores = find_scores(options.scores)
     device = pick_device(options.device)
     ready()
     from infer.comparison.draw import draw_all
 
-    return draw_all(options, run, own, device)
+    return draw_all(options, run, scores, device)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Transfer:
 
 
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[TransferRow]:
-    """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
+    """Every adapter at one precision, the precision named `name`."""
     from infer.adapter.attach import remove_adapter
     from infer.sample.encode import decode, text_encoder
     from train.probe.probe import loaded, prepare, probe, switch_on
@@ -120,13 +120,13 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
     if options.prompts:
         with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
             texts = encoder(options.prompts)
-    place = options.job(name, options.seeds[0])
-    with loaded(place, device, tqdm.write) as transformer:
+    first = options.job(name, options.seeds[0])
+    with loaded(first, device, tqdm.write) as transformer:
         vae, scheduler = load_vae(options.model, device), load_scheduler(options.model)
         size = options.sampling.size(own_size(options.model))
         for seed in options.seeds:
             job = options.job(name, seed)
-            job.memory = place.memory
+            job.memory = first.memory
             cache, samples = prepare(job, device, None)
             for trained in options.precisions:
                 adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"

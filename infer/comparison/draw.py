@@ -60,12 +60,13 @@ def draw_precision(
     folder: Path,
     device: torch.device,
     bar: tqdm[Any],
-    kept: dict[Key, Tensor],
+    all_latents: dict[Key, Tensor],
     memory: Memory,
 ) -> list[Row]:
     """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
 
-    The pictures' packed latents go into `kept`, on the CPU. memory: the settings that all of it can be drawn with.
+    The pictures' packed latents go into `all_latents`, on the CPU; memory: the settings that all of it can be drawn
+    with.
     """
     model, precision = options.model, options.precisions[name]
     prompts = all_prompts(options)
@@ -138,7 +139,7 @@ def draw_precision(
                         stages=stages,
                     )
                 )
-                kept[key_of(rows[-1])] = latents.cpu()
+                all_latents[key_of(rows[-1])] = latents.cpu()
                 bar.update()
     del transformer, vae, warm_up, stream
     release(device)
@@ -184,19 +185,19 @@ def draw_all(options: Compare, run: Path, scores: dict[str, Score], device: torc
     (unfinished / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []
-        kept: dict[Key, Tensor] = {}
+        latents: dict[Key, Tensor] = {}
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
                 try:
-                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept, memory[name])
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, latents, memory[name])
                 except NotFiniteError as error:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
-        found = rows, drift, unfinished, kept, reference, scores
-        scored = score_all(*found, options.networks, options.references, device)
+        drawn = rows, drift, unfinished, latents, reference, scores
+        scored = score_all(*drawn, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
         comparison = Comparison(
