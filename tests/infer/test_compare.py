@@ -12,6 +12,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.adapter.error_init import save_start, start_from_error
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.compare import Compare, Trained, compare
 from infer.device.measure import measure
@@ -133,7 +134,8 @@ def test_a_picture_is_the_plain_pipelines(kind: str, tiny: Model) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
     pipeline = plain_pipeline(tiny, dtype)
     # texts are stored in bf16 by a CPU that computes in fp32 too
-    t5, pooled, _ = pipeline.encode_prompt(PROMPT, max_sequence_length=40)
+    with torch.no_grad():
+        t5, pooled, _ = pipeline.encode_prompt(PROMPT, max_sequence_length=40)
     t5, pooled = (text.to(dtype).to(pipeline.transformer.dtype) for text in (t5, pooled))
     start = torch.randn((1, 16, 12, 16), generator=torch.Generator().manual_seed(7)).to(t5.dtype)
     start = FluxPipeline._pack_latents(start, *start.shape)
@@ -209,11 +211,14 @@ def test_bad_input_leaves_nothing(options: Compare, changes: dict[str, object], 
 
 
 def test_a_base_that_is_rounded_again_is_not_streamed(options: Compare, tiny: Model, tmp_path: Path) -> None:
-    transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
-    for parameter in attach(transformer, Adapter(rank=4), 0):
-        parameter.data += 0.01
-    save_adapter(transformer, tmp_path / "loftq", {"adapter": {"init": "loftq"}})
-    streamed = replace(options, adapter=Trained(str(tmp_path / "loftq")), memory=Memory(budget_gib=4.0))
+    nf4 = Precision("nf4")
+    transformer = load_transformer(tiny, nf4, CPU)
+    attach(transformer, Adapter(rank=2, targets=r".*\.to_q", init="loftq"), 0)
+    start = start_from_error(transformer, tiny, "loftq")
+    save_adapter(transformer, tmp_path / "loftq", {"adapter": {"init": "loftq"}, "precision": vars(nf4)})
+    save_start(start.here, tmp_path / "loftq")
+    adapter, memory = Trained(str(tmp_path / "loftq")), Memory(budget_gib=4.0)
+    streamed = replace(options, only=["nf4"], adapter=adapter, memory=memory)
     with pytest.raises(ValueError, match=r"adapter\.init=loftq.*set memory\.budget_gib=null"):
         compare(streamed)
 

@@ -292,13 +292,13 @@ def test_a_comparison_draws_the_unrelated_prompts_apart(
     save_adapter(transformer, tmp_path / "lora", {})
     noise(0).save(tmp_path / "lora" / "a.png")
     options = Compare(
-        model=tiny, precisions={"bf16": Precision("bf16")}, prompts=["a red star"], unrelated=["a blue ring"],
-        sampling=Sampling(steps=1), references=str(tmp_path / "lora"), run="test", device="cpu",
+        model=tiny, precisions={"bf16": Precision("bf16")}, prompts=["a red star"], sampling=Sampling(steps=1),
+        references=str(tmp_path / "lora"), run="test", device="cpu",
     )  # fmt: skip
     alone = json.loads((compare(options) / "results.json").read_text())
     assert [row["prompt"] for row in alone["rows"]] == ["a red star"] and alone["drift"] == []
     assert alone["references"]["count"] == 1 and "drift" not in alone["absent"]
-    folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora"))))
+    folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora")), unrelated=["a blue ring"]))
     result = json.loads((folder / "results.json").read_text())
     assert [row["prompt"] for row in result["rows"]] == ["a red star"] * 2
     assert [(row["prompt"], row["adapter"]) for row in result["drift"]] == [("a blue ring", a) for a in (None, "test")]
