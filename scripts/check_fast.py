@@ -8,7 +8,6 @@ Both paths round to bf16 in places of their own, so each is also held against th
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -44,6 +43,7 @@ from train.data.dataset import Data
 from train.loop.micro_step import make_learner
 from train.objective.optim import Optim
 from train.run.config import Train
+from train.trackers.metrics import read_events
 from train.train import train
 
 KINDS = {
@@ -163,7 +163,7 @@ def curves(out: Path, steps: int, kinds: list[str]) -> None:
                 run=f"check-fast-{name}-{path}",
             )
             train(job)
-            lines = [json.loads(line) for line in Path("runs", job.run, "metrics.jsonl").read_text().splitlines()]
+            lines = read_events(Path("runs", job.run, "metrics.jsonl"))
             series[path] = [line["loss"] for line in lines if "loss" in line]
             validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
             series[path + " validation"] = validation

@@ -46,6 +46,7 @@ from safetensors.torch import load_file
 
 from infer import compare
 from infer.program.command import run_command
+from infer.report.results import read_results
 from scripts.bad.case import inside
 from scripts.tiny.make_style import make_style
 from train import cache, train
@@ -109,8 +110,8 @@ def check_comparison() -> str | None:
     folder = Path("runs/soak/compare")
     if not folder.exists():
         return None
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    absent = [row["image"] for row in rows if not (folder / row["image"]).is_file()]
+    rows = read_results(folder / "results.json").rows
+    absent = [row.image for row in rows if not (folder / row.image).is_file()]
     absent += [name for name in ("report.html", "report.md", "comparison.png") if not (folder / name).is_file()]
     return f"{absent[0]} is absent" if absent else None
 

@@ -13,7 +13,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,8 +30,9 @@ from infer.program.command import check_run_name, run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision, stored_bytes
-from infer.report.cells import markdown_table
-from infer.report.write import aligned
+from infer.report.cells import text_table
+from infer.report.markdown import plain_table
+from infer.report.results import to_json
 from train.data.dataset import Data, check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
@@ -40,9 +41,8 @@ from train.run.config import Train
 if TYPE_CHECKING:
     import torch
 
+    from train.probe.gap_summary import GapRow
     from train.probe.probe import Probe
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -97,92 +97,37 @@ class Gap:
         return [plain[0], *(name for name in names if name != plain[0])]
 
 
-def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[Row]:
-    """One row a precision, adapter, picture and noise level: its loss, and its velocity's relative error. memory: by
-    precision, the settings that all of it can run with."""
+def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[GapRow]:
+    """One row for each precision, adapter, picture and noise level. memory: by precision, the settings that all of it
+    can run with."""
     from infer.score.pairs import relative_error
+    from train.probe.gap_summary import GapRow
     from train.probe.probe import loaded, prepare, probe, switch_on
 
-    rows: list[Row] = []
-    reference: dict[str | None, list[Probe]] = {}
-    own = options.adapter.path and (options.adapter.name or Path(options.run).name)
-    variants = [None, own] if own else [None]
+    rows: list[GapRow] = []
+    reference: dict[str | None, list[Probe]] = {}  # of the first precision, for each adapter
+    adapter = options.adapter.path and (options.adapter.name or Path(options.run).name)
     bar = tqdm(unit="forward", desc="gap")
-    for name in options.order():
+    for precision in options.order():
         job = Train(
-            options.model, options.precisions[name], data=options.data, encode=options.encode, flow=options.flow,
-            memory=memory[name], validation_levels=options.levels, seed=options.seed,
+            options.model, options.precisions[precision], data=options.data, encode=options.encode, flow=options.flow,
+            memory=memory[precision], validation_levels=options.levels, seed=options.seed,
         )  # fmt: skip
-        bar.set_postfix_str(name)
+        bar.set_postfix_str(precision)
         cache, samples = prepare(job, device, options.pictures)
         with loaded(job, device, bar.write) as transformer:
             size = stored_bytes(transformer)
-            for variant in variants:
+            for variant in (None, adapter) if adapter else (None,):
                 if variant:
                     switch_on(transformer, job, options.adapter)
                 found = probe(transformer, job, cache, samples, device, bar.update)
-                theirs = reference.setdefault(variant, found)
-                for one, other in zip(found, theirs, strict=True):
-                    place = {"precision": name, "adapter": variant, "picture": one.picture, "level": one.level}
-                    error = relative_error(one.velocity, other.velocity) if one is not other else 0.0
-                    figures = {"sigma": one.sigma, "loss": one.loss, "error": error}
-                    rows.append(place | figures | {"transformer_bytes": size})
+                compared = reference.setdefault(variant, found)
+                for one, other in zip(found, compared, strict=True):
+                    error = 0.0 if one is other else relative_error(one.velocity, other.velocity)
+                    rows.append(GapRow(precision, variant, one.picture, one.level, one.sigma, one.loss, error, size))
             del transformer
     bar.close()
     return rows
-
-
-def summarise(rows: list[Row]) -> list[Row]:
-    """For each precision and adapter, and each noise level (None: all of them): means over pictures, with limits.
-
-    `error` is the velocity's relative error, `loss` the objective, `cost` the loss above the first precision's with the
-    same adapter, paired by picture and noise.
-    """
-    from infer.score.bootstrap import interval
-
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["precision"], row["adapter"]), []).append(row)
-    first = rows[0]["precision"]
-    found = []
-    for (precision, adapter), group in groups.items():
-        theirs = groups[first, adapter]
-        for level in (None, *sorted({row["level"] for row in group})):
-            chosen = [row for row in group if level in (None, row["level"])]
-            others = [row for row in theirs if level in (None, row["level"])]
-            pictures = [(row["picture"], "") for row in chosen]
-            costs = [row["loss"] - other["loss"] for row, other in zip(chosen, others, strict=True)]
-            entry = {"precision": precision, "adapter": adapter, "level": level}
-            entry["sigma"] = None if level is None else chosen[0]["sigma"]
-            entry["transformer_bytes"] = group[0]["transformer_bytes"]
-            for key, values in (
-                ("error", [row["error"] for row in chosen]),
-                ("loss", [row["loss"] for row in chosen]),
-                ("cost", costs),
-            ):
-                one = interval(values, pictures)
-                assert one is not None
-                entry[key] = one._asdict()
-            found.append(entry)
-    return found
-
-
-def _text(figure: Row, scale: float = 1.0, digits: int = 4) -> str:
-    mean, low, high = (None if figure[key] is None else scale * figure[key] for key in ("mean", "low", "high"))
-    return f"{mean:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
-
-
-def table(summary: list[Row]) -> list[list[str]]:
-    """Titles and cells: all levels together, then one column a level with the velocity's error in percent."""
-    whole = [entry for entry in summary if entry["level"] is None]
-    sigmas = list(dict.fromkeys(entry["sigma"] for entry in summary if entry["level"] is not None))
-    lines = [["precision", "adapter", "MiB", "error %", "loss", "cost", *(f"% at {sigma:.3f}" for sigma in sigmas)]]
-    for entry in whole:
-        own = [e for e in summary if (e["precision"], e["adapter"]) == (entry["precision"], entry["adapter"])]
-        cells = [entry["precision"], entry["adapter"] or "none", f"{entry['transformer_bytes'] / 2**20:,.2f}"]
-        cells += [_text(entry["error"], 100, 2), _text(entry["loss"]), _text(entry["cost"])]
-        lines.append(cells + [_text(e["error"], 100, 2) for e in own if e["level"] is not None])
-    return lines
 
 
 def gap(options: Gap) -> Path:
@@ -199,6 +144,7 @@ def gap(options: Gap) -> Path:
     from infer.rounding.layer_errors import decide
     from train.loop.checks import check_flow
     from train.probe.curves import draw_curves
+    from train.probe.gap_summary import summarise, table
 
     check_flow(options.model, options.flow)
     memory: dict[str, Memory] = {}
@@ -212,11 +158,11 @@ def gap(options: Gap) -> Path:
     summary = summarise(rows)
     lines = table(summary)
     result = {"model": options.model.path, "device": describe_device(device), "summary": summary, "rows": rows}
-    content = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    content = json.dumps(to_json(result), indent=1, allow_nan=False) + "\n"
     replace_file(folder / "gap.png", lambda path: draw_curves(summary, path))
-    replace_file(folder / "gap.md", lambda path: path.write_text(markdown_table(lines)))
+    replace_file(folder / "gap.md", lambda path: path.write_text(plain_table(lines)))
     replace_file(folder / "gap.json", lambda path: path.write_text(content))
-    print(aligned(lines))
+    print(text_table(lines))
     print(f"gap: {folder / 'gap.png'}")
     return folder
 

@@ -91,7 +91,7 @@ def refusal(found: Survey, data: Data) -> str | None:
             f"{len(found.skipped)} of {total} samples cannot be used, each for a reason of its own; mend them, or set "
             "data.on_error=skip to train without them"
         )
-    usable = [found.samples[place] for place in found.usable]
+    usable = [found.samples[i] for i in found.usable]
     given = sources_of(data)
     keys = [
         p.pixels
@@ -111,7 +111,7 @@ def counts(found: Survey) -> dict[str, Any]:
     from train.survey.survey import reasons, sources
 
     buckets = found.buckets()
-    fits = [fits for place in found.usable if (fits := found.fits[place])]
+    fits = [fits for i in found.usable if (fits := found.fits[i])]
     return {
         "samples": len(found.usable),
         "skipped": len(found.skipped),
@@ -122,7 +122,7 @@ def counts(found: Survey) -> dict[str, Any]:
         "enlarged": sum(any(fit.scale > 1 for fit in of_one) for of_one in fits),
         "exact_duplicates": sum(len(group) - 1 for group in found.copies),
         "near_duplicates": sum(len(group) - 1 for group in found.near.groups),
-        "texts": len({text for place in found.usable for text in found.texts[place]}),
+        "texts": len({text for i in found.usable for text in found.texts[i]}),
         "truncated": None if found.lengths is None else len(found.truncated),
         "without_trigger": len(found.untriggered),
         "shared_captions": len(found.shared),
@@ -154,8 +154,8 @@ def summary(found: Survey, numbers: dict[str, Any]) -> str:
         rows.append(f"{size:>11}  {count:>7}  at {resolution}, {100 * cut:.1f} % cut away in the mean")
     listed("buckets, width x height, and their pictures:", rows)
     names = [sample.name for sample in found.samples]
-    listed("same pixels:", [", ".join(names[place] for place in group) for group in found.copies])
-    listed("nearly the same:", [", ".join(names[place] for place in group) for group in found.near.groups])
+    listed("same pixels:", [", ".join(names[i] for i in group) for group in found.copies])
+    listed("nearly the same:", [", ".join(names[i] for i in group) for group in found.near.groups])
     if found.near.looked_at < found.near.candidates:
         lines.append(f"{found.near.looked_at:,} of {found.near.candidates:,} pairs that are alike were compared")
     for key, what in (

@@ -34,6 +34,7 @@ from infer.program.paths import ROOT
 from train.data.dataset import check_left, read_samples
 from train.run.check import check_run
 from train.run.config import Train
+from train.trackers.metrics import read_events
 
 STEPS = 6  # of each run
 KILLED = 3  # the step in whose journal's line the first kill comes
@@ -58,16 +59,10 @@ def command_of(arguments: list[str], run: str) -> list[str]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without seconds and memory."""
-    file = folder / "metrics.jsonl"
-    found = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # the last one, half written
-        found.append({key: value for key, value in event.items() if key not in ("seconds", "memory_gib")})
-    return found
+    """The events of metrics.jsonl, without seconds and memory."""
+    left_out = ("seconds", "memory_gib")
+    events = read_events(folder / "metrics.jsonl")
+    return [{key: value for key, value in event.items() if key not in left_out} for event in events]
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

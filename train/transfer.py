@@ -11,12 +11,11 @@ transfer.json, transfer.md and transfer.png to runs/<run>/.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
@@ -34,10 +33,10 @@ from infer.program.bounds import SEED, STEPS, check_most
 from infer.program.command import check_file_names, check_run_name, run_command
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision
-from infer.report.cells import markdown_table
-from infer.report.write import aligned
+from infer.report.cells import text_table
+from infer.report.markdown import plain_table
+from infer.report.results import to_json
 from infer.sample.generate import Sampling, draw
-from infer.score.bootstrap import Interval
 from train.data.dataset import Data, check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
@@ -51,8 +50,7 @@ if TYPE_CHECKING:
 
     from infer.sample.encode import Text
     from infer.score.judges import Score
-
-Row = dict[str, Any]
+    from train.probe.transfer_summary import TransferRow
 
 
 @dataclass
@@ -112,78 +110,39 @@ class Transfer:
         )  # fmt: skip
 
 
-def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[Row]:
-    """Every adapter at one precision: the precision and seed that it was trained with, and what was measured."""
+def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[TransferRow]:
+    """Every adapter at one precision, the precision named `name`."""
     from infer.adapter.attach import remove_adapter
     from infer.sample.encode import decode, text_encoder
     from train.probe.probe import loaded, prepare, probe, switch_on
+    from train.probe.transfer_summary import TransferRow
 
     texts: list[Text] = []
     if options.prompts:
         with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
             texts = encoder(options.prompts)
-    place = options.job(name, options.seeds[0])
-    with loaded(place, device, tqdm.write) as transformer:
+    first = options.job(name, options.seeds[0])
+    with loaded(first, device, tqdm.write) as transformer:
         vae, scheduler = load_vae(options.model, device), load_scheduler(options.model)
         size = options.sampling.size(own_size(options.model))
         for seed in options.seeds:
             job = options.job(name, seed)
-            job.memory = place.memory
+            job.memory = first.memory
             cache, samples = prepare(job, device, None)
             for trained in options.precisions:
                 adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"
                 attached = switch_on(transformer, job, Trained(str(adapter)))
                 found = probe(transformer, job, cache, samples, device, lambda count: None)
-                row: Row = {"trained": trained, "run": name, "seed": seed, "loss": fmean(one.loss for one in found)}
+                figures = {"loss": fmean(one.loss for one in found)}
                 pictures = [
                     (decode(vae, draw(transformer, scheduler, text, seed, options.sampling, size, device), *size), p)
                     for text, p in zip(texts, options.prompts, strict=True)
                 ]
-                row |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
+                figures |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
                 for adapter_name in attached:
                     remove_adapter(transformer, adapter_name, options.model)
-                yield row
+                yield TransferRow(trained, name, seed, figures)
         del transformer, vae
-
-
-def over_seeds(values: list[float]) -> Interval:
-    """The mean with Student's 95 % limits: a bootstrap of five values would be too narrow."""
-    from scipy.stats import t
-
-    mean = fmean(values)
-    if len(set(values)) == 1:
-        return Interval(mean, mean, mean, len(values))
-    margin = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - margin, mean + margin, len(values))
-
-
-def summarise(rows: list[Row]) -> list[Row]:
-    """One entry a (trained, run, figure): its mean over seeds, and `cost`: how much more it is than with the adapter
-    that was trained at the precision it runs at, paired by seed."""
-    by_place = {(row["trained"], row["run"], row["seed"]): row for row in rows}
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    figures = [key for key in rows[0] if key not in ("trained", "run", "seed")]
-    found = []
-    for trained, run in dict.fromkeys((row["trained"], row["run"]) for row in rows):
-        own, matched = ([by_place[name, run, seed] for seed in seeds] for name in (trained, run))
-        for figure in figures:
-            cost = [a[figure] - b[figure] for a, b in zip(own, matched, strict=True)]
-            entry = {"trained": trained, "run": run, "figure": figure}
-            mean = over_seeds([row[figure] for row in own])
-            found.append(entry | {"mean": mean._asdict(), "cost": over_seeds(cost)._asdict()})
-    return found
-
-
-def _text(figure: Row, sign: str = "") -> str:
-    return f"{figure['mean']:{sign}.4f} [{figure['low']:{sign}.4f}, {figure['high']:{sign}.4f}]"
-
-
-def table(summary: list[Row], figure: str, key: str) -> list[list[str]]:
-    """Titles and cells of one figure: a line for each precision of training, a column for each precision of running."""
-    chosen = [entry for entry in summary if entry["figure"] == figure]
-    runs, trained = (list(dict.fromkeys(entry[name] for entry in chosen)) for name in ("run", "trained"))
-    cells = {(e["trained"], e["run"]): _text(e[key], "+" if key == "cost" else "") for e in chosen}
-    return [["trained at", *(f"run at {run}" for run in runs)], *([t, *(cells[t, r] for r in runs)] for t in trained)]
 
 
 def transfer(options: Transfer) -> Path:
@@ -200,6 +159,7 @@ def transfer(options: Transfer) -> Path:
     from infer.score.judges import find_scores
     from train.loop.checks import check_flow
     from train.probe.matrix import draw_matrix
+    from train.probe.transfer_summary import summarise, table
 
     scores = find_scores(options.scores)
     check_flow(options.model, options.flow)
@@ -216,7 +176,7 @@ def transfer(options: Transfer) -> Path:
         for name in options.precisions:
             print(f"training {name}, seed {seed}")
             train(options.job(name, seed))
-    rows: list[Row] = []
+    rows: list[TransferRow] = []
     with tqdm(total=len(options.precisions) ** 2 * len(options.seeds), unit="adapter", desc="transfer") as bar:
         for name in options.precisions:
             for row in run_at(options, name, device, scores):
@@ -224,13 +184,14 @@ def transfer(options: Transfer) -> Path:
                 bar.update()
     summary = summarise(rows)
     text = ""
-    for figure in dict.fromkeys(entry["figure"] for entry in summary):
+    for figure in dict.fromkeys(entry.figure for entry in summary):
         for key, title in (("mean", figure), ("cost", f"{figure}, against the adapter trained where it runs")):
             lines = table(summary, figure, key)
-            print(f"\n{title}:\n{aligned(lines, 1)}")
-            text += f"{title}\n\n{markdown_table(lines)}\n"
+            print(f"\n{title}:\n{text_table(lines, 1)}")
+            text += f"{title}\n\n{plain_table(lines)}\n"
     result: dict[str, Any] = {"model": options.model.path, "device": describe_device(device), "steps": options.steps}
-    content = json.dumps(result | {"summary": summary, "rows": rows}, indent=1, allow_nan=False) + "\n"
+    result |= {"summary": to_json(summary), "rows": [row.to_json() for row in rows]}
+    content = json.dumps(result, indent=1, allow_nan=False) + "\n"
     replace_file(folder / "transfer.png", lambda path: draw_matrix(summary, path))
     replace_file(folder / "transfer.md", lambda path: path.write_text(text))
     replace_file(folder / "transfer.json", lambda path: path.write_text(content))

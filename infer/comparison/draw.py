@@ -23,7 +23,7 @@ from infer.adapter.selection import load_chosen
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
 from infer.comparison.settings import Compare
 from infer.device.device import describe_device, release
-from infer.device.measure import measure
+from infer.device.measure import Measure, measure
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
@@ -32,18 +32,25 @@ from infer.program.atomic import clear_partials, partial_of
 from infer.program.command import check_run_name
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.precision import stored_bytes
-from infer.report import write as report
+from infer.report.cells import differences_text, summary_text
+from infer.report.results import Comparison, Row, Stage
+from infer.report.write import write
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import NotFiniteError, Text, decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from infer.score.judges import find_scores
 from infer.score.networks import check_networks
-from infer.score.pairs import Key, Row, key_of
-from infer.score.score_all import judge
+from infer.score.pairs import Key, key_of
+from infer.score.score_all import score_all
 
 
-def _draw_one(vae: AutoencoderKL, *what: Any) -> None:
-    decode(vae, draw(*what), *what[-2])  # the size is the last but one
+def _draw_one(vae: AutoencoderKL, *arguments: Any) -> None:
+    """A picture that nobody looks at; arguments: those of `draw`."""
+    decode(vae, draw(*arguments), *arguments[-2])
+
+
+def _stage(measured: Measure) -> Stage:
+    return Stage(measured.seconds, measured.peak_memory_bytes, measured.peak_reserved_bytes)
 
 
 def draw_precision(
@@ -53,12 +60,13 @@ def draw_precision(
     folder: Path,
     device: torch.device,
     bar: tqdm[Any],
-    kept: dict[Key, Tensor],
+    all_latents: dict[Key, Tensor],
     memory: Memory,
 ) -> list[Row]:
     """All pictures of one precision, without and then with the adapter (its name and path); frees everything after.
 
-    The pictures' packed latents go into `kept`, on the CPU. memory: the settings that all of it can be drawn with.
+    The pictures' packed latents go into `all_latents`, on the CPU; memory: the settings that all of it can be drawn
+    with.
     """
     model, precision = options.model, options.precisions[name]
     prompts = all_prompts(options)
@@ -84,12 +92,9 @@ def draw_precision(
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, offload)
-    load = {
-        "seconds": load_text.seconds + load_rest.seconds,
-        "peak_memory_bytes": max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes),
-    }
+    load = Stage(load_text.seconds + load_rest.seconds, max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes))
     if load_rest.peak_reserved_bytes is not None:
-        load["peak_reserved_bytes"] = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
+        load.peak_reserved_bytes = max(load_text.peak_reserved_bytes or 0, load_rest.peak_reserved_bytes)
     rows = []
     for variant in (None, adapter) if adapter else (None,):
         if variant:
@@ -116,27 +121,27 @@ def draw_precision(
                 picture.save(folder / image)
                 stages = {
                     "load": load,
-                    "encode": encode.to_dict(),
-                    "denoise": denoising.to_dict(),
-                    "decode": decoding.to_dict(),
+                    "encode": _stage(encode),
+                    "denoise": _stage(denoising),
+                    "decode": _stage(decoding),
                 }
                 rows.append(
-                    {
-                        "precision": name,
-                        "adapter": variant[0] if variant else None,
-                        "prompt": prompt,
-                        "seed": seed,
-                        "image": image,
-                        "seconds": denoising.seconds + decoding.seconds,
-                        "seconds_per_step": denoising.seconds / options.sampling.steps,
-                        "weights_bytes": weights,
-                        "compute_dtype": NAMES[product_dtype_of(transformer)],
-                        "peak_memory_bytes": max(int(stage["peak_memory_bytes"]) for stage in stages.values()),
-                        "scores": {},
-                        "stages": stages,
-                    }
+                    Row(
+                        precision=name,
+                        adapter=variant[0] if variant else None,
+                        prompt=prompt,
+                        seed=seed,
+                        image=image,
+                        seconds=denoising.seconds + decoding.seconds,
+                        seconds_per_step=denoising.seconds / options.sampling.steps,
+                        weights_bytes=weights,
+                        compute_dtype=NAMES[product_dtype_of(transformer)],
+                        peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages.values()),
+                        scores={},
+                        stages=stages,
+                    )
                 )
-                kept[key_of(rows[-1])] = latents.cpu()
+                all_latents[key_of(rows[-1])] = latents.cpu()
                 bar.update()
     del transformer, vae, warm_up, offload
     release(device)
@@ -180,47 +185,48 @@ def draw_all(options: Compare, device: torch.device) -> Path:
     (unfinished / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []
-        kept: dict[Key, Tensor] = {}
+        latents: dict[Key, Tensor] = {}
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
                 try:
-                    rows += draw_precision(options, name, adapter, unfinished, device, bar, kept, memory[name])
+                    rows += draw_precision(options, name, adapter, unfinished, device, bar, latents, memory[name])
                 except NotFiniteError as error:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
         reference = next(plain, None)
-        rows, drift = ([r for r in rows if (r["prompt"] in options.unrelated) is apart] for apart in (False, True))
-        found = rows, drift, unfinished, kept, reference, scores
-        judged = judge(*found, options.networks, options.references, device)
+        rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
+        drawn = rows, drift, unfinished, latents, reference, scores
+        scored = score_all(*drawn, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
-        report.write(
-            {
-                "model": options.model.path,
-                "device": describe_device(device),
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-                "sampling": {
-                    "steps": options.sampling.steps,
-                    "guidance": options.sampling.guidance,
-                    "height": height,
-                    "width": width,
-                },
-                "rows": rows,
-                **judged,
+        comparison = Comparison(
+            model=options.model.path,
+            device=describe_device(device),
+            versions={"python": platform.python_version(), **{name: version(name) for name in libraries}},
+            sampling={
+                "steps": options.sampling.steps,
+                "guidance": options.sampling.guidance,
+                "height": height,
+                "width": width,
             },
-            unfinished,
+            rows=rows,
+            drift=drift,
+            summary=scored.summary,
+            references=scored.references,
+            absent=scored.absent,
         )
+        write(comparison, unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not any(run.iterdir()):
             run.rmdir()
-    print(report.table(judged["summary"]))
-    if paired := report.differences(judged["summary"]):
+    print(summary_text(scored.summary))
+    if paired := differences_text(scored.summary):
         print(f"\ndifferences at the same prompt and seed, with 95 % limits:\n{paired}")
-    for score, reason in judged["absent"].items():
-        print(f"not measured: {score} ({reason})")
+    for name, reason in scored.absent.items():
+        print(f"not measured: {name} ({reason})")
     print(f"report: {target / 'report.html'}")
     return target

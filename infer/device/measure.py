@@ -23,12 +23,6 @@ class Measure:
     peak_reserved_bytes: int | None = None
     """CUDA: the most held by torch's allocator, which is what other programs cannot have. CPU: None."""
 
-    def to_dict(self) -> dict[str, float | int]:
-        result: dict[str, float | int] = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-        if self.peak_reserved_bytes is not None:
-            result["peak_reserved_bytes"] = self.peak_reserved_bytes
-        return result
-
 
 @contextmanager
 def measure(device: torch.device) -> Iterator[Measure]:

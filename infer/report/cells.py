@@ -1,121 +1,70 @@
-"""A comparison's figures as cells of tables: means a (precision, adapter), intervals where they are known, units."""
+"""Figures as text: numbers, bytes, cells of tables with their intervals, and tables for the terminal."""
 
-from collections.abc import Iterable
-from statistics import fmean
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from infer.report.means import score_names, score_of
 from infer.report.page import Cell
+from infer.report.results import Estimate, Summary
 
-Row = dict[str, Any]
 LINE = 160  # characters of a line in the terminal
 
 
-class Estimate(NamedTuple):
-    """A mean and its interval, which may be unknown."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def interval(self) -> str:
-        """The interval as text, nothing where it is unknown."""
-        return "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
+def estimate(value: Any) -> Estimate | None:
+    """A value of a section of results.json: a number, null, or an object with `mean` and perhaps `low` and `high`."""
+    if isinstance(value, dict):
+        return None if value.get("mean") is None else Estimate(value["mean"], value.get("low"), value.get("high"))
+    return None if value is None else Estimate(value)
 
 
-def estimate(score: Any) -> Estimate | None:
-    """A score as results.json has it: a number, null, or an object with `mean` and perhaps `low` and `high`."""
-    if isinstance(score, dict):
-        return None if score.get("mean") is None else Estimate(score["mean"], score.get("low"), score.get("high"))
-    return None if score is None else Estimate(score)
+def interval_text(found: Estimate) -> str:
+    """The limits as text, empty where they are unknown."""
+    return "" if found.low is None or found.high is None else f"{number(found.low)} to {number(found.high)}"
 
 
-def score_of(entry: Row, key: str) -> Estimate | None:
-    """A score of an entry of a summary, with its limits if `intervals` has them."""
-    found = estimate(entry["scores"].get(key))
-    limits = entry.get("intervals", {}).get(key)
-    return found if found is None or not limits else Estimate(found.mean, *limits)
-
-
-def summary_of(result: Row) -> list[Row]:
-    """The summary that a result brings, or the means of its rows."""
-    return result.get("summary") or summarise(result["rows"])
-
-
-def summarise(rows: list[Row]) -> list[Row]:
-    """One entry a (precision, adapter), in order of first appearance: means over its pictures, highest peak memory.
-
-    A score's mean is over the pictures where it is defined, and None where it is defined for none.
-    """
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["precision"], row["adapter"]), []).append(row)
-    return [
-        {
-            "precision": precision,
-            "adapter": adapter,
-            "images": len(group),
-            "weights_bytes": max(row["weights_bytes"] for row in group),
-            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in group),
-            "load_seconds": fmean(row["stages"]["load"]["seconds"] for row in group),
-            "seconds": fmean(row["seconds"] for row in group),
-            "seconds_per_step": fmean(row["seconds_per_step"] for row in group),
-            "scores": means(group),
-        }
-        for (precision, adapter), group in groups.items()
+def summary_cells(summary: Sequence[Summary], peak: str) -> tuple[list[str], list[list[Cell]]]:
+    """Titles and cells of the table of costs and scores; `peak` names the column of peak memory."""
+    names = score_names(summary)
+    most_weights = max(entry.weights_bytes for entry in summary) or 1
+    most_peak = max(entry.peak_memory_bytes for entry in summary) or 1
+    titles = ["precision", "adapter", "weights", peak, "load s", "s/image", "s/step", *names]
+    cells: list[list[Cell]] = [
+        [
+            text_cell(entry.precision),
+            text_cell(entry.adapter or "none"),
+            (size(entry.weights_bytes), entry.weights_bytes, entry.weights_bytes / most_weights),
+            (size(entry.peak_memory_bytes), entry.peak_memory_bytes, entry.peak_memory_bytes / most_peak),
+            *(number_cell(Estimate(s)) for s in (entry.load_seconds, entry.seconds, entry.seconds_per_step)),
+            *(number_cell(score_of(entry, name)) for name in names),
+        ]
+        for entry in summary
     ]
-
-
-def means(rows: Iterable[Row]) -> dict[str, float | None]:
-    """The mean of each score over the rows where it is defined, in order of first appearance."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for key, score in row["scores"].items():
-            found = estimate(score)
-            values.setdefault(key, []).extend([] if found is None else [found.mean])
-    return {key: fmean(defined) if defined else None for key, defined in values.items()}
-
-
-def score_names(entries: Iterable[Row]) -> list[str]:
-    """Names of all scores, in order of first appearance."""
-    return list(dict.fromkeys(key for entry in entries for key in entry["scores"]))
-
-
-def columns(summary: list[Row], peak: str) -> tuple[list[str], list[list[Cell]]]:
-    """Titles and cells of the summary table; `peak` names the column of peak memory."""
-    keys = score_names(summary)
-    largest = {key: max(entry[key] for entry in summary) or 1 for key in ("weights_bytes", "peak_memory_bytes")}
-    titles = ["precision", "adapter", "weights", peak, "load s", "s/image", "s/step", *keys]
-    cells: list[list[Cell]] = []
-    for entry in summary:
-        names: list[Cell] = [(text, text, None) for text in (entry["precision"], entry["adapter"] or "none")]
-        sizes: list[Cell] = [(size(entry[key]), entry[key], entry[key] / top) for key, top in largest.items()]
-        numbers = [entry["load_seconds"], entry["seconds"], entry["seconds_per_step"]]
-        cells.append(
-            [*names, *sizes, *map(figure_cell, numbers), *(estimate_cell(score_of(entry, key)) for key in keys)]
-        )
     return titles, cells
 
 
-def differences(summary: list[Row]) -> tuple[list[str], list[list[Cell]]]:
+def difference_cells(summary: Sequence[Summary]) -> tuple[list[str], list[list[Cell]]]:
     """Titles and cells of the paired differences that a summary has, without lines if it has none."""
-    found = [(entry, to, scores) for entry in summary for to, scores in entry.get("differences", {}).items() if scores]
-    keys = list(dict.fromkeys(key for _, _, scores in found for key in scores))
-    cells: list[list[Cell]] = []
-    for entry, to, scores in found:
-        names = (entry["precision"], entry["adapter"] or "none", "no adapter" if to == "base" else to)
-        cells.append([*((text, text, None) for text in names), *(figure_cell(scores.get(key)) for key in keys)])
-    return ["precision", "adapter", "against", *keys], cells
+    found = [(entry, to, scores) for entry in summary for to, scores in (entry.differences or {}).items() if scores]
+    names = list(dict.fromkeys(name for _, _, scores in found for name in scores))
+    cells: list[list[Cell]] = [
+        [
+            text_cell(entry.precision),
+            text_cell(entry.adapter or "none"),
+            text_cell("no adapter" if to == "base" else to),
+            *(number_cell(scores.get(name)) for name in names),
+        ]
+        for entry, to, scores in found
+    ]
+    return ["precision", "adapter", "against", *names], cells
 
 
-def figure_cell(score: Any) -> Cell:
-    """A score as results.json has it, as a cell."""
-    return estimate_cell(estimate(score))
+def text_cell(text: str) -> Cell:
+    return text, text, None
 
 
-def estimate_cell(found: Estimate | None) -> Cell:
-    """A mean as a cell, the interval below it."""
-    return ("-", None, None) if found is None else (number(found.mean), found.mean, None, found.interval)
+def number_cell(found: Estimate | None) -> Cell:
+    """A mean, with its limits below it."""
+    return ("-", None, None) if found is None else (number(found.mean), found.mean, None, interval_text(found))
 
 
 def plain(cell: Cell) -> str:
@@ -124,12 +73,12 @@ def plain(cell: Cell) -> str:
     return " ".join([text, *(f"({note})" for note in notes if note)])
 
 
-def aligned(lines: list[list[str]], names: int = 2) -> str:
-    """Cells under their titles as plain text. The first `names` columns stand left, and again before each part of a
-    table that is wider than a line."""
+def text_table(lines: list[list[str]], names: int = 2) -> str:
+    """Cells under their titles (the first line) for the terminal. The first `names` columns are aligned left, and are
+    repeated in each part of a table that is wider than LINE."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    parts: list[list[int]] = [[]]
+    parts: list[list[int]] = [[]]  # columns
     for i in range(names, len(widths)):
         if parts[-1] and sum(widths[j] + 2 for j in (*range(names), *parts[-1], i)) > LINE:
             parts.append([])
@@ -142,22 +91,19 @@ def aligned(lines: list[list[str]], names: int = 2) -> str:
     return "\n\n".join("\n".join(text(line, part) for line in ruled) for part in parts)
 
 
-def by_memory(rows: list[Row]) -> list[str]:
-    """The precisions from the most memory to the least, then in order of appearance."""
-    most: dict[str, int] = {}
-    for row in rows:
-        most[row["precision"]] = max(most.get(row["precision"], 0), memory(row))
-    return sorted(most, key=lambda precision: most[precision], reverse=True)
+def summary_text(summary: Sequence[Summary]) -> str:
+    """Costs and scores for the terminal, in several tables where one would be too wide."""
+    titles, cells = summary_cells(summary, "peak memory")
+    return text_table([titles, *(list(map(plain, line)) for line in cells)])
 
 
-def memory(row: Row) -> int:
-    """The bytes that tell a row's precision from others: on CUDA its peak; on a CPU the weights, since the resident set
-    still holds what the process freed after the precisions before."""
-    measured: int = row["peak_memory_bytes" if "peak_reserved_bytes" in row["stages"]["load"] else "weights_bytes"]
-    return measured
+def differences_text(summary: Sequence[Summary]) -> str:
+    """The paired differences for the terminal; empty if there are none."""
+    titles, cells = difference_cells(summary)
+    return text_table([titles, *(list(map(plain, line)) for line in cells)], 3) if cells else ""
 
 
-def variant(adapter: str | None) -> str:
+def variant_text(adapter: str | None) -> str:
     return "without adapter" if adapter is None else f"with {adapter}"
 
 
@@ -174,9 +120,3 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:.{next(digits for digits, above in enumerate((1000, 100, 10, 0.1, 0)) if abs(value) >= above)}f}"
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    """Titles and cells as a table in Markdown, the first two columns of text."""
-    rule = ["---", "---"] + ["---:"] * (len(lines[0]) - 2)
-    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], rule, *lines[1:]))

@@ -1,62 +1,63 @@
 """A comparison's curves for its page: memory and time by precision, memory by stage, and each score by precision."""
 
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any
 
-from infer.report.cells import Estimate, Row, by_memory, score_names, score_of, variant
-from infer.report.chart import Line, chart
+from infer.report.cells import variant_text
+from infer.report.means import by_memory, by_variant, score_names, score_of
+from infer.report.plot import Lines, series
+from infer.report.results import Estimate, Row, Summary
 
 STAGES = ("load", "encode", "denoise", "decode")
 
 
-def cost_charts(rows: list[Row], peak: str) -> list[str]:
-    """Memory by precision and by stage, time by precision."""
-    names, adapters = by_memory(rows), list(dict.fromkeys(row["adapter"] for row in rows))
-    most = max(row["peak_memory_bytes"] for row in rows)
-    unit, name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
+def cost_plots(rows: Sequence[Row], peak: str) -> list[Lines]:
+    """Memory by precision and by stage, time by precision; `peak` says what peak memory means."""
+    names = by_memory(rows)
+    of_precision = {name: [row for row in rows if row.precision == name] for name in names}
+    of_variant = by_variant(rows)
+    unit, unit_name = (2**30, "GiB") if max(row.peak_memory_bytes for row in rows) >= 2**30 else (2**20, "MiB")
 
-    def of(precision: str, adapter: Any = ...) -> list[Row]:
-        return [r for r in rows if r["precision"] == precision and (adapter is ... or r["adapter"] == adapter)]
+    def most(counts: Iterable[int]) -> Estimate:
+        return Estimate(max(counts) / unit)
 
-    def line(title: str, key: str) -> Line:
-        return title, [Estimate(max(row[key] for row in of(precision)) / unit) for precision in names]
-
-    stages = [stage for stage in STAGES if all(stage in row["stages"] for row in rows)]
-    by_stage: list[Line] = [
+    memory = [
+        (peak, [most(row.peak_memory_bytes for row in of_precision[name]) for name in names]),
+        ("weights", [most(row.weights_bytes for row in of_precision[name]) for name in names]),
+    ]
+    plots = [Lines(f"Memory, {unit_name}", names, series(memory), zero=True)]
+    stages = [stage for stage in STAGES if all(stage in row.stages for row in rows)]
+    if len(stages) > 1:
+        by_stage = [
+            (name, [most(row.stages[stage].peak_memory_bytes for row in of_precision[name]) for stage in stages])
+            for name in names
+        ]
+        plots.append(Lines(f"{peak.capitalize()} by stage, {unit_name}", stages, series(by_stage), zero=True))
+    seconds = [
         (
-            precision,
+            variant_text(adapter),
             [
-                Estimate(max(row["stages"][stage]["peak_memory_bytes"] for row in of(precision)) / unit)
-                for stage in stages
+                Estimate(fmean(row.seconds for row in of_variant[name, adapter]))
+                if (name, adapter) in of_variant
+                else None
+                for name in names
             ],
         )
-        for precision in names
+        for adapter in dict.fromkeys(row.adapter for row in rows)
     ]
-    seconds: list[Line] = [
-        (
-            variant(adapter),
-            [Estimate(fmean(r["seconds"] for r in found)) if (found := of(p, adapter)) else None for p in names],
-        )
-        for adapter in adapters
-    ]
-    charts = [
-        chart(f"Memory, {name}", names, [line(peak, "peak_memory_bytes"), line("weights", "weights_bytes")], zero=True)
-    ]
-    if len(stages) > 1:
-        charts.append(chart(f"{peak.capitalize()} by stage, {name}", stages, by_stage, zero=True))
-    return [*charts, chart("Seconds a picture", names, seconds, zero=True)]
+    return [*plots, Lines("Seconds a picture", names, series(seconds), zero=True)]
 
 
-def score_charts(rows: list[Row], summary: list[Row]) -> list[str]:
-    """A chart a score: its mean at each precision, a line an adapter."""
+def score_plots(rows: Sequence[Row], summary: Sequence[Summary]) -> list[Lines]:
+    """For each score its mean at each precision, a line for each adapter."""
     names = by_memory(rows)
-    entries = {(entry["precision"], entry["adapter"]): entry for entry in summary}
+    entries = {entry.variant: entry for entry in summary}
     adapters = list(dict.fromkeys(adapter for _, adapter in entries))
 
     def values(score: str, adapter: str | None) -> list[Estimate | None]:
         return [score_of(entry, score) if (entry := entries.get((name, adapter))) else None for name in names]
 
     return [
-        chart(score, names, [(variant(adapter), values(score, adapter)) for adapter in adapters])
+        Lines(score, names, series([(variant_text(adapter), values(score, adapter)) for adapter in adapters]))
         for score in score_names(summary)
     ]

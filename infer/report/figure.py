@@ -12,8 +12,12 @@ from typing import Any
 
 from PIL import Image
 
+from infer.report.gallery import Grid
+from infer.report.plot import COLOURS
+from infer.report.png import new_figure
+
 DPI = 256  # a power of two: pixels / DPI * DPI is exact, so the PNG has the size that was laid out
-INK, GREY, CURVES = "#1b1f24", "#667079", ("#2f6fde", "#d9772b")
+INK, GREY = "#1b1f24", "#667079"
 EDGE, SIDE, GAP, LABEL, PANEL = 40, 80, 32, 84, 250  # pixels: margin, row names, between cells, captions, a curve
 
 
@@ -28,7 +32,7 @@ def draw(
     path: Path,
     title: str,
     columns: list[str],
-    rows: list[tuple[str, list[dict[str, Any] | None]]],
+    rows: Grid,
     curves: list[tuple[str, list[tuple[int, str]]]],
 ) -> None:
     """Saves the figure.
@@ -37,15 +41,13 @@ def draw(
         path: where the PNG goes, whatever its suffix.
         title: the prompt; shown as it is, wrapped.
         columns: names of the precisions, from left to right.
-        rows: name of a row and, for each column, its picture (`file`, `caption`), or None where there is none.
+        rows: name of a row and, for each column, its picture, or None where there is none.
         curves: name of a curve and, for each column, its value and the text beside the point.
     """
     import matplotlib  # here, not above: whoever imports the report without drawing does not wait for it
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with Image.open(next(picture["file"] for _, pictures in rows for picture in pictures if picture)) as image:
+    with Image.open(next(picture.file for _, pictures in rows for picture in pictures if picture)) as image:
         cell_w, cell_h = cell_size(*image.size)
     grid_w = len(columns) * (cell_w + GAP) - GAP
     width = max(SIDE + grid_w + EDGE, 1000)  # room for a title over a single column
@@ -57,8 +59,7 @@ def draw(
 
     # parse_math: "$" and "_" in a prompt are text. Line breaks are ours, so that the height above is right.
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
-        figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(figure)  # becomes the figure's canvas; pyplot would keep the figure alive
+        figure = new_figure(width / DPI, height / DPI, DPI, facecolor="white")
 
         def write(x: float, y: float, text: str, pixels: float, room: float, **style: Any) -> None:
             """Text at (x, y) pixels from the top left, made smaller where it would be longer than `room`."""
@@ -77,17 +78,17 @@ def draw(
                 if picture is None:
                     continue
                 x = left + c * (cell_w + GAP)
-                with Image.open(picture["file"]) as image:
+                with Image.open(picture.file) as image:
                     enlarged = max(image.size) <= max(cell_w, cell_h)
                     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
                     pixels = image.convert("RGB").resize((cell_w, cell_h), method)
                 figure.figimage(np.asarray(pixels), x, height - y - cell_h, origin="upper")
                 write(x, y - 48, columns[c], 29, cell_w, va="baseline", color=INK, weight="bold")
-                write(x, y - 14, picture["caption"], 24, cell_w, va="baseline", color=GREY)
+                write(x, y - 14, picture.caption, 24, cell_w, va="baseline", color=GREY)
 
         centres = [c * (cell_w + GAP) + cell_w / 2 for c in range(len(columns))]
         for p, (name, points) in enumerate(curves):
-            y, colour = panels + p * PANEL, CURVES[p % len(CURVES)]
+            y, colour = panels + p * PANEL, COLOURS[p % len(COLOURS)][0]
             write(left, y + 12, name, 27, grid_w, va="top", color=colour, weight="bold")
             low = y + PANEL - 46  # the precisions' names stand below
             plot = figure.add_axes((left / width, 1 - low / height, grid_w / width, (PANEL - 110) / height))

@@ -9,17 +9,37 @@ import io
 import os
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from html import escape
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from infer.report.page import asset
 
-Picture = dict[str, Any]  # file, link, name, short, line, caption, scores, reference (see `infer.report.write`)
-Grid = list[tuple[str, list[Picture | None]]]  # for each adapter its name and, for each precision, a picture or None
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the grid, and what is said about it."""
+
+    file: Path
+    link: str
+    """Its address, relative to the page."""
+    name: str
+    short: str
+    """Its name in the viewer's lists."""
+    line: str
+    """The line of the grid that it stands in."""
+    caption: str
+    """What it cost."""
+    scores: str
+    reference: bool
+    """Whether the viewer compares its neighbours with it."""
+
+
+Grid = list[tuple[str, list[Picture | None]]]  # a line for each adapter: its name, and a picture for each column
 Group = tuple[str, list[tuple[int, Grid]]]  # a prompt, its seeds, and a grid for each
 
 SMALL = 512  # pixels: longest side of a picture that may be embedded byte for byte
@@ -131,22 +151,31 @@ def _short(text: str, most: int = 90) -> str:
 
 def _picture(picture: Picture, seed: int, embedded: dict[Path, Embedded]) -> str:
     """A picture as a button that opens the viewer, with its caption."""
-    data = embedded[picture["file"]]
+    data = embedded[picture.file]
     side, link = max(data.width, data.height), ""
     if not data.whole:
-        link = f' · <a href="{escape(picture["link"])}">{data.width} x {data.height}</a>'
+        link = f' · <a href="{escape(picture.link)}">{data.width} x {data.height}</a>'
     # Enlarged by a whole number only, pixel for pixel: smoothing would hide what the precisions differ in.
     scale = max(1, round(SHOWN / side)) if side <= SHOWN else SHOWN / side
     width, height = round(data.width * scale), round(data.height * scale)
     pixels = ' class="pixels"' if side <= SHOWN else ""
-    facts = {name: picture[name] for name in ("name", "short", "line", "scores", "caption")}
-    facts |= {"seed": seed, "width": data.width, "height": data.height, "link": "" if data.whole else picture["link"]}
+    facts: dict[str, object] = {
+        "name": picture.name,
+        "short": picture.short,
+        "line": picture.line,
+        "scores": picture.scores,
+        "caption": picture.caption,
+        "seed": seed,
+        "width": data.width,
+        "height": data.height,
+        "link": "" if data.whole else picture.link,
+    }
     known = " ".join(f'data-{name}="{escape(str(fact))}"' for name, fact in facts.items())
-    reference = " data-reference" if picture["reference"] else ""
+    reference = " data-reference" if picture.reference else ""
     return (
-        f'<button class="picture" {known}{reference}><img{pixels} alt="{escape(picture["name"])}" width="{width}" '
+        f'<button class="picture" {known}{reference}><img{pixels} alt="{escape(picture.name)}" width="{width}" '
         f'height="{height}" style="--w: {width}px" loading="lazy" decoding="async" src="{data.uri}"></button>'
-        f"<span>{escape(picture['caption'])}{link}</span>"
+        f"<span>{escape(picture.caption)}{link}</span>"
     )
 
 

@@ -4,31 +4,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+from infer.report.plot import Heat
+from infer.report.png import save_log_heat
+from infer.report.results import Estimate
+
+LEAST = 1e-6  # percent: a logarithmic scale has no 0
+
 
 def draw_heat(groups: list[dict[str, Any]], path: Path) -> None:
-    """A PNG: one column a block, one row a group of layers that read one input, the velocity's error in percent when
-    that group alone is NF4; what stands outside blocks has a column of its own."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    cells: dict[tuple[str, str], float] = {}
+    """A PNG with a column for each block and a row for each group of layers that read one input: the velocity's error
+    in percent when that group alone is NF4. Layers outside blocks have the column `other`."""
+    cells: dict[tuple[str, str], Estimate] = {}
     for group in groups:
-        match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.*)", group["layers"][0])
+        first = group["layers"][0]
+        match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.*)", first)
         column = "other" if match is None else f"{'s' if match[1] else 'd'}{match[2]}"
-        name = group["layers"][0] if match is None else f"{'single' if match[1] else 'double'} {match[3]}"
-        cells[name, column] = 100 * group["errors"]["nf4"] ** 0.5
+        row = first if match is None else f"{'single' if match[1] else 'double'} {match[3]}"
+        cells[row, column] = Estimate(max(100 * group["errors"]["nf4"] ** 0.5, LEAST))
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    values = np.full((len(rows), len(columns)), np.nan)
-    for (name, column), value in cells.items():
-        values[rows.index(name), columns.index(column)] = max(value, 1e-6)
-    figure = Figure((4.5 + 0.34 * max(len(columns), 12), 1.4 + 0.26 * len(rows)), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto", norm=LogNorm(), cmap="viridis")
-    axes.set_xticks(range(len(columns)), columns, fontsize=7)
-    axes.set_yticks(range(len(rows)), rows, fontsize=7)
-    axes.set_title("error of the velocity when these layers alone are NF4, %", fontsize=9)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, format="png")
+    values = [[cells.get((row, column)) for column in columns] for row in rows]
+    save_log_heat(path, Heat("error of the velocity when these layers alone are NF4, %", rows, columns, values))

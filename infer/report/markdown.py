@@ -21,6 +21,12 @@ def escape(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#~$!" else c for c in shown)
 
 
+def plain_table(lines: Sequence[Sequence[str]]) -> str:
+    """A table of titles (the first line) and cells that need no escape; all but the first two columns stand right."""
+    rule = ["---", "---"] + ["---:"] * (len(lines[0]) - 2)
+    return "".join(f"{line(cells)}\n" for cells in (lines[0], rule, *lines[1:]))
+
+
 def markdown(
     heading: str,
     facts: dict[str, str],
@@ -30,7 +36,14 @@ def markdown(
     groups: list[Group],
     more: Sequence[dict[str, Any]],
 ) -> str:
-    """The whole text; for the arguments see `infer.report.write.render`."""
+    """The whole text.
+
+    Args:
+        tables: title, titles of columns, cells, and which columns hold text.
+        absent: a score that was not measured -> why.
+        columns: the precisions, as the pictures stand.
+        more: sections (infer/report/sections.py).
+    """
     lines = [f"# {escape(heading)}", ""]
     lines += [f"- **{name}**: {escape(value)}" for name, value in facts.items()]
     for title, titles, cells, texts in tables:
@@ -51,6 +64,6 @@ def markdown(
             lines += ["", f"### Seed {escape(str(seed))}", "", line([" ", *map(escape, columns)])]
             lines.append(line(["---"] * (len(columns) + 1)))
             for variant, pictures in grid:
-                shown = (p and f"![{escape(p['name'])}]({p['link']})<br>{p['caption']}" for p in pictures)
+                shown = (p and f"![{escape(p.name)}]({p.link})<br>{p.caption}" for p in pictures)
                 lines.append(line([escape(variant), *(cell or " " for cell in shown)]))
     return "\n".join(lines) + "\n"

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from infer.report.cells import estimate, figure_cell, plain
-from infer.report.chart import chart, heat
-from infer.report.page import SCROLL, Cell, table
+from infer.report.cells import estimate, number_cell, plain, text_cell
+from infer.report.page import Cell, table
+from infer.report.plot import Heat, Lines, series
+from infer.report.svg import draw_lines, heat_table
 
 KINDS = ("table", "lines", "matrix")
 
@@ -50,11 +51,12 @@ def to_html(section: dict[str, Any]) -> str:
     kind = check(section)
     body, note = section[kind], f"<p>{escape(section['note'])}</p>" if section.get("note") else ""
     if kind == "lines":
-        series = [(name, [estimate(value) for value in values]) for name, values in body["series"].items()]
-        return f'{note}<div class="charts wide">{chart(body["x"], body["places"], series)}</div>'
+        lines = [(name, [estimate(value) for value in values]) for name, values in body["series"].items()]
+        plot = Lines(body["x"], body["places"], series(lines))
+        return f'{note}<div class="charts wide">{draw_lines(plot)}</div>'
     if kind == "matrix":
         values = [[estimate(value) for value in line] for line in body["values"]]
-        return f"{note}{SCROLL}{heat(body['rows'], body['columns'], values)}</div>"
+        return note + heat_table(Heat(section["title"], body["rows"], body["columns"], values))
     cells = _cells(body["rows"])
     texts = [i for i in range(len(body["columns"])) if any(isinstance(row[i], str) for row in body["rows"])]
     return note + table(body["columns"], cells, texts)
@@ -69,17 +71,21 @@ def to_markdown(section: dict[str, Any], line: Callable[[list[str]], str]) -> li
     elif kind == "matrix":
         columns = ["", *body["columns"]]
         rows = [
-            [name, *(plain(figure_cell(value)) for value in values)]
+            [name, *(plain(_value_cell(value)) for value in values)]
             for name, values in zip(body["rows"], body["values"], strict=True)
         ]
     else:
         columns = [body["x"], *body["series"]]
         rows = [
-            [f"{place:g}" if isinstance(place, int | float) else place, *map(plain, map(figure_cell, values))]
+            [f"{place:g}" if isinstance(place, int | float) else place, *map(plain, map(_value_cell, values))]
             for place, *values in zip(body["places"], *body["series"].values(), strict=True)
         ]
     return [line(columns), line(["---", *["---:"] * (len(columns) - 1)]), *map(line, rows)]
 
 
 def _cells(rows: list[list[Any]]) -> list[list[Cell]]:
-    return [[(value, value, None) if isinstance(value, str) else figure_cell(value) for value in row] for row in rows]
+    return [[text_cell(value) if isinstance(value, str) else _value_cell(value) for value in row] for row in rows]
+
+
+def _value_cell(value: Any) -> Cell:
+    return number_cell(estimate(value))

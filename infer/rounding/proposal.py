@@ -10,8 +10,8 @@ import yaml
 from infer.program.atomic import replace_file
 from infer.program.command import check_run_name
 from infer.quantize.precision import Precision
+from infer.report.cells import text_table
 from infer.report.heat import draw_heat
-from infer.report.write import aligned
 from infer.rounding.budget import HEADER, Mixture, choose
 from infer.rounding.layer_errors import KINDS, kept_file, sensitivities
 from infer.rounding.settings import Sensitivity
@@ -32,7 +32,7 @@ def propose(options: Sensitivity, device: torch.device) -> Path:
         shown = [f"{100 * group['errors'][kind] ** 0.5:.3f}" for kind in KINDS]
         lines.append([name, *shown, f"{group['bytes']['nf4'] / 2**10:,.0f}"])
     print(f"the {len(worst)} of {len(found['groups'])} groups of layers that suffer most, each quantized alone:")
-    print(aligned(lines, 1))
+    print(text_table(lines, 1))
     if options.budget_gib is not None:
         mixture = choose(found, int(options.budget_gib * 2**30), "budget_gib")
         print(mixture.describe())

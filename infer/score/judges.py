@@ -98,7 +98,7 @@ def find_scores(names: dict[str, str]) -> dict[str, Score]:
 
 
 def list_pictures(folder: str, option: str = "references") -> list[Path]:
-    """The pictures in a folder and its subfolders; what begins with a dot is none.
+    """The pictures in a folder and its subfolders; names that begin with a dot are left out.
 
     Raises:
         ValueError: it is no folder, or holds no picture.

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from infer.score.bootstrap import Interval
+from infer.report.results import Estimate
 
 SIDE = 32  # pixels at which pictures are compared with the training set
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +30,7 @@ def gaussian(a: Tensor, b: Tensor) -> Tensor:
     return 1000 * torch.exp(-torch.cdist(a, b).square() / 200)
 
 
-def squared_distance(a: Tensor, b: Tensor, kernel: Kernel) -> Interval:
+def squared_distance(a: Tensor, b: Tensor, kernel: Kernel) -> Estimate:
     """The unbiased squared maximum mean discrepancy of features [n, d] and [m, d], with 95 % limits from leaving out
     each picture in turn; it can be below zero. n and m are at least 2, and the limits need 3.
 
@@ -38,7 +38,7 @@ def squared_distance(a: Tensor, b: Tensor, kernel: Kernel) -> Interval:
     """
     a, b = a.double(), b.double()
     n, m = len(a), len(b)
-    within_a, within_b, across = (_rows(kernel(x, y), x is y) for x, y in ((a, a), (b, b), (a, b)))
+    within_a, within_b, across = (_row_sums(kernel(x, y), x is y) for x, y in ((a, a), (b, b), (a, b)))
     columns = kernel(a, b).sum(0)
     sums = within_a.sum(), within_b.sum(), across.sum()
 
@@ -47,22 +47,22 @@ def squared_distance(a: Tensor, b: Tensor, kernel: Kernel) -> Interval:
 
     whole = float(value(n, m, *sums))
     if min(n, m) < 3:
-        return Interval(whole, None, None, n)
+        return Estimate(whole, None, None, n)
     without_a = value(n - 1, m, sums[0] - 2 * within_a, sums[1], sums[2] - across)
     without_b = value(n, m - 1, sums[0], sums[1] - 2 * within_b, sums[2] - columns)
     variance = sum((len(x) - 1) / len(x) * float((x - x.mean()).square().sum()) for x in (without_a, without_b))
     margin = 1.96 * math.sqrt(variance)
-    return Interval(whole, whole - margin, whole + margin, n)
+    return Estimate(whole, whole - margin, whole + margin, n)
 
 
-def _rows(values: Tensor, itself: bool) -> Tensor:
+def _row_sums(values: Tensor, itself: bool) -> Tensor:
     """Row sums, without the diagonal if a set is compared with itself."""
     return values.sum(1) - (values.diagonal() if itself else 0)
 
 
 def thumbnail(picture: Image.Image, shape: float) -> Tensor:
-    """What is left of a picture at SIDE x SIDE pixels, [3 * SIDE * SIDE] in [0, 1]: its middle part of the given
-    shape (width / height), averaged."""
+    """A picture averaged to SIDE x SIDE pixels, [3 * SIDE * SIDE] in [0, 1]: its middle part of the given shape
+    (width / height)."""
     width, height = picture.size
     across, down = min(width, round(height * shape)), min(height, round(width / shape))
     left, top = (width - across) // 2, (height - down) // 2
@@ -70,13 +70,13 @@ def thumbnail(picture: Image.Image, shape: float) -> Tensor:
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).flatten()
 
 
-def nearest(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(thumbnails: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """For thumbnails [n, d] the least root mean square difference to one of [m, d], and which one that is, both [n]."""
-    distance, index = torch.cdist(own, others).min(1)
-    return distance / math.sqrt(own.shape[1]), index
+    distance, index = torch.cdist(thumbnails, others).min(1)
+    return distance / math.sqrt(thumbnails.shape[1]), index
 
 
-def nearest_cosine(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_cosine(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """For features [n, d] the largest cosine to one of [m, d], and which one that is, both [n]."""
-    similarity, index = (functional.normalize(own) @ functional.normalize(others).T).max(1)
+    similarity, index = (functional.normalize(features) @ functional.normalize(others).T).max(1)
     return similarity, index

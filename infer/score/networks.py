@@ -47,7 +47,7 @@ def check_networks(networks: Networks) -> None:
         path = getattr(networks, name)
         if path is None:
             continue
-        config = _read(name, path, "AutoConfig")
+        config = _from_pretrained(name, path, "AutoConfig")
         kind = str(config.model_type)
         if (kind == "clip") != (name == "clip") or not (name == "clip" or hasattr(config, "image_size")):
             raise ValueError(f"networks.{name} {path} is of type {kind}, not {wanted}; name another, or set it to null")
@@ -75,7 +75,7 @@ def clip_score(embed: Embed, text: Callable[[list[str]], Tensor], picture: Image
     return float((embed([picture]) * text([prompt])).sum())
 
 
-def _read(name: str, path: str, cls: str, **options: Any) -> Any:
+def _from_pretrained(name: str, path: str, cls: str, **options: Any) -> Any:
     import transformers
 
     try:
@@ -94,28 +94,28 @@ def _in_batches(embed: Callable[[list[Any]], Tensor]) -> Callable[[list[Any]], T
 
 
 def _clip(path: str, device: torch.device) -> tuple[Embed, Callable[[list[str]], Tensor]]:
-    model = _read("clip", path, "CLIPModel", dtype=torch.float32).to(device).eval()
-    images = _read("clip", path, "AutoImageProcessor")
-    words = _read("clip", path, "AutoTokenizer")
-    most = model.config.text_config.max_position_embeddings
+    model = _from_pretrained("clip", path, "CLIPModel", dtype=torch.float32).to(device).eval()
+    processor = _from_pretrained("clip", path, "AutoImageProcessor")
+    tokenizer = _from_pretrained("clip", path, "AutoTokenizer")
+    longest = model.config.text_config.max_position_embeddings
 
     def embed(pictures: list[Image.Image]) -> Tensor:
-        inputs = images(pictures, return_tensors="pt").to(device)
+        inputs = processor(pictures, return_tensors="pt").to(device)
         return functional.normalize(model.visual_projection(model.vision_model(**inputs).pooler_output))
 
     def text(prompts: list[str]) -> Tensor:
-        inputs = words(prompts, return_tensors="pt", padding=True, truncation=True, max_length=most).to(device)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, truncation=True, max_length=longest).to(device)
         return functional.normalize(model.text_projection(model.text_model(**inputs).pooler_output))
 
     return _in_batches(embed), _in_batches(text)
 
 
 def _dino(path: str, device: torch.device) -> Embed:
-    model = _read("dino", path, "AutoModel", dtype=torch.float32).to(device).eval()
-    images = _read("dino", path, "AutoImageProcessor")
+    model = _from_pretrained("dino", path, "AutoModel", dtype=torch.float32).to(device).eval()
+    processor = _from_pretrained("dino", path, "AutoImageProcessor")
 
     def embed(pictures: list[Image.Image]) -> Tensor:
-        features: Tensor = model(**images(pictures, return_tensors="pt").to(device)).last_hidden_state[:, 0]
+        features: Tensor = model(**processor(pictures, return_tensors="pt").to(device)).last_hidden_state[:, 0]
         return features
 
     return _in_batches(embed)
@@ -138,7 +138,8 @@ def _alexnet(path: str) -> nn.Sequential:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        convolutions = {key.removeprefix("features."): own for key, own in state.items() if key.startswith("features.")}
+        prefix = "features."
+        convolutions = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(prefix)}
         features.load_state_dict(convolutions)
     except Exception as error:  # pickle, safetensors and torch each raise their own
         raise ValueError(
@@ -162,13 +163,12 @@ def _channel_weights() -> list[Tensor]:
     except (OSError, KeyError) as error:
         raise ValueError(
             f"networks.lpips is set, but torchmetrics has no LPIPS weights at {file} "
-            f"({type(error).__name__}: {error}); "
-            "install torchmetrics 1.9, or set networks.lpips to null"
+            f"({type(error).__name__}: {error}); install torchmetrics 1.9, or set networks.lpips to null"
         ) from error
 
 
 def _lpips(path: str, device: torch.device) -> Callable[[Image.Image, Image.Image], float]:
-    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, by channel weights."""
+    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, channels weighted."""
     weights = [weight.to(device) for weight in _channel_weights()]
     features = _alexnet(path).to(device)
     shift = torch.tensor([-0.030, -0.088, -0.188], device=device)[:, None, None]

@@ -1,8 +1,7 @@
 """How far a picture is from another one with the same seed, and scores of the user's own by dotted path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,16 +9,16 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from infer.report.results import Row, Scores
 from infer.score.judges import Score
 
 Pair = Callable[[Image.Image, Image.Image], float]
-Row = dict[str, Any]
 Key = tuple[str, str | None, str, int]
 
 
 def key_of(row: Row) -> Key:
     """What tells a row's picture from the others: precision, adapter, prompt and seed."""
-    return row["precision"], row["adapter"], row["prompt"], row["seed"]
+    return row.precision, row.adapter, row.prompt, row.seed
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -27,7 +26,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def distance(picture: Image.Image, reference: Image.Image) -> dict[str, float | None]:
+def distance(picture: Image.Image, reference: Image.Image) -> Scores:
     """PSNR in dB (None for equal pictures, where it is infinite) and SSIM in [-1, 1] of two pictures of one size."""
     a, b = to_pixels(picture), to_pixels(reference)
     ssim = structural_similarity_index_measure(a, b, data_range=1.0)
@@ -48,35 +47,36 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def score_pairs(
-    rows: list[Row], folder: Path, latents: dict[Key, Tensor], reference: str | None, lpips: Pair | None
+    rows: Sequence[Row], folder: Path, latents: dict[Key, Tensor], reference: str | None, lpips: Pair | None
 ) -> None:
     """Fill in each row's distance from the picture of the reference precision (`_bf16`) and from the one without the
     adapter (`_base`): PSNR, SSIM, the latents' relative error, and LPIPS if there is one.
 
     A picture's distance from itself is None.
     """
-    pictures = {key_of(row): folder / row["image"] for row in rows}
-    adapted = any(row["adapter"] for row in rows)
+    pictures = {key_of(row): folder / row.image for row in rows}
+    adapted = any(row.adapter for row in rows)
+    names = ["psnr", "ssim", "latents", *(["lpips"] if lpips else [])]
     for row in rows:
-        own, same = key_of(row), (row["prompt"], row["seed"])
+        key = key_of(row)
         others: dict[str, Key] = {}
         if reference is not None:
-            others[f"_{reference}"] = (reference, row["adapter"], *same)
+            others[f"_{reference}"] = reference, row.adapter, row.prompt, row.seed
         if adapted:
-            others["_base"] = (row["precision"], None, *same)
-        picture = open_picture(pictures[own])
+            others["_base"] = row.precision, None, row.prompt, row.seed
+        picture = open_picture(pictures[key])
         for suffix, other in others.items():
-            figures: dict[str, float | None] = dict.fromkeys(["psnr", "ssim", "latents", *(["lpips"] if lpips else [])])
-            if other != own:
-                figures = distance(picture, open_picture(pictures[other]))
-                figures["latents"] = relative_error(latents[own], latents[other])
+            scores: Scores = dict.fromkeys(names)
+            if other != key:
+                scores = distance(picture, open_picture(pictures[other]))
+                scores["latents"] = relative_error(latents[key], latents[other])
                 if lpips is not None:
-                    figures["lpips"] = lpips(picture, open_picture(pictures[other]))
-            row["scores"].update({name + suffix: value for name, value in figures.items()})
+                    scores["lpips"] = lpips(picture, open_picture(pictures[other]))
+            row.scores.update({name + suffix: value for name, value in scores.items()})
 
 
-def score_prompts(rows: list[Row], folder: Path, own: dict[str, Score]) -> None:
+def score_prompts(rows: Sequence[Row], folder: Path, scores: dict[str, Score]) -> None:
     """Fill in each row's scores of picture and prompt."""
     for row in rows:
-        picture = open_picture(folder / row["image"])
-        row["scores"].update({name: float(score(picture, row["prompt"])) for name, score in own.items()})
+        picture = open_picture(folder / row.image)
+        row.scores.update({name: float(score(picture, row.prompt)) for name, score in scores.items()})

@@ -17,6 +17,7 @@ from infer.adapter.attach import attach
 from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.report import write as report
+from infer.report.results import Comparison, from_json
 from scripts.bad.case import colours
 from scripts.bad.reports import RESULT
 from train.latents.index import read_rows, write_rows
@@ -146,7 +147,7 @@ def _write_report(folder: Path, state: int) -> None:
         colours(1).save(own / "images" / "a.png")
     result = copy.deepcopy(RESULT)
     result["rows"][0]["seconds"] = float(state)  # type: ignore[index]
-    report.write(result, own)
+    report.write(from_json(Comparison, result, ""), own)
 
 
 def _read_report(folder: Path) -> Any:

@@ -87,11 +87,44 @@ def test_rows_pictures_and_scores(options: Compare, tmp_path: Path) -> None:
             assert row["scores"][score] == (expected and pytest.approx(expected, rel=1e-4))
     assert set(result["versions"]) >= {"torch", "diffusers", "transformers", "bitsandbytes", "peft"}
 
-    # without the adapter it draws the very same base pictures, and none is compared with a base
-    alone = compare(replace(options, run="alone"))
+    # an adapter that is still to come changes no base picture, and without one none is compared with a base
+    alone = compare(replace(options, only=["nf4"], run="alone"))
     for row in json.loads((alone / "results.json").read_text())["rows"]:
         assert np.array_equal(pixels(alone / row["image"]), pixels(folder / row["image"]))
         assert "psnr_base" not in row["scores"]
+
+
+def plain_pipeline(model: Model, stored: torch.dtype) -> FluxPipeline:
+    """diffusers' own pipeline with weights rounded to a dtype, in the dtype that this CPU computes in."""
+    return FluxPipeline.from_pretrained(model.path, torch_dtype=stored).to(compute_dtype(stored, CPU))
+
+
+def test_pictures_are_the_plain_pipelines_without_and_with_the_adapter(options: Compare, tmp_path: Path) -> None:
+    transformer = load_transformer(options.model, Precision("bf16"), CPU)
+    for parameter in attach(transformer, Adapter(rank=4, alpha=9), seed=0):
+        parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_adapter(transformer, tmp_path / "lora", {})
+    del transformer
+    options = replace(options, only=["bf16"], prompts=[PROMPT], adapter=Trained(str(tmp_path / "lora"), "mine"))
+    folder = compare(options)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+
+    # diffusers alone: its pipeline, its reader of LoRA files, its way from latents to a picture
+    pipeline = plain_pipeline(options.model, torch.bfloat16)
+    start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(pipeline.dtype)
+    theirs = []
+    for adapter in (None, "lora"):
+        if adapter is not None:
+            pipeline.load_lora_weights(tmp_path / adapter)
+        (picture,) = pipeline(
+            PROMPT, height=128, width=128, num_inference_steps=3, guidance_scale=3.5, max_sequence_length=40,
+            latents=FluxPipeline._pack_latents(start, *start.shape),
+        ).images  # fmt: skip
+        theirs.append(np.asarray(picture, dtype=np.float64))
+    ours = [pixels(folder / row["image"]) for row in rows]
+    assert [row["adapter"] for row in rows] == [None, "mine"]
+    assert psnr(ours[0], theirs[0]) > 45 and psnr(ours[1], theirs[1]) > 45
+    assert psnr(ours[0], theirs[1]) < 38 and psnr(ours[1], theirs[0]) < 38
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
@@ -104,11 +137,13 @@ def test_a_picture_is_the_plain_pipelines(kind: str, tiny: Model) -> None:
     ours = decode(load_vae(tiny, CPU), latents, 96, 128)
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
-    pipeline = FluxPipeline.from_pretrained(tiny.path, torch_dtype=dtype)
+    pipeline = plain_pipeline(tiny, dtype)
     # texts are stored in bf16 by a CPU that computes in fp32 too
-    t5, pooled, _ = pipeline.to(compute_dtype(dtype, CPU)).encode_prompt(PROMPT, max_sequence_length=40)
+    with torch.no_grad():
+        t5, pooled, _ = pipeline.encode_prompt(PROMPT, max_sequence_length=40)
     t5, pooled = (text.to(dtype).to(pipeline.transformer.dtype) for text in (t5, pooled))
-    start = pack(torch.randn((1, 16, 12, 16), generator=torch.Generator().manual_seed(7))).to(t5.dtype)
+    start = torch.randn((1, 16, 12, 16), generator=torch.Generator().manual_seed(7)).to(t5.dtype)
+    start = FluxPipeline._pack_latents(start, *start.shape)
     theirs = pipeline(
         prompt_embeds=t5, pooled_prompt_embeds=pooled, height=96, width=128, num_inference_steps=4,
         guidance_scale=2.5, latents=start, output_type="latent",

@@ -1,4 +1,4 @@
-"""The same pictures, noise and noise levels through a transformer at any precision: its velocities and its losses."""
+"""Velocities and losses of a transformer at any precision, for the same pictures, noise and noise levels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,8 +39,10 @@ class Probe:
 
 
 def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, Samples]:
-    """Encodings at a job's precision of T5, and what is held out, at most so many pictures of it evenly spread; where
-    nothing is held out, all are taken."""
+    """Encodings at a job's precision of T5, and the pictures that are held out; where none are, all pictures.
+
+    most: of these pictures at most so many are taken, evenly spread; None takes all.
+    """
     samples, skipped = read_samples(job.data)
     check_left(job.data, samples, skipped)
     texts = list(dict.fromkeys(all_texts(samples, job.data)))
@@ -77,24 +79,25 @@ def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained) 
 def probe(
     transformer: Any, job: Train, cache: Cache, samples: Samples, device: torch.device, tick: Callable[[int], object]
 ) -> list[Probe]:
-    """Every held-out picture at every level.
+    """Every held-out picture at every level; tick: told how many are done.
 
     Raises:
         ValueError: a velocity or loss is not finite.
     """
     found = []
     with torch.no_grad():
-        for held in validation_parts(job, cache, samples, 0, 1):
-            batch = validation_batch(job, cache, samples, held, device)
-            velocity = batch_velocity(transformer, batch, job)
-            values = losses(velocity, batch.x0, batch.noise, batch.sigma, "none", batch.mask)
-            for (index, level, _), own, sigma, loss in zip(held, velocity.cpu(), batch.sigma, values, strict=True):
-                one = Probe(samples.all[index].name, level, float(sigma), own, float(loss))
-                if not (own.isfinite().all() and loss.isfinite()):
+        for part in validation_parts(job, cache, samples, 0, 1):
+            batch = validation_batch(job, cache, samples, part, device)
+            velocities = batch_velocity(transformer, batch, job)
+            values = losses(velocities, batch.x0, batch.noise, batch.sigma, "none", batch.mask)
+            figures = zip(part, velocities.cpu(), batch.sigma, values, strict=True)
+            for (index, level, _), velocity, sigma, loss in figures:
+                one = Probe(samples.all[index].name, level, float(sigma), velocity, float(loss))
+                if not (velocity.isfinite().all() and loss.isfinite()):
                     raise ValueError(
                         f"at precision {job.precision.kind} the transformer's output for {one.picture} at noise "
                         f"{one.sigma:.3f} is not finite; {mend_of(transformer)}"
                     )
                 found.append(one)
-            tick(len(held))
+            tick(len(part))
     return found

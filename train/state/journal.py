@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.program.atomic import replace_file
+from train.trackers.metrics import parse_event
 
 
 class Journal:
@@ -17,7 +18,7 @@ class Journal:
         self.file = file if write else None
         if write and file.is_file():
             text = file.read_text(errors="replace")  # a line that was damaged is dropped, not the run
-            lines = [line for line in text.splitlines() if _place_of(line) <= step]
+            lines = [line for line in text.splitlines() if _step_of(line) <= step]
             replace_file(file, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
@@ -32,10 +33,9 @@ class Journal:
                 os.fsync(stream.fileno())
 
 
-def _place_of(line: str) -> float:
-    """The step, or half a step more for what is done after the step's checkpoint."""
-    try:
-        event = json.loads(line)
-        return float(event["step"]) + (0.5 if any(key.startswith("validation") for key in event) else 0)
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line torn by a crash
+def _step_of(line: str) -> float:
+    """The step, or half a step more for what is done after the step's checkpoint; infinite for a torn line."""
+    event = parse_event(line)
+    if event is None:
+        return math.inf
+    return float(event["step"]) + (0.5 if any(key.startswith("validation") for key in event) else 0)

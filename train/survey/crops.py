@@ -1,4 +1,4 @@
-"""Crops exactly as the trainer will see them, with captions and notes: a card a picture, as HTML.
+"""Crops exactly as the trainer will see them, with captions and notes: one card for each picture, as HTML.
 
 Crops are small JPEG files within the page, cut by `train.data.buckets.cut` as the trainer's are. Whatever comes from
 the user reaches the page as escaped text.
@@ -21,8 +21,8 @@ from train.latents.workers import Gate, work_ahead
 from train.survey.survey import Survey
 
 SIDE = 320  # pixels: longest side of an embedded crop
-COVER = (225, 30, 70)  # the colour over what the mask leaves out
-TEXTS = 4  # of a picture that are on its card
+COVER = (225, 30, 70)  # the colour over what a mask leaves out
+TEXTS = 4  # shown on a card
 
 STYLE = """
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .75rem; }
@@ -45,20 +45,20 @@ body:has(#masks:not(:checked)) .crop img + img { display: none; }
 """
 
 
-def cards(places: Sequence[int], found: Survey, data: Data, workers: int, gate: Gate, most: int) -> Iterator[str]:
-    """A card of markup for each place, in their order: up to `most` of its views, its texts and its notes."""
+def cards(indices: Sequence[int], found: Survey, data: Data, workers: int, gate: Gate, most: int) -> Iterator[str]:
+    """A card of markup for each index, in their order: up to `most` of its views, its texts and its notes."""
 
-    def card(place: int) -> str:
-        sample, picture = found.samples[place], found.pictures[place]
+    def card(index: int) -> str:
+        sample, picture = found.samples[index], found.pictures[index]
         assert picture is not None
         views = [view for one_each in zip_longest(*picture.views) for view in one_each if view is not None]
         with gate.room(picture.width * picture.height):
             drawn = "".join(_views(sample, views[:most], data))
-        texts = found.texts[place]
+        texts = found.texts[index]
         items = "".join(f"<li>{escape(text)}{_tokens(found, text)}</li>" for text in texts[:TEXTS])
         if len(texts) > TEXTS:
             items += f"<li><small>and {len(texts) - TEXTS} more texts</small></li>"
-        notes = "".join(f"<span>{escape(note)}</span>" for note in found.notes.get(place, ()))
+        notes = "".join(f"<span>{escape(note)}</span>" for note in found.notes.get(index, ()))
         more = f"<p>and {len(views) - most} more views</p>" if len(views) > most > 1 else ""
         return (
             f'<figure class="card"><div class="views">{drawn}</div>{more}<div class="name">{escape(sample.name)} '
@@ -67,7 +67,7 @@ def cards(places: Sequence[int], found: Survey, data: Data, workers: int, gate: 
             + "</figure>"
         )
 
-    return work_ahead(card, places, workers)
+    return work_ahead(card, indices, workers)
 
 
 def _tokens(found: Survey, text: str) -> str:

@@ -28,20 +28,20 @@ def perceptual_hash(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def same(keys: Iterable[Hashable | None]) -> list[list[int]]:
-    """Groups of places that hold equal keys, each of two or more; None is equal to nothing."""
+    """Groups of the indices of equal keys, each of two or more; None is equal to nothing."""
     groups: dict[Hashable, list[int]] = {}
-    for place, key in enumerate(keys):
+    for index, key in enumerate(keys):
         if key is not None:
-            groups.setdefault(key, []).append(place)
+            groups.setdefault(key, []).append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 
 @dataclass
 class Near:
-    """Groups of near duplicates. Each member is nearly some other one of its group."""
+    """Groups of near duplicates. Each member is a near duplicate of another one of its group."""
 
     groups: list[list[int]]
-    """Places in the list of hashes, ascending."""
+    """Indices of hashes, ascending."""
     looked_at: int
     candidates: int
     """Pairs alike enough to be looked at; more than looked_at if there were too many to look at all."""
@@ -57,13 +57,13 @@ def near(hashes: Sequence[NDArray[np.uint8]], most: int = 500_000) -> Near:
     if not hashes:
         return Near([], 0, 0)
     grids = np.stack(hashes).astype(np.float32)
-    leader = list(range(len(grids)))  # a forest: two places are in one group when they have the same root
+    leader = list(range(len(grids)))  # a forest: two indices are in one group when they have the same root
 
-    def root(place: int) -> int:
-        while leader[place] != place:
-            leader[place] = leader[leader[place]]
-            place = leader[place]
-        return place
+    def root(index: int) -> int:
+        while leader[index] != index:
+            leader[index] = leader[leader[index]]
+            index = leader[index]
+        return index
 
     looked_at = candidates = 0
     for pairs in _candidates(grids):
@@ -74,7 +74,7 @@ def near(hashes: Sequence[NDArray[np.uint8]], most: int = 500_000) -> Near:
         looked_at += len(open_pairs)
         for i, j in open_pairs[_alike(grids[open_pairs[:, 0]], grids[open_pairs[:, 1]])]:
             leader[root(int(j))] = root(int(i))
-    groups = same(root(place) for place in range(len(grids)))
+    groups = same(root(index) for index in range(len(grids)))
     return Near(groups, looked_at, candidates)
 
 

@@ -8,15 +8,16 @@ from html import escape
 
 import numpy as np
 
+from infer.report.cells import text_cell
 from infer.report.page import SCROLL, Cell, contents, document, facts_list, table
 from train.data.dataset import Data, sources_of
 from train.latents.workers import Gate
-from train.survey import crops as cards
+from train.survey import crops
 from train.survey.survey import Survey, reasons, sources
 
 VIEWS = 4  # views of a picture that are shown
 
-OWN_STYLE = """
+STYLE = """
 .verdict { padding: .75rem 1rem; border-radius: .75rem; border: 1px solid var(--line); background: var(--card);
   color: var(--ink); margin: 0 0 1.25rem; font-size: 1rem; border-left: .35rem solid var(--mark);
   overflow-wrap: anywhere; }
@@ -93,7 +94,7 @@ def render(
         for name, body in sections
         if body
     ]
-    return document(heading, parts, cards.STYLE + OWN_STYLE, SCRIPT)
+    return document(heading, parts, crops.STYLE + STYLE, SCRIPT)
 
 
 def _sources(found: Survey, data: Data) -> str:
@@ -106,7 +107,7 @@ def _sources(found: Survey, data: Data) -> str:
         if (data.prior.path or data.prior.count) and index == len(given) - 1:
             repeats = (f"ratio {data.prior.ratio:g}", data.prior.ratio, None)
         weight = _number(source.weight)
-        cells.append([_text(source.path), _text(kind), _number(count), _number(masks), repeats, weight])
+        cells.append([text_cell(source.path), text_cell(kind), _number(count), _number(masks), repeats, weight])
     return table(["source", "for", "pictures", "masks", "repeats", "weight"], cells, [0, 1]) if cells else ""
 
 
@@ -146,16 +147,18 @@ def _duplicates(found: Survey, data: Data, shown: int, workers: int, gate: Gate)
         count = sum(map(len, groups))
         drawn = [group[:VIEWS] for group in groups[: max(1, shown // VIEWS)]]
         parts.append(f"<h3>{title}: {len(groups)} groups of {count} pictures, {len(drawn)} shown</h3>")
-        drawn_cards = iter(cards.cards([place for group in drawn for place in group], found, data, workers, gate, 1))
+        drawn_cards = iter(crops.cards([index for group in drawn for index in group], found, data, workers, gate, 1))
         parts.append('<div class="groups">')
-        for group, all_of_it in zip(drawn, groups, strict=False):
-            rest = ", ".join(found.samples[place].name for place in all_of_it[len(group) :])
+        for group, whole in zip(drawn, groups, strict=False):
+            rest = ", ".join(found.samples[index].name for index in whole[len(group) :])
             parts.append(f'<div class="group">{"".join(next(drawn_cards) for _ in group)}')
             parts.append(f"<p>and {escape(rest)}</p></div>" if rest else "</div>")
         parts.append("</div>")
         if len(groups) > len(drawn):
-            rest_of_them = groups[len(drawn) :]
-            names = ((found.samples[g[0]].name, ", ".join(found.samples[p].name for p in g[1:])) for g in rest_of_them)
+            names = (
+                (found.samples[first].name, ", ".join(found.samples[index].name for index in others))
+                for first, *others in groups[len(drawn) :]
+            )
             parts.append(_list(names))
     if found.near.looked_at < found.near.candidates:
         parts.append(
@@ -175,7 +178,7 @@ def _captions(found: Survey, data: Data) -> str:
         bins = [*np.diff(np.searchsorted(np.sort(counts), edges, side="right")), len(found.truncated)]
         labels = [*(f"up to {edge}" for edge in edges[1:]), f"more than {found.length}, truncated"]
         cells: list[list[Cell]] = [
-            [_text(label), (f"{n:,}", int(n), n / max(1, *bins))] for label, n in zip(labels, bins, strict=True)
+            [text_cell(label), (f"{n:,}", int(n), n / max(1, *bins))] for label, n in zip(labels, bins, strict=True)
         ]
         parts.append(
             f"<p>{len(counts):,} texts of {counts.min()} to {counts.max()} T5 tokens (median {np.median(counts):g}); "
@@ -186,19 +189,19 @@ def _captions(found: Survey, data: Data) -> str:
         lines = ((f"{found.lengths[text]} tokens", text) for text in found.truncated)
         parts.append(f"<h3>Truncated: {len(found.truncated)} texts</h3>{_list(lines)}")
     if found.untriggered:
-        pairs = ((found.samples[place].name, "\n".join(found.samples[place].captions)) for place in found.untriggered)
+        pairs = ((found.samples[index].name, "\n".join(found.samples[index].captions)) for index in found.untriggered)
         title = (
             f"Without the trigger “{escape(data.trigger or '')}”, which is put before them: {len(found.untriggered)}"
         )
         parts.append(f"<h3>{title}</h3>{_list(pairs)}")
     if found.shared:
-        groups = ((_shared(found, g), ", ".join(found.samples[place].name for place in g)) for g in found.shared)
+        groups = ((_shared(found, g), ", ".join(found.samples[index].name for index in g)) for g in found.shared)
         parts.append(f"<h3>Captions of several pictures: {len(found.shared)}</h3>{_list(groups)}")
     return "".join(parts)
 
 
 def _shared(found: Survey, group: list[int]) -> str:
-    common = set.intersection(*(set(found.samples[place].captions) for place in group))
+    common = set.intersection(*(set(found.samples[index].captions) for index in group))
     return "\n".join(sorted(common))
 
 
@@ -215,27 +218,27 @@ def _crops(found: Survey, data: Data, shown: int, workers: int, gate: Gate) -> s
         '<label><input type="checkbox" id="flagged">only with notes</label>'
         '<label><input type="checkbox" id="masks" checked>masks, red where nothing is learned</label>'
         '<span id="found" role="status"></span></div>'
-        f'<div class="sheet">{"".join(cards.cards(chosen, found, data, workers, gate, VIEWS))}</div>'
+        f'<div class="sheet">{"".join(crops.cards(chosen, found, data, workers, gate, VIEWS))}</div>'
     )
 
 
 def _all(found: Survey) -> str:
     cells: list[list[Cell]] = []
-    for place in found.usable:
-        picture, sample, fits = found.pictures[place], found.samples[place], found.fits[place]
+    for index in found.usable:
+        picture, sample, fits = found.pictures[index], found.samples[index], found.fits[index]
         assert picture is not None
         buckets = ", ".join(f"{fit.width} x {fit.height}" for fit in fits)
-        tokens = None if found.lengths is None else max(found.lengths[text] for text in found.texts[place])
+        tokens = None if found.lengths is None else max(found.lengths[text] for text in found.texts[index])
         cells.append(
             [
-                _text(sample.name),
-                _text("\n".join(sample.captions)),
+                text_cell(sample.name),
+                text_cell("\n".join(sample.captions)),
                 (f"{picture.width} x {picture.height}", picture.width * picture.height, None),
                 (buckets, fits[0].width * fits[0].height, None),
                 _share(max(fit.cut for fit in fits)),
                 (f"{fits[0].scale:.2f}", fits[0].scale, None),
                 ("" if tokens is None else f"{tokens}", tokens, None),
-                _text(", ".join(found.notes.get(place, ()))),
+                text_cell(", ".join(found.notes.get(index, ()))),
             ]
         )
     if not cells:
@@ -249,10 +252,6 @@ def _list(pairs: Iterable[tuple[str, str]]) -> str:
     """Two columns of text in a box that scrolls."""
     lines = (f'<tr><th scope="row">{escape(name)}</th><td><div>{escape(text)}</div></td></tr>' for name, text in pairs)
     return f'{SCROLL}<table class="list">{"".join(lines)}</table></div>'
-
-
-def _text(value: str) -> Cell:
-    return value, value, None
 
 
 def _number(value: float) -> Cell:

@@ -1,4 +1,4 @@
-"""What there is to say about pictures and captions before anything is trained on them."""
+"""Pictures and captions examined before anything is trained on them."""
 
 import re
 from collections import Counter, defaultdict
@@ -50,7 +50,7 @@ class Fit:
 
 @dataclass
 class Survey:
-    """Every sample that was listed, and what was found. Places are indices into `samples`."""
+    """Every sample that was listed, and what was found. An index, here and in its groups, is that of `samples`."""
 
     samples: list[Sample]
     pictures: list[Picture | None]
@@ -62,7 +62,7 @@ class Survey:
     copies: list[list[int]]
     """Groups of equal pixels."""
     near: Near
-    """Groups of near duplicates, one place for each set of copies."""
+    """Groups of near duplicates, one sample for each set of copies."""
     texts: list[list[str]]
     """Of each sample: every text that it is trained with."""
     lengths: dict[str, int] | None
@@ -78,7 +78,7 @@ class Survey:
 
     @property
     def usable(self) -> list[int]:
-        return [place for place, picture in enumerate(self.pictures) if picture is not None]
+        return [index for index, picture in enumerate(self.pictures) if picture is not None]
 
     @property
     def truncated(self) -> list[str]:
@@ -90,8 +90,8 @@ class Survey:
     def buckets(self) -> dict[tuple[int, int, int], list[Fit]]:
         """The pictures of each (resolution, width, height), in that order."""
         buckets: dict[tuple[int, int, int], list[Fit]] = defaultdict(list)
-        for place in self.usable:
-            for fit in self.fits[place]:
+        for index in self.usable:
+            for fit in self.fits[index]:
                 buckets[fit.resolution, fit.width, fit.height].append(fit)
         return dict(sorted(buckets.items()))
 
@@ -113,26 +113,28 @@ def survey(
     """
     pictures: list[Picture | None] = []
     broken = list(skipped)
-    for found in work_ahead(lambda sample: _look(sample, data, gate), samples, workers):
+    for found in work_ahead(lambda sample: _examine(sample, data, gate), samples, workers):
         if isinstance(found, Skipped):
             broken.append(found)
         pictures.append(found if isinstance(found, Picture) else None)
         progress()
-    usable = [place for place, picture in enumerate(pictures) if picture is not None]
+    usable = [index for index, picture in enumerate(pictures) if picture is not None]
     copies = same(picture.pixels if picture else None for picture in pictures)
-    further = {place for group in copies for place in group[1:]}
-    single = [place for place in usable if place not in further]
-    alike = near([picture.grid for place in single if (picture := pictures[place]) is not None])
+    further = {index for group in copies for index in group[1:]}
+    single = [index for index in usable if index not in further]
+    alike = near([picture.grid for index in single if (picture := pictures[index]) is not None])
     alike.groups = [[single[i] for i in group] for group in alike.groups]
     texts = [[text for orders in texts_of(sample, data) for text in orders] for sample in samples]
     lengths = None
     if count_tokens is not None:
-        distinct = list(dict.fromkeys(text for place in usable for text in texts[place]))
+        distinct = list(dict.fromkeys(text for index in usable for text in texts[index]))
         lengths = dict(zip(distinct, count_tokens(distinct), strict=True))
     given = sources_of(data)
-    own = [place for place in usable if not given[samples[place].source].prior]  # class pictures share by intention
-    captions = [(place, caption) for place in own for caption in samples[place].captions]
-    bare = [place for place, caption in captions if dressed(caption, data) != f"{data.prefix}{caption}{data.suffix}"]
+    training = [
+        index for index in usable if not given[samples[index].source].prior
+    ]  # class pictures share by intention
+    captions = [(index, caption) for index in training for caption in samples[index].captions]
+    bare = [index for index, caption in captions if dressed(caption, data) != f"{data.prefix}{caption}{data.suffix}"]
     shared = [sorted({captions[i][0] for i in group}) for group in same(caption for _, caption in captions)]
     result = Survey(
         samples,
@@ -151,7 +153,7 @@ def survey(
     return result
 
 
-def _look(sample: Sample, data: Data, gate: Gate) -> Picture | Skipped:
+def _examine(sample: Sample, data: Data, gate: Gate) -> Picture | Skipped:
     try:
         content = sample.read()
         with gate.room(pixels_of(content)):
@@ -179,32 +181,32 @@ def _note(found: Survey) -> None:
     """Say of each sample what was found about it."""
     notes, samples = found.notes, found.samples
     for group in found.copies:
-        for place in group:
-            notes[place].append(f"same pixels as {samples[group[place == group[0]]].name}")
+        for index in group:
+            notes[index].append(f"same pixels as {samples[group[index == group[0]]].name}")
     for group in found.near.groups:
-        for place in group:
-            notes[place].append(f"nearly {samples[group[place == group[0]]].name}")
+        for index in group:
+            notes[index].append(f"nearly {samples[group[index == group[0]]].name}")
     cut_short = set(found.truncated)
-    shared = {place for group in found.shared for place in group}
+    shared = {index for group in found.shared for index in group}
     untriggered = set(found.untriggered)
-    for place in found.usable:
-        if cut_short.intersection(found.texts[place]):
-            notes[place].append("caption truncated")
-        if place in untriggered:
-            notes[place].append("trigger added")
-        if place in shared:
-            notes[place].append("caption shared")
+    for index in found.usable:
+        if cut_short.intersection(found.texts[index]):
+            notes[index].append("caption truncated")
+        if index in untriggered:
+            notes[index].append("trigger added")
+        if index in shared:
+            notes[index].append("caption shared")
         for what, chosen in (
-            ("smaller than asked", [fit for fit in found.fits[place] if fit.smaller]),
-            ("enlarged", [fit for fit in found.fits[place] if fit.scale > 1]),
+            ("smaller than asked", [fit for fit in found.fits[index] if fit.smaller]),
+            ("enlarged", [fit for fit in found.fits[index] if fit.scale > 1]),
         ):
             if chosen:
-                notes[place].append(f"{what} at {', '.join(str(fit.resolution) for fit in chosen)}")
+                notes[index].append(f"{what} at {', '.join(str(fit.resolution) for fit in chosen)}")
 
 
 def sources(found: Survey) -> list[tuple[int, int, int]]:
     """(source, usable samples, those with a mask) of each source."""
-    usable = Counter(found.samples[place].source for place in found.usable)
+    usable = Counter(found.samples[index].source for index in found.usable)
     masked = Counter(found.samples[p].source for p in found.usable if found.samples[p].read_mask is not None)
     return [(source, count, masked[source]) for source, count in sorted(usable.items())]
 

@@ -1,22 +1,13 @@
 """The figures of a finished run, read from what it and its comparison have written."""
 
-import json
 import math
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The events of metrics.jsonl; none if there is no such file. A line torn by a crash is left out."""
-    file = folder / "metrics.jsonl"
-    events = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+from infer.report.means import mean_scores
+from infer.report.results import read_results
+from train.trackers.metrics import read_events
 
 
 def read_figures(folder: Path, compared: bool) -> dict[str, float]:
@@ -26,7 +17,7 @@ def read_figures(folder: Path, compared: bool) -> dict[str, float]:
     `seconds_per_step` (median), `memory_gib` (peak of the training); with a comparison the means over the pictures with
     the adapter: each score by its name, `image_seconds`, and `image_memory_gib` (peak).
     """
-    events = read_metrics(folder)
+    events = read_events(folder / "metrics.jsonl")
     steps = [event for event in events if "seconds" in event]
     losses = [event["loss"] for event in steps if "loss" in event]  # an update that was left out has none
     figures: dict[str, float] = {}
@@ -41,13 +32,10 @@ def read_figures(folder: Path, compared: bool) -> dict[str, float]:
         figures["validation_loss"] = validated[-1]
     results = folder / "compare" / "results.json"
     if compared and results.is_file():
-        rows = [row for row in json.loads(results.read_text())["rows"] if row["adapter"] is not None]
-        figures["image_seconds"] = fmean(row["seconds"] for row in rows)
-        figures["image_memory_gib"] = max(row["peak_memory_bytes"] for row in rows) / 2**30
-        for name in dict.fromkeys(name for row in rows for name in row["scores"]):
-            values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
-            if values:
-                figures[name] = fmean(values)
+        rows = [row for row in read_results(results).rows if row.adapter is not None]
+        figures["image_seconds"] = fmean(row.seconds for row in rows)
+        figures["image_memory_gib"] = max(row.peak_memory_bytes for row in rows) / 2**30
+        figures |= {name: mean for name, mean in mean_scores(rows).items() if mean is not None}
     return figures
 
 

@@ -6,12 +6,14 @@ as PNG. A comparison that infer/compare.py made later reaches the run's tracker 
     python train/track.py run=mine track=wandb
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
+
+if TYPE_CHECKING:
+    from infer.report.results import Comparison
 
 KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
@@ -50,8 +52,8 @@ class Tracker(Protocol):
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """For each prompt its pictures (PIL) by name: base, adapter, and average where the run keeps one."""
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
-        """What results.json of infer/compare.py holds; the pictures lie in `folder`."""
+    def comparison(self, comparison: "Comparison", folder: Path) -> None:
+        """What infer/compare.py measured; the pictures lie in `folder`."""
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
         """The finished adapter's folder and its notes: step, settings, trigger."""
@@ -72,7 +74,7 @@ class NoTracker:
     def previews(self, step: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
         """Nothing."""
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
+    def comparison(self, comparison: "Comparison", folder: Path) -> None:
         """Nothing."""
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:
@@ -122,6 +124,7 @@ def send_comparison(options: SendComparison) -> None:
         ValueError: `track` names no tracker, or the run has no comparison.
     """
     from infer.program.command import check_run_name
+    from infer.report.results import read_results
 
     folder = check_run_name(options.run)
     results = folder / "compare" / "results.json"
@@ -135,6 +138,6 @@ def send_comparison(options: SendComparison) -> None:
 
     PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
     tracker = make_tracker(options.track, options.run, folder, settings)
-    tracker.comparison(json.loads(results.read_text()), results.parent)
+    tracker.comparison(read_results(results), results.parent)
     tracker.finish()
     print(f"sent {results.parent} to {options.track.kind}")

@@ -13,7 +13,8 @@ import yaml
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
-from train.trackers.figures import read_metrics
+from infer.report.results import Comparison
+from train.trackers.metrics import read_events
 
 
 class TensorBoard:
@@ -54,14 +55,14 @@ class TensorBoard:
             name = f"previews/{i} ({', '.join(pictures)}): {prompt}"
             self.open(step, step + 1).log_images({name: row[None]}, step, dataformats="NHWC")
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
-        step = max([int(event["step"]) for event in read_metrics(self.folder.parent)], default=0)
+    def comparison(self, comparison: Comparison, folder: Path) -> None:
+        step = max([int(event["step"]) for event in read_events(self.folder.parent / "metrics.jsonl")], default=0)
         tracker = self.open(max(step, self.last_step))
-        for row in result["rows"]:
-            adapter = f", {row['adapter']}" if row["adapter"] else ""
-            with Image.open(folder / row["image"]) as picture:
+        for row in comparison.rows:
+            adapter = f", {row.adapter}" if row.adapter else ""
+            with Image.open(folder / row.image) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            name = f"comparison/{row['precision']}{adapter}/{row['prompt']} (seed {row['seed']})"
+            name = f"comparison/{row.precision}{adapter}/{row.prompt} (seed {row.seed})"
             tracker.log_images({name: pixels[None]}, self.last_step, dataformats="NHWC")
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from accelerate.tracking import WandBTracker
 
 from infer.program.atomic import replace_file
+from infer.report.means import score_names
+from infer.report.results import Comparison
 from train.trackers.options import Track
 
 ID_FILE = "wandb_id"
@@ -76,16 +78,15 @@ class Wandb:
         panel = [self.wandb.Image(pictures["adapter"], caption=prompt) for prompt, pictures in rows]
         self.tracker.log({"step": step, "previews": table, "preview": panel})
 
-    def comparison(self, result: dict[str, Any], folder: Path) -> None:
-        rows = result["rows"]
-        scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
+    def comparison(self, comparison: Comparison, folder: Path) -> None:
+        scores = score_names(comparison.rows)
         columns = ["prompt", "seed", "precision", "adapter", "picture", "seconds", "peak_gib", "weights_gib", *scores]
         table = self.wandb.Table(columns=columns)
-        for row in rows:
-            sizes = [row[key] / 2**30 for key in ("peak_memory_bytes", "weights_bytes")]
-            picture = self.wandb.Image(str(folder / row["image"]))
-            names = [row["prompt"], row["seed"], row["precision"], row["adapter"] or "none"]
-            table.add_data(*names, picture, row["seconds"], *sizes, *(row["scores"].get(key) for key in scores))
+        for row in comparison.rows:
+            sizes = [count / 2**30 for count in (row.peak_memory_bytes, row.weights_bytes)]
+            picture = self.wandb.Image(str(folder / row.image))
+            names = [row.prompt, row.seed, row.precision, row.adapter or "none"]
+            table.add_data(*names, picture, row.seconds, *sizes, *(row.scores.get(name) for name in scores))
         self.tracker.log({"comparison": table})
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from infer.report import write as report
 from infer.report.gallery import BUDGET
+from infer.report.results import Comparison, Row, Stage
 
 if TYPE_CHECKING:
     from tests.browser import Browser
@@ -35,7 +36,7 @@ COLOURS = {  # precision, adapter -> the colour of its pictures
 
 def comparison(
     folder: Path, prompts: tuple[str, ...], seeds: tuple[int, ...] = (0, 7), height: int = 96, width: int = 128
-) -> dict[str, Any]:
+) -> Comparison:
     """Plain pictures with a dark mark at a quarter of their width and height, alike in all."""
     (folder / "images").mkdir(parents=True)
     rows = []
@@ -46,13 +47,23 @@ def comparison(
             for seed in seeds:
                 image = f"images/{precision}-{adapter}-{p}-{seed}.png"
                 Image.fromarray(pixels).save(folder / image)
-                row: dict[str, Any] = {"precision": precision, "adapter": adapter, "prompt": prompt, "seed": seed}
-                row |= {"image": image, "seconds": 4.0 - i, "seconds_per_step": 0.1, "weights_bytes": 2**30 >> i}
-                row |= {"peak_memory_bytes": 2**31 >> i, "scores": {"psnr": None if i == 0 else 30.0 + (7 * i) % 5 + p}}
-                row |= {"stages": {s: {"seconds": 1, "peak_memory_bytes": 2**29} for s in ("load", "denoise")}}
-                rows.append(row)
+                rows.append(
+                    Row(
+                        precision=precision,
+                        adapter=adapter,
+                        prompt=prompt,
+                        seed=seed,
+                        image=image,
+                        seconds=4.0 - i,
+                        seconds_per_step=0.1,
+                        weights_bytes=2**30 >> i,
+                        peak_memory_bytes=2**31 >> i,
+                        scores={"psnr": None if i == 0 else 30.0 + (7 * i) % 5 + p},
+                        stages={stage: Stage(1, 2**29) for stage in ("load", "denoise")},
+                    )
+                )
     sampling = {"steps": 2, "guidance": 3.5, "height": height, "width": width}
-    return {"model": "m", "device": "cpu: x", "versions": {"torch": "2"}, "sampling": sampling, "rows": rows}
+    return Comparison("m", "cpu: x", {"torch": "2"}, sampling, rows)
 
 
 @pytest.fixture(scope="module")
@@ -424,15 +435,15 @@ def test_two_hundred_pictures_stay_quick(browser: "Browser", tmp_path: Path) -> 
         )
         noisy = np.asarray(coarse) + rng.normal(0, 6, (576, 576, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png", compress_level=1)
-    for i, row in enumerate(result["rows"]):
-        (folder / row["image"]).unlink()
-        (folder / row["image"]).hardlink_to(folder / f"{i % 8}.png")
+    for i, row in enumerate(result.rows):
+        (folder / row.image).unlink()
+        (folder / row.image).hardlink_to(folder / f"{i % 8}.png")
     begun = time.perf_counter()
     report.write(result, folder)
     written = time.perf_counter() - begun
     page = folder / "report.html"
     size = page.stat().st_size
-    assert len(result["rows"]) == 200 and size < BUDGET * 4 / 3 + 2**20
+    assert len(result.rows) == 200 and size < BUDGET * 4 / 3 + 2**20
     begun = time.perf_counter()
     browser.open(page)
     browser.wait("document.readyState === 'complete'")

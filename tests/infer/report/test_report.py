@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.report import cells, chart, gallery, sections
+from infer.report import cells, gallery, plot, sections, svg
 from infer.report import write as report
-from infer.report.cells import Estimate
+from infer.report.means import by_memory, summarise
+from infer.report.results import (
+    Comparison,
+    Estimate,
+    References,
+    Row,
+    Stage,
+    Summary,
+    from_json,
+    read_results,
+    results_text,
+)
 
 HOSTILE = "a $x_1$ | \"b\" 'c'\n<script>alert(1)</script> </style> [l](http://x.y) & `d` \\"
 MIB, GIB = 2**20, 2**30
@@ -31,7 +43,7 @@ COLOURS = {  # precision, adapter -> the colour of its pictures
 }
 
 
-def comparison(folder: Path, side: int = 128, prompts: tuple[str, ...] = (HOSTILE, "a fox")) -> dict[str, Any]:
+def comparison(folder: Path, side: int = 128, prompts: tuple[str, ...] = (HOSTILE, "a fox")) -> Comparison:
     """nf4 before bf16, so that order of measurement and order by memory differ."""
     (folder / "images").mkdir(parents=True)
     rows = []
@@ -42,19 +54,28 @@ def comparison(folder: Path, side: int = 128, prompts: tuple[str, ...] = (HOSTIL
                 pixels = np.full((side, side, 3), colour, np.uint8)
                 pixels[0:40:2, 1:60:2] = 0  # single dark pixels at the top left: smoothing or turning would show
                 Image.fromarray(pixels).save(folder / image)
-                row: dict[str, Any] = {"precision": precision, "adapter": adapter, "prompt": prompt, "seed": seed}
-                row |= {"image": image, "seconds": 1.0 + seed, "seconds_per_step": 0.5, "scores": {"psnr_bf16": None}}
-                row |= {"weights_bytes": 700 * MIB, "peak_memory_bytes": 900 * MIB + seed}
-                row |= {"stages": {"load": {"seconds": 2.5, "peak_memory_bytes": 1}}}
-                if precision == "bf16":
-                    row |= {"weights_bytes": 2 * GIB, "peak_memory_bytes": 3 * GIB + seed}
-                rows.append(row)
+                bf16 = precision == "bf16"
+                rows.append(
+                    Row(
+                        precision=precision,
+                        adapter=adapter,
+                        prompt=prompt,
+                        seed=seed,
+                        image=image,
+                        seconds=1.0 + seed,
+                        seconds_per_step=0.5,
+                        weights_bytes=2 * GIB if bf16 else 700 * MIB,
+                        peak_memory_bytes=(3 * GIB if bf16 else 900 * MIB) + seed,
+                        scores={"psnr_bf16": None},
+                        stages={"load": Stage(2.5, 1)},
+                    )
+                )
     sampling = {"steps": 2, "guidance": 3.5, "height": side, "width": side}
-    return {"model": "<b>m</b>", "device": "cpu: x", "versions": {"torch": "2"}, "sampling": sampling, "rows": rows}
+    return Comparison("<b>m</b>", "cpu: x", {"torch": "2"}, sampling, rows)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     folder = tmp_path_factory.mktemp("report") / "run"
     result = comparison(folder)
     report.write(result, folder)
@@ -86,39 +107,190 @@ def decoded(source: str) -> np.ndarray:
 
 
 def test_summary_equals_means_by_hand() -> None:
-    def row(precision: str, adapter: str | None, seconds: float, peak: int, **scores: float | None) -> dict[str, Any]:
-        stages = {"load": {"seconds": 4.0}}
-        numbers = {"seconds": seconds, "seconds_per_step": seconds / 4, "weights_bytes": 5, "peak_memory_bytes": peak}
-        return {"precision": precision, "adapter": adapter, **numbers, "scores": scores, "stages": stages}
+    def row(precision: str, adapter: str | None, seconds: float, peak: int, **scores: float | None) -> Row:
+        return Row(
+            precision=precision,
+            adapter=adapter,
+            prompt="p",
+            seed=0,
+            image="i",
+            seconds=seconds,
+            seconds_per_step=seconds / 4,
+            weights_bytes=5,
+            peak_memory_bytes=peak,
+            scores=scores,
+            stages={"load": Stage(4.0, 1)},
+        )
 
     rows = [row("nf4", None, 1.0, 10, psnr=20.0, gone=None, right=0.0), row("bf16", None, 8.0, 40, psnr=None)]
     rows += [row("nf4", "neon", 3.0, 11), row("nf4", None, 2.0, 30, psnr=None, gone=None)]
     rows += [row("nf4", None, 6.0, 20, psnr=23.0, right=1.0)]
-    first, second, third = report.summarise(rows)
-    assert [(s["precision"], s["adapter"], s["images"]) for s in (first, second, third)] == [
+    first, second, third = summarise(rows)
+    assert [(s.precision, s.adapter, s.images) for s in (first, second, third)] == [
         ("nf4", None, 3),
         ("bf16", None, 1),
         ("nf4", "neon", 1),
     ]
-    assert first["scores"] == {"psnr": 21.5, "gone": None, "right": 0.5}  # each over 2, 0 and 2 of the three pictures
-    assert (first["seconds"], first["seconds_per_step"], first["load_seconds"]) == (3.0, 0.75, 4.0)
-    assert (first["peak_memory_bytes"], first["weights_bytes"]) == (30, 5)
-    assert second["scores"] == {"psnr": None} and third["scores"] == {}
+    assert first.scores == {"psnr": 21.5, "gone": None, "right": 0.5}  # each over 2, 0 and 2 of the three pictures
+    assert (first.seconds, first.seconds_per_step, first.load_seconds) == (3.0, 0.75, 4.0)
+    assert (first.peak_memory_bytes, first.weights_bytes) == (30, 5)
+    assert second.scores == {"psnr": None} and third.scores == {}
 
-    lines = report.table([first, second, third]).splitlines()
+    lines = cells.summary_text([first, second, third]).splitlines()
     assert lines[0].split("  ")[0] == "precision" and lines[0].split()[-3:] == ["psnr", "gone", "right"]
     assert [line.split()[-3:] for line in lines[2:]] == [["21.50", "-", "0.500"], ["-"] * 3, ["-"] * 3]
     assert len({len(line) for line in lines}) == 1  # every line ends in a right-aligned column
 
 
-def test_json_holds_the_result_and_nothing_else_is_left(written: tuple[Path, dict[str, Any]]) -> None:
+def test_json_holds_the_result_and_nothing_else_is_left(written: tuple[Path, Comparison]) -> None:
     folder, result = written
-    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == result
+    assert read_results(folder / "results.json") == result
     names = {"images", "results.json", "comparison.png", "report.md", "report.html"}
     assert {path.name for path in folder.iterdir()} == names
 
 
-def test_page_is_inert_and_self_contained(written: tuple[Path, dict[str, Any]]) -> None:
+# as infer/compare.py of 2026-11-28 wrote it, on a GPU, shortened to one row: the order of keys, ints and floats count
+OLD_RESULTS = """{
+  "model": "black-forest-labs/FLUX.1-dev",
+  "device": "NVIDIA H100",
+  "versions": {
+    "python": "3.12.3",
+    "torch": "2.13.0"
+  },
+  "sampling": {
+    "steps": 28,
+    "guidance": 3.5,
+    "height": 1024,
+    "width": 1024
+  },
+  "rows": [
+    {
+      "precision": "nf4",
+      "adapter": null,
+      "prompt": "ein größerer “Stern”",
+      "seed": 0,
+      "image": "images/nf4-000-0.png",
+      "seconds": 5,
+      "seconds_per_step": 0.17,
+      "weights_bytes": 10000000000,
+      "compute_dtype": "bf16",
+      "peak_memory_bytes": 12000000000,
+      "scores": {
+        "psnr_bf16": 31.25,
+        "psnr_base": null
+      },
+      "stages": {
+        "load": {
+          "seconds": 20.5,
+          "peak_memory_bytes": 12000000000,
+          "peak_reserved_bytes": 12500000000
+        }
+      },
+      "nearest": "a.png"
+    }
+  ],
+  "drift": [],
+  "summary": [
+    {
+      "precision": "nf4",
+      "adapter": null,
+      "images": 1,
+      "weights_bytes": 10000000000,
+      "peak_memory_bytes": 12000000000,
+      "load_seconds": 20.5,
+      "seconds": 5.0,
+      "seconds_per_step": 0.17,
+      "scores": {
+        "psnr_bf16": 31.25,
+        "psnr_base": null
+      },
+      "intervals": {
+        "psnr_bf16": [
+          30.0,
+          32.5
+        ]
+      },
+      "differences": {
+        "bf16": {
+          "right": {
+            "mean": -1.0,
+            "low": null,
+            "high": null,
+            "pictures": 1
+          }
+        }
+      }
+    }
+  ],
+  "references": {},
+  "absent": {
+    "lpips": "networks.lpips is null"
+  },
+  "sections": [
+    {
+      "title": "t",
+      "lines": {
+        "x": "x",
+        "places": [
+          1
+        ],
+        "series": {
+          "s": [
+            {
+              "mean": 1
+            }
+          ]
+        }
+      }
+    }
+  ],
+  "mine": {
+    "kept": true
+  }
+}
+"""
+
+
+def test_results_of_today_are_written_again_to_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(OLD_RESULTS, encoding="utf-8")
+    found = read_results(tmp_path / "results.json")
+    assert results_text(found) == OLD_RESULTS
+    assert found.rows[0].stages["load"] == Stage(20.5, 12000000000, 12500000000)
+    assert found.summary is not None and isinstance(found.summary[0], Summary)
+    assert found.summary[0].differences == {"bf16": {"right": Estimate(-1.0, None, None, 1)}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["rows", 0, "seconds"], "long", r'rows\[0\].seconds is "long" and not a number'),
+        (["rows", 0, "seed"], 1.5, r"rows\[0\].seed is 1.5 and not a whole number"),
+        (["rows", 0, "scores", "psnr_bf16"], True, r"rows\[0\].scores.psnr_bf16 is true and not a number"),
+        (["rows", 0, "stages"], [], r"rows\[0\].stages is \[\] and not an object"),
+        (["rows"], {}, r"rows is \{\} and not a list"),
+        (["summary", 0, "differences", "bf16", "right"], {}, "bf16.right has no mean"),
+        (["model"], None, "model is null and not text"),
+    ],
+)
+def test_wrong_values_are_named(path: list[Any], value: Any, message: str) -> None:
+    content = json.loads(OLD_RESULTS)
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        from_json(Comparison, content, "")
+
+
+@pytest.mark.parametrize("key", ["model", "device", "versions", "sampling", "rows"])
+def test_absent_keys_are_named(key: str) -> None:
+    content = json.loads(OLD_RESULTS)
+    del content[key]
+    with pytest.raises(ValueError, match=f"it has no {key}"):
+        from_json(Comparison, content, "")
+
+
+def test_page_is_inert_and_self_contained(written: tuple[Path, Comparison]) -> None:
     folder, _ = written
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -136,13 +308,13 @@ def test_page_is_inert_and_self_contained(written: tuple[Path, dict[str, Any]]) 
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
 
 
-def test_page_embeds_every_picture(written: tuple[Path, dict[str, Any]]) -> None:
+def test_page_embeds_every_picture(written: tuple[Path, Comparison]) -> None:
     folder, result = written
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     shown = [(a["alt"], a["src"]) for a in page.all("img") if "src" in a]
     pixels = {decoded(src).tobytes() for _, src in shown}
-    assert len(shown) == len(result["rows"]) == 16
-    assert pixels == {np.asarray(Image.open(folder / row["image"])).tobytes() for row in result["rows"]}
+    assert len(shown) == len(result.rows) == 16
+    assert pixels == {np.asarray(Image.open(folder / row.image)).tobytes() for row in result.rows}
     assert [alt for alt, _ in shown[:4]] == [  # by memory from left to right, though nf4 was measured first
         "bf16, without adapter",
         "nf4, without adapter",
@@ -160,8 +332,8 @@ def test_large_pictures_become_linked_thumbnails(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = comparison(folder, prompts=("p",))
     gradient = np.linspace(0, 255, 1024 * 512 * 3).reshape(512, 1024, 3).astype(np.uint8)
-    for row in result["rows"]:
-        row["image"] = "images/big one #1.png"
+    for row in result.rows:
+        row.image = "images/big one #1.png"
     Image.fromarray(gradient).save(folder / "images/big one #1.png")
     report.write(result, folder)
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
@@ -198,7 +370,7 @@ def test_many_pictures_are_reduced_together_until_they_fit(tmp_path: Path) -> No
     assert not gallery.embed([files[0]], 10_000)[files[0]].whole
 
 
-def test_figure_copies_pixels_in_order_of_memory(written: tuple[Path, dict[str, Any]]) -> None:
+def test_figure_copies_pixels_in_order_of_memory(written: tuple[Path, Comparison]) -> None:
     folder, result = written
     pixels = np.asarray(Image.open(folder / "comparison.png").convert("RGB"))
     # Two pictures of 3 x 128, a gap, the row names and the margin: 920, less than the width a title needs.
@@ -214,13 +386,13 @@ def test_figure_copies_pixels_in_order_of_memory(written: tuple[Path, dict[str, 
     below = pixels[boxes["nf4", "neon & co"][1] + 384 :]
     assert len(Counter(map(tuple, below[::3, ::3].reshape(-1, 3).tolist()))) > 10  # the curves and their labels
     assert (pixels[:20] == 255).all() and (pixels[-10:] == 255).all()  # nothing runs over the edge
-    assert report.by_memory(result["rows"]) == ["bf16", "nf4"]
+    assert by_memory(result.rows) == ["bf16", "nf4"]
 
 
 def test_figure_reduces_large_pictures_and_grows_with_them(tmp_path: Path) -> None:
     result = comparison(tmp_path / "run", side=1024, prompts=("WIDE " * 200,))
-    result["rows"] = [row for row in result["rows"] if row["adapter"] is None]
-    report.figure(result, tmp_path / "run", tmp_path / "figure.png")
+    result.rows = [row for row in result.rows if row.adapter is None]
+    report.draw_figure(result, tmp_path / "run", tmp_path / "figure.png")
     pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
     assert pixels.shape[1] == 80 + 512 + 32 + 512 + 40
     y, x = np.nonzero((pixels == COLOURS["bf16", None]).all(-1))
@@ -228,17 +400,19 @@ def test_figure_reduces_large_pictures_and_grows_with_them(tmp_path: Path) -> No
     assert (pixels[:, :20] == 255).all() and (pixels[:, -20:] == 255).all()
 
 
-@pytest.mark.parametrize(("load", "order"), [({"peak_reserved_bytes": 1}, "badc"), ({}, "cabd")])
-def test_precisions_are_ordered_by_peak_on_cuda_and_by_weights_on_a_cpu(load: dict[str, int], order: str) -> None:
-    rows = [("a", 5, 2), ("b", 9, 1), ("c", 5, 3), ("a", 7, 1), ("d", 7, 1)]
-    memory = [
-        {"precision": name, "peak_memory_bytes": peak, "weights_bytes": weights, "stages": {"load": load}}
-        for name, peak, weights in rows
+@pytest.mark.parametrize(("reserved", "order"), [(1, "badc"), (None, "cabd")])
+def test_precisions_are_ordered_by_peak_on_cuda_and_by_weights_on_a_cpu(
+    reserved: int | None, order: str, written: tuple[Path, Comparison]
+) -> None:
+    load = {"load": Stage(1.0, 1, reserved)}
+    rows = [
+        replace(written[1].rows[0], precision=name, peak_memory_bytes=peak, weights_bytes=weights, stages=load)
+        for name, peak, weights in [("a", 5, 2), ("b", 9, 1), ("c", 5, 3), ("a", 7, 1), ("d", 7, 1)]
     ]
-    assert report.by_memory(memory) == list(order)
+    assert by_memory(rows) == list(order)
 
 
-def test_markdown_tables_survive_pipes(written: tuple[Path, dict[str, Any]]) -> None:
+def test_markdown_tables_survive_pipes(written: tuple[Path, Comparison]) -> None:
     folder, _ = written
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "<script" not in text and "<b>" not in text and r"\[l\](http://x.y) &amp; \`d\` \\" in text
@@ -252,27 +426,25 @@ def test_markdown_tables_survive_pipes(written: tuple[Path, dict[str, Any]]) -> 
     assert len(links) == 16 and all((folder / "images" / unquote(link)).is_file() for link in links)
 
 
-def measured(folder: Path) -> dict[str, Any]:
+def measured(folder: Path) -> Comparison:
     """A comparison with what else may be measured: intervals, differences, drift, training pictures, sections."""
     result = comparison(folder, prompts=("a fox", "a hen"))
-    *rows, last = result["rows"]
-    last["nearest"] = "<i>/deep.png"
-    result["drift"] = [row | {"prompt": "a mill"} for row in rows if row["prompt"] == "a hen"]
-    result["summary"] = report.summarise(result["rows"])
-    for entry in result["summary"]:
-        entry["scores"] |= {"psnr_bf16": 31.25, "kid": None}
-        entry["intervals"] = {"psnr_bf16": [30.5, 32.0]}
-        entry["differences"] = {"base": {"psnr_bf16": {"mean": -1.5, "low": -2.0, "high": -1.0}}, "bf16": {}}
-    result |= {
-        "absent": {"lpips": "no <network> here"},
-        "references": {"folder": "<f>", "count": 3, "nearest_rms": 0.5},
-    }
+    *rows, last = result.rows
+    last.nearest = "<i>/deep.png"
+    result.drift = [replace(row, prompt="a mill") for row in rows if row.prompt == "a hen"]
+    result.summary = summarise(result.rows)
+    for entry in result.summary:
+        entry.scores |= {"psnr_bf16": 31.25, "kid": None}
+        entry.intervals = {"psnr_bf16": [30.5, 32.0]}
+        entry.differences = {"base": {"psnr_bf16": Estimate(-1.5, -2.0, -1.0)}, "bf16": {}}
+    result.absent = {"lpips": "no <network> here"}
+    result.references = References("<f>", 3, 0.5)
     values = {
         "columns": ["nf4", "bf16"],
         "rows": ["trained <nf4>"],
         "values": [[{"mean": 1.5, "low": 1, "high": 2}, 7]],
     }
-    result["sections"] = [
+    result.sections = [
         {"title": "Transfer <x>", "note": "rows: trained at", "matrix": values},
         {"title": "By time", "lines": {"x": "t", "places": [0, 0.5, 2], "series": {"nf4": [1, None, {"mean": 3}]}}},
         {"title": "Layers", "table": {"columns": ["layer", "error"], "rows": [["a|b", 0.25], ["c", None]]}},
@@ -311,10 +483,10 @@ def test_whatever_else_was_measured_is_shown(tmp_path: Path) -> None:
     assert "| trained &lt;nf4&gt; | 1.500 (1.000 to 2.000) | 7.000 |" in lines
     assert "| 0.5 | - |" in lines and r"| a\|b | 0.250 |" in lines and "| c | - |" in lines
     assert "- **lpips**: no &lt;network&gt; here" in lines
-    shown = report.differences(result["summary"]).splitlines()
+    shown = cells.differences_text(result.summary).splitlines()
     assert shown[0].split() == ["precision", "adapter", "against", "psnr_bf16"] and len(shown) == 2 + 4
     assert shown[2].split() == ["nf4", "none", "no", "adapter", "-1.500", "(-2.000", "to", "-1.000)"]
-    assert report.differences(report.summarise(result["rows"])) == ""
+    assert cells.differences_text(summarise(result.rows)) == ""
 
 
 @pytest.mark.parametrize(
@@ -327,9 +499,9 @@ def test_numbers_have_about_three_digits(value: float | None, text: str) -> None
 
 def test_long_tables_are_cut_to_lines_of_the_terminal(tmp_path: Path) -> None:
     result = comparison(tmp_path / "run", prompts=("p",))
-    for row in result["rows"]:
-        row["scores"] = {f"a_score_of_length_{i}": float(i) for i in range(12)}
-    parts = report.table(report.summarise(result["rows"])).split("\n\n")
+    for row in result.rows:
+        row.scores = {f"a_score_of_length_{i}": float(i) for i in range(12)}
+    parts = cells.summary_text(summarise(result.rows)).split("\n\n")
     assert len(parts) == 3 and all(len(line) <= 160 for part in parts for line in part.splitlines())
     assert all(part.splitlines()[3].split()[:2] == ["nf4", "neon"] for part in parts)
     titles = [title for part in parts for title in part.splitlines()[0].split("  ") if title.strip()]
@@ -350,17 +522,21 @@ def test_sections_that_cannot_be_shown_are_named(section: dict[str, Any], messag
         sections.to_html(section)
 
 
-def test_charts_put_values_where_they_belong() -> None:
-    text = chart.chart("t", ["a", "b"], [("one", [Estimate(0), Estimate(10, 5, 20)]), ("two", [None, None])], zero=True)
+def lines(x: Any, *named: tuple[str, list[Estimate | None]], zero: bool = False) -> str:
+    return svg.draw_lines(plot.Lines("t", x, plot.series(named), zero=zero))
+
+
+def test_lines_put_values_where_they_belong() -> None:
+    text = lines(["a", "b"], ("one", [Estimate(0), Estimate(10, 5, 20)]), ("two", [None, None]), zero=True)
     page = Page(text)
     marks = [a["transform"] for a in page.all("path") if "transform" in a]
-    room = chart.HEIGHT - chart.TOP - chart.BOTTOM
-    assert [float(m.split()[1][:-1]) for m in marks] == [chart.TOP + room, chart.TOP + room / 2]  # 0 to 20
-    assert [float(a["y1"]) for a in page.all("line")] == [chart.TOP + room * (1 - i / 4) for i in range(5)]
+    room = svg.HEIGHT - svg.TOP - svg.BOTTOM
+    assert [float(m.split()[1][:-1]) for m in marks] == [svg.TOP + room, svg.TOP + room / 2]  # 0 to 20
+    assert [float(a["y1"]) for a in page.all("line")] == [svg.TOP + room * (1 - i / 4) for i in range(5)]
     assert "b: 10.00 (5.000 to 20.00)" in text and "two" not in "".join(page.text)
-    assert chart.chart("t", ["a"], [("one", [None])]) == ""
-    assert Page(chart.chart("t", ["a"], [("", [Estimate(3.0)])])).all("svg")  # no range at all
-    numbers = Page(chart.chart("t", [0, 1, 4], [("", [Estimate(v) for v in (1.0, 2.0, 3.0)])])).all("path")
+    assert lines(["a"], ("one", [None])) == ""
+    assert Page(lines(["a"], ("", [Estimate(3.0)]))).all("svg")  # no range at all
+    numbers = Page(lines([0, 1, 4], ("", [Estimate(v) for v in (1.0, 2.0, 3.0)]))).all("path")
     x = [float(a["transform"].split("(")[1].split()[0]) for a in numbers if "transform" in a]
     assert (x[2] - x[1]) / (x[1] - x[0]) == pytest.approx(3, abs=0.01)
 
@@ -374,7 +550,7 @@ def test_charts_put_values_where_they_belong() -> None:
     ],
 )
 def test_axes_have_round_numbers(low: float, high: float, expected: list[float]) -> None:
-    assert chart.ticks(low, high) == pytest.approx(expected)
+    assert plot.ticks(low, high) == pytest.approx(expected)
 
 
 def test_wrong_input_is_named_and_leaves_an_old_report_alone(tmp_path: Path) -> None:
@@ -382,11 +558,11 @@ def test_wrong_input_is_named_and_leaves_an_old_report_alone(tmp_path: Path) -> 
     result = comparison(folder, prompts=("p",))
     (folder / "report.md").write_text("old")
     with pytest.raises(ValueError, match="got none"):
-        report.write(result | {"rows": []}, folder)
-    result["rows"][3]["scores"] = {"psnr_bf16": float("nan")}
+        report.write(replace(result, rows=[]), folder)
+    result.rows[3].scores = {"psnr_bf16": float("nan")}
     with pytest.raises(ValueError, match="JSON"):
         report.write(result, folder)
-    (folder / result["rows"][2]["image"]).unlink()
+    (folder / result.rows[2].image).unlink()
     with pytest.raises(ValueError, match=r"Row 2 \(nf4, with neon & co, seed 0\).*nf4-neon & co-0-0\.png"):
         report.write(result, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["images", "report.md"]
@@ -397,7 +573,7 @@ def test_wrong_input_is_named_and_leaves_an_old_report_alone(tmp_path: Path) -> 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     folder = tmp_path / "run"
     result = comparison(folder, prompts=("p",))
-    monkeypatch.setattr(report, "figure", lambda result, folder, path: path.write_bytes(b"new"))
+    monkeypatch.setattr(report, "draw_figure", lambda result, folder, path: path.write_bytes(b"new"))
     old = {name: f"old {name}".encode() for name in ("comparison.png", "report.md", "report.html", "results.json")}
     for name, data in old.items():
         (folder / name).write_bytes(data)
@@ -414,7 +590,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_results_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, order, replace = tmp_path / "run", [], os.replace
     result = comparison(folder, prompts=("p",))
-    monkeypatch.setattr(report, "figure", lambda result, folder, path: path.write_bytes(b"new"))
+    monkeypatch.setattr(report, "draw_figure", lambda result, folder, path: path.write_bytes(b"new"))
 
     def record(old: Path, new: Path) -> None:
         order.append(new.name)

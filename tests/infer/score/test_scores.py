@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +26,15 @@ from infer.checkpoint.load import Model, load_transformer
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.quantize.precision import Precision
-from infer.report.write import differences, table
+from infer.report.cells import differences_text, summary_text
+from infer.report.results import Estimate, Row, Stage, to_json
 from infer.sample.generate import Sampling
 from infer.score.judges import list_pictures
 from infer.score.kid_cmmd import gaussian, nearest, polynomial, squared_distance, thumbnail
 from infer.score.memorization import score_likeness
 from infer.score.networks import Loaded, Networks, _alexnet, check_networks, load_networks
-from infer.score.pairs import Row, key_of, to_pixels
-from infer.score.score_all import judge
+from infer.score.pairs import key_of, to_pixels
+from infer.score.score_all import score_all
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,22 @@ CPU = torch.device("cpu")
 def noise(seed: int, side: int = 64) -> Image.Image:
     smooth = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(smooth).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def row_of(image: str, precision: str, adapter: str | None, prompt: str, seed: int) -> Row:
+    return Row(
+        precision=precision,
+        adapter=adapter,
+        prompt=prompt,
+        seed=seed,
+        image=image,
+        seconds=1.0,
+        seconds_per_step=1.0,
+        weights_bytes=1,
+        peak_memory_bytes=1,
+        scores={},
+        stages={"load": Stage(1.0, 1)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +178,11 @@ def test_a_copy_of_a_training_picture_is_found_however_it_was_stored(size: tuple
     wide = Image.new("RGB", (3 * size[0], size[1]), "red")  # the trainer's crop of it is its middle
     wide.paste(whole[4], (size[0], 0))
     wide.save(references / "4.jp2", irreversible=False)
-    rows: list[Row] = [{"image": f"{i}.png", "precision": "bf16", "adapter": None, "scores": {}} for i in range(5)]
-    known = score_likeness(rows, folder, str(references), Loaded())
-    assert [row["nearest"] for row in rows] == ["0.png", "1.png", "2.webp", "3.gif", "4.jp2"] and known["count"] == 5
-    distances = [row["scores"]["nearest_rms"] for row in rows]
+    rows = [row_of(f"{i}.png", "bf16", None, "a red star", i) for i in range(5)]
+    known, sets = score_likeness(rows, folder, str(references), Loaded())
+    assert [row.nearest for row in rows] == ["0.png", "1.png", "2.webp", "3.gif", "4.jp2"] and known.count == 5
+    assert sets == []
+    distances = [value for row in rows if (value := row.scores["nearest_rms"]) is not None]
     assert distances[0] == distances[1] == distances[2] == 0 and distances[4] < 0.01 and distances[3] < 0.05, distances
     (references / "5.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"5\.png cannot be read as a picture"):
@@ -181,9 +200,7 @@ def drawn(folder: Path) -> tuple[list[Row], dict[Any, torch.Tensor]]:
                 base = np.asarray(noise(10 * prompt + seed), dtype=float)
                 shift = np.random.default_rng(number).normal(0, 4 * number, base.shape)
                 Image.fromarray((base + shift).clip(0, 255).astype(np.uint8)).save(folder / image)
-                row = {"precision": precision, "adapter": adapter, "prompt": f"p{prompt}", "seed": seed}
-                row |= {"image": image, "seconds": 1.0, "seconds_per_step": 1.0, "weights_bytes": 1, "scores": {}}
-                rows.append(row | {"peak_memory_bytes": 1, "stages": {"load": {"seconds": 1.0}}})
+                rows.append(row_of(image, precision, adapter, f"p{prompt}", seed))
                 latents[key_of(rows[-1])] = torch.full((1, 4, 4), 1.0 + number)
     return rows, latents
 
@@ -195,36 +212,37 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
         noise(10 * i).save(references / "deep" / f"{i}.png")
     (references / "deep" / "0.txt").write_text("a caption")
     rows, latents = drawn(tmp_path / "run")
-    rows, drift = ([row for row in rows if (row["prompt"] == "p2") is apart] for apart in (False, True))
-    place = drift, tmp_path / "run", latents, "bf16", {"own": lambda picture, prompt: 1.0 + (prompt == "p1")}
-    result = judge(rows, *place, networks, str(references), CPU)
-    assert result["absent"] == {"image_reward": "networks.image_reward is null"}
+    rows, drift = ([row for row in rows if (row.prompt == "p2") is apart] for apart in (False, True))
+    arguments = drift, tmp_path / "run", latents, "bf16", {"own": lambda picture, prompt: 1.0 + (prompt == "p1")}
+    result = score_all(rows, *arguments, networks, str(references), CPU)
+    assert result.absent == {"image_reward": "networks.image_reward is null"}
     for row in rows:
-        scores = row["scores"]
-        assert (scores["psnr_bf16"] is None) == (row["precision"] == "bf16")
-        assert (scores["lpips_base"] is None) == (row["adapter"] is None)
-        assert {"clip_t", "dino", "clip_i", "nearest_rms", "nearest_dino", "own"} <= scores.keys()
+        assert (row.scores["psnr_bf16"] is None) == (row.precision == "bf16")
+        assert (row.scores["lpips_base"] is None) == (row.adapter is None)
+        assert {"clip_t", "dino", "clip_i", "nearest_rms", "nearest_dino", "own"} <= row.scores.keys()
     first = rows[0]
-    assert first["nearest"] == "deep/0.png" and first["scores"]["nearest_rms"] == 0
-    assert first["scores"]["nearest_dino"] == pytest.approx(1, abs=1e-4)
-    summary = {(entry["precision"], entry["adapter"]): entry for entry in result["summary"]}
+    assert first.nearest == "deep/0.png" and first.scores["nearest_rms"] == 0
+    assert first.scores["nearest_dino"] == pytest.approx(1, abs=1e-4)
+    summary = {entry.variant: entry for entry in result.summary}
     entry = summary["nf4", "mine"]
-    assert entry["scores"]["latents_bf16"] == pytest.approx((4 - 2) / 2)
-    assert entry["scores"]["drift_latents"] == pytest.approx((4 - 3) / 3)
-    assert entry["scores"]["own"] == 1.5 and entry["differences"]["bf16"]["own"]["mean"] == 0
-    change = entry["differences"]["base"]["latents_bf16"]
-    assert change["mean"] == pytest.approx(1 - 2) and change["pictures"] == 4
-    low, high = entry["intervals"]["psnr_bf16"]
-    assert low < entry["scores"]["psnr_bf16"] < high
-    assert {"kid", "cmmd", "drift_lpips", "drift_psnr"} <= entry["scores"].keys()
-    assert "drift_psnr" not in summary["nf4", None]["scores"]
-    json.dumps(result, allow_nan=False)
-    shown = table(result["summary"])
+    assert entry.scores["latents_bf16"] == pytest.approx((4 - 2) / 2)
+    assert entry.scores["drift_latents"] == pytest.approx((4 - 3) / 3)
+    assert entry.differences is not None and entry.intervals is not None
+    assert entry.scores["own"] == 1.5 and entry.differences["bf16"]["own"] == Estimate(0, 0, 0, 4)
+    change = entry.differences["base"]["latents_bf16"]
+    assert change.mean == pytest.approx(1 - 2) and change.pictures == 4
+    low, high = entry.intervals["psnr_bf16"]
+    mean = entry.scores["psnr_bf16"]
+    assert mean is not None and low < mean < high
+    assert {"kid", "cmmd", "drift_lpips", "drift_psnr"} <= entry.scores.keys()
+    assert "drift_psnr" not in summary["nf4", None].scores
+    json.dumps([to_json(result.summary), to_json(result.references)], allow_nan=False)
+    shown = summary_text(result.summary)
     assert f"({low:.2f} to {high:.2f})" in shown and max(map(len, shown.splitlines())) <= 160
-    assert "no adapter" in differences(result["summary"])
+    assert "no adapter" in differences_text(result.summary)
 
     rows, latents = drawn(tmp_path / "bare")
-    absent = judge(rows, [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, CPU)["absent"]
+    absent = score_all(rows, [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, CPU).absent
     assert absent["lpips"] == "networks.lpips is null" and absent["nearest_rms"] == "references is null"
     assert absent["drift"] == "unrelated is empty"
     assert absent.keys() >= {"clip_t", "clip_i", "cmmd", "dino", "kid", "image_reward"}
@@ -247,7 +265,7 @@ def test_image_reward_is_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score is not None and score(noise(0), "four") == 68
 
 
-def test_wrong_networks_and_references(networks: Networks, tmp_path: Path) -> None:
+def test_wrong_networks_and_references(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, message in (
         (Networks(clip="/no/clip"), "networks.clip is '/no/clip', which is no folder here and no Hub id"),
         (Networks(clip=networks.dino), "is of type dinov2, not a CLIP model"),
@@ -258,6 +276,9 @@ def test_wrong_networks_and_references(networks: Networks, tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match=message):
             check_networks(wrong)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=r"torchmetrics has no LPIPS weights at .*set networks.lpips to null"):
+        check_networks(Networks(lpips=networks.lpips))
     with pytest.raises(ValueError, match="references is '/no/folder', which is no folder"):
         list_pictures("/no/folder")
     with pytest.raises(ValueError, match="holds no picture"):
@@ -274,13 +295,13 @@ def test_a_comparison_draws_the_unrelated_prompts_apart(
     save_adapter(transformer, tmp_path / "lora", {})
     noise(0).save(tmp_path / "lora" / "a.png")
     options = Compare(
-        model=tiny, precisions={"bf16": Precision("bf16")}, prompts=["a red star"], unrelated=["a blue ring"],
-        sampling=Sampling(steps=1), references=str(tmp_path / "lora"), run="test", device="cpu",
+        model=tiny, precisions={"bf16": Precision("bf16")}, prompts=["a red star"], sampling=Sampling(steps=1),
+        references=str(tmp_path / "lora"), run="test", device="cpu",
     )  # fmt: skip
     alone = json.loads((compare(replace(options, unrelated=[])) / "results.json").read_text())
     assert [row["prompt"] for row in alone["rows"]] == ["a red star"] and alone["drift"] == []
     assert alone["references"]["count"] == 1 and "drift" not in alone["absent"]
-    folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora"))))
+    folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora")), unrelated=["a blue ring"]))
     result = json.loads((folder / "results.json").read_text())
     assert [row["prompt"] for row in result["rows"]] == ["a red star"] * 2
     assert [(row["prompt"], row["adapter"]) for row in result["drift"]] == [("a blue ring", a) for a in (None, "test")]

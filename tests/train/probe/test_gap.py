@@ -8,23 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
-from infer.adapter.attach import attach, load_adapter
+from infer.adapter.attach import attach
 from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_transformer, load_vae
+from infer.checkpoint.load import Model, load_transformer
 from infer.fast.install import Memory
+from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
-from infer.sample.encode import pack, text_encoder, to_moments
+from infer.report.results import Estimate
 from train.data.dataset import Data
+from train.data.decode import pixel_hash
 from train.data.seeds import generator
-from train.gap import Gap, gap, summarise
-from train.objective.flow_matching import predict
+from train.gap import Gap, gap
 from train.objective.optim import Optim
-from train.transfer import Transfer, over_seeds, transfer
-from train.transfer import summarise as summarise_transfer
+from train.probe.gap_summary import GapRow, summarise
+from train.probe.transfer_summary import over_seeds
+from train.transfer import Transfer, transfer
 
 CPU = torch.device("cpu")
 
@@ -38,6 +42,45 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Data:
         Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(f"pictures/{i}.png")
         Path(f"pictures/{i}.txt").write_text(f"a red star {i}")
     return Data("pictures", resolution=64, batch_size=3, validation=0.5)
+
+
+def plain_latents(model: Model, picture: Image.Image) -> torch.Tensor:
+    """A picture's normalised latents [1, 16, height / 8, width / 8], as diffusers' recipes encode them."""
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mean
+    latents: torch.Tensor = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
+
+
+def plain_velocity(model: Model, kind: str, x: torch.Tensor, sigma: float, number: str) -> torch.Tensor:
+    """Packed velocity [1, tokens, 64] at latents x, guidance 1, with the adapter in lora/."""
+    dtype = compute_dtype(torch.bfloat16, CPU)
+    transformer = FluxTransformer2DModel.from_pretrained(
+        model.path, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    if kind == "nf4":  # diffusers refuses it without a GPU: the values that NF4 stores, by bitsandbytes' own functions
+        for layer in transformer.modules():
+            if isinstance(layer, torch.nn.Linear):
+                codes, state = quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=False)
+                layer.weight.data = dequantize_4bit(codes, state)
+    pipeline = FluxPipeline.from_pretrained(model.path, torch_dtype=torch.bfloat16, transformer=transformer).to(dtype)
+    pipeline.load_lora_weights("lora")
+    height, width = x.shape[-2:]
+    with torch.no_grad():
+        t5, pooled, text_ids = pipeline.encode_prompt(f"a red star {number}", None, max_sequence_length=40)
+        velocity: torch.Tensor = transformer(
+            hidden_states=FluxPipeline._pack_latents(x, *x.shape).to(dtype),
+            encoder_hidden_states=t5.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            timestep=torch.tensor([sigma]),
+            guidance=torch.ones(1),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, CPU, dtype),
+            txt_ids=text_ids.to(dtype),
+            return_dict=False,
+        )[0]
+    return velocity.float()
 
 
 def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path) -> None:
@@ -56,29 +99,19 @@ def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path)
     assert {r["sigma"] for r in rows} == {0.25, 0.75} and len({r["picture"] for r in rows}) == 2
     assert all((row["error"] == 0) == (row["precision"] == "bf16") for row in rows)
 
-    # one of them by hand, with diffusers' own blocks
+    # one of them with diffusers alone: its quantization, encoders, LoRA reader and call of the transformer
     chosen = next(r for r in rows if r["precision"] == "nf4" and r["adapter"] == "mine" and r["sigma"] == 0.75)
     number = Path(chosen["picture"]).stem
-    pixels = torch.from_numpy(np.asarray(Image.open(f"pictures/{number}.png"), dtype=np.float32)).permute(2, 0, 1)
-    x0, _ = to_moments(load_vae(tiny, CPU), pixels[None] / 127.5 - 1)
-    with text_encoder(tiny, Precision("bf16"), CPU, None) as encoder:
-        (text,) = encoder([f"a red star {number}"])
-    velocities = {}
-    from train.data.decode import decode, pixel_hash
-
-    identity = pixel_hash(decode(Path(f"pictures/{number}.png").read_bytes(), "x", "white", 10**6))
-    noise = torch.randn(x0[0].shape, generator=generator(0, "validation", identity, 1))[None]
-    sigma = torch.tensor([0.75])
-    for name, precision in precisions.items():
-        plain = load_transformer(tiny, precision, CPU)
-        load_adapter(plain, "lora", "mine")
-        with torch.no_grad():
-            inputs = 0.25 * x0 + 0.75 * noise, text.t5[None], text.pooled[None], sigma
-            velocities[name] = predict(plain, *inputs, 1.0, torch.bfloat16)
-    loss = float((velocities["nf4"] - pack(noise - x0)).square().mean())
+    with Image.open(f"pictures/{number}.png") as picture:
+        x0 = plain_latents(tiny, picture)
+        identity = pixel_hash(picture.convert("RGB"))
+    noise = torch.randn(x0.shape[1:], generator=generator(0, "validation", identity, 1))[None]
+    velocities = {name: plain_velocity(tiny, name, 0.25 * x0 + 0.75 * noise, 0.75, number) for name in precisions}
+    target = FluxPipeline._pack_latents(noise - x0, *x0.shape)
+    loss = float((velocities["nf4"] - target).square().mean())
     assert chosen["loss"] == pytest.approx(loss, rel=0.01)
-    error = (velocities["nf4"] - velocities["bf16"]).norm() / velocities["bf16"].norm()
-    assert chosen["error"] == pytest.approx(float(error), rel=0.05)
+    error = float((velocities["nf4"] - velocities["bf16"]).norm() / velocities["bf16"].norm())
+    assert chosen["error"] == pytest.approx(error, rel=0.05)
 
     whole = {(e["precision"], e["adapter"]): e for e in result["summary"] if e["level"] is None}
     own = [r["loss"] for r in rows if (r["precision"], r["adapter"]) == ("nf4", None)]
@@ -103,14 +136,14 @@ def test_limits_are_over_pictures_and_differences_are_paired() -> None:
     for name, more in (("bf16", 0.0), ("nf4", 0.25)):
         for i in range(20):
             for level in range(2):
-                place = {"precision": name, "adapter": None, "picture": str(i), "level": level, "sigma": level / 2}
-                rows.append(place | {"loss": float(i) + more, "error": more, "transformer_bytes": 1})
+                rows.append(GapRow(name, None, str(i), level, level / 2, float(i) + more, more, 1))
     summary = summarise(rows)
-    assert [entry["level"] for entry in summary] == [None, 0, 1] * 2
+    assert [entry.level for entry in summary] == [None, 0, 1] * 2
     entry = summary[3]
-    assert entry["cost"] == {"mean": 0.25, "low": 0.25, "high": 0.25, "pictures": 40}
+    assert entry.cost == Estimate(0.25, 0.25, 0.25, 40)
     # twenty pictures, not forty: both levels of a picture come together
-    assert entry["loss"]["high"] - entry["loss"]["low"] == pytest.approx(2 * 1.96 * 5.77 / 20**0.5, rel=0.1)
+    assert entry.loss.low is not None and entry.loss.high is not None
+    assert entry.loss.high - entry.loss.low == pytest.approx(2 * 1.96 * 5.77 / 20**0.5, rel=0.1)
 
 
 def test_students_limits() -> None:
@@ -143,5 +176,4 @@ def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model) -> None:
     assert entry["cost"]["low"] < min(costs) and entry["cost"]["high"] > max(costs)
     assert (folder / "transfer.png").stat().st_size > 10_000
     assert (folder / "transfer.md").read_text().count("| fp4 |") == 2
-    summary = summarise_transfer(result["rows"])
-    assert [e["cost"]["mean"] for e in summary if e["trained"] == e["run"]] == [0, 0]
+    assert [e["cost"]["mean"] for e in result["summary"] if e["trained"] == e["run"]] == [0, 0]

@@ -39,9 +39,11 @@ def make_point(sweep: Path, name: str, loss: float, memory: float, score: float,
     for adapter, shade in ((None, 10), ("mine", int(100 * loss))):
         Image.new("RGB", (64, 64), (shade, 0, 99)).save(folder / "compare" / "images" / f"{adapter}.png")
         row = {"precision": "nf4", "adapter": adapter, "prompt": HOSTILE, "seed": 0, "image": f"images/{adapter}.png"}
-        row |= {"seconds": 0.25, "peak_memory_bytes": 2**30, "scores": {"score": score if adapter else None}}
-        rows.append(row)
-    (folder / "compare" / "results.json").write_text(json.dumps({"rows": rows}))
+        row |= {"seconds": 0.25, "seconds_per_step": 0.1, "weights_bytes": 2**29, "peak_memory_bytes": 2**30}
+        row |= {"scores": {"score": score if adapter else None}}
+        rows.append(row | {"stages": {"load": {"seconds": 1.0, "peak_memory_bytes": 2**29}}})
+    result = {"model": "m", "device": "cpu", "versions": {}, "sampling": {}, "rows": rows}
+    (folder / "compare" / "results.json").write_text(json.dumps(result))
     config = {"run": sweep.name, "steps": 100, "model": {"path": "m"}, "data": {"path": HOSTILE, "sources": []}}
     config |= {"sweep": {"objectives": MINIMA}, "track": {}, "device": "cpu", "adapter": {"rank": 4}}
     record: dict[str, Any] = {"name": name, "values": {"adapter.rank": name[-1]}, "config": config, "state": state}
@@ -77,11 +79,11 @@ def test_figures(sweep: Path) -> None:
 
 def test_what_is_on_the_front_and_what_is_best(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     points = read_points(sweep)
-    assert {p["name"]: p.get("front") for p in points} == {
+    assert {p.name: p.front for p in points} == {
         "rank-2": True, "rank-4": True, "rank-6": False, "rank-8": True, "rank-9": None
     }  # fmt: skip
     best = best_of(points)
-    assert best is not None and best["name"] == "rank-4"
+    assert best is not None and best.name == "rank-4"
     with pytest.raises(ValueError, match=r"1 of 5 points failed \(rank-9: "):
         conclude(sweep)
     lines = capsys.readouterr().out.splitlines()

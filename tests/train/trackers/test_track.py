@@ -45,8 +45,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for adapter, picture in ((None, RED), ("mine", BLUE)):
         picture.save(folder / "compare" / "images" / f"{adapter}.png")
         row = {"precision": "nf4", "adapter": adapter, "prompt": "a fox", "seed": 7, "image": f"images/{adapter}.png"}
-        rows.append(row | {"seconds": 0.5, "peak_memory_bytes": 2**31, "weights_bytes": 2**30, "scores": {"psnr": 3.5}})
-    (folder / "compare" / "results.json").write_text(json.dumps({"rows": rows}))
+        row |= {"seconds": 0.5, "seconds_per_step": 0.1, "peak_memory_bytes": 2**31, "weights_bytes": 2**30}
+        rows.append(row | {"scores": {"psnr": 3.5}, "stages": {}})
+    result = {"model": "m", "device": "cpu", "versions": {}, "sampling": {}, "rows": rows}
+    (folder / "compare" / "results.json").write_text(json.dumps(result))
     absent = not PartialState._shared_state
     PartialState(cpu=True)  # as training has it
     yield folder
