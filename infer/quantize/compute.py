@@ -53,6 +53,8 @@ def small_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def _bf16_on_card(device: torch.device) -> bool:
+    if not torch.cuda.is_available():
+        return True  # nothing is computed on a card that is not here
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -90,17 +92,24 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         if any(p.is_floating_point() and p.dtype != dtype for p in module.parameters(recurse=False)):
             module.forward = _casting(module, module.forward, dtype)
 
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(_cast(value, dtype) for value in args), {name: _cast(v, dtype) for name, v in kwargs.items()}
+
+    model.register_forward_pre_hook(given, with_kwargs=True)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
 
 def _casting(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
     def computing(*args: Any, **kwargs: Any) -> Any:
         stored = dict(module._parameters)
         # the casts, and not the parameters, are what autograd keeps for the backward pass
-        module._parameters.update({name: cast(value) for name, value in stored.items()})
+        module._parameters.update({name: _cast(value, dtype) for name, value in stored.items()})
         try:
-            return forward(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            given = (_cast(value, dtype) for value in args)
+            return forward(*given, **{name: _cast(value, dtype) for name, value in kwargs.items()})
         finally:
             module._parameters.update(stored)
 

@@ -28,6 +28,7 @@ from infer.adapter.targets import base_layers
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, streamed_transformer
 from infer.fast.install import Memory, choose_path
+from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision, dequantized, kind_asked
 from infer.recover import Recover, recover
 from infer.rounding.lowrank import allot, approximate
@@ -150,7 +151,7 @@ def test_starts_near_the_unquantized_weights_and_is_found_again(
 
     # half of it, or beside what makes up for the error already: what it has learned, on the base as it was loaded
     half, beside = here(), load_transformer(TINY, precision, CPU)
-    load_chosen(half, Trained(str(tmp_path), weight=0.5), "mine", TINY)
+    load_chosen(half, Trained(str(tmp_path), weight=0.5), TINY)
     attach(beside, Adapter(rank=2, targets="proj_out"), seed=0, name=RECOVERY)  # B is zero
     load_adapter(beside, str(tmp_path), "mine", TINY)
     for one, weight in ((half, 0.5), (beside, 1.0)):
@@ -198,11 +199,12 @@ def test_ranks_go_where_a_byte_gains_most() -> None:
 
 
 def test_the_streamed_transformer_is_the_loaded_one() -> None:
-    loaded, streamed = load_transformer(TINY, Precision("bf16"), CPU), streamed_transformer(TINY, CPU, torch.bfloat16)
+    dtype = compute_dtype(torch.bfloat16, CPU)
+    loaded, streamed = load_transformer(TINY, Precision("bf16"), CPU), streamed_transformer(TINY, CPU, dtype)
     assert all(parameter.is_meta for parameter in streamed.parameters())
     with torch.no_grad():
         for seed in (0, 1):
-            assert torch.equal(streamed(**inputs(torch.bfloat16, seed))[0], loaded(**inputs(torch.bfloat16, seed))[0])
+            assert torch.equal(streamed(**inputs(dtype, seed))[0], loaded(**inputs(dtype, seed))[0])
     assert all(parameter.is_meta for parameter in streamed.parameters())
 
 

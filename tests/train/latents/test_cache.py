@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from infer.checkpoint.load import Model
 from infer.program.command import ROOT
 from infer.program.remembered import NAME
+from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.picture import decode
 from train.data.buckets import View
@@ -90,9 +91,10 @@ def misses(cache: Cache) -> tuple[int, int]:
 
 
 def reference_vae(model: Model, layout: torch.memory_format = torch.channels_last) -> Any:
-    """The layout changes the order of sums, and with it roundings."""
+    """Weights of bf16, in the dtype that this CPU computes in. The layout changes the order of sums, and with it
+    roundings."""
     vae: Any = AutoencoderKL.from_pretrained(model.path, subfolder="vae", torch_dtype=torch.bfloat16)
-    return vae.to(memory_format=layout)
+    return vae.to(compute_dtype(torch.bfloat16, CPU), memory_format=layout)
 
 
 def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,9 +104,9 @@ def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tenso
     pixels = pixels[:, ::-1].copy() if view.flip else pixels
     batch = torch.tensor(pixels).permute(2, 0, 1)[None] / 255 * 2 - 1
     with torch.no_grad():
-        posterior = vae.encode(batch.bfloat16()).latent_dist
-    mean = (posterior.mean[0].float() - vae.config.shift_factor) * vae.config.scaling_factor
-    return mean, posterior.std[0].float() * vae.config.scaling_factor
+        posterior = vae.encode(batch.to(vae.dtype)).latent_dist
+    mean, deviation = (part[0].bfloat16().float() for part in (posterior.mean, posterior.std))  # as they are stored
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor, deviation * vae.config.scaling_factor
 
 
 def check(cache: Cache, samples: list[Sample], model: Model) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer.checkpoint.load import Model
+from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.generate import noise
 from infer.sample.picture import decode
@@ -36,6 +37,7 @@ def test_class_pictures_are_what_the_pipeline_draws(data: Data, tiny: Model) -> 
     assert [sample.captions for sample in samples] == [("a large red star",)] * 3
     assert {sample.source for sample in samples} == {1}  # after data.path
     pipeline: Any = FluxPipeline.from_pretrained(tiny.path, torch_dtype=torch.bfloat16)
+    pipeline.to(compute_dtype(torch.bfloat16, CPU))
     pipeline.set_progress_bar_config(disable=True)
     for i in range(3):
         drawn = pipeline(
@@ -44,7 +46,7 @@ def test_class_pictures_are_what_the_pipeline_draws(data: Data, tiny: Model) -> 
             width=64,
             num_inference_steps=2,
             guidance_scale=2.0,
-            latents=noise(7 + i, 64, 64, 16).bfloat16(),
+            latents=noise(7 + i, 64, 64, 16).to(pipeline.transformer.dtype),
             max_sequence_length=pipeline.tokenizer_2.model_max_length,
         ).images[0]
         apart = [np.abs(np.asarray(decode(s.read(), s.name)).astype(int) - np.asarray(drawn)) for s in samples]

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from infer.adapter.attach import Adapter
 from infer.checkpoint.load import Model
 from infer.program.command import ROOT
+from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from train.data.dataset import Data, Prior, Source
 from train.run.config import Train
@@ -142,7 +143,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> tuple[dict[str
 def references(run: tuple[dict[str, Written], Any], tiny: Model) -> list[tuple[str, bool, Any, Any, Any]]:
     """Every picture in each of its sizes, plain and mirrored: its posterior and its mask, by Pillow and diffusers."""
     vae: Any = AutoencoderKL.from_pretrained(tiny.path, subfolder="vae", torch_dtype=torch.bfloat16)
-    vae.to(memory_format=torch.channels_last)  # rounds as the trainer's does: deviations are small
+    # rounds as the trainer's does: deviations are small
+    vae.to(compute_dtype(torch.bfloat16, torch.device("cpu")), memory_format=torch.channels_last)
     found = []
     for name, one in run[0].items():
         for size in dict.fromkeys(bucket(*one.picture.size, side) for side in SIDES):
@@ -150,9 +152,10 @@ def references(run: tuple[dict[str, Written], Any], tiny: Model) -> list[tuple[s
                 pixels = ImageOps.fit(one.picture, size, Image.Resampling.LANCZOS)
                 tensor = torch.tensor(np.asarray(ImageOps.mirror(pixels) if mirrored else pixels)).permute(2, 0, 1)
                 with torch.no_grad():
-                    posterior = vae.encode((tensor[None] / 255 * 2 - 1).bfloat16()).latent_dist
+                    posterior = vae.encode((tensor[None] / 255 * 2 - 1).to(vae.dtype)).latent_dist
                 factor, shift = vae.config.scaling_factor, vae.config.shift_factor
-                mean, deviation = (posterior.mean[0].float() - shift) * factor, posterior.std[0].float() * factor
+                mean, deviation = (part[0].bfloat16().float() for part in (posterior.mean, posterior.std))
+                mean, deviation = (mean - shift) * factor, deviation * factor
                 mask = None
                 if one.mask is not None:
                     small = ImageOps.fit(one.mask, (size[0] // 8, size[1] // 8), Image.Resampling.BOX)
