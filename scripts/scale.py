@@ -28,8 +28,8 @@ import torch
 
 from train.data.batches import Stream, epoch_batches
 from train.data.source import Sample
-from train.latents.index import Row, read_rows, write_rows
-from train.latents.shards import Shelf, read_item, verify, write_shard
+from train.latents.identities import Picture, known_identities, write_identities
+from train.latents.shards import ShardIndex, read_item, verify, write_shard
 
 MILLION = 1_000_000
 ADAPTER = 16 * 2 * 3072 * (19 * 8 + 38 * 3) * 4  # bytes of rank 16 on attention, fp32
@@ -130,10 +130,10 @@ def start(samples: int) -> list[dict[str, Any]]:
     def made() -> list[Sample]:
         return [Sample(f"s/{i:07d}.png", (f"a caption of some length, number {i}",), 0, bytes) for i in range(samples)]
 
-    def shelved(folder: Path) -> Shelf:
-        shelf = Shelf(folder, {f"{shard:032x}{i:032x}" for shard in range(shards) for i in range(each)}, print)
-        assert not shelf.refresh() and len(shelf.found) == shards * each
-        return shelf
+    def indexed(folder: Path) -> ShardIndex:
+        index = ShardIndex(folder, print)
+        assert not index.refresh() and len(index.table.hashes) == shards * each
+        return index
 
     keep: list[Any] = [note("samples with captions", made)]
     stream = Stream(0, 8, list(range(samples)), sizes, [1.0] * samples)
@@ -141,17 +141,19 @@ def start(samples: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = rng.bytes(64 * samples)
-        known = {raw[64 * i : 64 * i + 32]: Row(raw[64 * i + 32 : 64 * i + 64], 512, 512) for i in range(samples)}
-        write_rows(folder / "index", known)
+        known = {
+            raw[64 * i : 64 * i + 32]: Picture(raw[64 * i + 32 : 64 * i + 64].hex(), 512, 512) for i in range(samples)
+        }
+        write_identities(folder / "index", known)
         del known
-        keep.append(note("what bytes gave which pixels", lambda: dict(read_rows(folder / "index", print))))
+        keep.append(note("what bytes gave which pixels", lambda: known_identities(folder / "index", print)))
         shards, each = max(1, samples // 500), 60
         for shard in range(shards):
             items = {
                 f"{shard:032x}{i:032x}": {"mean": torch.zeros(1), "deviation": torch.zeros(1)} for i in range(each)
             }
-            write_shard(folder / "shelf", items)
-        keep.append(note("where each encoding is", lambda: shelved(folder / "shelf"), shards * each))
+            write_shard(folder / "pictures", items)
+        keep.append(note("where each encoding is", lambda: indexed(folder / "pictures"), shards * each))
         half = latent_bytes(1024) // 4  # numbers of the mean, and of the deviation
         big = {
             f"{i}": {part: torch.zeros(half, dtype=torch.bfloat16) for part in ("mean", "deviation")} for i in range(60)

@@ -26,7 +26,7 @@ from infer.program.bounds import PIXELS, check_most
 from infer.program.command import check_run_name, run_command
 from infer.program.quiet import ready
 from train.data.dataset import Data, check_left, read_samples, sources_of, split
-from train.latents.workers import Gate, own_cores
+from train.latents.workers import make_room, own_cores
 
 if TYPE_CHECKING:
     from train.survey.survey import Survey
@@ -191,9 +191,9 @@ def look(options: Look) -> None:
         length = data.text_length or length
     except ValueError as error:
         absent = f"T5 tokens are not counted: {error}"
-    workers, gate = options.workers or own_cores(), Gate(options.decode_pixels)
+    workers, room = options.workers or own_cores(), make_room(options.decode_pixels)
     with tqdm(total=len(samples), desc="reading pictures", unit="picture") as bar:
-        found = survey(data, samples, skipped, count_tokens, length, workers, gate, bar.update)
+        found = survey(data, samples, skipped, count_tokens, length, workers, room, bar.update)
     why_not, numbers = refusal(found, data), counts(found)
     facts = {
         "data": ", ".join(source.path for source in sources_of(data) if source.path),
@@ -203,7 +203,7 @@ def look(options: Look) -> None:
     }
     if data.prior.count:
         facts["prior preservation"] = f"{data.prior.count} pictures that the base draws are not here yet"
-    content = render(f"Data of {options.run}", facts, why_not, found, data, options.shown, workers, gate)
+    content = render(f"Data of {options.run}", facts, why_not, found, data, options.shown, workers, room)
     replace_file(page, lambda path: path.write_bytes(content.encode()))
     print(summary(found, numbers))
     if absent:

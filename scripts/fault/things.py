@@ -20,8 +20,8 @@ from infer.report import write as report
 from infer.report.results import Comparison, from_json
 from scripts.bad.case import colours
 from scripts.bad.reports import RESULT
-from train.latents.index import read_rows, write_rows
-from train.latents.shards import DamagedError, Shelf, read_item, write_shard
+from train.latents.identities import Picture, read_identities, write_identities
+from train.latents.shards import DamagedError, ShardIndex, read_item, write_shard
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from train.state.identity import claim
@@ -108,14 +108,14 @@ def _write_item(folder: Path, state: int) -> None:
 
 def _read_items(folder: Path) -> Any:
     """The newest item that can be read: a damaged shard counts as absent."""
-    shelf = Shelf(folder / "pictures", {"key1", "key2"}, lambda _: None)
-    shelf.refresh()
+    index = ShardIndex(folder / "pictures", lambda _: None)
+    index.refresh()
     for key in ("key2", "key1"):
-        if key in shelf.found:
+        if file := index.find(key):
             try:
-                return read_item(shelf.found[key], key, "mean")["mean"].tolist()
+                return read_item(file, key, "mean")["mean"].tolist()
             except DamagedError as damage:
-                shelf.distrust(damage)  # as the program does
+                index.distrust(damage)  # as the program does
     raise ValueError("no shard is whole")
 
 
@@ -124,13 +124,11 @@ def _shard(folder: Path) -> list[Path]:
 
 
 def _write_rows(folder: Path, state: int) -> None:
-    from train.latents.index import Row
-
-    write_rows(folder / "index", {bytes([state]) * 32: Row(bytes([9]) * 32, 64, 64)})
+    write_identities(folder / "index", {bytes([state]) * 32: Picture("09" * 32, 64, 64)})
 
 
 def _read_rows(folder: Path) -> Any:
-    rows = sorted(key.hex()[:2] for key, _ in read_rows(folder / "index", lambda _: None))
+    rows = sorted(key.hex()[:2] for key, _ in read_identities(folder / "index", lambda _: None))
     if not rows:
         raise ValueError("no row is whole")
     return rows[-1]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from infer.sample.picture import decode
 from scripts import bench_data, painted
 from train.data.dataset import Data, read_samples
-from train.data.decode import decode, pixel_hash
+from train.data.decode import pixel_hash
 
 
 def test_pictures_differ_and_are_painted_once(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert rows == [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = ["name", "unit", "target", "measured", "machine", "date", "versions", "command"]
-    assert len(rows) == 16 and all(list(row) == names for row in rows)
+    assert len(rows) == 15 and all(list(row) == names for row in rows)
     assert all(any(line.startswith(row["name"]) for line in lines) for row in rows)
     assert rows[0]["command"] == "python scripts/bench_data.py " + " ".join(arguments)
     of = {(row["name"], row["unit"]): row["measured"] for row in rows}

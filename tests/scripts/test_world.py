@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from infer.checkpoint.load import Model
+from infer.sample.picture import decode
 from scripts.tiny import check, world
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data, read_samples
-from train.data.decode import decode
 
 
 @pytest.mark.parametrize("style", ["plain", "inked"])

@@ -11,7 +11,7 @@ from PIL import ImageColor
 from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-from train.data.decode import MOST_PIXELS
+from infer.sample.picture import MOST_PIXELS
 from train.data.hf_table import is_table, read_table
 from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
 from train.data.source import POLICIES, Faults, Sample, Skipped, Source

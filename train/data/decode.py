@@ -1,13 +1,11 @@
-"""What the trainer needs of a picture beyond its pixels (infer/sample/picture.py): its mask, and a hash of it."""
+"""What training needs of a picture beyond its pixels (infer/sample/picture.py): its mask, a hash of it, its size."""
 
 import hashlib
+import io
 
 from PIL import Image
 
-from infer.sample.picture import FORMATS as FORMATS
-from infer.sample.picture import MOST_PIXELS as MOST_PIXELS
-from infer.sample.picture import SUFFIXES as SUFFIXES
-from infer.sample.picture import decode as decode
+from infer.sample.picture import FORMATS, MOST_PIXELS, decode
 
 DECODING = 2  # to be raised when the same bytes are decoded to other pixels than before
 # pictures too, which are not: a folder that holds them should not lose them without a word
@@ -56,3 +54,12 @@ def pixel_hash(picture: Image.Image) -> str:
     for top in range(0, picture.height, rows):  # in strips: all at once would be a copy, and another to join its parts
         digest.update(picture.crop((0, top, picture.width, min(top + rows, picture.height))).tobytes())
     return digest.hexdigest()
+
+
+def pixels_of(content: bytes) -> int:
+    """How many pixels a picture's header says; 0 if it cannot be read, and then decoding says why."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # each format's reader raises other kinds
+        return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from infer.program.paths import is_hub_id, roots_of
 from infer.program.remembered import Remembered
-from train.data.decode import SUFFIXES
+from infer.sample.picture import SUFFIXES
 from train.data.source import Faults, Sample, Source, clean
 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"}

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from infer.program.paths import kind_of_file, roots_of
-from train.data.decode import SUFFIXES, UNREAD
+from infer.sample.picture import SUFFIXES
+from train.data.decode import UNREAD
 from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
 from train.data.names import Names, key_of, stem_of
 from train.data.source import Faults, Sample, Source, clean

@@ -1,100 +1,236 @@
-"""What is not in the cache yet -> shards: pictures in batches, masks, texts; decoded ahead by threads."""
+"""Samples and texts that are not in the cache yet -> shards.
 
+Threads read ahead: a file's bytes are hashed; what these bytes are known to decode to, and is in the cache, is done.
+Else they are decoded, hashed and cut to the sample's views at once, so that a new picture is read and decoded once. The
+autoencoder takes the views in batches of one size. Texts are encoded one by one.
+"""
+
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from infer.quantize.compute import compute_dtype_of
+from infer.program.remembered import Remembered
+from infer.quantize.compute import compute_dtype, small_dtype
 from infer.sample.encode import TextEncoder, to_posterior
-from train.data.buckets import cut, cut_mask
-from train.data.dataset import Data
-from train.data.decode import decode, decode_mask, pixel_hash
-from train.data.source import Sample
-from train.latents.index import Picture
+from infer.sample.picture import decode
+from train.data.buckets import View, cut, cut_mask
+from train.data.decode import decode_mask, pixel_hash, pixels_of
+from train.data.source import Sample, Skipped
+from train.latents.identities import Picture, digest, digest_file, known_identities, write_identities
 from train.latents.settings import Encode
-from train.latents.workers import Gate, work_ahead
-from train.latents.writer import Todo, Writer
+from train.latents.store import Cache
+from train.latents.workers import make_room, work_ahead
+from train.latents.writer import ShardWriter, rounds
 
+MASK = "its mask"  # as messages name it, after the sample's name
 MOST_WAITING = 16  # sizes of which a batch is begun
+Tensors = list[tuple[str, Tensor]]
+"""Key and pixels of each view."""
 
 
-class Seen(NamedTuple):
-    """A sample and what it was when it was looked at."""
+class Prepared(NamedTuple):
+    """A sample, read as far as it has to be."""
 
-    sample: Sample
-    picture: Picture
-
-
-@dataclass
-class Work:
-    """What is to be made of one kind, and where it goes."""
-
-    writer: Writer
-    todo: Iterable[Todo]
-    """Samples (Seen) with their views by key; or texts."""
-    total: int
-    encode: Encode
-    gate: Gate
-    """How many pixels are decoded at once."""
-    show: bool
-
-    def rounds(self, what: str) -> Iterator[Iterator[Todo]]:
-        """The writer's rounds, under a bar."""
-        with tqdm(total=self.total, desc=what, unit=what.split()[-1].rstrip("s"), disable=not self.show) as bar:
-
-            def counted(entries: Iterator[Todo]) -> Iterator[Todo]:
-                for entry in entries:
-                    yield entry
-                    bar.update()
-
-            for entries in self.writer.rounds(self.todo):
-                yield counted(entries)
+    sample: int
+    found: Picture | Skipped
+    known: dict[bytes, Picture]
+    """What was learned of the bytes that were decoded."""
+    pictures: Tensors
+    """Absent views, [3, height, width] in [-1, 1]."""
+    masks: Tensors
+    """Absent views of the mask, [height / 8, width / 8] in [0, 1]."""
+    complete: bool
+    """Whether no other process or thread is making a view of this sample."""
 
 
-def encode_pictures(vae: AutoencoderKL, work: Work, data: Data) -> None:
-    """Write the posterior of every missing view: `mean` and `deviation`, [channels, h / 8, w / 8], as the VAE gives it.
+def make_preparer(
+    cache: Cache,
+    samples: list[Sample],
+    writers: dict[str, ShardWriter],
+    remembered: Remembered,
+    identity: Callable[[bytes], Picture | None],
+    encode: Encode,
+    dtype: torch.dtype,
+) -> Callable[[int], Prepared]:
+    """A function, for threads, that reads a sample, and decodes and cuts its picture and its mask where it has to.
 
-    Raises:
-        ValueError: a picture is another now than when it was looked at.
+    identity: what some bytes decode to, by their digest, where that is known. dtype: of the pictures' pixels.
     """
-    encode, device = work.encode, vae.device
-    if encode.tile:
-        vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = encode.tile, encode.tile // 8
-    if device.type == "cpu":  # oneDNN convolves this layout at 2.4 times the speed
-        vae.to(memory_format=torch.channels_last)
+    data, room = cache.data, make_room(encode.decode_pixels)
 
-    def read(entry: Todo) -> list[tuple[str, Tensor]]:
-        if not entry.items:
-            return []
-        sample, seen = entry.of
-        content = sample.read()
-        with work.gate.room(seen.width * seen.height):
-            picture = decode(content, sample.name, data.background, data.most_pixels)
-            if pixel_hash(picture) != seen.identity:
-                raise ValueError(f"{sample.name} changed while it was being encoded; start again")
-            return [(key, cut(picture, view).to(compute_dtype_of(vae))) for key, view in entry.items.items()]
+    def prepare(i: int) -> Prepared:
+        sample, known, complete = samples[i], dict[bytes, Picture](), True
+        claimed: list[tuple[ShardWriter, set[str]]] = []
+
+        def claim(kind: str, picture: Picture) -> dict[str, View]:
+            nonlocal complete
+            views = cache.keys_of(kind, picture)
+            mine, rest = writers[kind].claim(views.keys())
+            claimed.append((writers[kind], mine))
+            complete = complete and rest
+            return {key: view for key, view in views.items() if key in mine}
+
+        def load(
+            kind: str,
+            given: tuple[bytes, bytes | None],
+            read: Callable[[], bytes],
+            settings: tuple[object, ...],
+            open_picture: Callable[[bytes], Image.Image],
+            crop: Callable[[Image.Image, View], Tensor],
+            picture: Picture | None,
+        ) -> tuple[Picture, Tensors]:
+            """What a picture or mask is, and its absent views. given: digest and bytes. picture: a mask's."""
+            key, content = given
+            found = identity(key)
+            if picture is None and found is not None and found.width * found.height > data.most_pixels:
+                found = None  # decoding says that it is too large
+            views = {}
+            if found is not None:
+                picture = found if picture is None else picture._replace(mask=found.identity)
+                views = claim(kind, picture)
+                if not views:
+                    return picture, []
+            if content is None:
+                content = read()
+                if digest(content, *settings) != key:
+                    raise ValueError("changed while it was being read; start again")
+            size = 0 if picture is None else picture.width * picture.height
+            with room(max(pixels_of(content), size)):
+                opened = open_picture(content)
+                if found is None:
+                    known[key] = Picture(pixel_hash(opened), *opened.size)
+                    picture = known[key] if picture is None else picture._replace(mask=known[key].identity)
+                    views = claim(kind, picture)
+                assert picture is not None
+                return picture, [(key, crop(opened, view)) for key, view in views.items()]
+
+        try:
+            settings: tuple[object, ...] = "picture", data.background
+            given = digest_file(sample.file, sample.read, remembered, *settings)
+            picture, pictures = load(
+                "pictures",
+                given,
+                sample.read,
+                settings,
+                lambda content: decode(content, sample.name, data.background, data.most_pixels),
+                lambda opened, view: cut(opened, view).to(dtype),
+                None,
+            )
+            masks: Tensors = []
+            if sample.read_mask is not None:
+                settings, size = ("mask", given[0]), (picture.width, picture.height)
+                picture, masks = load(
+                    "masks",
+                    digest_file(sample.mask_file, sample.read_mask, remembered, *settings),
+                    sample.read_mask,
+                    settings,
+                    lambda content: decode_mask(content, MASK, size, data.most_pixels),
+                    cut_mask,
+                    picture,
+                )
+        except (ValueError, OSError) as error:
+            for writer, keys in claimed:
+                writer.give_up(keys)
+            reason = str(error).removeprefix(sample.name).strip()
+            return Prepared(i, Skipped(sample.name, reason), known, [], [], True)
+        return Prepared(i, picture, known, pictures, masks, complete)
+
+    return prepare
+
+
+def encode_pictures(
+    cache: Cache,
+    samples: list[Sample],
+    todo: list[int],
+    load: Callable[[], AutoencoderKL],
+    writers: dict[str, ShardWriter],
+    remembered: Remembered,
+    encode: Encode,
+    device: torch.device,
+    show: bool,
+) -> dict[int, Picture | Skipped]:
+    """Write what the cache lacks of these samples, and return what each of them is: of every missing view the posterior
+    (`mean` and `deviation`, [channels, h / 8, w / 8], as the autoencoder gives it), of a mask's views `mask`,
+    [h / 8, w / 8] in [0, 1]. Under data.on_error=raise it stops at the first sample that cannot be used.
+
+    load: gives the autoencoder, and is called when the first view has to be encoded. writers: by kind.
+    """
+    folder = cache.folder / "index"
+    stored = known_identities(folder, cache.indexes["pictures"].warn)
+    known: dict[bytes, Picture] = {}  # what was learned here
+    unwritten: dict[bytes, Picture] = {}
+    found: dict[int, Picture | Skipped] = {}
+    dtype = compute_dtype(small_dtype(device), device)
+    prepare = make_preparer(
+        cache, samples, writers, remembered, lambda key: known.get(key) or stored(key), encode, dtype
+    )
+    vae: AutoencoderKL | None = None
+    flushed = time.monotonic()
+
+    def flush() -> None:
+        nonlocal flushed, unwritten
+        if unwritten:
+            write_identities(folder, unwritten)
+        flushed, unwritten = time.monotonic(), {}
+
+    def prepared(todo: list[int], later: list[int]) -> Iterator[Tensors]:
+        with closing(work_ahead(prepare, todo, encode.threads)) as ahead:
+            for one in ahead:
+                bar.update(one.sample not in found)
+                found[one.sample] = one.found
+                known.update(one.known)
+                unwritten.update(one.known)
+                if time.monotonic() - flushed > encode.flush_seconds:
+                    flush()
+                if isinstance(one.found, Skipped) and cache.data.on_error == "raise":
+                    return
+                for key, mask in one.masks:
+                    writers["masks"].add(key, {"mask": mask})
+                if not one.complete:
+                    later.append(one.sample)
+                yield one.pictures
+
+    def settle() -> None:
+        for writer in writers.values():
+            writer.settle()
 
     def store(keys: list[str], fetch: Callable[[], list[Tensor]]) -> None:
         for key, *item in zip(keys, *fetch(), strict=True):
-            work.writer.add(key, {"mean": item[0].clone(), "deviation": item[1].clone()})
+            writers["pictures"].add(key, {"mean": item[0].clone(), "deviation": item[1].clone()})
 
-    for entries in work.rounds("encoding pictures"):
-        before = None
-        parts = work_ahead(read, entries, encode.threads)
-        for batch in _batches(parts, lambda height, width: encode.batch(height, width, device)):
-            pixels = _onto(torch.stack([pixels for _, pixels in batch]), device)
-            fetch = _fetching(to_posterior(vae, pixels))
-            if before is not None:  # awaited only now, so that the device has its next work while this is stored
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(todo), desc="pictures", unit="picture", disable=not show))
+        stack.callback(flush)
+        for each, later in rounds(todo, settle, lambda i: cache.absent(found[i])):
+            before = None
+            for batch in _batches(prepared(each, later), lambda height, width: encode.batch(height, width, device)):
+                if vae is None:
+                    vae = _ready(load(), encode)
+                pixels = _onto(torch.stack([pixels for _, pixels in batch]), device)
+                fetch = _fetching(to_posterior(vae, pixels))
+                if before is not None:  # awaited only now, so that the device has its next work while this is stored
+                    store(*before)
+                before = [key for key, _ in batch], fetch
+            if before is not None:
                 store(*before)
-            before = [key for key, _ in batch], fetch
-        if before is not None:
-            store(*before)
+    return found
+
+
+def _ready(vae: AutoencoderKL, encode: Encode) -> AutoencoderKL:
+    """The autoencoder, set up to encode."""
+    if encode.tile:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = encode.tile, encode.tile // 8
+    if vae.device.type == "cpu":  # oneDNN convolves this layout at 2.4 times the speed
+        vae.to(memory_format=torch.channels_last)
+    return vae
 
 
 def _onto(pixels: Tensor, device: torch.device) -> Tensor:
@@ -122,11 +258,9 @@ def _fetching(tensors: tuple[Tensor, ...]) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def _batches(
-    parts: Iterable[list[tuple[str, Tensor]]], size: Callable[[int, int], int]
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Pictures of one size together, `size(height, width)` of them; short ones when many wait, and at the end."""
-    waiting: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+def _batches(parts: Iterable[Tensors], size: Callable[[int, int], int]) -> Iterator[Tensors]:
+    """Views of one size together, `size(height, width)` of them; short batches when many wait, and at the end."""
+    waiting: dict[tuple[int, int], Tensors] = {}
     for part in parts:
         for key, pixels in part:
             height, width = pixels.shape[1:]
@@ -139,37 +273,23 @@ def _batches(
     yield from waiting.values()
 
 
-def encode_masks(work: Work, data: Data) -> None:
-    """Write every missing view of the masks: `mask`, [h / 8, w / 8] in [0, 1].
-
-    Raises:
-        ValueError: a mask is another now than when it was looked at.
-    """
-
-    def read(entry: Todo) -> list[tuple[str, Tensor]]:
-        if not entry.items:
-            return []
-        sample, seen = entry.of
-        with work.gate.room(seen.width * seen.height):
-            name = f"the mask of {sample.name}"
-            mask = decode_mask(sample.read_mask(), name, (seen.width, seen.height), data.most_pixels)
-            if pixel_hash(mask) != seen.mask:
-                raise ValueError(f"{name} changed while it was being encoded; start again")
-            return [(key, cut_mask(mask, view)) for key, view in entry.items.items()]
-
-    for entries in work.rounds("reading masks"):
-        for part in work_ahead(read, entries, work.encode.threads):
-            for key, mask in part:
-                work.writer.add(key, {"mask": mask})
-
-
-def encode_texts(encoder: TextEncoder, work: Work) -> None:
-    """Write the embeddings of every missing text, one by one so that none depends on its neighbours: `t5`
+def encode_texts(cache: Cache, encoder: TextEncoder, texts: list[str], writer: ShardWriter, show: bool) -> None:
+    """Write the embeddings of the texts that are missing, one by one so that none depends on its neighbours: `t5`
     [tokens, width], `pooled` [width], and `tokens`: what the whole text has, and what T5 sees of it at most."""
-    for entries in work.rounds("encoding texts"):
-        for entry in entries:
-            for key, text in entry.items.items():
-                (encoded,) = encoder([text])
-                tokens = torch.tensor([encoder.tokens(text), encoder.length], dtype=torch.int32)
-                item = {"t5": encoded.t5.clone(), "pooled": encoded.pooled.clone(), "tokens": tokens}
-                work.writer.add(key, item)
+
+    def absent(text: str) -> bool:
+        return bool(writer.index.absent([cache.keys.text(text)]))
+
+    with tqdm(total=len(texts), desc="texts", unit="text", disable=not show) as bar:
+        for todo, later in rounds(texts, writer.settle, absent):
+            for text in todo:
+                mine, complete = writer.claim([cache.keys.text(text)])
+                if not complete:
+                    later.append(text)
+                    continue
+                for key in mine:
+                    (encoded,) = encoder([text])
+                    tokens = torch.tensor([encoder.tokens(text), encoder.length], dtype=torch.int32)
+                    item = {"t5": encoded.t5.clone(), "pooled": encoded.pooled.clone(), "tokens": tokens}
+                    writer.add(key, item)
+                bar.update()

@@ -26,7 +26,7 @@ from infer.sample.generate import Sampling, draw
 from train.data.dataset import Data, sources_of
 from train.data.image_folder import read_bytes
 from train.data.source import Sample
-from train.latents.claims import Claims
+from train.latents.locks import claim, give_up, open_claims
 from train.latents.writer import PAUSE
 
 
@@ -40,21 +40,21 @@ def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
 
 def shared(todo: list[int], files: list[Path], bar: tqdm) -> Iterator[int]:
     """Those of the pictures that no other process draws meanwhile; it ends when all are there."""
-    claims = Claims(files[0].parent)
-    while todo:
-        later = []
-        for i in todo:
-            if not claims.take(f"{i:015x}"):
-                later.append(i)
-                continue
-            if not files[i].is_file():
-                yield i
-            claims.free([f"{i:015x}"])
-            bar.update()
-        if len(later) == len(todo):
-            time.sleep(PAUSE)
-        todo = later
-    claims.close()
+    with open_claims(files[0].parent) as claims:
+        while todo:
+            later = []
+            for i in todo:
+                key = f"{i:015x}"
+                if not claim(claims, key):
+                    later.append(i)
+                    continue
+                if not files[i].is_file():
+                    yield i
+                give_up(claims, key)
+                bar.update()
+            if len(later) == len(todo):
+                time.sleep(PAUSE)
+            todo = later
 
 
 def prior_samples(

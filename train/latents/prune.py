@@ -8,9 +8,10 @@ from infer.checkpoint.load import Model
 from infer.quantize.precision import Precision
 from train.data.dataset import Data, sources_of
 from train.data.hf_table import is_table, unpacked
-from train.latents.index import prune_index
+from train.latents.identities import prune_identities
+from train.latents.locks import hold
 from train.latents.prior import prior_folder
-from train.latents.shards import hold, prune
+from train.latents.shards import prune
 from train.latents.store import Cache
 
 
@@ -28,13 +29,13 @@ def prune_cache(cache: Cache, folders: Collection[Path]) -> None:
     Raises:
         ValueError: another process uses the folder, and may need what would be removed.
     """
-    root = Path(cache.data.cache)
+    root = cache.folder
     cache.close()
     with hold(root, alone=True):
-        for kind, shelf in cache.shelves.items():
-            prune(root / kind, shelf.found.keys())
+        for index in cache.indexes.values():
+            prune(index.folder, cache.all_keys(index.folder.name))
         pixels = {name for picture in cache.pictures for name in (picture.identity, picture.mask) if name}
-        prune_index(root / "index", pixels, shelf.warn)
+        prune_identities(root / "index", pixels, index.warn)
         for kind in ("tables", "prior"):
             for folder in (root / kind).glob("*/"):
                 if folder not in folders:

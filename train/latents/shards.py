@@ -8,18 +8,17 @@ file of its name that ends in .damaged and says why, and counts as absent from t
     1884f2c0b2e4a1d0-5f3a9c11.safetensors   tensors "<key>/<part>"; names sort by the time of writing
 """
 
-import fcntl
 import secrets
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,7 +27,6 @@ from infer.program.safetensors_bytes import packed
 
 Item = dict[str, Tensor]
 """The tensors of one key, by part."""
-LOCK = ".lock"
 PARTIAL = ".*.partial"  # what infer/program/atomic.py leaves behind when the process is killed
 
 
@@ -142,19 +140,24 @@ def mark_damaged(damage: DamagedError) -> None:
     replace_file(damage.file.with_name(_mark(damage.file.name)), lambda path: path.write_text(damage.reason + "\n"))
 
 
-@dataclass
-class Shelf:
-    """Where each wanted item is. Of two copies the older one counts, whoever looks and whenever."""
+class ShardIndex:
+    """Which shard holds each item of a folder. Of two copies the older one counts, whoever looks and whenever.
 
-    folder: Path
-    wanted: set[str]
-    """Only these keys are remembered, so that memory follows what a run uses, not what the folder holds."""
-    warn: Callable[[str], None]
-    found: dict[str, Path] = field(default_factory=dict)
-    """Key -> shard."""
-    seen: set[str] = field(default_factory=set)
-    stamp: int = 0
-    """When the folder was last changed, at the last look."""
+    It holds 12 bytes an item: 64 bits of a hash of the key, and the shard's number. Of a million absent keys, one is
+    taken for one of a million items with a probability of 1 in 20 million; whoever reads it is told that the shard is
+    damaged.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder, self.warn = folder, warn
+        self.stamp = 0
+        """When the folder was last changed, at the last look."""
+        self.forget()
+
+    def forget(self) -> None:
+        """As if no shard had been looked at."""
+        self.seen: set[str] = set()
+        self.table = _Table([], np.empty(0, np.int64), np.empty(0, np.int32))
 
     def glance(self) -> None:
         """Look only if the folder has changed since the last look; a change within the same tick of its clock can be
@@ -163,71 +166,69 @@ class Shelf:
             self.refresh()
 
     def refresh(self) -> list[DamagedError]:
-        """Look into the shards that were not there at the last look; returns what cannot be opened."""
-        damaged = []
+        """Look into the shards that were not there at the last look; returns those that cannot be opened."""
+        damaged, shards = [], list(self.table.shards)
+        hashes, numbers = [self.table.hashes], [self.table.numbers]
         self.stamp = self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0
         for file in list_shards(self.folder):
             if file.name in self.seen:
                 continue
             self.seen.add(file.name)
             try:
-                keys = read_keys(file)
+                hashes.append(_hashes(read_keys(file)))
             except DamagedError as damage:
                 self.distrust(damage)
                 damaged.append(damage)
-                continue
-            for key in keys & self.wanted:
-                if key not in self.found or file.name < self.found[key].name:
-                    self.found[key] = file
+            else:
+                numbers.append(np.full(len(hashes[-1]), len(shards), np.int32))
+                shards.append(file)
+        if len(shards) > len(self.table.shards):
+            age = np.argsort(np.argsort([file.name for file in shards]))
+            every, number = np.concatenate(hashes), np.concatenate(numbers)
+            order = np.lexsort((age[number], every))
+            self.table = _Table(shards, every[order], number[order])  # at once, for threads that look meanwhile
         return damaged
 
     def distrust(self, damage: DamagedError) -> None:
-        """Mark a shard and say so."""
+        """Mark a shard as damaged, and say so."""
         mark_damaged(damage)
         self.warn(f"{damage}; what it held is not used, and encoded again where it is needed")
 
-    def forget(self) -> None:
-        """As if nothing had been looked at."""
-        self.found.clear()
-        self.seen.clear()
+    def find(self, key: str) -> Path | None:
+        """The shard of an item; None if it is absent."""
+        return self._locate([key])[0]
+
+    def absent(self, keys: Collection[str]) -> set[str]:
+        """Those of the keys that are in no shard."""
+        return {key for key, file in zip(keys, self._locate(keys), strict=True) if file is None}
 
     def by_shard(self, keys: Collection[str]) -> dict[Path, list[str]]:
         """Shard -> those of the keys that are in it."""
         groups: dict[Path, list[str]] = {}
-        for key in keys:
-            if key in self.found:
-                groups.setdefault(self.found[key], []).append(key)
+        for key, file in zip(keys, self._locate(keys), strict=True):
+            if file is not None:
+                groups.setdefault(file, []).append(key)
         return groups
 
+    def _locate(self, keys: Collection[str]) -> list[Path | None]:
+        shards, hashes, numbers = self.table
+        asked = _hashes(keys)
+        if not len(hashes):
+            return [None] * len(asked)
+        at = np.minimum(np.searchsorted(hashes, asked), len(hashes) - 1)
+        there = hashes[at] == asked
+        return [shards[n] if yes else None for n, yes in zip(numbers[at].tolist(), there.tolist(), strict=True)]
 
-def hold(folder: Path, alone: bool = False) -> IO[bytes]:
-    """Hold the folder until the stream is closed or the process ends: with others, to read and add, or alone.
 
-    Together waits while one is alone, which never takes long; alone does not wait.
+class _Table(NamedTuple):
+    shards: list[Path]
+    hashes: NDArray[np.int64]  # [items], ascending; of equal ones the oldest shard's first
+    numbers: NDArray[np.int32]  # [items], which of the shards
 
-    Raises:
-        ValueError: alone is asked for while others hold it, or where the file system has no locks.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = (folder / LOCK).open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-    except BlockingIOError as error:
-        stream.close()
-        raise ValueError(
-            f"{folder} is in use by another process, which may need what would be removed; wait until it ends"
-        ) from error
-    except OSError as error:
-        if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):
-            stream.close()
-            raise
-        if alone:  # to read and to add is safe without a lock: only removal needs to know that nobody does
-            stream.close()
-            raise ValueError(
-                f"the file system of {folder} has no locks, so that nobody can tell whether it is in use; "
-                "delete the whole folder instead, while nothing runs"
-            ) from error
-    return stream
+
+def _hashes(keys: Collection[str]) -> NDArray[np.int64]:
+    """Python's own hashes: others in every process, and quick."""
+    return np.fromiter(map(hash, keys), np.int64, len(keys))
 
 
 def remove_partials(folder: Path) -> None:

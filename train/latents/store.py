@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 
@@ -13,9 +14,9 @@ from infer.sample.encode import Text, normalise
 from train.data.buckets import View, views_of
 from train.data.dataset import Data
 from train.data.source import Skipped
-from train.latents.index import Picture
+from train.latents.identities import Picture
 from train.latents.keys import Keys
-from train.latents.shards import DamagedError, Item, Shelf, read_item
+from train.latents.shards import DamagedError, Item, ShardIndex, read_item
 
 
 @dataclass
@@ -38,12 +39,20 @@ class Cache:
     counts: dict[str, int] = field(default_factory=dict)
     """What was there and what was encoded, over all ranks: distinct views, their masks, texts."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of this rank: to look at the pictures, to check what is there, to encode pictures, masks and texts."""
-    shelves: dict[str, Shelf] = field(default_factory=dict)
+    """Of this rank: to read and encode pictures, to load the autoencoder meanwhile, to check what is there, to encode
+    texts."""
+    indexes: dict[str, ShardIndex] = field(default_factory=dict)
+    """Of the pictures, the masks and the texts."""
+    texts: list[str] = field(default_factory=list)
+    """All that it was built for, each once."""
 
     def __post_init__(self) -> None:
         # pictures come in few sizes, and what is not remembered is worked out again
         self.views_of = lru_cache(maxsize=4096)(partial(views_of, data=self.data))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.data.cache)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -83,24 +92,37 @@ class Cache:
         return Text(item["t5"], item["pooled"])
 
     def _read(self, kind: str, key: str, *parts: str) -> Item:
-        file = self.shelves[kind].found[key]
+        file = self.indexes[kind].find(key)
+        assert file is not None, key
         try:
             return read_item(file, key, *parts)
         except DamagedError as damage:
             if file.exists():
-                self.shelves[kind].distrust(damage)
+                self.indexes[kind].distrust(damage)
             raise ValueError(f"{damage}; start again: what it held is then encoded anew") from damage
 
-    def entries(self, kind: str, unit: Any) -> dict[str, Any]:
-        """Key -> what is encoded under it: the views of a sample, or a text."""
+    def keys_of(self, kind: str, picture: Picture) -> dict[str, View]:
+        """The keys of all views of a picture ("pictures"), or of its mask ("masks"), and the views.
+
+        Raises:
+            ValueError: the picture is too small for a bucket; the message follows its name.
+        """
+        identity, key = (picture.identity, self.keys.picture) if kind == "pictures" else (picture.mask, self.keys.mask)
+        if identity is None:
+            return {}
+        return {key(identity, view): view for views in self.views_of(picture.width, picture.height) for view in views}
+
+    def all_keys(self, kind: str) -> set[str]:
+        """The keys of all that the cache was built for: of its pictures, masks or texts."""
         if kind == "texts":
-            return {self.keys.text(unit): unit}
-        if kind == "masks":
-            identity, key = self.mask_identity(unit), self.keys.mask
-        else:
-            identity, key = self.identity(unit), self.keys.picture
-        assert identity is not None
-        return {key(identity, view): view for views in self.views(unit) for view in views}
+            return {self.keys.text(text) for text in self.texts}
+        return {key for picture in set(self.pictures) for key in self.keys_of(kind, picture)}
+
+    def absent(self, picture: Picture | Skipped) -> bool:
+        """Whether a view of a picture, or of its mask, is not on disk yet."""
+        if isinstance(picture, Skipped):
+            return False
+        return any(self.indexes[kind].absent(self.keys_of(kind, picture)) for kind in ("pictures", "masks"))
 
     def close(self) -> None:
         """Let others prune."""

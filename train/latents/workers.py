@@ -3,13 +3,15 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
+Room = Callable[[int], AbstractContextManager[None]]
+"""Waits until there is room for so many pixels, and takes it for the with-block."""
 
 
 def own_cores() -> int:
@@ -18,7 +20,7 @@ def own_cores() -> int:
     return max(1, given // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def work_ahead(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+def work_ahead(work: Callable[[A], B], items: Iterable[A], workers: int) -> Generator[B, None, None]:
     """`work(item)` for each item in their order, up to one more than `workers` of them ahead of the consumer.
 
     Pillow and the hashes let go of Python's lock, so that threads do. What `work` raises is raised here.
@@ -36,22 +38,21 @@ def work_ahead(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iter
             pool.shutdown(cancel_futures=True)
 
 
-class Gate:
-    """Lets threads in while what they bring stays within a limit; what exceeds the limit by itself goes in alone."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.inside = limit, 0
-        self.changed = threading.Condition()
+def make_room(limit: int) -> Room:
+    """Room for `limit` pixels, which threads share; what exceeds the limit by itself goes in alone."""
+    inside, changed = 0, threading.Condition()
 
     @contextmanager
-    def room(self, amount: int) -> Iterator[None]:
-        """Wait until there is room for `amount`, and take it for the with-block."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.inside == 0 or self.inside + amount <= self.limit)
-            self.inside += amount
+    def room(pixels: int) -> Iterator[None]:
+        nonlocal inside
+        with changed:
+            changed.wait_for(lambda: inside == 0 or inside + pixels <= limit)
+            inside += pixels
         try:
             yield
         finally:
-            with self.changed:
-                self.inside -= amount
-                self.changed.notify_all()
+            with changed:
+                inside -= pixels
+                changed.notify_all()
+
+    return room

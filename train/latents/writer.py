@@ -1,38 +1,38 @@
-"""Items that are made one after another -> shards, each made by one process alone."""
+"""Items that are made one after another -> shards, each item made by one process alone."""
 
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self, TypeVar
 
-from train.latents.claims import Claims
-from train.latents.shards import Item, Shelf, remove_partials, write_shard
+from train.latents.locks import claim, claim_all, give_up, open_claims
+from train.latents.shards import Item, ShardIndex, remove_partials, write_shard
 
 PAUSE = 0.2  # seconds between looks at what another process is making
+T = TypeVar("T")
 
 
-class Todo(NamedTuple):
-    """Something of which the items are to be made."""
+class ShardWriter:
+    """Claims absent items, collects them and writes them by the shard, in a thread of its own; at the end of the
+    with-block the rest. `claim` and `give_up` may be called by any thread."""
 
-    of: Any
-    items: dict[str, Any]
-    """By key."""
-
-
-class Writer:
-    """Collects items and writes them by the shard, in a thread of its own; at the end of the with-block the rest."""
-
-    def __init__(self, shelf: Shelf, most: int, seconds: float) -> None:
+    def __init__(self, index: ShardIndex, most: int, seconds: float) -> None:
         """most: bytes of a shard. seconds: after which a smaller one is written."""
-        self.shelf, self.most, self.seconds = shelf, most, seconds
+        self.index, self.most, self.seconds = index, most, seconds
         self.items: dict[str, Item] = {}
         self.size, self.last = 0, time.monotonic()
-        self.claims = Claims(shelf.folder)
-        with self.claims.everything() as alone:
+        self.claims = open_claims(index.folder)
+        with claim_all(self.claims) as alone:
             if alone:
-                remove_partials(shelf.folder)
+                remove_partials(index.folder)
+        self.claimed: set[str] = set()
+        self.missing: set[str] = set()
+        """Every key that was absent when it was first asked for."""
+        self.written: set[str] = set()
+        self.lock = threading.RLock()
         self.thread = ThreadPoolExecutor(1)
         self.writing: tuple[Future[Path], list[str]] | None = None
 
@@ -40,39 +40,32 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:  # what is made is kept even if the next thing failed
+        try:  # what is made is kept even if the next item failed
             self.settle()
         finally:
             self.thread.shutdown()
             self.claims.close()
 
-    def rounds(self, todo: Iterable[Todo]) -> Iterator[Iterator[Todo]]:
-        """What is to be made, with those of its items that are: first what no other process is making, then, round by
-        round, what another one has not made after all. The caller adds all items of a round before the next."""
-        left = todo
-        while True:
-            later: list[Todo] = []
-            yield self._claimed(left, later)
-            self.settle()
-            if not later:
-                return
-            if len(later) == len(left if isinstance(left, list) else ()):
-                time.sleep(PAUSE)
-            left = later
+    def claim(self, keys: Collection[str]) -> tuple[set[str], bool]:
+        """Those of the keys that are absent and that the caller makes from now on; and whether that is all that is
+        absent: the others are being made by another process or thread."""
+        with self.lock:
+            absent = self.index.absent(keys)
+            self.missing |= absent
+            mine = {key for key in absent - self.claimed if claim(self.claims, key)}
+            self.claimed |= mine
+            if absent:
+                self.index.glance()  # what another process gave up a moment ago is there
+            still = self.index.absent(absent)
+            self.give_up(mine - still)
+            return mine & still, still <= mine
 
-    def _claimed(self, todo: Iterable[Todo], later: list[Todo]) -> Iterator[Todo]:
-        for entry in todo:
-            absent = {key: item for key, item in entry.items.items() if key not in self.shelf.found}
-            own = {key: item for key, item in absent.items() if self.claims.take(key)}
-            self.shelf.glance()  # what another process let go of a moment ago is there
-            done = own.keys() & self.shelf.found.keys()
-            self.claims.free(done)
-            others = {key: item for key, item in absent.items() if key not in own and key not in self.shelf.found}
-            if others:
-                later.append(Todo(entry.of, others))
-            mine = {key: item for key, item in own.items() if key not in done}
-            if mine or not others:
-                yield Todo(entry.of, mine)
+    def give_up(self, keys: Iterable[str]) -> None:
+        """Let others make these: they are written, or this process will not make them."""
+        with self.lock:
+            for key in self.claimed.intersection(keys):
+                give_up(self.claims, key)
+                self.claimed.remove(key)
 
     def add(self, key: str, item: Item) -> None:
         self.items[key] = item
@@ -81,21 +74,39 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Begin to write what there is."""
+        """Begin to write what is collected."""
         self._wait()
         if self.items:
-            self.writing = self.thread.submit(write_shard, self.shelf.folder, self.items), list(self.items)
+            self.writing = self.thread.submit(write_shard, self.index.folder, self.items), list(self.items)
         self.items, self.size, self.last = {}, 0, time.monotonic()
 
     def settle(self) -> None:
-        """Write what there is, and let other processes have what is left."""
+        """Write what is collected, and find what other processes have written."""
         self.flush()
         self._wait()
-        self.shelf.refresh()
+        with self.lock:
+            self.index.refresh()
 
     def _wait(self) -> None:
         writing, self.writing = self.writing, None
         if writing is not None:
             written, keys = writing
             written.result()
-            self.claims.free(keys)
+            self.written.update(keys)
+            self.give_up(keys)
+
+
+def rounds(todo: list[T], settle: Callable[[], None], absent: Callable[[T], bool]) -> Iterator[tuple[list[T], list[T]]]:
+    """What is to be made, round by round: first all, then what another process claimed and has not made after all.
+
+    Each round is the list to go through, and an empty one to which the caller adds what somebody else is making.
+    settle: writes what was made. absent: whether something is still to be made.
+    """
+    while todo:
+        later: list[T] = []
+        yield todo, later
+        settle()
+        later = [one for one in later if absent(one)]
+        if len(later) == len(todo):
+            time.sleep(PAUSE)
+        todo = later

@@ -13,11 +13,12 @@ from itertools import zip_longest
 import numpy as np
 from PIL import Image
 
+from infer.sample.picture import decode
 from train.data.buckets import LATENT, View, cut, cut_mask
 from train.data.dataset import Data
-from train.data.decode import decode, decode_mask
+from train.data.decode import decode_mask
 from train.data.source import Sample
-from train.latents.workers import Gate, work_ahead
+from train.latents.workers import Room, work_ahead
 from train.survey.survey import Survey
 
 SIDE = 320  # pixels: longest side of an embedded crop
@@ -45,14 +46,14 @@ body:has(#masks:not(:checked)) .crop img + img { display: none; }
 """
 
 
-def cards(indices: Sequence[int], found: Survey, data: Data, workers: int, gate: Gate, most: int) -> Iterator[str]:
+def cards(indices: Sequence[int], found: Survey, data: Data, workers: int, room: Room, most: int) -> Iterator[str]:
     """A card of markup for each index, in their order: up to `most` of its views, its texts and its notes."""
 
     def card(index: int) -> str:
         sample, picture = found.samples[index], found.pictures[index]
         assert picture is not None
         views = [view for one_each in zip_longest(*picture.views) for view in one_each if view is not None]
-        with gate.room(picture.width * picture.height):
+        with room(picture.width * picture.height):
             drawn = "".join(_views(sample, views[:most], data))
         texts = found.texts[index]
         items = "".join(f"<li>{escape(text)}{_tokens(found, text)}</li>" for text in texts[:TEXTS])

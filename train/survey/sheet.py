@@ -11,7 +11,7 @@ import numpy as np
 from infer.report.cells import text_cell
 from infer.report.page import SCROLL, Cell, contents, document, facts_list, table
 from train.data.dataset import Data, sources_of
-from train.latents.workers import Gate
+from train.latents.workers import Room
 from train.survey import crops
 from train.survey.survey import Survey, reasons, sources
 
@@ -71,7 +71,7 @@ def render(
     data: Data,
     shown: int,
     workers: int,
-    gate: Gate,
+    room: Room,
 ) -> str:
     """The whole page. refusal: why training could not start; shown: pictures whose crops are drawn."""
     verdict = '<p class="verdict good">Training can start on this data.</p>'
@@ -81,9 +81,9 @@ def render(
         ("Sources", _sources(found, data)),
         ("Buckets", _buckets(found)),
         ("Broken", _broken(found)),
-        ("Duplicates", _duplicates(found, data, shown, workers, gate)),
+        ("Duplicates", _duplicates(found, data, shown, workers, room)),
         ("Captions", _captions(found, data)),
-        ("Crops", _crops(found, data, shown, workers, gate)),
+        ("Crops", _crops(found, data, shown, workers, room)),
         ("All", _all(found)),
     ]
     links = contents([(name.lower(), name) for name, body in sections if body])
@@ -139,7 +139,7 @@ def _broken(found: Survey) -> str:
     return f"<p>{escape(kinds)}</p>" + _list((skipped.name, skipped.reason) for skipped in found.skipped)
 
 
-def _duplicates(found: Survey, data: Data, shown: int, workers: int, gate: Gate) -> str:
+def _duplicates(found: Survey, data: Data, shown: int, workers: int, room: Room) -> str:
     parts = []
     for title, groups in (("Same pixels", found.copies), ("Nearly the same", found.near.groups)):
         if not groups:
@@ -147,7 +147,7 @@ def _duplicates(found: Survey, data: Data, shown: int, workers: int, gate: Gate)
         count = sum(map(len, groups))
         drawn = [group[:VIEWS] for group in groups[: max(1, shown // VIEWS)]]
         parts.append(f"<h3>{title}: {len(groups)} groups of {count} pictures, {len(drawn)} shown</h3>")
-        drawn_cards = iter(crops.cards([index for group in drawn for index in group], found, data, workers, gate, 1))
+        drawn_cards = iter(crops.cards([index for group in drawn for index in group], found, data, workers, room, 1))
         parts.append('<div class="groups">')
         for group, whole in zip(drawn, groups, strict=False):
             rest = ", ".join(found.samples[index].name for index in whole[len(group) :])
@@ -205,7 +205,7 @@ def _shared(found: Survey, group: list[int]) -> str:
     return "\n".join(sorted(common))
 
 
-def _crops(found: Survey, data: Data, shown: int, workers: int, gate: Gate) -> str:
+def _crops(found: Survey, data: Data, shown: int, workers: int, room: Room) -> str:
     usable = found.usable
     count = min(shown, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
@@ -218,7 +218,7 @@ def _crops(found: Survey, data: Data, shown: int, workers: int, gate: Gate) -> s
         '<label><input type="checkbox" id="flagged">only with notes</label>'
         '<label><input type="checkbox" id="masks" checked>masks, red where nothing is learned</label>'
         '<span id="found" role="status"></span></div>'
-        f'<div class="sheet">{"".join(crops.cards(chosen, found, data, workers, gate, VIEWS))}</div>'
+        f'<div class="sheet">{"".join(crops.cards(chosen, found, data, workers, room, VIEWS))}</div>'
     )
 
 

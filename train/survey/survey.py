@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from infer.sample.picture import decode
 from train.data.buckets import View, bucket_of, views_of
 from train.data.caption import dressed, texts_of
 from train.data.dataset import Data, sources_of
-from train.data.decode import decode, decode_mask, pixel_hash
+from train.data.decode import decode_mask, pixel_hash, pixels_of
 from train.data.source import Sample, Skipped
-from train.latents.index import pixels_of
-from train.latents.workers import Gate, work_ahead
+from train.latents.workers import Room, work_ahead
 from train.survey.duplicates import Near, near, perceptual_hash, same
 
 
@@ -103,17 +103,17 @@ def survey(
     count_tokens: Callable[[list[str]], list[int]] | None,
     length: int | None,
     workers: int,
-    gate: Gate,
+    room: Room,
     progress: Callable[[], object],
 ) -> Survey:
     """Decode every picture once, some at a time, and compare.
 
-    skipped: what the reader refused already. length: T5 tokens that are seen. gate: bounds what is decoded at once.
+    skipped: what the reader refused already. length: T5 tokens that are seen. room: bounds what is decoded at once.
     progress: called once a sample.
     """
     pictures: list[Picture | None] = []
     broken = list(skipped)
-    for found in work_ahead(lambda sample: _examine(sample, data, gate), samples, workers):
+    for found in work_ahead(lambda sample: _examine(sample, data, room), samples, workers):
         if isinstance(found, Skipped):
             broken.append(found)
         pictures.append(found if isinstance(found, Picture) else None)
@@ -153,10 +153,10 @@ def survey(
     return result
 
 
-def _examine(sample: Sample, data: Data, gate: Gate) -> Picture | Skipped:
+def _examine(sample: Sample, data: Data, room: Room) -> Picture | Skipped:
     try:
         content = sample.read()
-        with gate.room(pixels_of(content)):
+        with room(pixels_of(content)):
             picture = decode(content, sample.name, data.background, data.most_pixels)
             if sample.read_mask is not None:
                 decode_mask(sample.read_mask(), f"the mask of {sample.name}", picture.size, data.most_pixels)

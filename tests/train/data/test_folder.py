@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from infer.sample.picture import decode
 from train.data.dataset import Data, Sample, Skipped, Source, read_samples
-from train.data.decode import decode
 
 NAMES = ("a.png", "with space/b c.PNG", "deep/er/a.jpg", "日本/ñandú 🦩.webp", "x.y.z.bmp", "a.tiff")
 

@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 
 from infer.checkpoint.load import Model
 from infer.program.paths import ROOT
-from infer.program.remembered import NAME, Remembered
+from infer.program.remembered import NAME
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
+from infer.sample.picture import decode
 from train.data.buckets import View
 from train.data.caption import all_texts
 from train.data.dataset import Data, Prior, read_samples
@@ -38,13 +39,12 @@ from train.data.source import Sample, Source
 from train.latents import build as build_module
 from train.latents.build import build
 from train.latents.encoding import Encode
-from train.latents.index import Index, identify
+from train.latents.identities import Picture, digest, known_identities
 from train.latents.keys import Keys, make_keys
 from train.latents.prior import prior_folder
 from train.latents.prune import folders_used, prune_cache
 from train.latents.shards import list_shards, read_keys
 from train.latents.store import Cache
-from train.latents.workers import Gate
 
 CPU = torch.device("cpu")
 BF16 = Precision("bf16")
@@ -170,7 +170,7 @@ def test_second_start_reads_neither_pictures_nor_encodings(
         return make(data, tiny, samples), read
 
     first, read = start()
-    assert {line.partition(" ")[2] for line in read} == set(CAPTIONS)
+    assert sorted(read) == sorted(f"{what} {name}" for what in ("read", "read_mask") for name in CAPTIONS)  # once each
     verified.clear()
     second, read = start()
     assert read == [] and verified == [] and misses(second) == (0, 0)
@@ -185,13 +185,59 @@ def test_second_start_reads_neither_pictures_nor_encodings(
     picture(50, SIZES["d.png"]).save(other)
     os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
     third, read = start()
-    assert set(read) >= {"read d.png"} and misses(third)[0] == 1
+    assert read.count("read d.png") == 1 and misses(third)[0] == 1
     shard = list_shards(Path(data.cache, "pictures"))[0]
     stored = bytearray(shard.read_bytes())
     stored[-1] ^= 1
     shard.write_bytes(stored)
     mended, _ = start()
     assert shard in verified and misses(mended)[0] >= 1
+
+
+def test_a_new_picture_is_read_and_decoded_once(data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its views are. Rows of tables have no file of their own, and are read at every start."""
+    shutil.copy(Path(data.path, "d.png"), Path(data.path, "e.png"))  # the same bytes, under another name
+    Path(data.path, "e.txt").write_text("a copy")
+    reads, decoded = Counter[str](), Counter[str]()
+
+    def counting(sample: Sample) -> Sample:
+        def read() -> bytes:
+            reads[name_of(sample)] += 1
+            return sample.read()
+
+        return replace(sample, read=read, file=None)
+
+    def decoding(content: bytes, name: str, *rest: Any) -> Image.Image:
+        decoded[Path(name).name] += 1
+        return decode(content, name, *rest)
+
+    monkeypatch.setattr("train.latents.encoding.decode", decoding)
+    samples = [counting(sample) for sample in read_samples(data)[0]]
+    several = replace(data, resolution=[32, 48], flip=True, crops=2)
+    built = make(several, tiny, samples, encode=Encode(workers=1))
+    once = dict.fromkeys((*CAPTIONS, "e.png"), 1)
+    assert dict(reads) == once and built.counts["pictures_misses"] > 12
+    assert decoded.keys() >= set(CAPTIONS) and set(decoded.values()) == {1}
+    for more, expected in (([], 0), ([16], 4)):  # known: decoded only where a view is absent
+        reads.clear()
+        decoded.clear()
+        make(replace(several, resolution=[32, 48, *more]), tiny, samples)
+        assert dict(reads) == once and set(decoded.values()) <= {1} and len(decoded) in (expected, expected and 5)
+
+
+def test_the_first_broken_picture_stops_the_build_and_what_was_encoded_stays(data: Data, tiny: Model) -> None:
+    Path(data.path, "b c.png").write_bytes(b"no picture")
+    Path(data.path, "d.png").write_bytes(b"neither")
+    samples, _ = read_samples(data)
+    with pytest.raises(ValueError, match=r"b c.png cannot be read as a picture"):
+        make(data, tiny, samples, encode=Encode(workers=1))
+    there = [key for file in list_shards(Path(data.cache, "pictures")) for key in read_keys(file)]
+    assert len(there) == 2  # a.jpg and a.png
+    picture(2, SIZES["b c.png"]).save(Path(data.path, "b c.png"))
+    picture(3, SIZES["d.png"]).save(Path(data.path, "d.png"))
+    cache = make(data, tiny, samples)
+    assert misses(cache) == (2, 4)
+    check(cache, samples, tiny)
 
 
 def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +250,7 @@ def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pyte
 
     monkeypatch.setattr(build_module, "load_vae", never)
     monkeypatch.setattr(build_module, "text_encoder", never)
-    monkeypatch.setattr("train.latents.index.decode", never)
+    monkeypatch.setattr("train.latents.encoding.decode", never)
     second = make(data, tiny)
     assert misses(second) == (0, 0) and second.counts["pictures_hits"] == second.counts["texts_hits"] == 4
     assert files(data) == before
@@ -292,11 +338,10 @@ def keys_of(data: Data, model: Model, precision: Precision, encode: Encode) -> t
     """All keys, with nothing encoded."""
     keys = make_keys(model, precision, data.text_length, encode.tile)
     samples, _ = read_samples(data)
-    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False, Remembered(Path(data.cache)))
-    found: Any = identify(samples, data, index)
+    opened = [decode(sample.read(), sample.name, data.background) for sample in samples]
     with Path(os.devnull).open("rb") as nothing:
-        cache = Cache(data, keys, 0, 1, nothing, pictures=found)
-    pictures = [key for i in range(len(samples)) for key in cache.entries("pictures", i)]
+        cache = Cache(data, keys, 0, 1, nothing)
+    pictures = [key for each in opened for key in cache.keys_of("pictures", Picture(pixel_hash(each), *each.size))]
     return pictures, [keys.text(text) for text in all_texts(samples, data)]
 
 
@@ -511,7 +556,9 @@ def test_what_cannot_be_used_is_named(data: Data, tiny: Model, capsys: pytest.Ca
         make(skip, tiny, samples)
 
 
-def test_a_picture_that_changes_meanwhile_is_not_believed(data: Data, tiny: Model) -> None:
+def test_a_picture_that_changes_meanwhile_is_not_believed(
+    data: Data, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples, _ = read_samples(data)
     place = next(i for i, sample in enumerate(samples) if name_of(sample) == "d.png")
 
@@ -525,11 +572,17 @@ def test_a_picture_that_changes_meanwhile_is_not_believed(data: Data, tiny: Mode
 
         return [replace(sample, read=read) if i == place else sample for i, sample in enumerate(samples)]
 
-    with pytest.raises(ValueError, match=r"d.png changed while it was being read"):
-        make(data, tiny, changing(1))
-    with pytest.raises(ValueError, match=r"d.png changed while it was being encoded"):
-        make(data, tiny, changing(2))
+    check(make(data, tiny, changing(1)), samples, tiny)  # read once, so it cannot change meanwhile
+    monkeypatch.setattr("infer.program.remembered.RECENT", -1.0)
     check(make(data, tiny, samples), samples, tiny)
+    larger = replace(data, resolution=48)  # known without being read, and read to be encoded
+    with pytest.raises(ValueError, match=r"d.png changed while it was being read; start again"):
+        make(larger, tiny, changing(0))
+    skipped = make(replace(larger, on_error="skip"), tiny, changing(0)).skipped
+    assert [(Path(one.name).name, one.reason) for one in skipped] == [
+        ("d.png", "changed while it was being read; start again")
+    ]
+    check(make(larger, tiny, samples), samples, tiny)
 
 
 def damage(file: Path) -> None:
@@ -579,9 +632,11 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     again = make(data, tiny, used)
     assert misses(again) == (0, 0)
     check(again, used, tiny)
-    index = Index(Path(data.cache, "index"), 60, 2, Gate(2**26), warnings.warn, False, Remembered(Path(data.cache)))
-    identify(samples, data, index)
-    assert len(index.rows) == 4 and len(list_shards(index.folder)) == 2  # d.png alone was decoded again
+    folder = Path(data.cache, "index")
+    known = known_identities(folder, warnings.warn)
+    forgotten = [name_of(s) for s in samples if known(digest(s.read(), "picture", data.background)) is None]
+    assert forgotten == ["d.png"] and len(list_shards(folder)) == 1
+    assert misses(make(data, tiny, samples)) == (1, 1) and len(list_shards(folder)) == 2
 
 
 def test_prune_keeps_the_tables_and_class_pictures_in_use(data: Data, tiny: Model, tmp_path: Path) -> None:
@@ -662,10 +717,10 @@ def test_ranks_share_the_work(data: Data, tiny: Model) -> None:
 TOGETHER = """
 import os, signal, sys, time
 from pathlib import Path
-from train.latents.writer import Writer
+from train.latents.writer import ShardWriter
 from tests.train.latents.test_cache import *
 pictures, cache, model, own, other, most = sys.argv[1:]
-add, count = Writer.add, [0]
+add, count = ShardWriter.add, [0]
 def add_slowly(self, key, item):
     add(self, key, item)
     count[0] += 1
@@ -673,7 +728,7 @@ def add_slowly(self, key, item):
     if count[0] == int(most):
         self._wait()
         os.kill(os.getpid(), signal.SIGKILL)
-Writer.add = add_slowly
+ShardWriter.add = add_slowly
 Path(own).touch()
 begun = time.monotonic()
 while not Path(other).exists():

@@ -16,9 +16,9 @@ from infer.checkpoint.load import Model
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.generate import noise
+from infer.sample.picture import decode
 from tests.train.latents.test_writer import Other
 from train.data.dataset import Data, Prior
-from train.data.decode import decode
 from train.latents import prior as prior_module
 from train.latents.prior import prior_folder, prior_samples, shared
 
@@ -75,11 +75,11 @@ def test_they_are_drawn_once_and_shared_by_ranks(data: Data, tiny: Model, monkey
 @pytest.mark.parametrize("finished", [True, False])
 def test_two_processes_draw_none_twice(tmp_path: Path, finished: bool) -> None:
     files, other = [tmp_path / f"{i:05d}.png" for i in range(3)], Other(tmp_path)
-    assert other.ask("take", f"{1:015x}") == "True"
+    assert other.ask("claim", f"{1:015x}") == "True"
     drawn = []
     for i in shared([0, 1, 2], files, tqdm(disable=True)):
         drawn.append(i)
-        assert i == 1 or other.ask("take", f"{i:015x}") == "False"
+        assert i == 1 or other.ask("claim", f"{i:015x}") == "False"
         files[i].touch()
         if i == 2:  # the other one has gone on meanwhile, or ended without it
             if finished:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from infer.program.paths import ROOT
+from train.latents.locks import hold
 from train.latents.shards import (
     DamagedError,
     Item,
-    Shelf,
-    hold,
+    ShardIndex,
     list_shards,
     prune,
     read_item,
@@ -45,10 +45,15 @@ def same(a: Item, b: Item) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-def shelf(folder: Path, *keys: str) -> Shelf:
-    own = Shelf(folder, set(keys), lambda _: None)
-    own.refresh()
-    return own
+def found(folder: Path, keys: Collection[str]) -> dict[str, Path]:
+    """Key -> shard, as a new index says."""
+    index = ShardIndex(folder, lambda _: None)
+    index.refresh()
+    files = {key: index.find(key) for key in keys}
+    assert index.absent(keys) == {key for key, file in files.items() if file is None}
+    there = {key: file for key, file in files.items() if file is not None}
+    assert {key: file for file, own in index.by_shard(keys).items() for key in own} == there
+    return there
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,21 +72,21 @@ def test_what_is_read_is_what_was_written_first(
             items = {key: item(100 * i + ord(key), dtype, shape) for key in keys}
             write_shard(folder, items)
             first = items | first
-        own = shelf(folder, *"abcdefgh")
-        assert own.found.keys() == first.keys()
+        files = found(folder, "abcdefgh")
+        assert files.keys() == first.keys()
         for key, expected in first.items():
-            assert same(read_item(own.found[key], key, "mean", "deviation"), expected)
+            assert same(read_item(files[key], key, "mean", "deviation"), expected)
         for file in list_shards(folder):
             verify(file, read_keys(file))
             for key, part in read_part(file, read_keys(file), "mean").items():
                 assert torch.equal(part, read_item(file, key, "mean")["mean"])
 
         prune(folder, keep)
-        after = shelf(folder, *"abcdefgh")
-        assert after.found.keys() == first.keys() & keep
-        assert all(same(read_item(after.found[key], key, "mean", "deviation"), first[key]) for key in after.found)
+        after = found(folder, "abcdefgh")
+        assert after.keys() == first.keys() & keep
+        assert all(same(read_item(after[key], key, "mean", "deviation"), first[key]) for key in after)
         held = [key for file in list_shards(folder) for key in read_keys(file)]
-        assert sorted(held) == sorted(after.found)  # no second copies
+        assert sorted(held) == sorted(after)  # no second copies
         assert {path.suffix for path in folder.iterdir()} <= {".safetensors"}
 
 
@@ -123,15 +128,16 @@ def test_damage_is_found_and_not_believed(tmp_path: Path, kind: str) -> None:
         verify(file, {"k", "l"})
 
     said: list[str] = []
-    own = Shelf(tmp_path, {"k", "l"}, said.append)
-    if not own.refresh():  # it opens, so only its checksums tell
+    index = ShardIndex(tmp_path, said.append)
+    if not index.refresh():  # it opens, so only its checksums tell
+        assert index.find("k") == file
         with pytest.raises(DamagedError) as caught:
-            verify(own.found["k"], {"k", "l"})
-        own.distrust(caught.value)
+            verify(file, {"k", "l"})
+        index.distrust(caught.value)
     assert len(said) == 1 and file.name in said[0] and "encoded again" in said[0]
-    assert not shelf(tmp_path, "k", "l").found
+    assert not found(tmp_path, "kl")
     again = write_shard(tmp_path, {"k": item(1)})
-    assert shelf(tmp_path, "k", "l").found == {"k": again}
+    assert found(tmp_path, "kl") == {"k": again}
     prune(tmp_path, {"k"})
     assert [path.name for path in tmp_path.iterdir()] == [again.name]
 
@@ -153,22 +159,39 @@ def test_no_flipped_bit_changes_what_is_read(place: int, bit: int) -> None:
 
 def test_a_bad_shard_that_was_read_once_does_not_come_back(tmp_path: Path) -> None:
     good, bad = write_shard(tmp_path, {"k": item(1)}), write_shard(tmp_path, {"l": item(2)})
-    own = shelf(tmp_path, "k", "l")
-    own.distrust(DamagedError(bad, "told so"))
-    own.forget()
-    own.refresh()
-    assert own.found == {"k": good} and (tmp_path / f"{bad.stem}.damaged").read_text() == "told so\n"
+    index = ShardIndex(tmp_path, lambda _: None)
+    index.refresh()
+    index.distrust(DamagedError(bad, "told so"))
+    index.forget()
+    assert index.absent("kl") == {"k", "l"}
+    index.refresh()
+    assert index.find("k") == good and index.find("l") is None
+    assert (tmp_path / f"{bad.stem}.damaged").read_text() == "told so\n"
 
 
-def test_a_shelf_sees_what_others_add_and_remembers_no_more_than_asked(tmp_path: Path) -> None:
+def test_the_index_sees_what_others_add_and_keeps_to_the_oldest_copy(tmp_path: Path) -> None:
     first = write_shard(tmp_path, {"a": item(1), "z": item(3)})
-    own = shelf(tmp_path, "a", "b")
-    assert own.found == {"a": first}
+    index = ShardIndex(tmp_path, lambda _: None)
+    index.refresh()
+    assert index.by_shard(["a", "b"]) == {first: ["a"]}
     write_shard(tmp_path, {"a": item(9)})
     second = write_shard(tmp_path, {"b": item(2), "y": item(4)})
-    own.refresh()
-    assert own.found == {"a": first, "b": second} == shelf(tmp_path, "a", "b").found
-    assert own.by_shard(["a", "b", "c"]) == {first: ["a"], second: ["b"]}
+    index.refresh()
+    assert index.by_shard(["a", "b", "c"]) == {first: ["a"], second: ["b"]}
+    older = first.with_name("0" + first.name[1:])  # of a machine whose clock is behind, seen last
+    write_shard(tmp_path, {"a": item(7)}).rename(older)
+    index.refresh()
+    assert index.find("a") == older == found(tmp_path, "a")["a"]
+    assert index.find("z") == first and index.absent("abyzc") == {"c"}
+
+
+def test_the_index_takes_twelve_bytes_an_item(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_shard(tmp_path, {f"{shard}-{i}": {"t": torch.zeros(1)} for i in range(500)})
+    index = ShardIndex(tmp_path, lambda _: None)
+    index.refresh()
+    assert index.table.hashes.nbytes + index.table.numbers.nbytes == 12 * 1500
+    assert not index.absent([f"{shard}-{i}" for shard in range(3) for i in range(500)])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,18 +222,18 @@ def test_prune_killed_between_its_steps_loses_nothing(tmp_path: Path, monkeypatc
         prune(tmp_path, keep)
     monkeypatch.undo()
     (tmp_path / ".18eacb-aa.safetensors.7.partial").write_bytes(b"of a process that was killed")
-    assert shelf(tmp_path, *keep).found.keys() == keep
+    assert found(tmp_path, keep).keys() == keep
     prune(tmp_path, keep)
-    own = shelf(tmp_path, *keep, "drop0", "drop1", "drop2")
-    assert own.found.keys() == keep
-    assert all(same(read_item(own.found[f"keep{i}"], f"keep{i}", "mean", "deviation"), item(i)) for i in range(3))
+    files = found(tmp_path, {*keep, "drop0", "drop1", "drop2"})
+    assert files.keys() == keep
+    assert all(same(read_item(files[f"keep{i}"], f"keep{i}", "mean", "deviation"), item(i)) for i in range(3))
     assert all(path.suffix == ".safetensors" and not path.name.startswith(".") for path in tmp_path.iterdir())
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from train.latents.shards import hold
+from train.latents.locks import hold
 held = hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -1,4 +1,4 @@
-"""Claims and the writer's rounds: who makes what, seen from other processes."""
+"""Claims and rounds: who makes what, seen from other processes."""
 
 import subprocess
 import sys
@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from infer.program.paths import ROOT
-from train.latents import claims as claims_module
-from train.latents.claims import Claims
-from train.latents.shards import Shelf, list_shards, read_keys, write_shard
-from train.latents.writer import Todo, Writer
+from train.latents import locks
+from train.latents.shards import ShardIndex, list_shards, read_keys, write_shard
+from train.latents.writer import ShardWriter, rounds
 
 OTHER = """
 import sys
 from pathlib import Path
-from train.latents.claims import Claims
-claims = Claims(Path(sys.argv[1]))
+from train.latents.locks import claim, give_up, open_claims
+claims = open_claims(Path(sys.argv[1]))
 for line in sys.stdin:
     order, key = line.split()
-    print(claims.take(key) if order == "take" else claims.free([key]), flush=True)
+    print(claim(claims, key) if order == "claim" else give_up(claims, key), flush=True)
 """
 
 
@@ -47,123 +46,129 @@ class Other:
 KEYS = [f"{i:02x}" * 32 for i in range(6)]
 
 
-def test_a_claim_is_one_process_s_until_it_is_let_go(tmp_path: Path) -> None:
-    own, other = Claims(tmp_path), Other(tmp_path)
-    assert own.take(KEYS[0]) and own.take(KEYS[0])
-    assert other.ask("take", KEYS[0]) == "False" and other.ask("take", KEYS[1]) == "True"
-    assert not own.take(KEYS[1])
-    own.free(KEYS[:1])
-    assert other.ask("take", KEYS[0]) == "True"
-    assert other.ask("free", KEYS[1]) == "None" and own.take(KEYS[1])
-    assert not own.take(KEYS[0])
+def test_a_claim_is_one_process_s_until_it_is_given_up(tmp_path: Path) -> None:
+    own, other = locks.open_claims(tmp_path), Other(tmp_path)
+    assert locks.claim(own, KEYS[0]) and locks.claim(own, KEYS[0])
+    assert other.ask("claim", KEYS[0]) == "False" and other.ask("claim", KEYS[1]) == "True"
+    assert not locks.claim(own, KEYS[1])
+    locks.give_up(own, KEYS[0])
+    assert other.ask("claim", KEYS[0]) == "True"
+    assert other.ask("give_up", KEYS[1]) == "None" and locks.claim(own, KEYS[1])
+    assert not locks.claim(own, KEYS[0])
     other.kill()  # the system gives back what it held
-    assert own.take(KEYS[0])
-    assert (tmp_path / claims_module.FILE).stat().st_size == 0
+    assert locks.claim(own, KEYS[0])
+    assert (tmp_path / locks.CLAIMS).stat().st_size == 0
 
 
 def item(value: int) -> dict[str, torch.Tensor]:
     return {"value": torch.full((3,), value)}
 
 
-def shelf_of(folder: Path) -> Shelf:
+def index_of(folder: Path) -> ShardIndex:
     def warn(message: str) -> None:
         raise AssertionError(message)
 
-    return Shelf(folder, set(KEYS), warn)
+    return ShardIndex(folder, warn)
 
 
 def test_what_another_makes_is_waited_for_and_what_it_gives_up_is_made(tmp_path: Path) -> None:
-    shelf, other = shelf_of(tmp_path), Other(tmp_path)
+    index, other = index_of(tmp_path), Other(tmp_path)
     for key in KEYS[:3]:
-        assert other.ask("take", key) == "True"
-    rounds: list[list[str]] = []
+        assert other.ask("claim", key) == "True"
+    made: list[list[str]] = []
 
     def elsewhere() -> None:
         time.sleep(0.4)
         write_shard(tmp_path, {KEYS[0]: item(100)})
-        other.ask("free", KEYS[0])
+        other.ask("give_up", KEYS[0])
         time.sleep(0.4)
         other.kill()
 
     thread = threading.Thread(target=elsewhere)
-    todo = [Todo(pair, {KEYS[i]: i for i in pair}) for pair in ((0, 1), (2, 3), (4, 5))]
-    with Writer(shelf, 2**20, 0.0) as writer:
-        for entries in writer.rounds(iter(todo)):
-            rounds.append([])
-            for entry in entries:
-                assert set(entry.items.values()) <= set(entry.of)
-                for key, value in entry.items.items():
-                    rounds[-1].append(key)
-                    writer.add(key, item(value))
-            if len(rounds) == 1:
-                assert rounds[0] == KEYS[3:]  # not held up by what others have
+    pairs = [KEYS[0:2], KEYS[2:4], KEYS[4:6]]
+    with ShardWriter(index, 2**20, 0.0) as writer:
+        for todo, later in rounds(pairs, writer.settle, lambda pair: bool(index.absent(pair))):
+            made.append([])
+            for pair in todo:
+                mine, complete = writer.claim(pair)
+                for key in sorted(mine):
+                    made[-1].append(key)
+                    writer.add(key, item(KEYS.index(key)))
+                if not complete:
+                    later.append(pair)
+            if len(made) == 1:
+                assert made[0] == KEYS[3:]  # not held up by what others have
                 thread.start()
+        assert writer.written == set(KEYS[1:]) and writer.missing == set(KEYS)
     thread.join()
-    made = [key for one in rounds[1:] for key in one]
-    assert made == KEYS[1:3] and len(rounds) > 2
+    assert [key for each in made[1:] for key in each] == KEYS[1:3] and len(made) > 2
     there = [key for file in list_shards(tmp_path) for key in read_keys(file)]
     assert sorted(there) == KEYS  # none twice
-    assert shelf.found.keys() == set(KEYS)
+    assert not index.absent(KEYS)
 
 
-def test_claims_are_let_go_once_written_and_when_making_fails(tmp_path: Path) -> None:
+def test_claims_are_given_up_once_written_and_when_making_fails(tmp_path: Path) -> None:
     other = Other(tmp_path)
-    with pytest.raises(RuntimeError, match="no more"), Writer(shelf_of(tmp_path), 1, 0.0) as writer:
-        rounds = writer.rounds([Todo(None, dict.fromkeys(KEYS[:2]))])
-        next(next(rounds))
-        assert other.ask("take", KEYS[0]) == other.ask("take", KEYS[1]) == "False"
+    with pytest.raises(RuntimeError, match="no more"), ShardWriter(index_of(tmp_path), 1, 0.0) as writer:
+        assert writer.claim(KEYS[:3]) == (set(KEYS[:3]), True)
+        assert writer.claim(KEYS[:1]) == (set(), False)  # this process's own claim, as another of its threads sees it
+        assert other.ask("claim", KEYS[0]) == other.ask("claim", KEYS[1]) == "False"
         writer.add(KEYS[0], item(0))
         writer.settle()
-        assert other.ask("take", KEYS[0]) == "True" and other.ask("take", KEYS[1]) == "False"
+        assert writer.claim(KEYS[:1]) == (set(), True)  # it is there
+        assert other.ask("claim", KEYS[0]) == "True" and other.ask("claim", KEYS[1]) == "False"
+        writer.give_up(KEYS[2:])
+        assert other.ask("claim", KEYS[2]) == "True"
         raise RuntimeError("no more")
-    assert other.ask("take", KEYS[1]) == "True"
+    assert other.ask("claim", KEYS[1]) == "True"
     other.kill()
     assert [key for file in list_shards(tmp_path) for key in read_keys(file)] == KEYS[:1]
 
 
 def test_without_locks_everything_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
-        raise OSError(claims_module.ENOLCK, "No locks available")
+        raise OSError(locks.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", none)
-    own = Claims(tmp_path)
-    assert own.take(KEYS[0]) and own.take(KEYS[1])
-    own.free(KEYS)
-    assert not own.held
+    monkeypatch.setattr(locks.fcntl, "lockf", none)
+    with ShardWriter(index_of(tmp_path), 2**20, 60) as writer:
+        assert writer.claim(KEYS[:2]) == (set(KEYS[:2]), True)
+        writer.give_up(KEYS)
+        assert not writer.claimed
 
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", broken)
+    own = locks.open_claims(tmp_path)
+    monkeypatch.setattr(locks.fcntl, "lockf", broken)
     with pytest.raises(OSError, match="Input/output"):
-        own.take(KEYS[2])
+        locks.claim(own, KEYS[2])
 
 
 def test_what_a_killed_process_left_is_removed_once_nobody_else_is_writing(tmp_path: Path) -> None:
     left = tmp_path / ".18eb-aa.safetensors.7.partial"
     other = Other(tmp_path)
-    assert other.ask("take", KEYS[0]) == "True"
+    assert other.ask("claim", KEYS[0]) == "True"
     left.write_bytes(b"half of a sh")
-    with Writer(shelf_of(tmp_path), 1, 0) as writer:
+    with ShardWriter(index_of(tmp_path), 1, 0) as writer:
         assert left.exists()  # perhaps the other one is writing it
-        assert writer.claims.take(KEYS[1])
+        assert writer.claim(KEYS[:2]) == ({KEYS[1]}, False)
     other.kill()
-    with Writer(shelf_of(tmp_path), 1, 0) as writer:
-        assert not left.exists() and writer.claims.take(KEYS[0])
+    with ShardWriter(index_of(tmp_path), 1, 0) as writer:
+        assert not left.exists() and writer.claim(KEYS[:1]) == ({KEYS[0]}, True)
 
 
-def test_all_claimed_is_nobody_elses_until_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = Claims(tmp_path), Other(tmp_path)
-    with own.everything() as alone:
-        assert alone and other.ask("take", KEYS[0]) == "False"
-    assert other.ask("take", KEYS[0]) == "True"
-    with own.everything() as alone:
+def test_all_claimed_is_nobody_elses_until_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = locks.open_claims(tmp_path), Other(tmp_path)
+    with locks.claim_all(own) as alone:
+        assert alone and other.ask("claim", KEYS[0]) == "False"
+    assert other.ask("claim", KEYS[0]) == "True"
+    with locks.claim_all(own) as alone:
         assert not alone
     other.kill()
 
     def none(*_: object) -> None:
-        raise OSError(claims_module.ENOLCK, "No locks available")
+        raise OSError(locks.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", none)
-    with own.everything() as alone:
+    monkeypatch.setattr(locks.fcntl, "lockf", none)
+    with locks.claim_all(own) as alone:
         assert not alone
