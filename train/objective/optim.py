@@ -122,5 +122,8 @@ def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) ->
 
 def rate_at(optim: Optim, steps: int, step: int) -> float:
     """The learning rate of a run of so many steps at one of them."""
-    schedule: Any = make_schedule(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optim.lr), steps)
+    import torch
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule: Any = make_schedule(optim, torch.optim.SGD([parameter], lr=optim.lr), steps)
     return optim.lr * float(schedule.lr_lambdas[0](step))
