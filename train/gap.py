@@ -196,7 +196,7 @@ def gap(options: Gap) -> Path:
     from infer.adapter.checks import check_running
     from infer.device.measure import describe_device
     from infer.rounding.layer_errors import decide
-    from train.loop.checks import check_flow
+    from train.loop.supported import check_flow
     from train.probe.curves import draw_curves
 
     check_flow(options.model, options.flow)

@@ -21,7 +21,7 @@ from train.latents.index import read_rows, write_rows
 from train.latents.shards import DamagedError, Shelf, read_item, write_shard
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
-from train.state.identity import claim
+from train.state.identity import record_config
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _read_report(folder: Path) -> Any:
 
 
 def _write_config(folder: Path, state: int) -> None:
-    claim(Train(seed=state), folder, 1)
+    record_config(Train(seed=state), folder, 1)
 
 
 def _read_config(folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """A run's folder is known by what its config names, and not by how it is spelled; nothing of others is overwritten."""
 
+import importlib
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from scripts.tiny.make_style import make_style
 from train.data.dataset import Data, Prior, Source
 from train.objective.optim import Optim, make_schedule, rate_at
 from train.run.config import Train
-from train.state.identity import begun_steps, claim
+from train.state.identity import record_config, recorded_steps
 from train.train import train
 
-LOOP = sys.modules["train.loop.fit"]
+FIT = importlib.import_module("train.loop.fit")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def begun(folder: Path, **changes: Any) -> Train:
     """A run that has a checkpoint."""
     job = Train(data=Data("set", masks="masks"), run="mine")
     job = replace(job, **changes)
-    claim(job, folder, 1)
+    record_config(job, folder, 1)
     (folder / "checkpoints" / "step-000200").mkdir(parents=True)
     return job
 
@@ -53,11 +53,11 @@ def test_one_folder_has_many_spellings(spelled: str, home: Path) -> None:
     folder = home / "runs" / "mine"
     job = begun(folder)
     written = (folder / "config.yaml").read_bytes()
-    assert claim(replace(job, data=replace(job.data, path=spelled.format(home=home))), folder, 1) == 1
+    assert record_config(replace(job, data=replace(job.data, path=spelled.format(home=home))), folder, 1) == 1
     assert (folder / "config.yaml").read_bytes() == written
     for data in (replace(job.data, path="other"), replace(job.data, masks=None), replace(job.data, path="nowhere")):
         with pytest.raises(ValueError, match="run 'mine' exists with another config"):
-            claim(replace(job, data=data), folder, 1)
+            record_config(replace(job, data=data), folder, 1)
 
 
 def test_every_path_of_a_config_is_one(home: Path) -> None:
@@ -66,21 +66,21 @@ def test_every_path_of_a_config_is_one(home: Path) -> None:
     job = begun(folder, data=data, model=Model("model"), adapter=Adapter(start="a.safetensors", recovery=None))
     again = Data(sources=[Source("set/", "./masks/"), Source(str(home / "other"))], prior=Prior("~/other", "a dog"))
     adapter = replace(job.adapter, start=str(home / "a.safetensors"))
-    assert claim(replace(job, data=again, model=Model("~/model"), adapter=adapter), folder, 1) == 1
+    assert record_config(replace(job, data=again, model=Model("~/model"), adapter=adapter), folder, 1) == 1
     shutil.copy("a.safetensors", "copy.safetensors")
-    assert claim(replace(job, adapter=replace(adapter, start="copy.safetensors")), folder, 1) == 1
+    assert record_config(replace(job, adapter=replace(adapter, start="copy.safetensors")), folder, 1) == 1
     for start in ("b.safetensors", "absent.safetensors"):
         with pytest.raises(ValueError, match=f"adapter.start was 'a.safetensors', is '{start}'"):
-            claim(replace(job, adapter=replace(adapter, start=start)), folder, 1)
+            record_config(replace(job, adapter=replace(adapter, start=start)), folder, 1)
     with pytest.raises(ValueError, match=r"data\.sources\.0\.path was 'set', is 'other'"):
-        claim(replace(job, data=replace(data, sources=[Source("other"), Source("set")])), folder, 1)
+        record_config(replace(job, data=replace(data, sources=[Source("other"), Source("set")])), folder, 1)
 
 
 def test_what_has_moved_is_left_to_its_content(home: Path) -> None:
     folder = home / "runs" / "mine"
     job = begun(folder, model=Model("owner/name"))
     Path("set").rename("elsewhere")
-    assert claim(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
+    assert record_config(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_more_steps_go_on(schedule: str, job: Train, capsys: pytest.CaptureFixtu
     pairs = zip(adapters("short"), adapters("whole"), strict=True)
     equal = [all(torch.equal(a[key], b[key]) for key in b) for a, b in pairs]
     assert equal == [schedule == "constant"] * 2
-    assert begun_steps(Path("runs/short")) == 4
+    assert recorded_steps(Path("runs/short")) == 4
     if schedule == "cosine":
         assert "falls to 0 at the last step, so at step 2 the rate goes from 0.00e+00 to 5.00e-04" in said
         return
@@ -187,7 +187,7 @@ def test_previews_that_are_not_finite_end_no_training_and_are_said(
     def ruined(*_: Any) -> None:
         raise NotFiniteError("the picture of seed 0 is not finite")
 
-    monkeypatch.setattr(LOOP, "preview", ruined)
+    monkeypatch.setattr(FIT, "preview", ruined)
     with pytest.raises(ValueError, match="the adapter is saved, but the last previews are not drawn: the picture"):
         train(replace(job, previews=["a red star"]))
     assert Path("runs/short/adapter", FILE).is_file()
