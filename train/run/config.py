@@ -21,8 +21,8 @@ MAY_CHANGE = {"may_change": True}  # marks a setting that a resumed run may chan
 
 @dataclass
 class Train:
-    """One training run. A resumed run must repeat every setting that is not marked as one that may change; `steps` may
-    change too, and paths are compared by what they lead to (train/state/identity.py)."""
+    """One training run. A resumed run must repeat every setting but `steps` and those marked as ones that may change;
+    paths are compared by what they lead to (train/state/identity.py)."""
 
     model: Model = field(default_factory=Model)
     precision: Precision = field(default_factory=Precision)
@@ -43,7 +43,7 @@ class Train:
     """The same command comes to the same bits every time on one kind of GPU, stopped or not; false is quicker there, by
     figures in docs/nothing-lost.md. A CPU repeats itself in any case."""
     steps: int = 1000
-    """Optimizer updates."""
+    """Optimizer updates. A resumed run may ask for another number, not below the step that it has reached."""
     accumulation: int = 1
     """Micro-batches an update."""
     ema: float | None = None

@@ -1,8 +1,11 @@
 """A run's folder is known by what its config names, and not by how it is spelled; nothing of others is overwritten."""
 
 import importlib
+import re
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,48 @@ def test_what_has_moved_is_left_to_its_content(home: Path) -> None:
     job = begun(folder, model=Model("owner/name"))
     Path("set").rename("elsewhere")
     assert record_config(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
+
+
+GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep"
+MAY_CHANGE = {
+    "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
+    "validate_every", "preview_every", "previews", "push", "device", "data.on_error", "data.least", "data.cache",
+    "encode.batch_pixels", "encode.workers", "encode.decode_pixels", "encode.shard_mib", "encode.flush_seconds",
+    "encode.verify",
+}  # fmt: skip
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting of a config and of its groups: its dotted name, its dataclass, its name in it."""
+    for each in fields(config):
+        value, name = getattr(config, each.name), f"{prefix}{each.name}"
+        assert set(each.metadata) <= {"may_change"}, f"{name}: another word in its metadata would do nothing"
+        if is_dataclass(value):
+            yield from settings(value, f"{name}.")
+        elif isinstance(value, list) and value and is_dataclass(value[0]):
+            for i, item in enumerate(value):
+                yield from settings(item, f"{name}.{i}.")
+        else:
+            yield name, config, each.name
+
+
+def test_every_setting_is_repeated_or_said_to_be_free(home: Path) -> None:
+    folder = home / "runs" / "mine"
+    job = begun(folder, data=Data(sources=[Source("set", "masks"), Source("other")]))
+    names = {name for name, _, _ in settings(job)}
+    assert len(names) > 100 and {"adapter.rank", "data.sources.1.repeats", "track.kind", "data.prior.ratio"} <= names
+    assert names >= MAY_CHANGE
+    for name in names:
+        changed = deepcopy(job)
+        ((_, group, own),) = [found for found in settings(changed) if found[0] == name]
+        setattr(group, own, "something else")
+        if name in MAY_CHANGE or name.split(".")[0] in GROUPS_THAT_MAY_CHANGE or name == "steps":
+            assert record_config(changed, folder, 1) == 1, name
+        else:
+            with pytest.raises(
+                ValueError, match=rf"exists with another config \({re.escape(name)} was .*something else"
+            ):
+                record_config(changed, folder, 1)
 
 
 @pytest.fixture(scope="module")

@@ -198,8 +198,9 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_is_gone_on_from(
             group["fused"] = False
         return found
 
-    monkeypatch.setattr(checkpoint, "read_checkpoint", older)
-    train(replace(job, run="unfused", resume="step-000004"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_checkpoint", older)
+        train(replace(job, run="unfused", resume="step-000004"))
     assert not differences(whole, ended(folder))
 
 
