@@ -155,7 +155,7 @@ def training(
         accumulation=2,
         save_every=MIDDLE,
         validate_every=0,
-        validation_levels=2,
+        validation_levels=2 if validation else Train().validation_levels,
         device=device.type,
         **defaults | options,
     )

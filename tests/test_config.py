@@ -203,7 +203,7 @@ def test_launchers_and_sweepers_are_made(file: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("dev_")])
 def test_experiments_for_a_card_fit_it(name: str) -> None:
-    gigabytes = int(name.removeprefix("dev_").removesuffix("gb"))
+    gigabytes = 16 if name == "dev_t4" else int(name.removeprefix("dev_").removesuffix("gb"))
     assert footprint(made("train", f"experiment={name}")).peak < 0.95 * gigabytes * 10**9
 
 
@@ -267,8 +267,6 @@ WRONG = [
     ("train", "flow.density=uniform flow.logit_std=2", "flow.logit_std is 2.0, which has no effect"),
     ("train", "data.least=0.4", "data.least is 0.4, .*data.on_error=raise skips nothing; leave it at 0.5"),
     ("train", "data.prior.path=a data.prior.steps=3", "data.prior.steps is 3, .*draws no pictures"),
-    ("train", "track.project=mine", "track.project is mine, .*W&B's, and track is none: set track=wandb"),
-    ("train", "track=tensorboard track.tags=[a]", "track.tags is .*, and track is tensorboard"),
     ("gap", "flow.density=uniform", "flow.density is uniform, .*gap measures at evenly spaced noise levels"),
     ("gap", "memory.graph=true", "memory.graph is true, .*gap captures nothing"),
     ("transfer", "adapter.recovery=x", "adapter.recovery is 'x', which belongs to one precision"),
@@ -351,7 +349,11 @@ WRONG = [
     ("compare", "+recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
     ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
     ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),
-    ("merge", "adapter.path=a adapter.also=[{path:b,weight:inf}]", "the weight of adapter b is inf; give a number"),
+    (
+        "merge",
+        "adapter.path=a adapter.also=[{path:b,weight:inf}]",
+        "adapter b: weight is inf; it must be 1,000,000 or less",
+    ),
     ("recover", "share=0", "share is 0.0; it must be above 0"),
     ("recover", "rows=0", "rows is 0; it must be 1 or more"),
     ("recover", "rate=0", "rate is 0.0; it must be above 0"),

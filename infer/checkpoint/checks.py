@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from infer.quantize.precision import Precision
+from infer.quantize.precision import DTYPES, Precision
 
 
 def check_whole(path: str, part: str, found: dict[str, Any]) -> None:
@@ -30,10 +28,10 @@ def check_stored(path: str, stored: dict[str, Any], precision: Precision, part: 
         )
     asked = {
         "bnb_4bit_use_double_quant": ("double_quant", precision.double_quant, ("nf4", "fp4")),
-        "bnb_4bit_compute_dtype": ("compute_dtype", str(precision.dtype).removeprefix("torch."), ("nf4", "fp4")),
+        "bnb_4bit_compute_dtype": ("compute_dtype", DTYPES[precision.dtype_name], ("nf4", "fp4")),
         "llm_int8_threshold": ("outlier_threshold", precision.outlier_threshold, ("int8",)),
     }
-    if precision.dtype == torch.float16:
+    if precision.dtype_name == "fp16":
         del asked["bnb_4bit_compute_dtype"]  # weights are dequantized to fp16 whatever that says
     for key, (name, value, kinds) in asked.items():
         if precision.kind in kinds and key in stored and stored[key] != value:

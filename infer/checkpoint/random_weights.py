@@ -12,7 +12,6 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from infer.quantize.hooks import held
 from infer.quantize.precision import Precision, quantization_config
 
 if TYPE_CHECKING:
@@ -166,6 +165,8 @@ def _fill(
     import bitsandbytes as bnb
     import torch
     from torch import nn
+
+    from infer.quantize.hooks import held
 
     for name, old in list(module.named_parameters(recurse=False)):
         if not old.is_meta:

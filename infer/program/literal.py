@@ -243,5 +243,5 @@ def read_text_literally(schema: Callable[[], Any]) -> None:
     """From here on, what Hydra reads from files is read by a schema, which is asked for when a file is."""
     Plugins.instance()  # registers its own kinds of sources, and takes no others of their name
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = type(
-        "TextFiles", (TextFiles,), {"schema": staticmethod(schema)}
+        FileConfigSource.__name__, (TextFiles,), {"schema": staticmethod(schema)}
     )

@@ -75,7 +75,9 @@ def kind_of_file(file: Path) -> str:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or not 2 <= length <= HEADER:
                 return "other"
-            names = list(json.loads(stream.read(length)))
+            names = json.loads(stream.read(length))
+            if not isinstance(names, dict):
+                return "other"
     except (OSError, ValueError, RecursionError, TypeError):
         return "other"
     if any(mark in name for name in names for mark in LORA):

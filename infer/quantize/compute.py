@@ -53,6 +53,8 @@ def small_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def _bf16_on_card(device: torch.device) -> bool:
+    if not torch.cuda.is_available():
+        return True  # nothing is computed on a card that is not here
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

@@ -91,7 +91,7 @@ class Precision:
         if not self.quantized:
             reason = f"with precision.kind={self.kind} no layer of the transformer is quantized"
             refuse_idle(self, "precision.", ("skip_modules",), reason)
-        if not self.quantized and t5 not in QUANTIZED and self.compute_dtype != self.kind:
+        if not self.quantized and t5 not in QUANTIZED and self.compute_dtype not in (self.kind, "fp16"):
             reason = f"nothing is quantized, and precision.kind={self.kind} is its own compute dtype"
             refuse_idle(self, "precision.", ("compute_dtype",), reason)
 

@@ -2,11 +2,13 @@
 
 Each comes from a folder or a Hub id in the config, is loaded once all pictures are drawn, and is named in the report
 where it is absent. CLIP and DINO are transformers' own models with their own preprocessing; LPIPS is AlexNet's features
-under the published weights that torchmetrics brings.
+under the published weights that torchmetrics ships. torchmetrics' own class is the reference in the tests: it needs
+torchvision, whose presence alone switches the preprocessing of CLIP and DINO, and takes AlexNet from no file.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ BATCH = 16
 
 @dataclass
 class Loaded:
-    """What there is of them."""
+    """The networks that are named; None for the others."""
 
     clip: Embed | None = None  # pictures -> embeddings [n, width] of length 1
     text: Callable[[list[str]], Tensor] | None = None  # CLIP's embeddings of prompts, [n, width] of length 1
@@ -35,10 +37,10 @@ class Loaded:
 
 
 def check_networks(networks: Networks) -> None:
-    """Look at what is named before anything is drawn.
+    """Look at the networks that are named before anything is drawn.
 
     Raises:
-        ValueError: it is not there, or another network.
+        ValueError: one is absent, or another network.
     """
     check_paths(networks)
     for name, wanted in (("clip", "a CLIP model"), ("dino", "a vision model")):
@@ -51,10 +53,11 @@ def check_networks(networks: Networks) -> None:
             raise ValueError(f"networks.{name} {path} is of type {kind}, not {wanted}; name another, or set it to null")
     if networks.lpips is not None:
         _alexnet(networks.lpips)
+        _channel_weights()
 
 
 def load_networks(networks: Networks, device: torch.device) -> Loaded:
-    """All that are named, in fp32."""
+    """The networks that are named, in fp32."""
     loaded = Loaded()
     if networks.clip is not None:
         loaded.clip, loaded.text = _clip(networks.clip, device)
@@ -135,8 +138,8 @@ def _alexnet(path: str) -> nn.Sequential:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        own = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
-        features.load_state_dict(own)
+        convolutions = {key.removeprefix("features."): own for key, own in state.items() if key.startswith("features.")}
+        features.load_state_dict(convolutions)
     except Exception as error:  # pickle, safetensors and torch each raise their own
         raise ValueError(
             f"networks.lpips {path} does not hold AlexNet's weights as torchvision names them (features.0.weight, "
@@ -145,16 +148,28 @@ def _alexnet(path: str) -> nn.Sequential:
     return features.eval().requires_grad_(False)
 
 
-def _lpips(path: str, device: torch.device) -> Callable[[Image.Image, Image.Image], float]:
-    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, weighted by channel.
+def _channel_weights() -> list[Tensor]:
+    """LPIPS 0.1's weight of each channel after each ReLU, [1, channels, 1, 1], from the file that torchmetrics ships.
 
-    torchmetrics' own class would do, but asks torchvision for AlexNet; its published weights are read from it.
+    Raises:
+        ValueError: this version of torchmetrics does not ship them there.
     """
-    import torchmetrics
+    file = resources.files("torchmetrics.functional.image") / "lpips_models" / "alex.pth"
+    try:
+        with file.open("rb") as stream:
+            state = torch.load(stream, map_location="cpu", weights_only=True)
+        return [state[f"lin{i}.model.1.weight"] for i in range(5)]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"networks.lpips is set, but torchmetrics has no LPIPS weights at {file} "
+            f"({type(error).__name__}: {error}); "
+            "install torchmetrics 1.9, or set networks.lpips to null"
+        ) from error
 
-    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
-    state = torch.load(folder / "alex.pth", map_location=device, weights_only=True)
-    weights = [state[f"lin{i}.model.1.weight"] for i in range(5)]
+
+def _lpips(path: str, device: torch.device) -> Callable[[Image.Image, Image.Image], float]:
+    """LPIPS 0.1 (Zhang et al. 2018): squared differences of normalised features after each ReLU, by channel weights."""
+    weights = [weight.to(device) for weight in _channel_weights()]
     features = _alexnet(path).to(device)
     shift = torch.tensor([-0.030, -0.088, -0.188], device=device)[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450], device=device)[:, None, None]

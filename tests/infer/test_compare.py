@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from infer.adapter.attach import Adapter, attach, save_adapter
+from infer.adapter.error_init import save_start
+from infer.adapter.read import read_pairs
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.compare import Compare, Trained, compare
 from infer.device.measure import measure
@@ -178,7 +180,9 @@ def test_a_base_that_is_rounded_again_is_not_streamed(options: Compare, tiny: Mo
     transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
     for parameter in attach(transformer, Adapter(rank=4), 0):
         parameter.data += 0.01
-    save_adapter(transformer, tmp_path / "loftq", {"adapter": {"init": "loftq"}})
+    notes = {"adapter": {"init": "loftq"}, "precision": asdict(Precision("nf4"))}
+    save_adapter(transformer, tmp_path / "loftq", notes)
+    save_start(read_pairs(str(tmp_path / "loftq")), tmp_path / "loftq")
     streamed = replace(options, adapter=Trained(str(tmp_path / "loftq")), memory=Memory(budget_gib=4.0))
     with pytest.raises(ValueError, match=r"adapter\.init=loftq.*set memory\.budget_gib=null"):
         compare(streamed)

@@ -13,7 +13,7 @@ from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from train.data.decode import MOST_PIXELS
 from train.data.hf_table import is_table, read_table
-from train.data.image_folder import METADATA, no_source, read_folder
+from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
 from train.data.source import POLICIES, Faults, Sample, Skipped, Source
 
 __all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
@@ -230,8 +230,8 @@ def _refuse_idle(data: Data, paths: list[str]) -> None:
     if not tables and not listed:
         reason = "no source is a table or has a metadata file; captions are in .txt or .caption files"
         refuse_idle(data, "data.", ("caption_column",), reason)
-    if len(listed) == len(folders):
-        reason = "it splits .txt and .caption files, and captions are in tables or metadata files"
+    if not any(next(Path(path).rglob(f"*{end}"), None) for path in folders for end in SIDECARS):
+        reason = "it splits .txt and .caption files, and no source has one"
         refuse_idle(data, "data.", ("caption_lines",), reason)
 
 

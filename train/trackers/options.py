@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 import yaml
 
-from infer.program.no_effect import refuse_idle
-
 KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
 
@@ -41,9 +39,6 @@ class Track:
             raise ValueError(f"track.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.mode not in MODES:
             raise ValueError(f"track.mode is {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.kind != "wandb":
-            names = "project", "entity", "group", "tags", "mode"
-            refuse_idle(self, "track.", names, f"it is W&B's, and track is {self.kind}: set track=wandb")
 
 
 class Tracker(Protocol):

@@ -151,7 +151,7 @@ def test_starts_near_the_unquantized_weights_and_is_found_again(
 
     # half of it, or beside what makes up for the error already: what it has learned, on the base as it was loaded
     half, beside = here(), load_transformer(TINY, precision, CPU)
-    load_chosen(half, Trained(str(tmp_path), weight=0.5), "mine", TINY)
+    load_chosen(half, Trained(str(tmp_path), weight=0.5), TINY)
     attach(beside, Adapter(rank=2, targets="proj_out"), seed=0, name=RECOVERY)  # B is zero
     load_adapter(beside, str(tmp_path), "mine", TINY)
     for one, weight in ((half, 0.5), (beside, 1.0)):

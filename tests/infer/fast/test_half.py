@@ -230,11 +230,11 @@ def test_a_card_without_bf16_stores_and_multiplies_in_fp16(
 
 def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None:
     stored = {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False}
-    check_stored("saved", stored, FP16)
+    check_stored("saved", stored, FP16, "transformer")
     with pytest.raises(
         ValueError, match=r"bnb_4bit_compute_dtype=bfloat16, but precision.compute_dtype asks for float32"
     ):
-        check_stored("saved", stored, FP32)
+        check_stored("saved", stored, FP32, "transformer")
     transformer = load_transformer(tiny, Precision("nf4"), CPU)
     dequantize_to(transformer, torch.float16)
     layer: Any = transformer.proj_out

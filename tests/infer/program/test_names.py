@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from infer.adapter.attach import FILE, Adapter, attach, load_adapter, save_adapter
@@ -14,7 +15,7 @@ from infer.checkpoint.load import Model, load_transformer
 from infer.compare import Compare, compare
 from infer.program.command import check_run_name
 from infer.quantize.precision import Precision
-from infer.sample.generate import Sampling, draw
+from infer.sample.generate import Sampling
 from train.gap import Gap, measure
 from train.loop.finish import nothing_learned
 
@@ -89,7 +90,7 @@ def test_a_run_may_have_any_name_in_the_gap(
         Path(f"set/{i}.txt").write_text(f"a red star {i}")
     data = Data("set", resolution=64, validation=0.5, cache=str(lora.parent / "cache"))
     options = Gap(tiny, {"bf16": Precision("bf16")}, None, Trained(str(lora)), data, levels=1, run=run, device="cpu")
-    rows = measure(options, CPU)
+    rows = measure(options, {"bf16": options.memory}, CPU)
     assert [row["adapter"] for row in rows] == [None, run.rpartition("/")[2]]
 
 
@@ -144,14 +145,14 @@ def test_a_picture_that_is_not_finite_is_none(
     ):
         compare(options)
     assert not list(tmp_path.glob("runs/*"))
-    real = draw.__globals__["FluxPipeline"].__call__
+    real = FluxPipeline.__call__
 
     def ruined(*args: object, **kwargs: object) -> object:
         found = real(*args, **kwargs)
         found.images[0, 0, 0] = float("inf")
         return found
 
-    monkeypatch.setattr(draw.__globals__["FluxPipeline"], "__call__", ruined)
+    monkeypatch.setattr(FluxPipeline, "__call__", ruined)
     with pytest.raises(ValueError, match=r"at precision fp32 the picture .* is not finite .*checkpoint may be damaged"):
         compare(replace(options, adapter=Trained()))
 

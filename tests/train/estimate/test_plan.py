@@ -182,9 +182,11 @@ def test_the_page_says_what_the_plan_says() -> None:
         for name in re.findall(r"`experiment=(dev_\w+)`", page):
             options: Any = OmegaConf.to_object(compose("plan", [f"experiment={name}"]))
             found[name] = footprint(options)
+            if name == "dev_t4":  # told in a section of its own
+                continue
             row = next(line for line in page.splitlines() if f"| `experiment={name}` |" in line)
             assert row.split("|")[-2].strip() == f"{found[name].peak / GIB:.1f}", name
-    assert len(found) == 4
+    assert len(found) == 5
     words = " ".join(page.split())
     twelve, eight = found["dev_12gb"], found["dev_8gb"]
     assert twelve.resident == twelve.blocks == 57 and "all 57 blocks of `dev_12gb` stay" in words
