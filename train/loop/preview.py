@@ -1,5 +1,5 @@
-"""Pictures during training, from the resident quantized model: each prompt without and with the adapter, and with its
-averaged weights where there are any."""
+"""Pictures during training, from the quantized model in training: each prompt without and with the adapter, and with
+the averaged weights if there are any."""
 
 import json
 from collections.abc import Iterator

@@ -45,8 +45,8 @@ def _listen() -> socket.socket:
 
 def _lines(connection: socket.socket) -> Iterator[bytes]:
     """The lines that are received, until the connection ends."""
-    with suppress(OSError), connection.makefile("rb") as stream:
-        for line in stream:
+    with suppress(OSError), connection.makefile("rb") as received:
+        for line in received:
             yield line.strip()
 
 

@@ -90,10 +90,10 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         for name, content in files.items():
-            with (partial / name).open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with (partial / name).open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
         sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one: the run came here again
         partial.rename(target)

@@ -116,8 +116,8 @@ def _same_path(name: str, was: str, now: str) -> bool:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def check_adapters(folder: Path) -> None:

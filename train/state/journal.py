@@ -22,14 +22,14 @@ class Journal:
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
         if self.file is not None:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **figures}, allow_nan=False) + "\n")
+            with self.file.open("a") as handle:
+                handle.write(json.dumps({"step": step, **figures}, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Flush all lines to the disk; call before a checkpoint of the same step is written."""
         if self.file is not None and self.file.is_file():
-            with self.file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            with self.file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def _order_of(line: str) -> float:

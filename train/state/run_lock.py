@@ -29,11 +29,11 @@ HEARTBEAT = 15.0  # seconds between two touches of the file
 DEAD_AFTER = 300.0  # seconds without a touch after which a holder on another machine counts as dead
 
 
-def _read_holder(stream: IO[str]) -> dict[str, Any] | None:
+def _read_holder(handle: IO[str]) -> dict[str, Any] | None:
     """The holder that the file names; None if the file is empty, as after a run that ended, or torn."""
-    stream.seek(0)
+    handle.seek(0)
     try:
-        holder = json.loads(stream.read())
+        holder = json.loads(handle.read())
         return {"host": str(holder["host"]), "pid": int(holder["pid"]), "started": float(holder["started"])}
     except (ValueError, KeyError, TypeError):
         return None
@@ -47,12 +47,12 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return False
 
 
-def _seconds_since_touch(stream: IO[str]) -> float:
+def _seconds_since_touch(handle: IO[str]) -> float:
     """Seconds since the last touch, by the file system's clock, since the clocks of two machines may differ."""
-    probe = Path(stream.name).with_name(f"{NAME}.{os.getpid()}")
+    probe = Path(handle.name).with_name(f"{NAME}.{os.getpid()}")
     probe.write_bytes(b"")
     try:
-        return probe.stat().st_mtime - os.fstat(stream.fileno()).st_mtime
+        return probe.stat().st_mtime - os.fstat(handle.fileno()).st_mtime
     finally:
         probe.unlink()
 
@@ -62,7 +62,7 @@ def _refusal(folder: Path, holder: dict[str, Any] | None, seen: str = "") -> Val
     return ValueError(f"{who} is training in {folder}{seen}; wait for it, stop it, or choose another name with run=...")
 
 
-def _acquire(folder: Path, stream: IO[str]) -> str | None:
+def _acquire(folder: Path, handle: IO[str]) -> str | None:
     """Lock the file; returns what to say of a holder that has died.
 
     Raises:
@@ -70,14 +70,14 @@ def _acquire(folder: Path, stream: IO[str]) -> str | None:
     """
     kernel_locks = True
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise _refusal(folder, _read_holder(stream)) from error
+        raise _refusal(folder, _read_holder(handle)) from error
     except OSError as error:
         if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):
             raise
         kernel_locks = False  # this file system has none: only the file's content says who holds it
-    holder = _read_holder(stream)
+    holder = _read_holder(handle)
     if holder is None:
         return None
     who = f"process {holder['pid']} on {holder['host']}"
@@ -85,7 +85,7 @@ def _acquire(folder: Path, stream: IO[str]) -> str | None:
         if not kernel_locks and _is_alive(holder):
             raise _refusal(folder, holder)
         return f"{who} held the run and is gone; going on"
-    age = _seconds_since_touch(stream)
+    age = _seconds_since_touch(handle)
     if age < DEAD_AFTER:
         seen = f" (its last sign of life is {age:.0f} s old; after {DEAD_AFTER:.0f} s it counts as dead)"
         raise _refusal(folder, holder, seen)
@@ -95,8 +95,8 @@ def _acquire(folder: Path, stream: IO[str]) -> str | None:
 class RunLock:
     """A run's lock file, held by this process for as long as the file names it."""
 
-    def __init__(self, file: Path, stream: IO[str]) -> None:
-        self.file, self.stream = file, stream
+    def __init__(self, file: Path, handle: IO[str]) -> None:
+        self.file, self.handle = file, handle
         self.content = json.dumps(
             {
                 "host": socket.gethostname(),
@@ -105,18 +105,18 @@ class RunLock:
                 "token": secrets.token_hex(8),
             }
         )
-        stream.seek(0)
-        stream.truncate()
-        stream.write(self.content)
-        stream.flush()
-        os.fsync(stream.fileno())
+        handle.seek(0)
+        handle.truncate()
+        handle.write(self.content)
+        handle.flush()
+        os.fsync(handle.fileno())
         self.released = threading.Event()
         self.heartbeat = threading.Thread(target=self._touch_file, name="lock", daemon=True)
         self.heartbeat.start()
 
     def _touch_file(self) -> None:
         while not self.released.wait(HEARTBEAT):
-            os.utime(self.stream.fileno())
+            os.utime(self.handle.fileno())
 
     def check(self) -> None:
         """Call before a checkpoint is written.
@@ -138,8 +138,8 @@ class RunLock:
         self.released.set()
         self.heartbeat.join()
         if self.file.is_file() and self.file.read_text() == self.content:
-            self.stream.truncate(0)
-        self.stream.close()
+            self.handle.truncate(0)
+        self.handle.close()
 
 
 @contextmanager
@@ -151,15 +151,15 @@ def lock_run(folder: Path, say: Callable[[str], object]) -> Iterator[RunLock]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / NAME
-    stream = file.open("a+")
+    handle = file.open("a+")
     try:
-        note = _acquire(folder, stream)
+        note = _acquire(folder, handle)
     except BaseException:
-        stream.close()
+        handle.close()
         raise
     if note:
         say(note)
-    lock = RunLock(file, stream)
+    lock = RunLock(file, handle)
     try:
         yield lock
     finally:
