@@ -139,7 +139,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     from train.latents.settings import Encode
     from train.latents.store import Cache
     from train.latents.workers import work_ahead
-    from train.loop.batch import Samples, make_stream
+    from train.loop.batch import Samples, make_order
 
     data, encode = Data(str(pictures), resolution=SMALL, batch_size=4, cache=str(cache)), Encode()
     before, start = resident(), time.perf_counter()
@@ -157,7 +157,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
         admit(store, samples, {one.sample: one.found for one in prepared})
     del prepared, new, known
     every = Samples(samples, list(range(len(samples))), [])
-    batches = epoch_batches(make_stream(every, store, data, 0, 1), 0)
+    batches = epoch_batches(make_order(every, store, data, 0, 1), 0)
     assert sum(map(len, batches)) == len(samples) and len(texts) == min(CAPTIONS, len(samples))
     return {"seconds": time.perf_counter() - start, "before": before, "peak": resident()}
 

@@ -43,8 +43,8 @@ from scripts.bench_variants import BALANCED, BF16, NF4, Variant
 from train.data.batches import Place
 from train.loop.micro_step import make_learner
 from train.objective.optim import make_optimizer, step_if
-from train.ranks.launch import exchange, shard, start_alike
-from train.ranks.update import hear, tell
+from train.ranks.launch import average_gradients, broadcast_adapter, shard_weights
+from train.ranks.update import read_update, reduce_update
 
 GIB = 2**30
 STEPS = 8  # timed, each way
@@ -95,7 +95,7 @@ def measure(way: Way, accelerator: Accelerator) -> Row:
     ).train()
     parameters = attach(transformer, job.adapter, job.seed)
     if way.shared:
-        shard(transformer, parameters, job, device, accelerator.print)
+        shard_weights(transformer, parameters, job, device, accelerator.print)
     job.memory, _ = choose_path(transformer, job.memory, job.precision, device, accelerator.print)
     torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
     release(device)
@@ -103,19 +103,19 @@ def measure(way: Way, accelerator: Accelerator) -> Row:
     allocator.reset_peak(device)
     learn = make_learner(job, accelerator, transformer, parameters, None)
     optimizer = make_optimizer(job.optim, parameters)
-    start_alike(parameters, accelerator)
+    broadcast_adapter(parameters, accelerator)
     batch = make_batch(variant, transformer.config, device)
 
     def step(among: Any) -> float:
-        """As train/loop/fit.py does."""
+        """As train/loop/step.py does."""
         count = among.num_processes
         places = [[Place(0, i, i, 0) for i in range(count)]]
         losses = learn(batch)
-        exchange(parameters, among)
+        average_gradients(parameters, among)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        told = tell(among, 1, [losses], norm, False, False)
-        step_if(optimizer, told.isfinite().all(), norm, 1.0)  # type: ignore[arg-type]
-        update = hear(told, count, places, 1, count)
+        reduced = reduce_update(among, 1, [losses], norm, False, False)
+        step_if(optimizer, reduced.isfinite().all(), norm, 1.0)  # type: ignore[arg-type]
+        update = read_update(reduced, count, places, 1, count)
         optimizer.zero_grad()
         return sum(loss * share for _, loss, share in update.losses)
 

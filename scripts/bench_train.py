@@ -43,7 +43,7 @@ from train.loop.micro_step import fit_budget, make_learner
 from train.loop.repeat import repeating
 from train.objective.flow_matching import losses, noised, predict
 from train.objective.optim import make_optimizer, step_if
-from train.ranks.update import hear, tell
+from train.ranks.update import read_update, reduce_update
 from train.run.config import Train
 
 GIB = 2**30
@@ -178,12 +178,12 @@ def measure(
             optimizer.step()
             optimizer.zero_grad()
             return losses.mean().item()
-        # as train/loop/fit.py does
-        told = tell(accelerator, variant.batch, [losses], norm, False, False)
+        # as train/loop/step.py does
+        reduced = reduce_update(accelerator, variant.batch, [losses], norm, False, False)
         ahead = isinstance(optimizer, torch.optim.AdamW)
         if ahead:
-            step_if(optimizer, told.isfinite().all(), norm, 1.0)
-        update = hear(told, 1, places, variant.batch, 1)
+            step_if(optimizer, reduced.isfinite().all(), norm, 1.0)
+        update = read_update(reduced, 1, places, variant.batch, 1)
         if not ahead:
             nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
             optimizer.step()

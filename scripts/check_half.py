@@ -51,7 +51,7 @@ from scripts.bench_train import make_batch
 from scripts.bench_variants import Variant
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data
-from train.loop import session as training
+from train.loop import run as training
 from train.loop.micro_step import make_learner
 from train.objective.optim import Optim
 from train.run.config import Train

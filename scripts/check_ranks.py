@@ -159,7 +159,7 @@ def train_all(cpu: bool, ranks: int) -> None:
         again(job.run)
         train(job)
         return
-    loop: Any = sys.modules["train.loop.fit"]
+    loop: Any = sys.modules["train.loop.step"]
 
     def dies(*_: Any) -> None:
         if os.environ["RANK"] == "1":

@@ -154,7 +154,7 @@ def jobs() -> list[Job]:
     ]  # fmt: skip
 
 
-for _name in ("infer.comparison.draw", "train.latents.build", "train.loop.session"):  # once, not in every child
+for _name in ("infer.comparison.draw", "train.latents.build", "train.loop.run"):  # once, not in every child
     importlib.import_module(_name)
 
 

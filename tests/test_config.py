@@ -40,7 +40,7 @@ from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
 from train.run.config import Train
 from train.run.sweep import Sweep
-from train.state.identity import claim
+from train.state.identity import record_config
 from train.trackers.options import SendComparison, Track
 from train.transfer import Transfer
 
@@ -407,8 +407,8 @@ CLAIMED = ["run=mine", "data.trigger='ß: {a}'", "previews=['a #1, \"b\"', '日�
 
 def test_a_run_is_claimed_once(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
-    claim(made("train", *CLAIMED, "adapter.rank=3"), folder, 1)
-    claim(made("train", *CLAIMED), folder, 1)  # nothing was trained yet: a corrected config takes its place
+    record_config(made("train", *CLAIMED, "adapter.rank=3"), folder, 1)
+    record_config(made("train", *CLAIMED), folder, 1)  # nothing was trained yet: a corrected config takes its place
     written = (folder / "config.yaml").read_bytes()
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     (folder / "checkpoints" / "step-000200").mkdir(parents=True)
@@ -421,7 +421,7 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
         ["steps=999"],
         ["steps=2000"],
     ):
-        assert claim(made("train", *CLAIMED, *same), folder, 1) == 1
+        assert record_config(made("train", *CLAIMED, *same), folder, 1) == 1
     for override, was, now in (
         ("seed=1", "seed was 0", "is 1"),
         ("precision=fp4", "precision.kind was 'nf4'", "is 'fp4'"),
@@ -431,11 +431,13 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
         ("adapter.targets=all", "adapter.targets was 'attention'", "is 'all'"),
     ):
         with pytest.raises(ValueError, match=r"run 'mine' exists with another config .*run=.*or delete") as caught:
-            claim(made("train", *CLAIMED, override), folder, 1)
+            record_config(made("train", *CLAIMED, override), folder, 1)
         assert f"({was}" in str(caught.value) and f"{now})" in str(caught.value)
     with pytest.raises(ValueError, match=r"\(adapter.rank was 16, is 3; .*\.\.\.\); choose"):  # the first five of more
-        claim(made("train", "run=mine", "data.resolution=64", "seed=1", "adapter.rank=3", "accumulation=5"), folder, 1)
+        record_config(
+            made("train", "run=mine", "data.resolution=64", "seed=1", "adapter.rank=3", "accumulation=5"), folder, 1
+        )
     assert (
-        claim(made("train", *CLAIMED), folder, 2) == 1
+        record_config(made("train", *CLAIMED), folder, 2) == 1
     )  # it began with one process, and the batches stay those of one
     assert (folder / "config.yaml").read_bytes() == written

@@ -142,7 +142,7 @@ def gap(options: Gap) -> Path:
     from infer.adapter.checks import check_running
     from infer.device.device import describe_device
     from infer.rounding.layer_errors import decide
-    from train.loop.checks import check_flow
+    from train.loop.supported import check_flow
     from train.probe.curves import draw_curves
     from train.probe.gap_summary import summarise, table
 

@@ -32,8 +32,8 @@ from infer.program.command import run_command
 from infer.program.errors import DIFFERS, DONE
 from infer.program.paths import ROOT
 from train.data.dataset import check_left, read_samples
-from train.run.check import check_run
 from train.run.config import Train
+from train.run.names import check_names
 from train.trackers.metrics import read_events
 
 STEPS = 6  # of each run
@@ -151,7 +151,7 @@ def check(job: Train) -> None:
             "selfcheck.py starts its runs by itself; start it with python, and for several processes set FLUX_LAUNCH "
             "to what starts them, such as FLUX_LAUNCH='accelerate launch --config_file configs/accelerate/ddp.yaml'"
         )
-    folder = check_run(job) / "selfcheck"
+    folder = check_names(job) / "selfcheck"
     check_left(job.data, *read_samples(job.data))
     from torch import Tensor
 

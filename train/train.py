@@ -4,8 +4,8 @@
 
 Writes runs/<run>/: config.yaml, metrics.jsonl, previews/, checkpoints/ and adapter/pytorch_lora_weights.safetensors,
 which plain diffusers loads with `pipeline.load_lora_weights("runs/<run>/adapter")`. The same command again resumes;
-`-m` with several values for some settings sweeps (train/sweeps/sweep.py). Several processes are started by `accelerate
-launch`; one needs no launcher.
+`-m` with several values for some settings sweeps (train/sweeps/sweep.py). `accelerate launch` starts several processes;
+one process needs no launcher.
 """
 
 import sys
@@ -15,27 +15,27 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from train.sweeps import sweep
 
-    if sweep.asked(sys.argv):  # its points are processes of their own: nothing below is needed here
+    if sweep.asked(sys.argv):  # it starts a process for each point: nothing below is needed here
         sweep.main()
         sys.exit()
 
 from infer.program.command import run_command
 from infer.program.quiet import ready
 from train.data.dataset import check_left, read_samples
-from train.run.check import check_run
 from train.run.config import Train
-from train.state.signals import Stop
+from train.run.names import check_names
+from train.state.signals import StopSignals
 
 
 def train(job: Train) -> Path:
-    """The whole run; returns the adapter's folder. Stopped by a signal it leaves by SystemExit, with code 3."""
-    with Stop() as stop:
-        folder = check_run(job)
+    """The whole run; returns the adapter's folder. If a signal stops it, it leaves by SystemExit with code 3."""
+    with StopSignals() as stop:
+        folder = check_names(job)
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         ready()
         from train.loop.repeat import repeating
-        from train.loop.session import run
+        from train.loop.run import run
 
         with repeating(job.deterministic):
             return run(job, folder, samples, skipped, stop)

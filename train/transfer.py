@@ -41,8 +41,8 @@ from train.data.dataset import Data, check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
-from train.run.check import check_run
 from train.run.config import Train
+from train.run.names import check_names
 from train.train import train
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def transfer(options: Transfer) -> Path:
     """Train, measure, write the files; returns their folder."""
     folder = check_run_name(options.run)
     for name in options.precisions:
-        check_run(options.job(name, options.seeds[0]))
+        check_names(options.job(name, options.seeds[0]))
     check_left(options.data, *read_samples(options.data))
     device = pick_device(options.device)
     ready()
@@ -157,7 +157,7 @@ def transfer(options: Transfer) -> Path:
     from infer.device.device import describe_device
     from infer.rounding.layer_errors import decide
     from infer.score.judges import find_scores
-    from train.loop.checks import check_flow
+    from train.loop.supported import check_flow
     from train.probe.matrix import draw_matrix
     from train.probe.transfer_summary import summarise, table
 

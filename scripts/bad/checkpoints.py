@@ -13,7 +13,7 @@ CLAIMED = r"run 'mine' exists with another config|runs/mine/config.yaml"
 
 
 def begun(folder: Path) -> Path:
-    """A run that has a checkpoint folder, as claim() sees it."""
+    """A run that has a checkpoint folder, as record_config() sees it."""
     good(folder / "set")
     run = folder / "runs" / "mine"
     (run / "checkpoints" / "step-000001").mkdir(parents=True)

@@ -24,7 +24,7 @@ from train.latents.identities import Picture, read_identities, write_identities
 from train.latents.shards import DamagedError, ShardIndex, read_item, write_shard
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
-from train.state.identity import claim
+from train.state.identity import record_config
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _read_report(folder: Path) -> Any:
 
 
 def _write_config(folder: Path, state: int) -> None:
-    claim(Train(seed=state), folder, 1)
+    record_config(Train(seed=state), folder, 1)
 
 
 def _read_config(folder: Path) -> Any:

@@ -113,11 +113,11 @@ class Data:
     """Share of the samples that are trained with an empty caption."""
     text_length: int | None = None
     """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
-    on_error: str = "raise"
+    on_error: str = field(default="raise", metadata={"may_change": True})
     """What a broken picture or a missing caption does: raise stops, skip leaves it out and names it."""
-    least: float = 0.5
+    least: float = field(default=0.5, metadata={"may_change": True})
     """Share of the samples that must be left after skipping; training does not start with less."""
-    cache: str = "runs/cache"
+    cache: str = field(default="runs/cache", metadata={"may_change": True})
     """Where encoded pictures and captions are kept, for every run."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from infer.program.bounds import MANY, PIXELS, check_most
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Encode:
-    """How pictures and texts are encoded into the cache. Of these only `tile` changes what comes out."""
+    """How pictures and texts are encoded into the cache. Only `tile` changes what comes out: a resumed run may change
+    the others."""
 
-    batch_pixels: int | None = None
+    batch_pixels: int | None = field(default=None, metadata={"may_change": True})
     """Pixels that the autoencoder takes at once, at least one picture. Null: 2^20 on a GPU, which is four pictures of
     512x512; one picture on a CPU, where more are no faster."""
     tile: int = 2048
     """Pictures with a longer side are encoded in overlapping tiles of this many pixels a side, which bounds memory and
     changes latents near the seams; 0 never tiles."""
-    workers: int | None = None
+    workers: int | None = field(default=None, metadata={"may_change": True})
     """Threads that read and decode. Null: one a core, the cores shared by the ranks of one machine."""
-    decode_pixels: int = 2**26
+    decode_pixels: int = field(default=2**26, metadata={"may_change": True})
     """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
-    shard_mib: int = 64
+    shard_mib: int = field(default=64, metadata={"may_change": True})
     """Encodings are written in files of about this size,"""
-    flush_seconds: float = 30.0
+    flush_seconds: float = field(default=30.0, metadata={"may_change": True})
     """or after this long: what a killed process has to encode again."""
-    verify: bool = True
+    verify: bool = field(default=True, metadata={"may_change": True})
     """Compare the checksums of all that the run uses before it starts, of each file once and again when it has changed,
     so that what is damaged is encoded again. False leaves that out, and damage stops the run when it is met."""
 

@@ -1,230 +1,198 @@
-"""The training loop: save, validate, draw previews, stop, learn, log.
+"""The training loop: save, stop, validate, draw previews, step, log.
 
-Every random number is drawn for a place (train/data/seeds.py): a sample's noise belongs to its position in the endless
-shuffled stream of samples (train/data/batches.py), whatever the number of ranks, and a run that resumes at step k goes
-on as if it had never stopped. A checkpoint is the state right after an update; what else is due at its step comes after
-it, and comes again if the run resumes there.
+Every random number belongs to a place (train/data/seeds.py): a sample's noise to its position in the endless shuffled
+order of the samples (train/data/batches.py), whatever the number of ranks. So a run that resumes at step k goes on as
+if it had never stopped. A checkpoint is the state right after an update; whatever else is due at its step comes after
+it, and is repeated if the run resumes there.
 """
 
-import math
-import resource
-import sys
 import time
-import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from diffusers import FluxTransformer2DModel
-from torch import nn
 from tqdm import tqdm
 
-from infer.device import allocator
-from infer.fast.offload import Offload
-from infer.sample.encode import NotFiniteError, Text
+from infer.checkpoint.load import own_size
+from infer.sample.encode import NotFiniteError
 from train.data.batches import batches_from
-from train.data.dataset import sources_of
-from train.data.seeds import derive
-from train.latents.store import Cache
-from train.loop.bad_updates import leave_out, note_spike, refuse_more
-from train.loop.batch import Samples, largest_batch, make_stream, training_batch
+from train.loop.bad_updates import stop_after_too_many
+from train.loop.batch import largest_batch, make_order
+from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
 from train.loop.preview import preview
+from train.loop.session import Loop, Session
 from train.loop.spill import Spill
+from train.loop.step import take_step
 from train.loop.validation import validate
 from train.objective.ema import make_average
-from train.objective.optim import make_optimizer, make_schedule, step_if
-from train.ranks.launch import exchange, shards, start_alike, zero
-from train.ranks.update import divide, hear, tell
+from train.objective.optim import make_optimizer, make_schedule
+from train.ranks.launch import broadcast_adapter, uses_fsdp, uses_zero2
 from train.ranks.zero2 import ZeroTwo
-from train.run.config import Train
+from train.state.checkpoint import read_checkpoint
 from train.state.journal import Journal
-from train.state.progress import Parts, Progress, clear, restore, save
-from train.state.run_lock import Hold
-from train.state.signals import Stop
-from train.trackers.options import Tracker
+from train.state.progress import Progress, TrainingState, remove_old_checkpoints, restore, save
 
 
-def start_memory(device: torch.device) -> None:
-    """Forget the peak of what came before the training itself."""
-    if device.type == "cuda":
-        allocator.reset_peak(device)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """The peak so far. CUDA: of what torch allocated. CPU: of the process's resident set."""
-    if device.type == "cuda":
-        return allocator.peak(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def fit(
-    job: Train,
-    accelerator: Accelerator,
-    transformer: FluxTransformer2DModel,
-    parameters: list[nn.Parameter],
-    cache: Cache,
-    samples: Samples,
-    stream: Offload | None,
-    previews: dict[str, Text],
-    size: tuple[int, int],
-    tracker: Tracker,
-    folder: Path,
-    base: str,
-    begun: int,
-    stop: Stop,
-    hold: Hold | None,
-) -> Parts | None:
-    """Train to the last step; None if it was stopped before, with its state saved.
-
-    parameters: the adapter's. stream: of the transformer's blocks, where memory has a budget.
-    previews: prompts with their embeddings; size: their height and width. base: the transformer's hash. begun: the
-    ranks that the run began with. hold: of the run's folder, on the main rank.
+def fit(session: Session) -> TrainingState | None:
+    """Train to the last step; None if the run was stopped before it, with its state saved.
 
     Raises:
         ValueError: too many updates in a row were not finite, or the run cannot go on from its checkpoint.
     """
-    device, main = accelerator.device, accelerator.is_main_process
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    optimizer: Any = make_optimizer(job.optim, parameters)
-    schedule = make_schedule(job.optim, optimizer, job.steps)
-    start_alike(parameters, accelerator)
-    average = make_average(job.ema, transformer, parameters)
-    parts = Parts(transformer, average, optimizer, schedule, Progress(samples.fingerprint(cache), base), folder)
-    resumed = restore(parts, job, accelerator)
-    now = parts.progress
-    first = now.step
-    if resumed:
-        accelerator.print(f"resuming at step {now.step} of {job.steps}")
-    if zero():
-        optimizer = ZeroTwo(optimizer, parameters)
-    transformer.train()
-    journal = Journal(folder / "metrics.jsonl", first if resumed else -1, main)
-    events = Journal(folder / "events.jsonl", first if resumed else -1, main)
-    order = make_stream(samples, cache, job.data, job.seed, begun)
-    stream_of_batches = batches_from(order, first * job.accumulation)
-    learn = make_learner(job, accelerator, transformer, parameters, stream, -(-begun // ranks))
-    weights = [source.weight for source in sources_of(job.data)]
-    if stream is not None:
-        resident = fit_budget(job, learn, parameters, optimizer, stream, largest_batch(job, cache, samples, device))
-        accelerator.print(f"{resident} of {len(stream.blocks)} blocks stay on the device, the others are offloaded")
-    start_memory(device)
-    bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not main)
-    stopping, save_now, saved = False, False, time.monotonic()
-    # the update is queued before anybody has seen the losses, or the device would wait for it
-    ahead = isinstance(optimizer, torch.optim.AdamW)
-    spill = Spill(device)
-    stop.gently()
-
-    def due(every: int) -> bool:
-        return now.step == job.steps or (every > 0 and now.step % every == 0)
-
+    job = session.job
+    loop = start_loop(session)
     while True:
-        measured = now.step == 0 or due(job.validate_every)
-        if now.step > first and (due(job.save_every) or stopping or save_now or (job.keep_best and measured)):
-            learned = optimizer.state_dict() if main or zero() else {}  # shared out, it is gathered from all
-            if main:
-                if hold is not None:
-                    hold.check()
-                journal.sync()
-                events.sync()
-                save(parts, learned)
-                clear(parts, job)
-            saved = time.monotonic()
-            accelerator.wait_for_everyone()
-        if stopping:
+        validation_due = loop.step == 0 or loop.due(job.validate_every)
+        if loop.step > loop.first and (
+            loop.due(job.save_every) or loop.stop_requested or loop.save_requested or (job.keep_best and validation_due)
+        ):
+            save_state(loop)
+        if loop.stop_requested:
             break
-
-        if measured:
-            kinds: list[Any] = [("validation_loss", now.validation, nullcontext())]
-            if average:
-                kinds.append(("validation_loss_ema", now.validation_ema, average.used()))
-            if stream is not None and samples.validation:
-                stream.release()  # measuring and drawing take their memory within the budget
-            for name, history, used in kinds:
-                with used:
-                    value = validate(job, accelerator, transformer, cache, samples)
-                if value is not None:
-                    history[str(now.step)] = value
-                    if main:
-                        bar.write(f"step {now.step}: {name.replace('_', ' ')} {value:.4f}")
-                    journal.log(now.step, {name: value})
-                    tracker.log(now.step, {name: value})
-            if main:
-                clear(parts, job)
-
-        if previews and due(job.preview_every):
-            if main or shards():  # shared weights are gathered by all
-                bar.set_postfix_str("drawing previews")
-                if stream is not None:
-                    stream.release()
-                file = folder / "previews" / f"step-{now.step:06d}.png"
-                transformer.eval()
-                averaged = average.used() if average else None
-                place = size, job.seed, device, file, main, averaged
-                shown, parts.undrawn = [], None
-                try:
-                    shown = preview(transformer, job.model, previews, job.sampling, *place)
-                except NotFiniteError as error:  # which ends no training
-                    parts.undrawn = str(error)
-                    bar.write(f"step {now.step}: the previews are not drawn: {error}")
-                transformer.train()
-                start_memory(device)
-                tracker.previews(now.step, shown)
-            accelerator.wait_for_everyone()
-
-        if now.step == job.steps:
+        if validation_due:
+            measure(loop)
+        if job.previews and loop.due(job.preview_every):
+            draw_previews(loop)
+        if loop.step == job.steps:
             break
+        started = time.perf_counter()
+        update, figures = take_step(loop)
+        log_step(loop, figures, time.perf_counter() - started)
+        stop_after_too_many(session, update, loop.training.progress)
+    loop.bar.close()
+    return None if loop.stop_requested else loop.training
 
-        start = time.perf_counter()
-        batches = [next(stream_of_batches) for _ in range(job.accumulation)]
-        own = divide(batches, rank, ranks, job.data.batch_size, begun)
-        losses = []
-        for part in own:
-            batch = training_batch(job, cache, samples, part.places, part.weight, device)
-            torch.manual_seed(derive(job.seed, "dropout", now.step, part.micro, part.slot))
-            losses.append(learn(batch))
-        exchange(parameters, accelerator)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        overdue = main and job.save_minutes > 0 and time.monotonic() - saved > 60 * job.save_minutes
-        told = tell(accelerator, job.data.batch_size, losses, norm, stop.wanted(), overdue)
-        if ahead:
-            step_if(optimizer, told.isfinite().all(), norm, job.optim.clip)
-        update = hear(told, ranks, batches, job.data.batch_size, begun)
-        loss = sum(share * weights[samples.all[place.sample].source] * value for place, value, share in update.losses)
-        now.step += 1
-        rate = schedule.get_last_lr()[0]
-        figures = {"lr": float(rate), "memory_gib": memory_bytes(device) / 2**30}
-        if update.finite:
-            if not ahead:
-                nn.utils.clip_grads_with_norm_(parameters, job.optim.clip if job.optim.clip > 0 else math.inf, norm)
-                optimizer.step()
-            schedule.step()
-            if average:
-                average.update()
-            figures |= {"loss": loss, "gradient_norm": update.norm}
-            note_spike(job, cache, samples, update, loss, now, events)
-        else:
-            figures |= {"skipped": now.skipped + 1}
-            leave_out(job, accelerator, cache, samples, transformer, own, update, now, events, folder)
-            with warnings.catch_warnings(action="ignore"):  # of an optimizer that has not stepped yet
-                schedule.step()
-        optimizer.zero_grad()
-        stopping, save_now = update.stop, update.save
 
-        figures["seconds"] = time.perf_counter() - start
-        journal.log(now.step, figures)
-        tracker.log(now.step, figures)
-        said = f"loss {loss:.4f}" if update.finite else f"{now.skipped} skipped"
-        seconds, gigabytes = figures["seconds"], figures["memory_gib"]
-        bar.set_postfix_str(f"{said}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False)
-        bar.update()
-        if main and (warning := spill.note(seconds)) is not None:
-            bar.write(warning)
-        refuse_more(job, samples, update, now, folder)
+def start_loop(session: Session) -> Loop:
+    """Make the optimizer and all else that the loop works with, and restore the checkpoint that the run resumes."""
+    run, job, model, data = session.run, session.job, session.model, session.data
+    optimizer: Any = make_optimizer(job.optim, model.parameters)
+    schedule = make_schedule(job.optim, optimizer, job.steps)
+    broadcast_adapter(model.parameters, run.accelerator)
+    average = make_average(job.ema, model.transformer, model.parameters)
+    progress = Progress(data.samples.fingerprint(data.cache), session.resumption.base)
+    training = TrainingState(model.transformer, average, optimizer, schedule, progress, run.folder)
+    resumed = resume(session, training)
+    first = training.progress.step
+    if uses_zero2():
+        optimizer = ZeroTwo(optimizer, model.parameters)
+    model.transformer.train()
+    keep_lines = first if resumed else -1
+    metrics = Journal(run.folder / "metrics.jsonl", keep_lines, run.main)
+    events = Journal(run.folder / "events.jsonl", keep_lines, run.main)
+    original_ranks = session.resumption.original_ranks
+    order = make_order(data.samples, data.cache, job.data, job.seed, original_ranks)
+    batches = batches_from(order, first * job.accumulation)
+    turns = -(-original_ranks // run.ranks)
+    learn = make_learner(job, run.accelerator, model.transformer, model.parameters, model.offload, turns)
+    if model.offload is not None:
+        largest = largest_batch(job, data.cache, data.samples, run.device)
+        resident = fit_budget(job, learn, model.parameters, optimizer, model.offload, largest)
+        run.say(f"{resident} of {len(model.offload.blocks)} blocks stay on the device, the others are streamed")
+    start_memory(run.device)
+    bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
+    spill, saved_at = Spill(run.device), time.monotonic()
+    run.stop.defer()
+    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at)
 
-    bar.close()
-    return None if stopping else parts
+
+def resume(session: Session, training: TrainingState) -> bool:
+    """Restore the checkpoint that the run resumes, if there is one; returns whether there is."""
+    run, resumption = session.run, session.resumption
+    if resumption.path is None:
+        return False
+    # the main rank has read it already, when it was chosen
+    checkpoint = resumption.checkpoint or read_checkpoint(resumption.path)
+    resumption.checkpoint = None  # its memory is free afterwards
+    restore(training, checkpoint, run.accelerator)
+    run.say(f"resuming at step {training.progress.step} of {session.job.steps}")
+    return True
+
+
+def save_state(loop: Loop) -> None:
+    """Write the checkpoint of this step, and remove the ones that are not kept."""
+    run, job = loop.session.run, loop.session.job
+    # ZeRO-2 gathers the optimizer's state from all ranks
+    optimizer = loop.optimizer.state_dict() if run.main or uses_zero2() else {}
+    if run.main:
+        if run.lock is not None:
+            run.lock.check()
+        loop.metrics.sync()
+        loop.events.sync()
+        save(loop.training, optimizer)
+        remove_old_checkpoints(loop.training, job.keep, job.keep_best)
+    loop.saved_at = time.monotonic()
+    run.accelerator.wait_for_everyone()
+
+
+def measure(loop: Loop) -> None:
+    """Validate the adapter, and its average if there is one."""
+    session, progress, average = loop.session, loop.training.progress, loop.training.average
+    job, data = session.job, session.data
+    weights: list[Any] = [("validation_loss", progress.validation, nullcontext())]
+    if average:
+        weights.append(("validation_loss_ema", progress.validation_ema, average.applied()))
+    if data.samples.validation:
+        release_blocks(session)
+    for name, losses, applied in weights:
+        with applied:
+            value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
+        if value is None:
+            continue
+        losses[str(loop.step)] = value
+        if session.run.main:
+            loop.bar.write(f"step {loop.step}: {name.replace('_', ' ')} {value:.4f}")
+        loop.metrics.log(loop.step, {name: value})
+        session.tracker.log(loop.step, {name: value})
+    if session.run.main:
+        remove_old_checkpoints(loop.training, job.keep, job.keep_best)
+
+
+def draw_previews(loop: Loop) -> None:
+    """Draw the previews of this step on the main rank. Previews that are not finite do not end the training."""
+    session, run, job = loop.session, loop.session.run, loop.session.job
+    if run.main or uses_fsdp():  # under FSDP all ranks gather the weights
+        loop.bar.set_postfix_str("drawing previews")
+        release_blocks(session)
+        transformer, average = session.model.transformer, loop.training.average
+        transformer.eval()
+        drawn, loop.training.preview_error = [], None
+        try:
+            drawn = preview(
+                transformer,
+                job.model,
+                session.data.previews,
+                job.sampling,
+                job.sampling.size(own_size(job.model)),
+                job.seed,
+                run.device,
+                run.folder / "previews" / f"step-{loop.step:06d}.png",
+                run.main,
+                average.applied() if average else None,
+            )
+        except NotFiniteError as error:
+            loop.training.preview_error = str(error)
+            loop.bar.write(f"step {loop.step}: the previews are not drawn: {error}")
+        transformer.train()
+        start_memory(run.device)
+        session.tracker.previews(loop.step, drawn)
+    run.accelerator.wait_for_everyone()
+
+
+def release_blocks(session: Session) -> None:
+    """Free the device memory of offloaded blocks, so that validation and previews stay within the memory budget."""
+    if session.model.offload is not None:
+        session.model.offload.release()
+
+
+def log_step(loop: Loop, figures: dict[str, float], seconds: float) -> None:
+    """Log the figures of an update, and show them in the progress bar."""
+    figures["seconds"] = seconds
+    loop.metrics.log(loop.step, figures)
+    loop.session.tracker.log(loop.step, figures)
+    said = f"loss {figures['loss']:.4f}" if "loss" in figures else f"{figures['skipped']} skipped"
+    rate, gigabytes = figures["lr"], figures["memory_gib"]
+    loop.bar.set_postfix_str(f"{said}, lr {rate:.1e}, {seconds:.2f} s/step, {gigabytes:.2f} GiB", refresh=False)
+    loop.bar.update()
+    if loop.session.run.main and (warning := loop.spill.note(seconds)) is not None:
+        loop.bar.write(warning)

@@ -23,7 +23,7 @@ def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train
     """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
     x = noised(batch.x0, batch.noise, batch.sigma)
     dtype = compute_dtype_of(transformer)
-    # the fast path casts for itself; PEFT's layers, fp32 beside bf16, need autocast
+    # the fast path casts by itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
         return predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
@@ -36,10 +36,10 @@ def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, 
 
 
 def graphs(job: Train, accelerator: Accelerator) -> bool:
-    """Whether steps are captured.
+    """Whether micro-steps are captured as CUDA graphs.
 
     Raises:
-        ValueError: they are to be and cannot.
+        ValueError: memory.graph asks for it, and it is not possible.
     """
     wanted = job.memory.graph
     hindrance = None
@@ -58,13 +58,13 @@ def make_learner(
     accelerator: Accelerator,
     model: Any,
     parameters: list[nn.Parameter],
-    stream: Offload | None,
+    offload: Offload | None,
     turns: int = 1,
 ) -> Callable[[Batch], Tensor]:
     """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device.
 
-    It does not wait for the device. turns: how many parts of each batch are learned from one after another, before an
-    update.
+    It does not wait for the device. turns: into how many parts each batch is divided that this rank learns from one
+    after another.
     """
 
     def backward(batch: Batch) -> Tensor:
@@ -72,8 +72,8 @@ def make_learner(
         ((values * batch.weight).sum() / job.accumulation).backward()
         return values.detach()
 
-    def apart(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-        """The losses and the gradient, the parameters' own left alone: what can be replayed."""
+    def isolated(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses and the gradients; the parameters' accumulated gradients stay as they are. It can be replayed."""
         kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -85,26 +85,26 @@ def make_learner(
                 parameter.grad = gradient
         return values, gradients
 
-    replay = Replay(apart, stream) if graphs(job, accelerator) else None
+    replay = Replay(isolated, offload) if graphs(job, accelerator) else None
     seen: set[tuple[int, ...]] = set()
 
     def learn(batch: Batch) -> Tensor:
-        start, form = time.perf_counter(), tuple(batch.x0.shape)
+        start, shape = time.perf_counter(), tuple(batch.x0.shape)
         if replay is None:
             values = backward(batch)
         else:
-            places, gradients = replay(*vars(batch).values())
-            values = places.clone()  # the next replay writes to the same places
+            replayed, gradients = replay(*vars(batch).values())
+            values = replayed.clone()  # the next replay overwrites them
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
                     parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
                 else:
                     parameter.grad += gradient
-        if form not in seen:
-            seen.add(form)
+        if shape not in seen:
+            seen.add(shape)
             values.tolist()  # waits for the device
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
-                pixels = f"{form[0]} of {form[3] * 8}x{form[2] * 8} pixels"
+                pixels = f"{shape[0]} of {shape[3] * 8}x{shape[2] * 8} pixels"
                 tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
         return values
 
@@ -116,12 +116,12 @@ def fit_budget(
     learn: Callable[[Batch], object],
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    stream: Offload,
+    offload: Offload,
     largest: Batch,
 ) -> int:
-    """Have as many blocks stay on the device as the budget allows beside a step on the largest batch; their number."""
+    """Keep as many blocks on the device as the budget allows beside a step on the largest batch; returns how many."""
     whole = state_bytes(job.optim.name, (parameter.numel() for parameter in parameters))
-    # what the first update makes; a run that resumes has it already
+    # the first update allocates the states; a resumed run has them already
     absent = 0 if optimizer.state else whole
 
     def work() -> None:
@@ -132,4 +132,4 @@ def fit_budget(
         del states
 
     assert job.memory.budget_gib is not None
-    return stream.fit(job.memory.budget_gib, work)
+    return offload.fit(job.memory.budget_gib, work)

@@ -1,4 +1,4 @@
-"""What a run's model card says."""
+"""The text of a run's model card."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Pictures during training, from the resident quantized model: each prompt without and with the adapter, and with its
-averaged weights where there are any."""
+"""Pictures during training, from the quantized model in training: each prompt without and with the adapter, and with
+the averaged weights if there are any."""
 
 import json
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ SHEET = "flux_lora_sheet"  # the text of a sheet's PNG that says what is drawn w
 
 
 def cell(row: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a picture in a sheet, in pixels; size: of each picture, height and width. Above it
-    are two lines: its row's prompt, which begins at the sheet's left, and its column's name."""
+    """Left, top, right and bottom of a picture in a sheet, in pixels. size: height and width of each picture. Two lines
+    above it name its row's prompt, which begins at the sheet's left edge, and its column."""
     height, width = size
     left, top = column * width, row * (height + 2 * LABEL) + 2 * LABEL
     return left, top, left + width, top + height
@@ -52,11 +52,13 @@ def preview(
     write: bool = True,
     averaged: AbstractContextManager[None] | None = None,
 ) -> list[tuple[str, dict[str, Image.Image]]]:
-    """Draw a sheet, one row a prompt: base at the left, then the adapter, then the adapter as it is within `averaged`.
-    The autoencoder is loaded for it.
+    """Draw a sheet with one row per prompt: the base, the adapter, and the adapter with its averaged weights.
 
-    write: False takes part in the transformer's work and leaves the rest to the rank that writes.
-    Returns: each prompt with its pictures by column; nothing where it does not write.
+    The autoencoder is loaded for it and freed afterwards. size: height and width in pixels. write: False takes part in
+    the transformer's work only, and leaves the rest to the rank that writes. averaged: puts the averaged weights into
+    the adapter for a with-block; None draws no such column.
+
+    Returns: each prompt with its pictures by column; empty without `write`.
     """
     scheduler = load_scheduler(model)
     columns: dict[str, Any] = {"base": without_adapter(transformer), "adapter": nullcontext()}
@@ -93,14 +95,16 @@ def preview(
 
 
 def samples_of(sheet: Path, folder: Path) -> dict[str, str]:
-    """Cut the adapter's pictures out of a sheet, into files in `folder`; their names by prompt. The sheet itself says
-    which prompts it shows: those of a sheet that was drawn before they were changed are its own. Nothing, if it does
-    not say so."""
+    """Cut the adapter's pictures out of a sheet into files in `folder`; returns their names by prompt.
+
+    The sheet's own metadata names its prompts, since those of the config may have changed since it was drawn. Empty if
+    the sheet has no such metadata.
+    """
     names = {}
     with Image.open(sheet) as board:
         assert isinstance(board, PngImagePlugin.PngImageFile)
         said = board.text.get(SHEET)
-        if said is None:  # drawn by a version that did not write it
+        if said is None:  # an older version drew it and wrote no metadata
             return {}
         drawn = json.loads(said)
         height, width = drawn["size"]
@@ -109,7 +113,7 @@ def samples_of(sheet: Path, folder: Path) -> dict[str, str]:
             name = f"sample-{row}.png"
             replace_file(folder / name, partial(picture.save, format="PNG"))
             names[prompt] = name
-    for old in folder.glob("sample-*.png"):  # of a card that showed more
+    for old in folder.glob("sample-*.png"):  # of an earlier card with more pictures
         if old.name not in names.values():
             old.unlink()
     return names

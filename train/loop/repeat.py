@@ -1,9 +1,9 @@
-"""Training that comes to the same bits every time on one kind of GPU (`deterministic=true`).
+"""Training that gives the same bits every time on one kind of GPU (`deterministic=true`).
 
-What differed between two runs at full size was one kernel, the attention's backward pass, which adds in any order; the
-fast path then takes infer/fast/attention.py's. The rest is said to the libraries: torch's own kernels and the plain
-path's attention are those that repeat themselves, and compiled sums are divided by rule instead of by what was quickest
-when a process tried.
+Between two runs at full size one kernel differed, the attention's backward pass, which sums in any order. The fast path
+then uses the kernel of infer/fast/attention.py. Settings of the libraries do the rest: torch and the plain path's
+attention use deterministic kernels, and compiled sums are split by a fixed rule, not by what a process measured as
+fastest.
 """
 
 import os
@@ -16,18 +16,18 @@ import torch
 
 @contextmanager
 def repeating(on: bool) -> Iterator[None]:
-    """Within, torch takes kernels that repeat themselves, and raises where it has none."""
+    """In the with-block, if `on`, torch uses deterministic kernels, and raises where it has none."""
     if not on:
         yield
         return
     from torch._inductor import config as inductor
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; cuBLAS reads it when it starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it; cuBLAS reads it when it starts
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled, by_rule = memory.fill_uninitialized_memory, getattr(inductor, "deterministic", None)
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    memory.fill_uninitialized_memory = False  # this code reads no memory that it has not written
     if by_rule is not None:  # torch 2.9 and newer
         inductor.deterministic = True
     try:

@@ -1,6 +1,6 @@
-"""Notices a GPU driver that moves memory to the host rather than refuse it: nothing fails, but steps take longer.
+"""Notices a GPU driver that moves memory to the host instead of failing: steps then only take longer.
 
-Windows drivers do so by default, and some systems by setting. torch sees nothing of it but the clock.
+Windows drivers do so by default, and some systems by a setting. torch does not report it, so the clock has to tell.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ import torch
 
 SLOWER = 4.0  # times the usual step
 FULL = 0.92  # of the card's memory held by torch's allocator
-USUAL = 20  # steps that say what is usual
+USUAL = 20  # the last steps, whose median is the usual time
 
 
 class Spill:
@@ -21,8 +21,8 @@ class Spill:
         self.seconds: deque[float] = deque(maxlen=USUAL)
 
     def note(self, seconds: float) -> str | None:
-        """After each step; what to tell, once. The first steps compile, and steps of another size may take longer, so
-        that three slow ones in a row are asked for, of a card that is full."""
+        """Call after each step; returns the warning, once. The first steps compile, and steps of another size may take
+        longer: it takes three slow steps in a row, on a full card."""
         self.seconds.append(seconds)
         if self.said or self.device.type != "cuda" or len(self.seconds) < USUAL:
             return None

@@ -1,4 +1,4 @@
-"""The objective on held-out pictures, at fixed noise."""
+"""The objective on held-out pictures, with fixed noise."""
 
 import math
 from typing import Any
@@ -7,30 +7,30 @@ import torch
 from accelerate import Accelerator
 
 from train.latents.store import Cache
-from train.loop.batch import Samples, validation_batch, validation_parts
+from train.loop.batch import Samples, validation_batch, validation_items
 from train.loop.micro_step import batch_losses
-from train.ranks.launch import shards
+from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
 
 def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean objective over the held-out pictures, by their masks but by no weights; None if none is held out.
+    """The mean objective over the held-out pictures, with their masks but without weights; None if none is held out.
 
     Raises:
         ValueError: it is not finite.
     """
     if not samples.validation:
         return None
-    place = accelerator.process_index, accelerator.num_processes
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     transformer.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    of_ranks = [validation_parts(job, cache, samples, rank, place[1]) for rank in range(place[1])]
-    own = of_ranks[place[0]]
+    by_rank = [validation_items(job, cache, samples, each, ranks) for each in range(ranks)]
+    mine = by_rank[rank]
     with torch.no_grad():
-        # where weights are shared, all ranks take part in each forward pass: who is done repeats one, uncounted
-        for turn in range(max(map(len, of_ranks)) if shards() else len(own)):
-            counts = turn < len(own)
-            batch = validation_batch(job, cache, samples, own[turn] if counts else of_ranks[0][0], accelerator.device)
+        # under FSDP all ranks take part in each forward pass: a rank that is done repeats a batch, which does not count
+        for turn in range(max(map(len, by_rank)) if uses_fsdp() else len(mine)):
+            counts = turn < len(mine)
+            batch = validation_batch(job, cache, samples, mine[turn] if counts else by_rank[0][0], accelerator.device)
             values = batch_losses(transformer, batch, job, "none")
             if counts:
                 total += total.new_tensor([values.double().sum().item(), len(values)])

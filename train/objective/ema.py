@@ -1,7 +1,7 @@
 """The moving average of an adapter's weights beside the weights themselves (diffusers' EMAModel).
 
-After s updates the average moves by the share 1 - min(decay, s / (9 + s)) towards the weights: the first updates count
-less, and the weights from before the first one not at all.
+After s updates the average moves by the fraction 1 - min(decay, s / (9 + s)) towards the weights: the first updates
+count less, and the weights from before the first one not at all.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ class Average:
         self.model.step(self.parameters)
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """The adapter has its averaged weights in the with-block, and its own after it."""
+    def applied(self) -> Iterator[None]:
+        """Put the averaged weights into the adapter for the with-block."""
         self.model.store(self.parameters)
         self.model.copy_to(self.parameters)
         try:
@@ -37,11 +37,11 @@ class Average:
 
     def state(self) -> tuple[dict[str, Tensor], int]:
         """The averaged weights under PEFT's names, and the number of updates."""
-        with self.used():
+        with self.applied():
             return adapter_state(self.transformer), self.model.optimization_step
 
     def load(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Put `state` back. The adapter's own weights are then the averaged ones: put them back after it."""
+        """Restore what `state` returned. The adapter then has the averaged weights: load its own afterwards."""
         set_adapter_state(self.transformer, weights)
         self.model.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
         self.model.optimization_step = updates

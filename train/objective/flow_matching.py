@@ -23,7 +23,7 @@ WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 
 @dataclass
 class Flow:
-    """Which noise levels are trained, and how much each counts."""
+    """Which noise levels are trained on, and how much each counts."""
 
     density: str = "logit_normal"
     """uniform; logit_normal (Esser et al. 2024); shifted: logit-normal, then FLUX's shift for the picture's size,
@@ -117,8 +117,8 @@ def losses(
 ) -> Tensor:
     """The weighted squared error of each sample, [batch]. velocity is packed, x0 and noise are not.
 
-    mask: what the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None counts all. The mean is
-    over all latents, so a sample of which less counts, counts less.
+    mask: how much the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None: all count fully. The
+    mean is over all latents, so a sample counts less if its mask leaves less of it.
     """
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 

@@ -15,9 +15,9 @@ from infer.program.bounds import MANY, STEPS, check_most
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
-# bytes of states for each parameter: Adam's two, Prodigy's two beside them
+# bytes of optimizer state per parameter: two states of Adam; Prodigy has two more
 STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}
-SMALL = 4096  # parameters of a tensor that the 8-bit optimizers leave in fp32
+SMALL = 4096  # the 8-bit optimizers keep tensors with fewer parameters in fp32
 
 
 @dataclass
@@ -86,17 +86,19 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
 
 
 def state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """Bytes of an optimizer's states for tensors of so many parameters each, at most: of tensors that begin as zeros
-    Prodigy does not keep where they began."""
+    """Bytes of an optimizer's states, at most. sizes: the number of parameters of each tensor. Prodigy needs less for
+    tensors that begin as zeros, since it does not keep their start."""
     return int(sum((8.0 if "8bit" in name and size < SMALL else STATES[name]) * size for size in sizes))
 
 
 def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: float) -> None:
-    """An update by gradients clipped to a norm, or none where `finite` [] is false: the device decides, so that nobody
-    has to wait for it to know. Gradients that are not finite are left as they are.
+    """Update with clipped gradients if `finite` is true, else change nothing. The device decides, so that the host need
+    not wait for it. The gradients themselves stay as they are.
 
-    By the means of torch.amp.GradScaler, which fused optimizers read: the gradient is divided by a scale as it is read,
-    here by that of torch.nn.utils.clip_grads_with_norm_.
+    finite: [], bool. norm: the gradients' norm, []. clip: their largest norm; 0 does not clip.
+
+    It uses what fused optimizers offer to torch.amp.GradScaler: they divide each gradient by a scale as they read it,
+    which is here the scale of torch.nn.utils.clip_grads_with_norm_.
     """
     assert all(group["fused"] for group in optimizer.param_groups), "only the fused optimizer reads a scale"
     fused: Any = optimizer
@@ -110,7 +112,7 @@ def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: fl
 
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate, one call of `step` an update."""
+    """The learning rate's schedule; call its `step` after each update."""
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
@@ -121,9 +123,9 @@ def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) ->
 
 
 def rate_at(optim: Optim, steps: int, step: int) -> float:
-    """The learning rate of a run of so many steps at one of them."""
+    """The learning rate at one step of a run of `steps` steps."""
     import torch
-    from torch import nn
 
-    schedule: Any = make_schedule(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optim.lr), steps)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule: Any = make_schedule(optim, torch.optim.SGD([parameter], lr=optim.lr), steps)
     return optim.lr * float(schedule.lr_lambdas[0](step))

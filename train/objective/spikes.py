@@ -1,20 +1,20 @@
-"""Losses far above what the run's last ones were.
+"""Spikes: losses far above the run's last ones.
 
-A flow-matching loss scatters by factors (noise levels, small batches), so its logarithm is judged: against the median
-of the last losses, in units of 1.4826 times their median absolute deviation, which is the standard deviation where they
-are normal (Rousseeuw and Croux 1993) and is not moved by the spikes themselves.
+A flow-matching loss varies by factors (noise levels, small batches), so its logarithm is compared with the median of
+the last ones, in units of 1.4826 times their median absolute deviation. That equals the standard deviation of normal
+values, and spikes themselves do not move it (Rousseeuw and Croux 1993).
 """
 
 import math
 import statistics
 
-WINDOW = 100  # losses that are remembered
-LEAST = 20  # losses without which nothing is judged
-FLOOR = 0.05  # of the deviation, in the logarithm: losses that hardly differ make no spike of 10 %
+WINDOW = 100  # the last losses that are remembered
+LEAST = 20  # with fewer losses there is no threshold
+FLOOR = 0.05  # the least deviation of the logarithm: among nearly equal losses, 10 % more is no spike
 
 
 def threshold(losses: list[float], deviations: float) -> float | None:
-    """The loss above which one is a spike, `deviations` of the last losses above their median; None: too few yet."""
+    """The loss above which a loss is a spike: so many deviations above the median. None if there are too few losses."""
     if len(losses) < LEAST or not deviations > 0:
         return None
     logs = [math.log(max(loss, 1e-30)) for loss in losses]
@@ -24,5 +24,5 @@ def threshold(losses: list[float], deviations: float) -> float | None:
 
 
 def remember(losses: list[float], loss: float) -> list[float]:
-    """The last losses with this one."""
+    """The last losses, this one included."""
     return [*losses, loss][-WINDOW:]

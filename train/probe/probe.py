@@ -19,7 +19,7 @@ from train.data.caption import all_texts
 from train.data.dataset import check_left, read_samples
 from train.latents.build import build
 from train.latents.store import Cache
-from train.loop.batch import Samples, choose, validation_batch, validation_parts
+from train.loop.batch import Samples, split_samples, validation_batch, validation_items
 from train.loop.micro_step import batch_velocity
 from train.objective.flow_matching import losses
 from train.run.config import Train
@@ -49,7 +49,7 @@ def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, 
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, device)
     samples = [samples[i] for i in cache.kept]
     check_left(job.data, samples, skipped + cache.skipped)
-    chosen = choose(samples, cache, job.data, job.seed)
+    chosen = split_samples(samples, cache, job.data, job.seed)
     held = chosen.validation or chosen.train
     if most is not None and most < len(held):
         held = [held[i * len(held) // most] for i in range(most)]
@@ -86,7 +86,7 @@ def probe(
     """
     found = []
     with torch.no_grad():
-        for part in validation_parts(job, cache, samples, 0, 1):
+        for part in validation_items(job, cache, samples, 0, 1):
             batch = validation_batch(job, cache, samples, part, device)
             velocities = batch_velocity(transformer, batch, job)
             values = losses(velocities, batch.x0, batch.noise, batch.sigma, "none", batch.mask)

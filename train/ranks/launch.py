@@ -1,8 +1,8 @@
-"""Several processes on one run: how they were launched, what they share, and what they say to each other.
+"""Several processes on one run: which launches work, and what the ranks send to each other.
 
-Every rank holds the whole adapter, which has megabytes, and the optimizer's state of it. What is exchanged is one sum
-of the adapter's gradients an update; frozen weights are never sent, but under FSDP, where each rank stores a part of
-each block and gathers the rest when its turn comes. A launch that cannot work is refused before anything is loaded.
+Every rank holds the whole adapter, a few megabytes, and the optimizer's state for it. Per update the ranks sum the
+adapter's gradients once. Frozen weights are never sent, except under FSDP, where each rank stores a part of each block
+and gathers the rest when it needs the block. A launch that cannot work is refused before anything is loaded.
 """
 
 import os
@@ -12,11 +12,11 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
@@ -26,6 +26,7 @@ from infer.fast.memory import NEEDS_FUSED
 from infer.quantize.precision import kind_of
 from train.run.config import Train
 
+T = TypeVar("T")
 SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_GPU,
@@ -35,18 +36,18 @@ SUPPORTED = (
 )
 
 
-def _on(environment: Mapping[str, str], name: str) -> bool:
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "false").lower() in ("true", "1", "yes")
 
 
-def shards(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher asks for the frozen weights to be shared between the ranks (FSDP)."""
-    return _on(environment, "ACCELERATE_USE_FSDP")
+def uses_fsdp(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asks for FSDP, which shards the frozen weights over the ranks."""
+    return _is_set(environment, "ACCELERATE_USE_FSDP")
 
 
-def zero(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher asks for the optimizer's state to be shared between the ranks (DeepSpeed)."""
-    return _on(environment, "ACCELERATE_USE_DEEPSPEED")
+def uses_zero2(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asks for DeepSpeed, which shards the optimizer's state over the ranks."""
+    return _is_set(environment, "ACCELERATE_USE_DEEPSPEED")
 
 
 def _check_zero(job: Train, environment: Mapping[str, str]) -> None:
@@ -74,14 +75,14 @@ def _check_zero(job: Train, environment: Mapping[str, str]) -> None:
 
 
 def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> None:
-    """Compare what the launcher asks for, by its environment, with what can work.
+    """Compare what the launcher asks for, in its environment variables, with what works.
 
     Raises:
-        ValueError: it cannot; the message says why, and what can.
+        ValueError: it cannot work; the message says why, and what works instead.
     """
-    if zero(environment):
+    if uses_zero2(environment):
         _check_zero(job, environment)
-    if not shards(environment):
+    if not uses_fsdp(environment):
         return
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
@@ -93,7 +94,7 @@ def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> Non
         ("FSDP_OFFLOAD_PARAMS", "to keep weights in host memory use memory.budget_gib, without FSDP"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "set it to false: memory.keep=nothing does that here"),
     ):
-        if _on(environment, name):
+        if _is_set(environment, name):
             raise ValueError(f"accelerate was launched with {name.lower()}: true, which is not supported; {mend}")
     if job.precision.kind == "int8":
         raise ValueError(
@@ -116,7 +117,8 @@ def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> Non
 
 
 def make_accelerator(job: Train) -> Accelerator:
-    """Mixed precision is the loop's own business, so that previews and validation see the plain model.
+    """An accelerator without mixed precision: the loop casts by itself, so that previews and validation see the plain
+    model.
 
     Raises:
         ValueError: the launcher's settings are not what the config asks for, or not supported.
@@ -127,7 +129,7 @@ def make_accelerator(job: Train) -> Accelerator:
     check_launch(job)
     here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     on_cuda = torch.cuda.is_available() and not (wanted and wanted.type == "cpu")
-    if on_cuda and here > cards and not _on(os.environ, "ACCELERATE_USE_CPU"):
+    if on_cuda and here > cards and not _is_set(os.environ, "ACCELERATE_USE_CPU"):
         raise ValueError(
             f"{here} processes were launched on this machine, but torch sees {cards} CUDA devices; set num_processes "
             "(or --nproc_per_node) to the number of GPUs"
@@ -135,7 +137,7 @@ def make_accelerator(job: Train) -> Accelerator:
     accelerator = Accelerator(
         cpu=wanted is not None and wanted.type == "cpu",
         mixed_precision="no",
-        # rank 0 may encode a large data set while the others wait; train/ranks/peers.py notices who dies meanwhile
+        # rank 0 may encode a large data set while the others wait; train/ranks/peers.py notices a death meanwhile
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
     if wanted is not None and accelerator.device.type != wanted.type:
@@ -156,11 +158,18 @@ def make_accelerator(job: Train) -> Accelerator:
     return accelerator
 
 
-def check_shared(folder: Path, rank: int) -> None:
-    """See that what rank 0 wrote is seen here; a file system between machines may take its time.
+def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, on every rank."""
+    (value,) = gather_object([make()] if accelerator.is_main_process else [])
+    result: T = value
+    return result
+
+
+def check_shared_folder(folder: Path, rank: int) -> None:
+    """Wait until this rank sees the config that rank 0 has written: a network file system may take seconds.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not see it within 30 seconds.
     """
     file, start = folder / "config.yaml", time.monotonic()
     while not file.is_file():
@@ -172,18 +181,18 @@ def check_shared(folder: Path, rank: int) -> None:
         time.sleep(0.2)
 
 
-def shard(
+def shard_weights(
     transformer: FluxTransformer2DModel,
     parameters: Iterable[nn.Parameter],
     job: Train,
     device: torch.device,
     say: Callable[[str], object],
 ) -> None:
-    """Leave this rank its part of every frozen weight (FSDP 2), block by block; the adapter stays whole on each.
+    """Shard every frozen weight over the ranks (FSDP 2), block by block; each rank keeps the whole adapter.
 
-    4-bit scales stay whole too. Packed codes are cut as what they are, two bytes at a time under the name of bf16: FSDP
-    2 gathers each weight by itself, so that adapters need not be of one type with it, but before torch 2.12 it takes
-    no weight of whole numbers. `transformer` may lie on the host.
+    4-bit scales stay whole too. Packed codes are cut as they are, two bytes at a time viewed as bf16: before torch 2.12
+    FSDP 2 takes no weights of an integer type. It gathers each weight by itself, so the adapter may be of another type.
+    `transformer` may be on the host.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -193,8 +202,8 @@ def shard(
     job.memory = replace(job.memory, keep="everything" if job.memory.keep == "everything" else "nothing", fused=False)
     if job.memory.keep == "nothing":
         transformer.enable_gradient_checkpointing()
-    own = set(parameters)
-    for parameter in own:
+    adapter = set(parameters)
+    for parameter in adapter:
         parameter.data = parameter.data.to(device)
     for module in transformer.modules():
         if kind_of(module) in ("nf4", "fp4"):
@@ -204,22 +213,22 @@ def shard(
             pairs = layer.weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
             layer.weight.data, layer.quant_storage = pairs, pairs.dtype
     cut: Any = partial(
-        fully_shard, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)), ignored_params=own
+        fully_shard, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)), ignored_params=adapter
     )
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         cut(block)
     cut(transformer)
 
 
-def start_alike(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give all ranks rank 0's adapter, whatever their hardware drew."""
+def broadcast_adapter(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Give all ranks rank 0's adapter, since different hardware may draw different numbers."""
     if accelerator.num_processes > 1:
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, src=0)
 
 
-def exchange(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Put the mean of all ranks' gradients in the place of each rank's own: one sum of one tensor."""
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace each rank's gradients by their mean over the ranks, with one sum of one tensor."""
     if accelerator.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters]

@@ -1,8 +1,12 @@
-"""Ranks that notice within seconds when one of them is gone.
+"""Ranks that notice within seconds when one of them has died.
 
-A collective operation waits for all ranks, for hours if need be: rank 0 may encode a large data set. So the ranks also
-keep connections to rank 0, which the system closes when a process dies in whatever way, and breaks within half a minute
-when a machine does. Who loses the other says so in one paragraph and ends; the launcher's own view ends at its machine.
+A collective operation waits for all ranks, if need be for hours: rank 0 may encode a large data set. So each rank also
+keeps a connection to rank 0. The system closes it at once when a process dies in any way, and within half a minute when
+a machine does. A rank that loses its connection says so in one paragraph and ends. A launcher sees one machine only.
+
+torch's TCPStore does not replace the connections: its server tells nobody that a client has died, so every rank would
+have to write a heartbeat, and a thread of Python is late by as long as a library holds the interpreter (23 s while
+json reads 123 MiB on a busy machine). A limit long enough for that is no longer within seconds.
 """
 
 import os
@@ -17,14 +21,14 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-BYE, GONE = b"bye", b"gone "  # lines that are sent: this rank is done; that rank has died
-LATER = (
-    1.5  # seconds after which ranks speak that are not the first of their machine: by then it has, and they are gone
-)
+FINISHED, DIED = b"bye", b"gone "  # lines that are sent: this rank has finished; the rank with this number has died
+# Seconds that a rank waits unless it is the first of its machine: the first has spoken by then, and its launcher has
+# ended the others
+OTHERS_WAIT = 1.5
 
 
-def _alive(connection: socket.socket) -> socket.socket:
-    """Have the system ask the other machine whether it is there."""
+def _with_keepalive(connection: socket.socket) -> socket.socket:
+    """Have the system check that the other machine is still there."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
@@ -34,86 +38,87 @@ def _alive(connection: socket.socket) -> socket.socket:
 
 
 def _listen() -> socket.socket:
-    with suppress(OSError):  # without IPv6
+    with suppress(OSError):  # this machine has no IPv6
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
 
 
 def _lines(connection: socket.socket) -> Iterator[bytes]:
-    """What is sent, by the line, until the connection ends."""
-    with suppress(OSError), connection.makefile("rb") as stream:
-        for line in stream:
+    """The lines that are received, until the connection ends."""
+    with suppress(OSError), connection.makefile("rb") as received:
+        for line in received:
             yield line.strip()
 
 
-class Watch:
-    """This rank's connections, each read by a thread."""
+class PeerWatch:
+    """This rank's connections to other ranks. A thread reads each."""
 
-    def __init__(self, rank: int, ranks: int, lost: Callable[[int, int], object]) -> None:
-        """lost: called in a thread with the rank that died and the number of ranks."""
-        self.rank, self.ranks, self.lost = rank, ranks, lost
-        self.others: dict[int, socket.socket] = {}
-        self.done: set[int] = set()
+    def __init__(self, rank: int, ranks: int, on_death: Callable[[int, int], object]) -> None:
+        """on_death: called in a thread, with the rank that died and the number of ranks."""
+        self.rank, self.ranks, self.on_death = rank, ranks, on_death
+        self.connections: dict[int, socket.socket] = {}
+        self.finished: set[int] = set()
         self.leaving = False
-        self.told = threading.Event()
+        self.reported = threading.Event()
         token = secrets.token_hex(16)
         server = _listen() if rank == 0 else None
         ((port, self.token),) = gather_object([(server.getsockname()[1], token)] if server else [])
         if server:
-            threading.Thread(target=self._accept, args=(server,), daemon=True).start()
+            threading.Thread(target=self._accept_connections, args=(server,), daemon=True).start()
         else:
-            connection = _alive(socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), 10))
+            address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
+            connection = _with_keepalive(socket.create_connection(address, 10))
             connection.sendall(f"{self.token} {rank}\n".encode())
-            self._read(0, connection, _lines(connection))
+            self._add(0, connection, _lines(connection))
 
-    def _accept(self, server: socket.socket) -> None:
+    def _accept_connections(self, server: socket.socket) -> None:
         while True:
-            connection = _alive(server.accept()[0])
+            connection = _with_keepalive(server.accept()[0])
             lines = _lines(connection)
             token, _, rank = next(lines, b"").decode(errors="replace").partition(" ")
             if token == self.token and rank.isdigit():
-                self._read(int(rank), connection, lines)
+                self._add(int(rank), connection, lines)
             else:
                 connection.close()
 
-    def _read(self, other: int, connection: socket.socket, lines: Iterator[bytes]) -> None:
-        self.others[other] = connection
-        threading.Thread(target=self._follow, args=(other, lines), daemon=True).start()
+    def _add(self, other: int, connection: socket.socket, lines: Iterator[bytes]) -> None:
+        self.connections[other] = connection
+        threading.Thread(target=self._read_lines, args=(other, lines), daemon=True).start()
 
-    def _follow(self, other: int, lines: Iterator[bytes]) -> None:
+    def _read_lines(self, other: int, lines: Iterator[bytes]) -> None:
         for line in lines:
-            if line == BYE:
-                self.done.add(other)
-            elif line.startswith(GONE):
-                self._lose(int(line.removeprefix(GONE)))
-        if other not in self.done:
-            self._lose(other)
+            if line == FINISHED:
+                self.finished.add(other)
+            elif line.startswith(DIED):
+                self._report_death(int(line.removeprefix(DIED)))
+        if other not in self.finished:
+            self._report_death(other)
 
-    def _lose(self, rank: int) -> None:
-        if self.leaving or self.told.is_set():
+    def _report_death(self, rank: int) -> None:
+        if self.leaving or self.reported.is_set():
             return
-        self.told.set()
-        self._send(GONE + str(rank).encode())
-        self.lost(rank, self.ranks)
+        self.reported.set()
+        self._send(DIED + str(rank).encode())
+        self.on_death(rank, self.ranks)
 
     def _send(self, line: bytes) -> None:
-        for connection in [*self.others.values()]:
-            with suppress(OSError):  # it has ended too
+        for connection in [*self.connections.values()]:
+            with suppress(OSError):  # this one has ended too
                 connection.sendall(line + b"\n")
 
     def leave(self, error: BaseException | None) -> None:
-        """Part from the others, who go on undisturbed if there is no error."""
+        """Stop watching. Without an error the other ranks go on undisturbed."""
         if error is not None and not isinstance(error, ValueError | KeyboardInterrupt | SystemExit):
-            self.told.wait(2)  # an operation fails too when another rank dies: that is what has to be said then
+            self.reported.wait(2)  # if another rank has died, that made the operation fail: it is said instead
         self.leaving = True
         if error is None:
-            self._send(BYE)
+            self._send(FINISHED)
 
 
-def end(rank: int, ranks: int) -> None:
-    """Say which rank is gone, and end this process, whatever it waits for."""
+def exit_process(rank: int, ranks: int) -> None:
+    """Say which rank has died, and end this process, whatever it waits for."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(LATER)
+        time.sleep(OTHERS_WAIT)
     print(
         f"\nerror: rank {rank} of {ranks} has ended before the work was done, so the others end too. What it said "
         "itself stands above; if it said nothing, it was killed: look for out-of-memory in the system's log, or at its "
@@ -125,13 +130,13 @@ def end(rank: int, ranks: int) -> None:
 
 
 @contextmanager
-def watching(rank: int, ranks: int, say: Callable[[str], Any]) -> Iterator[None]:
-    """Within, end this process soon after another rank has died."""
+def watch_peers(rank: int, ranks: int, say: Callable[[str], Any]) -> Iterator[None]:
+    """In the with-block, end this process within seconds of another rank's death."""
     if ranks == 1:
         yield
         return
     try:
-        watch = Watch(rank, ranks, end)
+        watch = PeerWatch(rank, ranks, exit_process)
     except OSError as error:
         say(f"note: rank {rank} cannot reach rank 0 ({error}): if one of them dies, the other waits for the launcher")
         yield

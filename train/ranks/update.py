@@ -1,7 +1,7 @@
 """What all ranks know of one update: every sample's loss, the gradient's norm, and whether to stop or to save.
 
-One sum over the ranks tells it, in which each rank fills its own places: whatever follows from it is decided alike by
-all, bit for bit, and a loss that is not finite on one rank is known to all before any weight has changed.
+One sum over the ranks carries it; each rank fills its own entries and leaves the others 0. So all ranks decide alike,
+bit for bit, and all know of a loss that is not finite on one rank before any weight changes.
 """
 
 import math
@@ -16,65 +16,75 @@ from train.data.batches import Place, share
 
 
 @dataclass
-class Part:
-    """What a rank learns from at once: samples of one size, and what each of them counts."""
+class RankBatch:
+    """A rank's part of one batch, which it learns from at once: samples of one size."""
 
     places: list[Place]
     weight: float
+    """Of each sample in the loss, before its source's weight."""
     micro: int
-    """Which of the update's batches it is from."""
+    """The index of the batch among those of the update."""
     slot: int
-    """Its number in that batch: the rank's, where the run has as many ranks as it began with."""
+    """The index of the part in the batch: the rank's, if the run has as many ranks as it began with."""
 
 
-def divide(batches: list[list[Place]], rank: int, ranks: int, batch_size: int, begun: int) -> list[Part]:
-    """A rank's parts of an update's batches, which were made for `begun` ranks: as many for every rank.
+def batches_of_rank(
+    batches: list[list[Place]], rank: int, ranks: int, batch_size: int, original_ranks: int
+) -> list[RankBatch]:
+    """A rank's parts of an update's batches, which were made for `original_ranks` ranks; every rank gets equally many.
 
-    With fewer ranks each takes several in turn, with more some take copies that count nothing: what is learned stays
-    the mean over the same samples.
+    With fewer ranks than that, each takes several in turn; with more, some take copies whose weight is 0. So the run
+    learns from the mean over the same samples.
     """
-    turns = -(-begun // ranks)
+    turns = -(-original_ranks // ranks)
     slots = [(micro, turn * ranks + rank) for micro in range(len(batches)) for turn in range(turns)]
-    return [Part(*share(batches[micro], slot, ranks, batch_size), micro, slot) for micro, slot in slots]
+    return [RankBatch(*share(batches[micro], slot, ranks, batch_size), micro, slot) for micro, slot in slots]
 
 
 @dataclass
 class Update:
-    """Of all ranks together."""
+    """One update, of all ranks together."""
 
     losses: list[tuple[Place, float, float]]
-    """Every sample that counts: its loss, and its share of the update's loss before its source's weight."""
+    """Every sample that counts: its place in the order of the samples, its loss, and its share of the update's loss
+    before its source's weight."""
     norm: float
-    """Of the gradient, before it is clipped."""
+    """Of the gradient before clipping."""
     stop: bool
     save: bool
     finite: bool
     """Whether every loss and gradient is."""
 
 
-def tell(
+def reduce_update(
     accelerator: Accelerator, batch_size: int, losses: list[Tensor], norm: Tensor, stop: bool, save: bool
 ) -> Tensor:
-    """What `hear` reads, alike on all ranks; it is finite where every loss and every rank's norm are.
+    """Sum what the ranks know of an update, without waiting for the device; `read_update` reads the result.
 
-    losses: of this rank's samples, [b] a part; norm: [], on the device too; any rank's `stop` counts, and any rank's
-    `save`.
+    losses: of this rank's samples, one tensor [b] per part. norm: the gradient's, []. stop, save: it is enough if one
+    rank asks for them.
+
+    Returns: [ranks * parts * batch_size + 3], float64, the same on all ranks; finite if every loss and every norm is.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    own = torch.zeros(ranks, len(losses), batch_size, dtype=torch.float64, device=accelerator.device)
+    losses_by_rank = torch.zeros(ranks, len(losses), batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
-        own[rank, part, : len(values)] = values
-    # filled there: a copy from the host would wait for all that is queued
-    wishes = [own.new_full((1,), float(wish)) for wish in (stop, save)]
-    told: Tensor = accelerator.reduce(torch.cat([own.flatten(), *wishes, norm.detach().double().view(1)]), "sum")
-    return told
+        losses_by_rank[rank, part, : len(values)] = values
+    # filled on the device: a copy from the host would wait for all work that is queued
+    requests = [losses_by_rank.new_full((1,), float(request)) for request in (stop, save)]
+    reduced: Tensor = accelerator.reduce(
+        torch.cat([losses_by_rank.flatten(), *requests, norm.detach().double().view(1)]), "sum"
+    )
+    return reduced
 
 
-def hear(told: Tensor, ranks: int, batches: list[list[Place]], batch_size: int, begun: int) -> Update:
-    """Wait for the device and read what all ranks told."""
-    every = [divide(batches, other, ranks, batch_size, begun) for other in range(ranks)]
-    heard = told.tolist()
-    *flat, stops, saves, norms = heard
+def read_update(
+    reduced: Tensor, ranks: int, batches: list[list[Place]], batch_size: int, original_ranks: int
+) -> Update:
+    """Wait for the device, and read the result of `reduce_update`."""
+    every = [batches_of_rank(batches, other, ranks, batch_size, original_ranks) for other in range(ranks)]
+    values = reduced.tolist()
+    *flat, stops, saves, norms = values
     losses: Any = torch.tensor(flat, dtype=torch.float64).view(ranks, -1, batch_size).tolist()
     found = [
         (place, losses[other][number][i], part.weight / ranks / len(batches))
@@ -83,4 +93,4 @@ def hear(told: Tensor, ranks: int, batches: list[list[Place]], batch_size: int, 
         if part.weight > 0
         for i, place in enumerate(part.places)
     ]
-    return Update(found, norms / ranks, stops > 0, saves > 0, all(map(math.isfinite, heard)))
+    return Update(found, norms / ranks, stops > 0, saves > 0, all(map(math.isfinite, values)))

@@ -1,4 +1,4 @@
-"""Everything a training run is told, as one dataclass; the defaults are in configs/train.yaml."""
+"""All settings of a training run, as one dataclass; the defaults are in configs/train.yaml."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,10 +16,13 @@ from train.objective.optim import Optim
 from train.run.sweep import Sweep
 from train.trackers.options import Track
 
+MAY_CHANGE = {"may_change": True}  # marks a setting that a resumed run may change: what is learned stays the same
+
 
 @dataclass
 class Train:
-    """One training run."""
+    """One training run. A resumed run must repeat every setting but `steps` and those marked as ones that may change;
+    paths are compared by what they lead to (train/state/identity.py)."""
 
     model: Model = field(default_factory=Model)
     precision: Precision = field(default_factory=Precision)
@@ -27,51 +30,52 @@ class Train:
     data: Data = field(default_factory=Data)
     encode: Encode = field(default_factory=Encode)
     flow: Flow = field(default_factory=Flow)
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory = field(default_factory=Memory, metadata=MAY_CHANGE)
     optim: Optim = field(default_factory=Optim)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=Sampling, metadata=MAY_CHANGE)
     """Of the previews."""
-    track: Track = field(default_factory=Track)
-    sweep: Sweep = field(default_factory=Sweep)
+    track: Track = field(default_factory=Track, metadata=MAY_CHANGE)
+    sweep: Sweep = field(default_factory=Sweep, metadata=MAY_CHANGE)
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
-    deterministic: bool = False
-    """The same command comes to the same bits every time on one kind of GPU, stopped or not; false is quicker there, by
-    figures in docs/nothing-lost.md. A CPU repeats itself in any case."""
+    deterministic: bool = field(default=False, metadata=MAY_CHANGE)
+    """Give the same bits every time on one kind of GPU, whether the run is stopped or not; false is faster there
+    (docs/nothing-lost.md has figures). On a CPU the bits are the same in any case."""
     steps: int = 1000
-    """Optimizer updates."""
+    """Optimizer updates. A resumed run may ask for another number, not below the step that it has reached."""
     accumulation: int = 1
-    """Micro-batches an update."""
+    """Micro-batches per update."""
     ema: float | None = None
-    """Decay of a moving average of the adapter's weights, such as 0.99, which is kept, measured, drawn and saved beside
-    them; null: none."""
-    save_every: int = 200
+    """Decay of a moving average of the adapter's weights, such as 0.99. The average is validated, drawn and saved
+    beside the weights themselves; null: no average."""
+    save_every: int = field(default=200, metadata=MAY_CHANGE)
     """Steps between checkpoints; 0 keeps only the last."""
-    save_minutes: float = 0.0
-    """Minutes after which a checkpoint is written in any case; 0: never."""
-    keep: int = 2
-    """Of the newest checkpoints, how many are kept."""
-    keep_best: int = 0
-    """Of the checkpoints with the lowest validation loss (of the averaged weights, if there are any), how many are kept
-    besides; above 0, each validation has its checkpoint."""
-    resume: str | None = None
+    save_minutes: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Minutes after the last checkpoint at which another is written in any case; 0: never."""
+    keep: int = field(default=2, metadata=MAY_CHANGE)
+    """How many of the newest checkpoints are kept."""
+    keep_best: int = field(default=0, metadata=MAY_CHANGE)
+    """How many of the checkpoints with the lowest validation loss (of the averaged weights, if there are any) are kept
+    besides; above 0, a checkpoint is written at each validation."""
+    resume: str | None = field(default=None, metadata=MAY_CHANGE)
     """A checkpoint's name, such as step-000200, to go on from; null: the newest that is whole."""
-    stop_after_bad: int = 5
-    """Updates in a row whose loss or gradient is not finite, after which the run stops; each of them is left out."""
-    spikes: float = 6.0
-    """A loss that is so many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
-    validate_every: int = 100
+    stop_after_bad: int = field(default=5, metadata=MAY_CHANGE)
+    """After this many updates in a row whose loss or gradient is not finite the run stops; each is left out."""
+    spikes: float = field(default=6.0, metadata=MAY_CHANGE)
+    """A loss this many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
+    validate_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between validations; 0 validates at the start and the end."""
     validation_levels: int = 8
     """Noise levels at which each held-out picture is measured."""
-    preview_every: int = 0
+    preview_every: int = field(default=0, metadata=MAY_CHANGE)
     """Steps between previews; 0 draws one at the end."""
-    previews: list[str] = field(default_factory=list)
-    """Prompts of the previews; none draws none. The trigger word is not added."""
-    push: str | None = None
-    """owner/name on the Hub, where the finished adapter and its card go, private if new; null keeps them here."""
-    device: str = "auto"
+    previews: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
+    """Prompts of the previews; an empty list draws none. The trigger word is not added."""
+    push: str | None = field(default=None, metadata=MAY_CHANGE)
+    """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
+    null: none."""
+    device: str = field(default="auto", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         check_most(
@@ -116,10 +120,10 @@ class Train:
 
 
 def check_half(precision: Precision) -> None:
-    """Refuse what cannot be trained with products in fp16 (infer/fast/half.py).
+    """See that the precision can be trained with products in fp16, if it has them (infer/fast/half.py).
 
     Raises:
-        ValueError: LLM.int8, in whose own products gradients vanish.
+        ValueError: it is LLM.int8, whose own products lose the gradients in fp16.
     """
     if precision.llm_int8 and precision.dtype_name == "fp16":
         raise ValueError(

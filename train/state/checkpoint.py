@@ -1,8 +1,8 @@
-"""A run's state on disk: `checkpoints/step-000200/` holds the adapter, its average, the optimizer and where the run is.
+"""A run's state on disk: `checkpoints/step-000200/` holds the adapter, its average, the optimizer and the progress.
 
-Safetensors and JSON only, and never the base model. A checkpoint is written beside its place and renamed, so that it
-is whole or absent; checksums tell one that was torn or altered afterwards, and the one before it is taken instead. It
-is the state right after its step's update: the validation and the previews that are due there come after it.
+Safetensors and JSON only, and never the base model. A checkpoint is written under a temporary name and renamed, so
+that it is whole or absent; checksums tell one that was torn or altered afterwards, and the one before it is used
+instead. It is the state right after its step's update: validation and previews that are due at this step come later.
 """
 
 import hashlib
@@ -11,8 +11,9 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +25,19 @@ from infer.program.atomic import sync_folder
 ADAPTER, AVERAGE, OPTIMIZER, STATE = "adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
 
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    adapter: dict[str, Tensor]
+    """Its tensors under PEFT's names."""
+    optimizer: dict[str, Any]
+    """Its state dict."""
+    state: dict[str, Any]
+    """The progress, the schedule, and, where there are any, the averaged weights as `average`."""
+
+
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Take the tensors out of nested containers; JSON stays, with each tensor's name in its place."""
+    """Replace each tensor in nested containers by its name, and collect the tensors; the rest becomes JSON."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         # copied: bitsandbytes' states share tensors, which safetensors refuses
@@ -78,10 +90,10 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         for name, content in files.items():
-            with (partial / name).open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with (partial / name).open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
         sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one: the run came here again
         partial.rename(target)
@@ -92,22 +104,23 @@ def save_checkpoint(
 
 
 def retain(folder: Path, keep: int, best: list[int]) -> None:
-    """Remove all checkpoints but the newest `keep` and those of the steps in `best`, and what killed processes left."""
+    """Remove all checkpoints but the newest `keep` and those of the steps in `best`, and the partial ones of killed
+    processes."""
     for partial in folder.glob("step-*.partial"):
         shutil.rmtree(partial)
     for old in list_checkpoints(folder)[:-keep]:
-        if _step(old) not in best:  # renamed first: one that is half removed is none
+        if _step(old) not in best:  # renamed first, so that nobody takes one that is half removed for a checkpoint
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 def best_steps(folder: Path, losses: dict[str, float], count: int) -> list[int]:
-    """The `count` steps of the lowest validation loss, of those that have a checkpoint; the earlier of equals."""
+    """Of the steps that have a checkpoint, the `count` with the lowest validation loss; of equal ones the earlier."""
     there = [_step(path) for path in list_checkpoints(folder) if str(_step(path)) in losses]
     return sorted(there, key=lambda step: (losses[str(step)], step))[:count]
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints beyond a step, from which the run goes on, so that they are not taken for its newest."""
+    """Rename the checkpoints beyond the step from which the run goes on: none of them is its newest any more."""
     moved = []
     for path in list_checkpoints(folder):
         if _step(path) > step:
@@ -122,18 +135,18 @@ def _step(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; partial ones are none."""
+    """The folders of a run's checkpoints, oldest first; without partial ones."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=_step)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The adapter's tensors, the optimizer's state dict, and the rest; averaged weights are `average` in the rest.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's folder and compare its checksums.
 
     Raises:
-        ValueError: a file is absent, unreadable, or not what was written.
+        ValueError: a file is absent, unreadable, or differs from what was written.
     """
     try:
         header = json.loads((path / STATE).read_text())
@@ -151,33 +164,29 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
             state["average"] = load(contents[AVERAGE])
     except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error})") from error
-    return adapter, optimizer, state
+    return Checkpoint(adapter, optimizer, state)
 
 
-def find_checkpoint(folder: Path, name: str | None, warn: Any) -> Path | None:
-    """The checkpoint of a name, or else the newest that is whole, or None; `warn` is told of each damaged one.
+def find_checkpoint(folder: Path, name: str | None, warn: Callable[[str], object]) -> tuple[Path, Checkpoint] | None:
+    """Read the named checkpoint, or else the newest that is whole; `warn` is told of each damaged one.
+
+    Returns: its folder and what it holds; None if there is none.
 
     Raises:
         ValueError: the named one is absent or damaged.
     """
-    there = list_checkpoints(folder)
     if name is not None:
-        if folder / name not in there:
-            names = ", ".join(path.name for path in there) or "none"
-            raise ValueError(f"resume is {name!r}, but the checkpoints in {folder} are: {names}; choose one, or null")
-        read_checkpoint(folder / name)
-        return folder / name
-    for path in reversed(there):
+        return folder / name, read_checkpoint(folder / name)
+    for path in reversed(list_checkpoints(folder)):
         try:
-            read_checkpoint(path)
-            return path
+            return path, read_checkpoint(path)
         except ValueError as error:
             warn(f"{error}; an older one is used if there is one, else the run starts over")
     return None
 
 
 def optimizer_to(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The optimizer's tensors on the device where its parameters are."""
+    """An optimizer's state dict with its tensors on a device."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):

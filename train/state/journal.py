@@ -1,4 +1,4 @@
-"""Files of one JSON object a line: metrics.jsonl, what was measured, and events.jsonl, what was out of the ordinary."""
+"""Files with one JSON object per line: metrics.jsonl for figures, events.jsonl for spikes and skipped updates."""
 
 import json
 import math
@@ -11,30 +11,31 @@ from train.trackers.metrics import parse_event
 
 
 class Journal:
-    """One line an event, with its step. A resumed run drops the lines beyond its checkpoint first."""
+    """One line per entry, with its step. A resumed run first removes the lines beyond its checkpoint."""
 
     def __init__(self, file: Path, step: int, write: bool) -> None:
-        """step: of the checkpoint that the run goes on from, -1 for none. write: whether this rank writes."""
+        """step: the checkpoint's that the run resumes from, -1 without one. write: whether this rank writes."""
         self.file = file if write else None
         if write and file.is_file():
-            text = file.read_text(errors="replace")  # a line that was damaged is dropped, not the run
-            lines = [line for line in text.splitlines() if _step_of(line) <= step]
+            text = file.read_text(errors="replace")  # a damaged line is removed, and the run goes on
+            lines = [line for line in text.splitlines() if _order_of(line) <= step]
             replace_file(file, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
         if self.file is not None:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **figures}, allow_nan=False) + "\n")
+            with self.file.open("a") as handle:
+                handle.write(json.dumps({"step": step, **figures}, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Have all lines reach the disk, as before a checkpoint that stands for them."""
+        """Flush all lines to the disk; call before a checkpoint of the same step is written."""
         if self.file is not None and self.file.is_file():
-            with self.file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            with self.file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
-def _step_of(line: str) -> float:
-    """The step, or half a step more for what is done after the step's checkpoint; infinite for a torn line."""
+def _order_of(line: str) -> float:
+    """The line's step; half a step more for a validation, which comes after the step's checkpoint; infinite for a line
+    that a crash cut off."""
     event = parse_event(line)
     if event is None:
         return math.inf

@@ -1,21 +1,18 @@
-"""Where a run is, besides its weights and its optimizer; and putting all of it into a checkpoint and back."""
+"""A run's state: weights, optimizer, schedule and progress, into a checkpoint and back."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import FluxTransformer2DModel
 
 from infer.adapter.attached import adapter_state, set_adapter_state
 from train.objective.ema import Average
-from train.run.config import Train
 from train.state.checkpoint import (
+    Checkpoint,
     best_steps,
-    find_checkpoint,
     optimizer_to,
-    read_checkpoint,
     retain,
     save_checkpoint,
     set_aside,
@@ -24,7 +21,7 @@ from train.state.checkpoint import (
 
 @dataclass
 class Progress:
-    """Every figure that a run which resumes needs."""
+    """How far a run has come: the figures that a resumed run needs."""
 
     samples: str
     """A hash of what is trained on and what is held out."""
@@ -36,20 +33,20 @@ class Progress:
     validation_ema: dict[str, float] = field(default_factory=dict)
     """The same of its averaged weights, if there are any."""
     losses: list[float] = field(default_factory=list)
-    """Of the last steps: what a spike is measured by."""
+    """Of the last steps, with which a loss is compared to find spikes."""
     skipped: int = 0
-    """Updates left out so far, for a loss or gradient that was not finite."""
+    """Updates left out so far, because their loss or gradient was not finite."""
     skipped_in_a_row: int = 0
 
     @property
     def judged(self) -> dict[str, float]:
-        """The validation losses by which a checkpoint is among the best."""
+        """The validation losses that decide which checkpoints are the best."""
         return self.validation_ema or self.validation
 
 
 @dataclass
-class Parts:
-    """What is saved and restored together."""
+class TrainingState:
+    """What a checkpoint saves and restores."""
 
     transformer: FluxTransformer2DModel
     average: Average | None
@@ -58,15 +55,17 @@ class Parts:
     progress: Progress
     folder: Path
     """The run's."""
-    undrawn: str | None = None
-    """Why the last previews could not be drawn, if they could not."""
+    preview_error: str | None = None
+    """Why the last previews could not be drawn; None if they were. It is not saved."""
 
 
-def refuse_other(state: dict[str, Any], samples: str | None, base: str, folder: Path) -> None:
-    """Compare a checkpoint with what the run would go on with.
+def check_same_run(state: dict[str, Any], samples: str | None, base: str, folder: Path) -> None:
+    """Compare a checkpoint's state with the data and the base model that the run would go on with.
+
+    samples, base: hashes, as in `Progress`; None: the samples are not known yet.
 
     Raises:
-        ValueError: the data or the base model is another.
+        ValueError: one of them is another.
     """
     mend = f"choose another name with run=..., or delete {folder} to start over"
     if state["base"] != base:
@@ -81,59 +80,54 @@ def refuse_other(state: dict[str, Any], samples: str | None, base: str, folder: 
         )
 
 
-def restore(parts: Parts, job: Train, accelerator: Accelerator) -> bool:
-    """Go on from the checkpoint that `resume` names, or the newest whole one; False if there is none. All ranks take
-    the one that the main rank finds; those beyond it are set aside.
+def restore(training: TrainingState, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """Continue from a checkpoint on every rank; the checkpoints beyond it are set aside.
 
     Raises:
-        ValueError: there is none of that name, or it belongs to other data or another base.
+        ValueError: the checkpoint belongs to other data or another base model.
     """
-    folder = parts.folder / "checkpoints"
-    main, now = accelerator.is_main_process, parts.progress
-    (found,) = gather_object([find_checkpoint(folder, job.resume, accelerator.print)] if main else [])
-    if found is None:
-        return False
-    adapter, optimizer, state = read_checkpoint(found)
-    refuse_other(state, now.samples, now.base, parts.folder)
+    adapter, optimizer, state = checkpoint
+    check_same_run(state, training.progress.samples, training.progress.base, training.folder)
+    state = dict(state)
     schedule, updates, average = state.pop("schedule"), state.pop("ema_updates"), state.pop("average", None)
-    if parts.average is not None:
-        parts.average.load(average, updates)
-    set_adapter_state(parts.transformer, adapter)
-    for group, own in zip(optimizer["param_groups"], parts.optimizer.param_groups, strict=True):
-        if "fused" in own:  # how it is computed, which is not a checkpoint's affair
-            group["fused"] = own["fused"]
-    parts.optimizer.load_state_dict(optimizer_to(optimizer, accelerator.device))
-    # the rate of this step as the schedule is now: of more steps than before it is another
+    if training.average is not None:
+        training.average.load(average, updates)
+    set_adapter_state(training.transformer, adapter)
+    for group, current in zip(optimizer["param_groups"], training.optimizer.param_groups, strict=True):
+        if "fused" in current:  # this run chooses how it is computed, not the checkpoint
+            group["fused"] = current["fused"]
+    training.optimizer.load_state_dict(optimizer_to(optimizer, accelerator.device))
+    # the rate of this step in a run of as many steps as are asked for now
     rates = [
-        base * own(schedule["last_epoch"])
-        for base, own in zip(parts.schedule.base_lrs, parts.schedule.lr_lambdas, strict=True)
+        base * rate(schedule["last_epoch"])
+        for base, rate in zip(training.schedule.base_lrs, training.schedule.lr_lambdas, strict=True)
     ]
-    parts.schedule.load_state_dict(schedule | {"_last_lr": rates})
-    for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
+    training.schedule.load_state_dict(schedule | {"_last_lr": rates})
+    for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    parts.progress = Progress(**state)
+    training.progress = Progress(**state)
     accelerator.wait_for_everyone()  # all have read
-    for aside in set_aside(folder, parts.progress.step) if main else []:
-        accelerator.print(f"set aside as {aside}: the run goes on from step {parts.progress.step}")
-    return True
+    step = training.progress.step
+    for moved in set_aside(training.folder / "checkpoints", step) if accelerator.is_main_process else []:
+        accelerator.print(f"set aside as {moved}: the run goes on from step {step}")
 
 
-def save(parts: Parts, learned: dict[str, Any]) -> Path:
-    """Write the checkpoint of this step; learned: the optimizer's state dict."""
-    average, updates = parts.average.state() if parts.average is not None else (None, 0)
-    state = asdict(parts.progress) | {"schedule": parts.schedule.state_dict(), "ema_updates": updates}
+def save(training: TrainingState, optimizer: dict[str, Any]) -> Path:
+    """Write the checkpoint of this step; optimizer: its state dict, whole."""
+    average, updates = training.average.state() if training.average is not None else (None, 0)
+    state = asdict(training.progress) | {"schedule": training.schedule.state_dict(), "ema_updates": updates}
     step = state.pop("step")
     return save_checkpoint(
-        parts.folder / "checkpoints",
+        training.folder / "checkpoints",
         step,
-        adapter_state(parts.transformer),
-        learned,
+        adapter_state(training.transformer),
+        optimizer,
         state,
         average,
     )
 
 
-def clear(parts: Parts, job: Train) -> None:
-    """Remove the checkpoints that are neither among the last `keep` nor among the best `keep_best`."""
-    folder = parts.folder / "checkpoints"
-    retain(folder, job.keep, best_steps(folder, parts.progress.judged, job.keep_best))
+def remove_old_checkpoints(training: TrainingState, keep: int, keep_best: int) -> None:
+    """Remove the checkpoints that are neither among the newest `keep` nor among the best `keep_best`."""
+    folder = training.folder / "checkpoints"
+    retain(folder, keep, best_steps(folder, training.progress.judged, keep_best))

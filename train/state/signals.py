@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: the step is finished and the state saved before the run ends; a second one ends it at once.
+"""SIGINT and SIGTERM: the run finishes its step and saves its state before it ends; a second one ends it at once.
 
-`accelerate launch` with one process dies of the signal, of Ctrl-C with a traceback, and tells its child nothing; the
-child sees that it is gone and stops as if it had been told. `python train/train.py` needs no launcher. torchrun, which
-`accelerate launch` uses for several processes, passes signals on.
+`accelerate launch` with one process dies of the signal (of Ctrl-C with a traceback) and does not pass it on; its child
+notices that the launcher is gone and stops as if it had got the signal. `python train/train.py` needs no launcher.
+torchrun, which `accelerate launch` uses for several processes, passes signals on.
 """
 
 import os
@@ -18,11 +18,11 @@ import psutil
 from infer.program.errors import STOPPED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-RELAY = 2.0  # seconds within which a launcher's copy of a signal may come
+COPY_WITHIN = 2.0  # seconds within which a launcher's copy of a signal may come
 
 
-def _launcher() -> int | None:
-    """The process that started this one, if it is there only for that."""
+def _find_launcher() -> int | None:
+    """The process id of the launcher that started this process, if one did."""
     try:
         parent = psutil.Process(os.getppid())
         words = " ".join(parent.cmdline())
@@ -31,20 +31,20 @@ def _launcher() -> int | None:
     return parent.pid if any(word in words for word in ("accelerate", "torchrun", "torch.distributed")) else None
 
 
-class Stop:
-    """Catches the signals in a with-block. Until `gently` is called, one ends the program with exit code 3."""
+class StopSignals:
+    """Catches the signals in a with-block. Until `defer` is called, a signal ends the program with exit code 3."""
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-        """What asked, once something has."""
-        self.gentle = False
-        self.since = 0.0
-        self.launcher = _launcher()
+        self.reason: str | None = None
+        """Why the run stops: the signal's name, or that the launcher is gone; None while it goes on."""
+        self.deferred = False
+        self.requested_at = 0.0
+        self.launcher = _find_launcher()
         # a terminal's Ctrl-C reaches every process, and torchrun then sends its own
-        self.relayed = "TORCHELASTIC_RUN_ID" in os.environ
+        self.launcher_forwards = "TORCHELASTIC_RUN_ID" in os.environ
 
-    def __enter__(self) -> "Stop":
-        # elsewhere Python lets no handler be set, and whoever made the thread has its own
+    def __enter__(self) -> "StopSignals":
+        # Python allows handlers in the main thread alone
         self.before: dict[Any, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
@@ -56,32 +56,34 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def gently(self) -> None:
-        """From now on a first signal is only remembered: `wanted` says so."""
-        self.gentle = True
+    def defer(self) -> None:
+        """From now on a first signal is only remembered, and `requested` tells of it."""
+        self.deferred = True
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.asked is None:
-            self._ask(name)
-            if not self.gentle:
+        if self.reason is None:
+            self._request(name)
+            if not self.deferred:
                 sys.exit(STOPPED)
-            if not self.relayed:
-                for other in SIGNALS:  # the kernel's own: at once even where Python does not get to run
+            if not self.launcher_forwards:
+                for other in SIGNALS:  # the kernel acts at once, even while Python is busy in a library
                     signal.signal(other, signal.SIG_DFL)
-        elif time.monotonic() - self.since > RELAY:
+        elif time.monotonic() - self.requested_at > COPY_WITHIN:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def _ask(self, name: str) -> None:
-        self.asked, self.since = name, time.monotonic()
-        what = "this step is finished and saved first; once more ends it at once" if self.gentle else "nothing is lost"
-        if self.gentle and self.launcher is not None and not self.relayed:
+    def _request(self, name: str) -> None:
+        self.reason, self.requested_at = name, time.monotonic()
+        what = (
+            "this step is finished and saved first; once more ends it at once" if self.deferred else "nothing is lost"
+        )
+        if self.deferred and self.launcher is not None and not self.launcher_forwards:
             what += ". The launcher leaves before that, with a traceback of its own: wait for `stopped`"
         os.write(2, f"\n{name}: stopping; {what}\n".encode())  # print may be what was interrupted
 
-    def wanted(self) -> bool:
-        """Whether this process was asked to stop, or its launcher is gone."""
-        if self.asked is None and self.launcher is not None and os.getppid() != self.launcher:
-            self._ask("the launcher is gone")
-        return self.asked is not None
+    def requested(self) -> bool:
+        """Whether a signal came, or the launcher is gone."""
+        if self.reason is None and self.launcher is not None and os.getppid() != self.launcher:
+            self._request("the launcher is gone")
+        return self.reason is not None

@@ -505,8 +505,8 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (AutoencoderKL, FluxTransformer2DModel, CLIPTextModel, T5EncoderModel):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
-    monkeypatch.setattr("train.loop.session.build", refuse)
-    monkeypatch.setattr("train.loop.session.prior_samples", refuse)
+    monkeypatch.setattr("train.loop.load.build", refuse)
+    monkeypatch.setattr("train.loop.load.prior_samples", refuse)
 
 
 WORKS = {

@@ -29,7 +29,7 @@ from infer.sample.encode import decode, pack
 from scripts.check_half import NoBf16, make_loud
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data
-from train.loop import session as training
+from train.loop import run as training
 from train.objective.flow_matching import predict
 from train.objective.optim import Optim
 from train.run.config import Train

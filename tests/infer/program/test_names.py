@@ -21,7 +21,7 @@ from infer.program.command import check_run_name
 from infer.quantize.precision import Precision
 from infer.sample.generate import Sampling
 from train.gap import Gap, measure
-from train.loop.session import nothing_learned
+from train.loop.finish import nothing_learned
 
 CPU = torch.device("cpu")
 MODULES = ["train", "eval", "half", "type", "float", "to", "cpu", "items", "keys", "pop", "training", "forward",

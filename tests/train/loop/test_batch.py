@@ -13,7 +13,7 @@ from train.data.batches import batches_from, epoch_batches, share
 from train.data.buckets import View, views_of
 from train.data.caption import texts_of
 from train.data.dataset import Data, Prior, Sample, Source
-from train.loop.batch import Samples, choose, make_stream, training_batch, validation_batch, validation_parts
+from train.loop.batch import Samples, make_order, split_samples, training_batch, validation_batch, validation_items
 from train.run.config import Train
 
 CPU = torch.device("cpu")
@@ -53,13 +53,13 @@ def samples_of(*sources: int) -> list[Sample]:
 
 def set_up(data: Data, sources: tuple[int, ...], masked: set[int] | None = None) -> tuple[Train, Any, Samples]:
     job, cache = Train(data=data), Numbers(data, masked)
-    return job, cache, choose(samples_of(*sources), cache, data, 0)  # type: ignore[arg-type]
+    return job, cache, split_samples(samples_of(*sources), cache, data, 0)  # type: ignore[arg-type]
 
 
 def test_each_latent_has_a_text_of_its_own_sample() -> None:
     data = Data("a", [32, 64], 3, trigger="sks", flip=True, crops=2, tag_orders=4, caption_dropout=0.2, validation=0.3)
     job, cache, samples = set_up(data, (0,) * 12)
-    stream = make_stream(samples, cache, data, 0, 1)
+    stream = make_order(samples, cache, data, 0, 1)
     seen, texts = set(), set()
     for places in islice(batches_from(stream, 0), 120):
         batch = training_batch(job, cache, samples, places, 1.0, CPU)
@@ -80,7 +80,7 @@ def test_a_place_says_all() -> None:
     """The same numbers alone and in company, on any rank."""
     data = Data("a", 64, 4, validation=0)
     job, cache, samples = set_up(data, (0, 0, 0, 0))
-    places = next(batches_from(make_stream(samples, cache, data, 0, 1), 0))
+    places = next(batches_from(make_order(samples, cache, data, 0, 1), 0))
     whole = training_batch(job, cache, samples, places, 1.0, CPU)
     for i, place in enumerate(places):
         alone = training_batch(job, cache, samples, [place], 1.0, CPU)
@@ -96,7 +96,7 @@ def test_masks_and_weights() -> None:
         resolution=64, batch_size=8, validation=0, sources=[Source("a", weight=0.5), Source("b", weight=2.0)], aspect=1
     )
     job, cache, samples = set_up(data, (0, 1, 1, 0), masked={1})
-    for places in islice(batches_from(make_stream(samples, cache, data, 0, 2), 0), 6):
+    for places in islice(batches_from(make_order(samples, cache, data, 0, 2), 0), 6):
         own, weight = share(places, 0, 2, 8)
         batch = training_batch(job, cache, samples, own, weight, CPU)
         held = [place.sample for place in own]
@@ -112,13 +112,13 @@ def test_class_pictures_are_as_many_as_asked_and_never_held_out() -> None:
     data = Data("a", 64, 2, validation=0.4, aspect=1, prior=Prior("dogs", "a dog", ratio=0.5, weight=0.1))
     _, cache, samples = set_up(data, (0,) * 5 + (1,) * 20)
     assert len(samples.train) == 3 + 20 and all(i < 5 for i in samples.validation)
-    stream = make_stream(samples, cache, data, 0, 1)
+    stream = make_order(samples, cache, data, 0, 1)
     own = [i < 5 for epoch in range(40) for batch in batches_of(stream, epoch) for i in batch]
     assert sum(own) == 40 * 3
     assert len(own) - sum(own) == pytest.approx(40 * 1.5, abs=1)
     by_hand = Data(sources=[Source("a"), Source("b", prior=True, repeats=2)], resolution=64)
     _, cache, samples = set_up(by_hand, (0,) * 5 + (1,) * 3)
-    assert make_stream(samples, cache, by_hand, 0, 1).repeats == [1.0] * 4 + [2.0] * 3
+    assert make_order(samples, cache, by_hand, 0, 1).repeats == [1.0] * 4 + [2.0] * 3
 
 
 def batches_of(stream: Any, epoch: int) -> list[list[int]]:
@@ -133,7 +133,7 @@ def test_validation_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
 
     def measured(rank: int, of: int) -> dict[tuple[int, float], Tensor]:
         found = {}
-        for held in validation_parts(job, cache, samples, rank, of):
+        for held in validation_items(job, cache, samples, rank, of):
             batch = validation_batch(job, cache, samples, held, CPU)
             for i in range(len(batch.x0)):
                 index = int(batch.x0[i].mean())

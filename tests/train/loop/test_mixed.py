@@ -31,15 +31,15 @@ import torch
 sys.path[0] = {root!r}
 from train.train import train
 
-loop, seen = importlib.import_module("train.loop.fit"), []
-original = loop.training_batch
+step, seen = importlib.import_module("train.loop.step"), []
+original = step.training_batch
 
 def recorded(job, cache, samples, places, weight, device):
     batch = original(job, cache, samples, places, weight, device)
     seen.append((len(places), [place.epoch for place in places], batch.__dict__))
     return batch
 
-loop.training_batch = recorded
+step.training_batch = recorded
 job = pickle.loads(open({job!r}, "rb").read())
 train(job)
 torch.save(seen, {out!r} + os.environ["RANK"])

@@ -30,7 +30,7 @@ from train.run.config import Train
 from train.trackers.options import Track
 from train.train import train
 
-LOOP = importlib.import_module("train.loop.fit")
+STEP = importlib.import_module("train.loop.step")
 SIDE = 64  # 16 packed tokens
 
 
@@ -110,7 +110,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     original, calls = train_batch_counter(monkeypatch, stop_at=2 * 5 + 1)  # in the middle of the sixth update
     with pytest.raises(KeyboardInterrupt):
         train(replace(job, run="killed"))
-    monkeypatch.setattr(LOOP, "training_batch", original)
+    monkeypatch.setattr(STEP, "training_batch", original)
     assert calls[0] == 11
     assert not Path("runs/killed/adapter").exists()
     resumed = adapter(train(replace(job, run="killed")))
@@ -122,7 +122,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
     assert events("whole") == events("killed")
     # the same command once more trains nothing
-    monkeypatch.setattr("train.loop.session.fit", None)
+    monkeypatch.setattr("train.loop.run.fit", None)
     assert same(whole, adapter(train(replace(job, run="killed"))))
     assert "is finished" in capsys.readouterr().out
 
@@ -152,8 +152,8 @@ def test_a_bad_adapter_file_is_refused_before_anything_is_encoded(
     for kind, state in files.items():
         paths[kind] = str(tmp_path / f"{kind}.safetensors")
         save_file(state, paths[kind])
-    monkeypatch.setattr("train.loop.session.build", None)
-    monkeypatch.setattr("train.loop.session.prior_samples", None)
+    monkeypatch.setattr("train.loop.load.build", None)
+    monkeypatch.setattr("train.loop.load.prior_samples", None)
     with pytest.raises(ValueError, match=said):
         train(replace(job, adapter=replace(job.adapter, **paths)))
 
@@ -161,7 +161,7 @@ def test_a_bad_adapter_file_is_refused_before_anything_is_encoded(
 def test_a_recovery_adapter_of_other_weights_is_refused_before_anything_is_encoded(
     job: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.loop.session.build", None)
+    monkeypatch.setattr("train.loop.load.build", None)
     notes = {"recovers": {"base": fingerprint(job.model, "transformer")}, "precision": asdict(Precision("fp4"))}
     path = tmp_path / "recovery.safetensors"
     save_file(_lora(QUERY, 2, 256, 256), path, {"flux_lora": json.dumps(notes)})
@@ -170,7 +170,7 @@ def test_a_recovery_adapter_of_other_weights_is_refused_before_anything_is_encod
 
 
 def train_batch_counter(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> tuple[Any, list[int]]:
-    original, calls = LOOP.training_batch, [0]
+    original, calls = STEP.training_batch, [0]
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
@@ -178,7 +178,7 @@ def train_batch_counter(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> tuple[
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(LOOP, "training_batch", counted)
+    monkeypatch.setattr(STEP, "training_batch", counted)
     return original, calls
 
 
@@ -205,7 +205,7 @@ def test_changed_pictures_are_not_resumed_on(job: Train, monkeypatch: pytest.Mon
     original, _ = train_batch_counter(monkeypatch, stop_at=9)
     with pytest.raises(KeyboardInterrupt):
         train(replace(job, run="changed"))
-    monkeypatch.setattr(LOOP, "training_batch", original)
+    monkeypatch.setattr(STEP, "training_batch", original)
     metadata = pictures / "metadata.jsonl"
     before = metadata.read_text()
     metadata.write_text(before.replace('"text": "', '"text": "now ', 1))

@@ -19,6 +19,7 @@ from infer.program.atomic import replace_file
 from train.data.seeds import derive, generator
 from train.objective.optim import NAMES, Optim, make_optimizer, make_schedule
 from train.state.checkpoint import (
+    Checkpoint,
     best_steps,
     find_checkpoint,
     list_checkpoints,
@@ -41,11 +42,12 @@ def put(folder: Path, step: int, keep: int = 9, average: dict[str, Tensor] | Non
     return path
 
 
-def step_of(found: Path | None) -> int:
+def step_of(found: tuple[Path, Checkpoint] | None) -> int:
     """Of what `find_checkpoint` gives, after looking at all of it."""
     assert found is not None
-    adapter, optimizer, state = read_checkpoint(found)
+    path, (adapter, optimizer, state) = found
     step: int = state["step"]
+    assert path.name == f"step-{step:06d}"
     assert torch.equal(adapter["a.lora_A"], torch.arange(4.0) + step)
     assert torch.equal(optimizer["state"][0]["m"], torch.full((3,), float(step)))
     assert optimizer["param_groups"] == [{"lr": 0.1, "params": [0]}]

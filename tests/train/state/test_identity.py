@@ -1,8 +1,11 @@
 """A run's folder is known by what its config names, and not by how it is spelled; nothing of others is overwritten."""
 
+import importlib
+import re
 import shutil
-import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,10 @@ from scripts.tiny.make_style import make_style
 from train.data.dataset import Data, Prior, Source
 from train.objective.optim import Optim, make_schedule, rate_at
 from train.run.config import Train
-from train.state.identity import begun_steps, claim
+from train.state.identity import record_config, recorded_steps
 from train.train import train
 
-LOOP = sys.modules["train.loop.fit"]
+FIT = importlib.import_module("train.loop.fit")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def begun(folder: Path, **changes: Any) -> Train:
     """A run that has a checkpoint."""
     job = Train(data=Data("set", masks="masks"), run="mine")
     job = replace(job, **changes)
-    claim(job, folder, 1)
+    record_config(job, folder, 1)
     (folder / "checkpoints" / "step-000200").mkdir(parents=True)
     return job
 
@@ -54,11 +57,11 @@ def test_one_folder_has_many_spellings(spelled: str, home: Path) -> None:
     folder = home / "runs" / "mine"
     job = begun(folder)
     written = (folder / "config.yaml").read_bytes()
-    assert claim(replace(job, data=replace(job.data, path=spelled.format(home=home))), folder, 1) == 1
+    assert record_config(replace(job, data=replace(job.data, path=spelled.format(home=home))), folder, 1) == 1
     assert (folder / "config.yaml").read_bytes() == written
     for data in (replace(job.data, path="other"), replace(job.data, masks=None), replace(job.data, path="nowhere")):
         with pytest.raises(ValueError, match="run 'mine' exists with another config"):
-            claim(replace(job, data=data), folder, 1)
+            record_config(replace(job, data=data), folder, 1)
 
 
 def test_every_path_of_a_config_is_one(home: Path) -> None:
@@ -67,21 +70,63 @@ def test_every_path_of_a_config_is_one(home: Path) -> None:
     job = begun(folder, data=data, model=Model("model"), adapter=Adapter(start="a.safetensors", recovery=None))
     again = Data(sources=[Source("set/", "./masks/"), Source(str(home / "other"))], prior=Prior("~/other", "a dog"))
     adapter = replace(job.adapter, start=str(home / "a.safetensors"))
-    assert claim(replace(job, data=again, model=Model("~/model"), adapter=adapter), folder, 1) == 1
+    assert record_config(replace(job, data=again, model=Model("~/model"), adapter=adapter), folder, 1) == 1
     shutil.copy("a.safetensors", "copy.safetensors")
-    assert claim(replace(job, adapter=replace(adapter, start="copy.safetensors")), folder, 1) == 1
+    assert record_config(replace(job, adapter=replace(adapter, start="copy.safetensors")), folder, 1) == 1
     for start in ("b.safetensors", "absent.safetensors"):
         with pytest.raises(ValueError, match=f"adapter.start was 'a.safetensors', is '{start}'"):
-            claim(replace(job, adapter=replace(adapter, start=start)), folder, 1)
+            record_config(replace(job, adapter=replace(adapter, start=start)), folder, 1)
     with pytest.raises(ValueError, match=r"data\.sources\.0\.path was 'set', is 'other'"):
-        claim(replace(job, data=replace(data, sources=[Source("other"), Source("set")])), folder, 1)
+        record_config(replace(job, data=replace(data, sources=[Source("other"), Source("set")])), folder, 1)
 
 
 def test_what_has_moved_is_left_to_its_content(home: Path) -> None:
     folder = home / "runs" / "mine"
     job = begun(folder, model=Model("owner/name"))
     Path("set").rename("elsewhere")
-    assert claim(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
+    assert record_config(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
+
+
+GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep"
+MAY_CHANGE = {
+    "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
+    "validate_every", "preview_every", "previews", "push", "device", "data.on_error", "data.least", "data.cache",
+    "encode.batch_pixels", "encode.workers", "encode.decode_pixels", "encode.shard_mib", "encode.flush_seconds",
+    "encode.verify",
+}  # fmt: skip
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting of a config and of its groups: its dotted name, its dataclass, its name in it."""
+    for each in fields(config):
+        value, name = getattr(config, each.name), f"{prefix}{each.name}"
+        assert set(each.metadata) <= {"may_change"}, f"{name}: another word in its metadata would do nothing"
+        if is_dataclass(value):
+            yield from settings(value, f"{name}.")
+        elif isinstance(value, list) and value and is_dataclass(value[0]):
+            for i, item in enumerate(value):
+                yield from settings(item, f"{name}.{i}.")
+        else:
+            yield name, config, each.name
+
+
+def test_every_setting_is_repeated_or_said_to_be_free(home: Path) -> None:
+    folder = home / "runs" / "mine"
+    job = begun(folder, data=Data(sources=[Source("set", "masks"), Source("other")]))
+    names = {name for name, _, _ in settings(job)}
+    assert len(names) > 100 and {"adapter.rank", "data.sources.1.repeats", "track.kind", "data.prior.ratio"} <= names
+    assert names >= MAY_CHANGE
+    for name in names:
+        changed = deepcopy(job)
+        ((_, group, own),) = [found for found in settings(changed) if found[0] == name]
+        setattr(group, own, "something else")
+        if name in MAY_CHANGE or name.split(".")[0] in GROUPS_THAT_MAY_CHANGE or name == "steps":
+            assert record_config(changed, folder, 1) == 1, name
+        else:
+            with pytest.raises(
+                ValueError, match=rf"exists with another config \({re.escape(name)} was .*something else"
+            ):
+                record_config(changed, folder, 1)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +175,7 @@ def test_more_steps_go_on(schedule: str, job: Train, capsys: pytest.CaptureFixtu
     pairs = zip(adapters("short"), adapters("whole"), strict=True)
     equal = [all(torch.equal(a[key], b[key]) for key in b) for a, b in pairs]
     assert equal == [schedule == "constant"] * 2
-    assert begun_steps(Path("runs/short")) == 4
+    assert recorded_steps(Path("runs/short")) == 4
     if schedule == "cosine":
         assert "falls to 0 at the last step, so at step 2 the rate goes from 0.00e+00 to 5.00e-04" in said
         return
@@ -188,7 +233,7 @@ def test_previews_that_are_not_finite_end_no_training_and_are_said(
     def ruined(*_: Any) -> None:
         raise NotFiniteError("the picture of seed 0 is not finite")
 
-    monkeypatch.setattr(LOOP, "preview", ruined)
+    monkeypatch.setattr(FIT, "preview", ruined)
     with pytest.raises(ValueError, match="the adapter is saved, but the last previews are not drawn: the picture"):
         train(replace(job, previews=["a red star"]))
     assert Path("runs/short/adapter", FILE).is_file()

@@ -30,12 +30,12 @@ from train.objective.ema import Average
 from train.objective.optim import Optim
 from train.run.config import Train
 from train.selfcheck import check, differences, lines, state_of
-from train.state import progress
-from train.state.checkpoint import list_checkpoints, read_checkpoint
-from train.state.run_lock import NAME, hold_run
+from train.state import checkpoint
+from train.state.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from train.state.run_lock import NAME, lock_run
 from train.train import train
 
-LOOP = importlib.import_module("train.loop.fit")
+FIT, STEP = (importlib.import_module(f"train.loop.{name}") for name in ("fit", "step"))
 STEPS = 8
 
 
@@ -193,15 +193,36 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_is_gone_on_from(
 ) -> None:
     folder = copied(place, "unfused")
 
-    def older(path: Path) -> Any:
-        adapter, optimizer, state = read_checkpoint(path)
-        for group in optimizer["param_groups"]:
+    def older(path: Path) -> Checkpoint:
+        found = read_checkpoint(path)
+        for group in found.optimizer["param_groups"]:
             assert group["fused"]
             group["fused"] = False
-        return adapter, optimizer, state
+        return found
 
-    monkeypatch.setattr(progress, "read_checkpoint", older)
-    train(replace(job, run="unfused", resume="step-000004"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_checkpoint", older)
+        train(replace(job, run="unfused", resume="step-000004"))
+    assert not differences(whole, ended(folder))
+
+
+def test_a_checkpoint_is_read_once(
+    job: Train, place: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of the one that the run goes on from, and none of the others."""
+    folder = copied(place, "once")
+    opened: list[str] = []
+    original = Path.open
+
+    def counted(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if self.parent.parent == Path("runs/once/checkpoints") and "r" in mode:
+            opened.append(f"{self.parent.name}/{self.name}")
+        return original(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counted)  # read_text and read_bytes open by it
+    train(replace(job, run="once", resume="step-000006"))
+    names = "adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+    assert sorted(opened) == [f"step-000006/{name}" for name in names]
     assert not differences(whole, ended(folder))
 
 
@@ -214,15 +235,15 @@ def test_a_checkpoint_names_its_base_and_holds_none_of_it(
     stored = sum(file.stat().st_size for file in (place / "runs/whole/checkpoints/step-000008").iterdir())
     assert 4 * values * 4 < stored < 4 * values * 4 + 200_000  # weights, their average and two moments in fp32
     shutil.rmtree(copied(place, "based") / "adapter")
-    monkeypatch.setattr("train.loop.session.fingerprint", lambda *_: "f" * 64)
-    monkeypatch.setattr("train.loop.session.load_transformer", None)  # it is refused before
+    monkeypatch.setattr("train.loop.begin.fingerprint", lambda *_: "f" * 64)
+    monkeypatch.setattr("train.loop.load.load_transformer", None)  # it is refused before
     with pytest.raises(ValueError, match=r"another base model \(its transformer's hash was \w{12}, is ffffffffffff\)"):
         train(replace(job, run="based"))
 
 
 def test_the_best_and_the_last_are_kept(job: Train, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([9.0, 9.0, 3.0, 8.0, 1.0, 7.0, 4.0, 6.0, 5.0, 5.0])  # own and averaged weights in turn
-    monkeypatch.setattr(LOOP, "validate", lambda *_: next(figures))
+    monkeypatch.setattr(FIT, "validate", lambda *_: next(figures))
     train(replace(job, run="best", save_every=3, keep=1, keep_best=2, validate_every=2))
     # averaged: step 2 8.0, 4 7.0, 6 6.0, 8 5.0; 8 is the last and among the best too
     assert [path.name for path in list_checkpoints(place / "runs/best/checkpoints")] == ["step-000006", "step-000008"]
@@ -259,7 +280,7 @@ def test_what_is_not_finite_is_left_out_and_spikes_are_named(
 ) -> None:
     """Two micro-batches of two samples a step: one sample of step 3 is made NaN, one of step 5 large."""
     monkeypatch.setattr("train.objective.spikes.LEAST", 3)
-    original, calls, killed_at = LOOP.training_batch, [0], [0]
+    original, calls, killed_at = STEP.training_batch, [0], [0]
     spoil: dict[tuple[int, int], int] = {}
     named: dict[int, list[str]] = {}
 
@@ -275,10 +296,10 @@ def test_what_is_not_finite_is_left_out_and_spikes_are_named(
         return batch
 
     seen: list[Any] = []
-    monkeypatch.setattr(LOOP, "training_batch", lambda *a: (seen.append(a[3]), original(*a))[1])
+    monkeypatch.setattr(STEP, "training_batch", lambda *a: (seen.append(a[3]), original(*a))[1])
     train(replace(job, run="plain", steps=6))
     spoil.update({seen[5][0][:2]: 3, seen[8][0][:2]: 5})
-    monkeypatch.setattr(LOOP, "training_batch", spoiled)
+    monkeypatch.setattr(STEP, "training_batch", spoiled)
     job = replace(job, steps=6, run="spoiled")
     train(replace(job, save_every=1))
     folder = place / "runs/spoiled"
@@ -339,7 +360,7 @@ def test_a_full_disk_leaves_the_last_state(
 def test_a_second_process_is_refused(job: Train, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "runs/held"
     with (
-        hold_run(folder, print),
+        lock_run(folder, print),
         pytest.raises(ValueError, match=rf"process {os.getpid()} on .* is training in runs/held; wait for it, stop it"),
     ):
         train(replace(job, run="held"))

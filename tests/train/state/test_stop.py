@@ -23,21 +23,21 @@ from infer.program.errors import STOPPED
 from infer.program.paths import ROOT
 from train.data.batches import Place
 from train.objective.spikes import LEAST, WINDOW, remember, threshold
-from train.ranks.update import divide
+from train.ranks.update import batches_of_rank
 from train.state import run_lock as lock
-from train.state.run_lock import NAME, STALE, hold_run
-from train.state.signals import Stop
+from train.state.run_lock import DEAD_AFTER, NAME, lock_run
+from train.state.signals import StopSignals
 
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from train.state.signals import Stop
-with Stop() as stop:
-    stop.gently()
+from train.state.signals import StopSignals
+with StopSignals() as stop:
+    stop.defer()
     print("ready", flush=True)
-    while not stop.wanted() or sys.argv[1] == "stays":
+    while not stop.requested() or sys.argv[1] == "stays":
         time.sleep(0.01)
-print(stop.asked, flush=True)
+print(stop.reason, flush=True)
 sys.exit(3)
 """
 
@@ -46,26 +46,26 @@ def test_below_a_launcher_of_one_process_a_signal_says_that_the_launcher_leaves(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with Stop() as stop:
+    with StopSignals() as stop:
         stop.launcher = os.getppid()
-        stop.gently()
+        stop.defer()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted()
+        assert stop.requested()
     assert "The launcher leaves before that, with a traceback of its own: wait for `stopped`" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_remembered_once_the_loop_runs(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as ends, Stop():
+    with pytest.raises(SystemExit) as ends, StopSignals():
         os.kill(os.getpid(), number)
         time.sleep(5)
     assert ends.value.code == STOPPED
-    with Stop() as stop:
-        stop.gently()
-        assert not stop.wanted()
+    with StopSignals() as stop:
+        stop.defer()
+        assert not stop.requested()
         os.kill(os.getpid(), number)
-        assert stop.wanted() and stop.asked == number.name
+        assert stop.requested() and stop.reason == number.name
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     first, second = capfd.readouterr().err.strip().split("\n\n")
     assert first == f"{number.name}: stopping; nothing is lost"
@@ -89,12 +89,12 @@ def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(signal, "SIG_DFL", signal.getsignal(signal.SIGUSR1))
     killed: list[int] = []
-    with Stop() as stop:
-        stop.gently()
+    with StopSignals() as stop:
+        stop.defer()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted()
-        stop.since -= 60
+        assert stop.requested()
+        stop.requested_at -= 60
         monkeypatch.setattr(os, "kill", lambda _, number: killed.append(number))
         signal.raise_signal(signal.SIGINT)
     assert killed == [signal.SIGINT]
@@ -125,25 +125,25 @@ def write_owner(file: Path, host: str, pid: int, age: float) -> None:
 
 def test_a_dead_holder_is_told_from_one_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, said = tmp_path / NAME, []
-    with hold_run(tmp_path, pytest.fail):
+    with lock_run(tmp_path, pytest.fail):
         owner = json.loads(file.read_text())
         assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
         with pytest.raises(ValueError, match=f"process {os.getpid()} on .* is training in .*; wait for it, stop it"):
-            hold_run(tmp_path, pytest.fail).__enter__()
+            lock_run(tmp_path, pytest.fail).__enter__()
     assert file.read_text() == ""
     write_owner(file, socket.gethostname(), os.getpid(), 0)  # its number is another process's by now
-    with hold_run(tmp_path, said.append):
+    with lock_run(tmp_path, said.append):
         pass
-    write_owner(file, "elsewhere", 7, STALE - 60)
+    write_owner(file, "elsewhere", 7, DEAD_AFTER - 60)
     with pytest.raises(
         ValueError, match=r"process 7 on elsewhere .* \(its last sign of life is 2[34]\d s old; after 300"
     ):
-        hold_run(tmp_path, pytest.fail).__enter__()
-    write_owner(file, "elsewhere", 7, STALE + 60)
-    with hold_run(tmp_path, said.append):
+        lock_run(tmp_path, pytest.fail).__enter__()
+    write_owner(file, "elsewhere", 7, DEAD_AFTER + 60)
+    with lock_run(tmp_path, said.append):
         pass
     file.write_text('{"host": "torn')
-    with hold_run(tmp_path, pytest.fail):
+    with lock_run(tmp_path, pytest.fail):
         pass
     assert len(said) == 2
     assert said[0].startswith(f"process {os.getpid()} on {socket.gethostname()} held the run and is gone")
@@ -158,26 +158,26 @@ def test_a_dead_holder_is_told_from_one_that_lives(tmp_path: Path, monkeypatch: 
     text = json.dumps({"host": socket.gethostname(), "pid": own.pid, "started": own.create_time(), "token": "x"})
     file.write_text(text)
     with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        hold_run(tmp_path, pytest.fail).__enter__()
+        lock_run(tmp_path, pytest.fail).__enter__()
     assert file.read_text() == text
     write_owner(file, socket.gethostname(), os.getpid(), 0)
-    with hold_run(tmp_path, said.append):
+    with lock_run(tmp_path, said.append):
         assert "is gone" in said[2]
 
 
 def test_a_lock_beats_and_notices_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     file = tmp_path / NAME
-    with hold_run(tmp_path, pytest.fail) as hold:
+    with lock_run(tmp_path, pytest.fail) as hold:
         os.utime(file, (0, 0))
         time.sleep(0.5)
         assert time.time() - file.stat().st_mtime < 60
         hold.check()
         write_owner(file, "elsewhere", 7, 0)
-        with pytest.raises(ValueError, match="no longer this process's: another one took the run over"):
+        with pytest.raises(ValueError, match="no longer names this process: another one took the run over"):
             hold.check()
     assert json.loads(file.read_text())["host"] == "elsewhere"  # not ours to clear
-    with hold_run(tmp_path / "other", pytest.fail) as hold:
+    with lock_run(tmp_path / "other", pytest.fail) as hold:
         (tmp_path / "other" / NAME).unlink()
         with pytest.raises(ValueError, match="or the file was deleted"):
             hold.check()
@@ -207,14 +207,14 @@ def test_spikes_need_a_past_and_can_be_switched_off() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_any_number_of_ranks_learns_from_the_same(
-    ranks: int, begun: int, size: int, accumulation: int, data: st.DataObject
+    ranks: int, original_ranks: int, size: int, accumulation: int, data: st.DataObject
 ) -> None:
     """Each sample of each batch once, at the weight that makes the mean over the ranks the mean over the batch."""
     batches = [
-        [Place(0, 100 * i + j, j, 0) for j in range(data.draw(st.integers(1, size * begun)))]
+        [Place(0, 100 * i + j, j, 0) for j in range(data.draw(st.integers(1, size * original_ranks)))]
         for i in range(accumulation)
     ]
-    every = [divide(batches, rank, ranks, size, begun) for rank in range(ranks)]
+    every = [batches_of_rank(batches, rank, ranks, size, original_ranks) for rank in range(ranks)]
     assert len({len(parts) for parts in every}) == 1  # gradients are exchanged after the last
     counted: dict[Place, float] = {}
     for part in (part for parts in every for part in parts):
@@ -226,5 +226,5 @@ def test_any_number_of_ranks_learns_from_the_same(
     assert counted == {place: pytest.approx(1 / len(batch)) for batch in batches for place in batch}
     used = [(part.micro, part.slot) for parts in every for part in parts]
     assert len(set(used)) == len(used)  # dropout of their own
-    if ranks == begun:
+    if ranks == original_ranks:
         assert all(part.slot == rank for rank, parts in enumerate(every) for part in parts)

@@ -1,4 +1,6 @@
-"""What a training config names, looked at before torch is imported: a mistake is answered within two seconds."""
+"""Whether what a training config names is there: looked up before torch is imported, to answer within two seconds.
+
+Whether the checkpoint, the device and the launch support the settings is checked later: train/loop/supported.py."""
 
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from infer.quantize.precision import check_layer_names
 from train.run.config import Train
 
 
-def check_run(job: Train) -> Path:
-    """The run's folder, once its name, the device, the checkpoint, the layers and the adapter's files are there.
+def check_names(job: Train) -> Path:
+    """Look up what a config names: device, checkpoint, layers, the step to resume from and adapter files.
+
+    Returns: the run's folder.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one of them is not there, or the run's name cannot be a folder's.
     """
     check_device_name(job.device)
     folder = check_run_name(job.run)

@@ -1,5 +1,6 @@
-"""What the settings of a training run ask of each other, of the checkpoint and of adapter files, before anything is
-loaded."""
+"""Whether this checkpoint, device and launch support what the settings ask for: checked before anything is loaded.
+
+What a config names (files, layers, device) is looked up earlier, before torch is imported: train/run/names.py."""
 
 from accelerate import Accelerator
 
@@ -9,13 +10,15 @@ from infer.checkpoint.load import Model
 from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
 from train.objective.flow_matching import Flow
-from train.ranks.launch import shards
+from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
 
 def check_flow(model: Model, flow: Flow) -> None:
-    """Raises:
-    ValueError: the density or the guidance is not one that this checkpoint has.
+    """See that the checkpoint supports the density and the guidance.
+
+    Raises:
+        ValueError: it does not.
     """
     check_guidance(model, {"flow.guidance": (flow.guidance, Flow().guidance)})
     if flow.density == "shifted":
@@ -30,9 +33,11 @@ def check_flow(model: Model, flow: Flow) -> None:
             )
 
 
-def check_job(job: Train, accelerator: Accelerator) -> None:
-    """Raises:
-    ValueError: the run cannot be, for any reason that is known before something is loaded.
+def check_supported(job: Train, accelerator: Accelerator) -> None:
+    """See that the run can do what its settings ask for.
+
+    Raises:
+        ValueError: it cannot, for a reason that is known before anything is loaded.
     """
     if not job.data.validation:
         reason = "data.validation=0 holds no pictures out"
@@ -41,7 +46,7 @@ def check_job(job: Train, accelerator: Accelerator) -> None:
     check_guidance(job.model, {"sampling.guidance": (job.sampling.guidance, type(job.sampling)().guidance)})
     graphs(job, accelerator)
     check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
-    if shards() and job.adapter.start is not None and read_start(job.adapter.start, lambda layer: None) is not None:
+    if uses_fsdp() and job.adapter.start is not None and read_start(job.adapter.start, lambda layer: None) is not None:
         raise ValueError(
             f"adapter.start {job.adapter.start} starts from a quantization error and needs whole layers; launch "
             "without FSDP"

@@ -1,0 +1,64 @@
+"""Load what a run trains with: encoded pictures and texts first, then the quantized transformer with its adapter."""
+
+import torch
+from accelerate.utils import gather_object
+
+from infer.adapter.attach import attach, began, load_recovery, strengths
+from infer.adapter.error_init import start_from_error
+from infer.adapter.lora import FROM_ERROR
+from infer.checkpoint.load import load_transformer
+from infer.fast.install import choose_path, hold_of
+from train.data.caption import all_texts
+from train.data.dataset import check_left
+from train.data.source import Sample, Skipped
+from train.latents.build import build
+from train.latents.prior import prior_samples
+from train.loop.batch import split_samples
+from train.loop.session import EncodedData, LoadedModel, Run
+from train.ranks.launch import shard_weights, uses_fsdp
+
+
+def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedData:
+    """Encode pictures and texts into the cache, and free the encoders, before the transformer is loaded.
+
+    samples, skipped: as `read_samples` found them; the pictures of prior preservation are added.
+
+    Raises:
+        ValueError: too few samples are left to train on.
+    """
+    job, accelerator = run.job, run.accelerator
+    here = run.device, run.rank, run.ranks
+    samples += prior_samples(job.data, job.model, job.precision, *here)
+    accelerator.wait_for_everyone()
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
+    cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
+    for one in skipped + cache.skipped:
+        run.say(f"skipped: {one.name} {one.reason}")
+    for text in cache.truncated:
+        run.say(f"T5 does not see the end of {text!r}")
+    samples = [samples[i] for i in cache.kept]
+    check_left(job.data, samples, skipped + cache.skipped)
+    chosen = split_samples(samples, cache, job.data, job.seed)
+    run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
+    return EncodedData(cache, chosen, {prompt: cache.text(prompt) for prompt in job.previews})
+
+
+def load_model(run: Run) -> LoadedModel:
+    """Load the quantized transformer, attach the adapter, and choose the fast or the plain path."""
+    job, device = run.job, run.device
+    weights_on = torch.device("cpu") if uses_fsdp() else hold_of(job.memory)
+    transformer = load_transformer(job.model, job.precision, device, weights_on).train()
+    if job.adapter.recovery is not None:
+        layers = load_recovery(transformer, job.adapter.recovery, job.model, job.precision)
+        run.say(f"recovery adapter on {layers} layers")
+    parameters = attach(transformer, job.adapter, job.seed, model=job.model)
+    if job.adapter.init in FROM_ERROR:
+        began(transformer)["default"] = start_from_error(transformer, job.model, job.adapter.init)
+    start = began(transformer).get("default")
+    run.say(f"adapter on {len(strengths(transformer))} layers, {sum(p.numel() for p in parameters):,} parameters")
+    if uses_fsdp():
+        shard_weights(transformer, parameters, job, device, run.say)
+    job.memory, offload = choose_path(transformer, job.memory, job.precision, device, run.say, job.deterministic)
+    # its backward pass reads beyond its bounds if a gradient is a slice (torch 2.11); the fast path makes no slices
+    torch.backends.cuda.enable_cudnn_sdp(job.memory.fused)
+    return LoadedModel(transformer, parameters, start, offload)
