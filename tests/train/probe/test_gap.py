@@ -62,8 +62,7 @@ def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path)
     with text_encoder(tiny, Precision("bf16"), CPU, None) as encoder:
         (text,) = encoder([f"a red star {number}"])
     velocities = {}
-    from infer.sample.picture import decode
-    from train.data.decode import pixel_hash
+    from infer.sample.picture import decode, pixel_hash
 
     identity = pixel_hash(decode(Path(f"pictures/{number}.png").read_bytes(), "x", "white", 10**6))
     noise = torch.randn(x0[0].shape, generator=generator(0, "validation", identity, 1))[None]
