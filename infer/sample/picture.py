@@ -1,5 +1,6 @@
 """The bytes of a picture file -> an upright RGB picture: training pictures, and the references of a comparison."""
 
+import hashlib
 import io
 import struct
 import warnings
@@ -135,3 +136,21 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
         return picture
     assert found is not None
     return found
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    """A hash of the decoded pixels: the same for a renamed or re-compressed lossless file, another for any edit."""
+    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    rows = max(1, 2**20 // max(1, picture.width))
+    for top in range(0, picture.height, rows):  # in strips: all at once would be a copy, and another to join its parts
+        digest.update(picture.crop((0, top, picture.width, min(top + rows, picture.height))).tobytes())
+    return digest.hexdigest()
+
+
+def pixels_of(content: bytes) -> int:
+    """How many pixels a picture's header says; 0 if it cannot be read, and then decoding says why."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # each format's reader raises other kinds
+        return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from scripts.bad.case import Case, colours, good
-from train.data.decode import UNREAD
+from train.data.image_folder import UNREAD
 
 FORMATS = {
     "png": "PNG",

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from infer.sample.picture import decode
+from infer.sample.picture import decode, pixel_hash
 from scripts import bench_data, painted
 from train.data.dataset import Data, read_samples
-from train.data.decode import pixel_hash
 
 
 def test_pictures_differ_and_are_painted_once(tmp_path: Path) -> None:

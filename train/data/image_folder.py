@@ -17,12 +17,28 @@ from pathlib import Path, PurePosixPath
 
 from infer.program.paths import kind_of_file, roots_of
 from infer.sample.picture import SUFFIXES
-from train.data.decode import UNREAD
 from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
 from train.data.names import Names, key_of, stem_of
 from train.data.source import Faults, Sample, Source, clean
 
 SIDECARS = (".txt", ".caption")
+# pictures that are not read: a folder that holds them should not lose them without a word
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".xcf",
+    ".exr",
+    ".hdr",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+)
 
 
 def read_folder(source: Source, index: int, column: str, lines: bool, faults: Faults) -> list[Sample]:

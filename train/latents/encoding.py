@@ -19,9 +19,9 @@ from tqdm import tqdm
 from infer.program.remembered import Remembered
 from infer.quantize.compute import compute_dtype, small_dtype
 from infer.sample.encode import TextEncoder, to_posterior
-from infer.sample.picture import decode
+from infer.sample.picture import decode, pixel_hash, pixels_of
 from train.data.buckets import View, cut, cut_mask
-from train.data.decode import decode_mask, pixel_hash, pixels_of
+from train.data.mask import decode_mask
 from train.data.source import Sample, Skipped
 from train.latents.identities import Picture, digest, digest_file, known_identities, write_identities
 from train.latents.settings import Encode

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from infer.program.remembered import Remembered
-from train.data.decode import DECODING
 from train.latents.shards import DamagedError, list_shards, mark_damaged, prune, read_item, read_keys, write_shard
 
+DECODING = 2  # to be raised when the same bytes are decoded to other pixels than before
 Warn = Callable[[str], None]
 Table = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32]]
 """Digests of bytes [n, 32], hashes of their pixels [n, 32], widths and heights [n, 2]."""

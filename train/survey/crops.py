@@ -16,7 +16,7 @@ from PIL import Image
 from infer.sample.picture import decode
 from train.data.buckets import LATENT, View, cut, cut_mask
 from train.data.dataset import Data
-from train.data.decode import decode_mask
+from train.data.mask import decode_mask
 from train.data.source import Sample
 from train.latents.workers import Room, work_ahead
 from train.survey.survey import Survey

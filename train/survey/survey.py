@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from infer.sample.picture import decode
+from infer.sample.picture import decode, pixel_hash, pixels_of
 from train.data.buckets import View, bucket_of, views_of
 from train.data.caption import dressed, texts_of
 from train.data.dataset import Data, sources_of
-from train.data.decode import decode_mask, pixel_hash, pixels_of
+from train.data.mask import decode_mask
 from train.data.source import Sample, Skipped
 from train.latents.workers import Room, work_ahead
 from train.survey.duplicates import Near, near, perceptual_hash, same

@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+<<<<<<< HEAD
 from infer.program.paths import ROOT
 from infer.sample.picture import decode
 from train.data.decode import decode_mask, pixel_hash
+=======
+from infer.program.command import ROOT
+from infer.sample.picture import decode, pixel_hash
+from train.data.mask import decode_mask
+>>>>>>> hlatents
 
 
 def put(file: Path, picture: Image.Image) -> Path:
@@ -307,8 +313,7 @@ def test_a_large_picture_is_hashed_as_a_whole_and_in_little_memory() -> None:
 
 MEMORY = """
 import sys
-from infer.sample.picture import decode
-from train.data.decode import pixel_hash
+from infer.sample.picture import decode, pixel_hash
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 for file in sys.argv[1:]:

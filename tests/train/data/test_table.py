@@ -12,9 +12,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from infer.sample.picture import decode
+from infer.sample.picture import decode, pixel_hash
 from train.data.dataset import Data, Sample, Source, read_samples
-from train.data.decode import pixel_hash
 
 COLUMNS = {"image_column": "photo", "caption_column": "words"}
 

@@ -30,11 +30,10 @@ from infer.program.paths import ROOT
 from infer.program.remembered import NAME
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
-from infer.sample.picture import decode
+from infer.sample.picture import decode, pixel_hash
 from train.data.buckets import View
 from train.data.caption import all_texts
 from train.data.dataset import Data, Prior, read_samples
-from train.data.decode import pixel_hash
 from train.data.source import Sample, Source
 from train.latents import build as build_module
 from train.latents.build import build
