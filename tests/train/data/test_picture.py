@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-<<<<<<< HEAD
 from infer.program.paths import ROOT
-from infer.sample.picture import decode
-from train.data.decode import decode_mask, pixel_hash
-=======
-from infer.program.command import ROOT
 from infer.sample.picture import decode, pixel_hash
 from train.data.mask import decode_mask
->>>>>>> hlatents
 
 
 def put(file: Path, picture: Image.Image) -> Path:

@@ -21,8 +21,8 @@ from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.report.results import Estimate
+from infer.sample.picture import pixel_hash
 from train.data.dataset import Data
-from train.data.decode import pixel_hash
 from train.data.seeds import generator
 from train.gap import Gap, gap
 from train.objective.optim import Optim
@@ -102,7 +102,6 @@ def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path)
     # one of them with diffusers alone: its quantization, encoders, LoRA reader and call of the transformer
     chosen = next(r for r in rows if r["precision"] == "nf4" and r["adapter"] == "mine" and r["sigma"] == 0.75)
     number = Path(chosen["picture"]).stem
-<<<<<<< HEAD
     with Image.open(f"pictures/{number}.png") as picture:
         x0 = plain_latents(tiny, picture)
         identity = pixel_hash(picture.convert("RGB"))
@@ -110,25 +109,6 @@ def test_the_gap_is_that_of_plain_calls(data: Data, tiny: Model, tmp_path: Path)
     velocities = {name: plain_velocity(tiny, name, 0.25 * x0 + 0.75 * noise, 0.75, number) for name in precisions}
     target = FluxPipeline._pack_latents(noise - x0, *x0.shape)
     loss = float((velocities["nf4"] - target).square().mean())
-=======
-    pixels = torch.from_numpy(np.asarray(Image.open(f"pictures/{number}.png"), dtype=np.float32)).permute(2, 0, 1)
-    x0, _ = to_moments(load_vae(tiny, CPU), pixels[None] / 127.5 - 1)
-    with text_encoder(tiny, Precision("bf16"), CPU, None) as encoder:
-        (text,) = encoder([f"a red star {number}"])
-    velocities = {}
-    from infer.sample.picture import decode, pixel_hash
-
-    identity = pixel_hash(decode(Path(f"pictures/{number}.png").read_bytes(), "x", "white", 10**6))
-    noise = torch.randn(x0[0].shape, generator=generator(0, "validation", identity, 1))[None]
-    sigma = torch.tensor([0.75])
-    for name, precision in precisions.items():
-        plain = load_transformer(tiny, precision, CPU)
-        load_adapter(plain, "lora", "mine")
-        with torch.no_grad():
-            inputs = 0.25 * x0 + 0.75 * noise, text.t5[None], text.pooled[None], sigma
-            velocities[name] = predict(plain, *inputs, 1.0, torch.bfloat16)
-    loss = float((velocities["nf4"] - pack(noise - x0)).square().mean())
->>>>>>> hlatents
     assert chosen["loss"] == pytest.approx(loss, rel=0.01)
     error = float((velocities["nf4"] - velocities["bf16"]).norm() / velocities["bf16"].norm())
     assert chosen["error"] == pytest.approx(error, rel=0.05)
