@@ -180,7 +180,7 @@ def test_the_page_says_what_the_plan_says() -> None:
     ConfigStore.instance().store(name="plan_schema", node=Plan)
     found = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for name in re.findall(r"`experiment=(dev_\d+gb)`", page):
+        for name in re.findall(r"`experiment=(dev_\w+)`", page):
             options: Any = OmegaConf.to_object(compose("plan", [f"experiment={name}"]))
             found[name] = footprint(options)
             if name == "dev_t4":  # told in a section of its own
