@@ -222,7 +222,8 @@ def test_a_base_that_is_rounded_again_is_not_streamed(options: Compare, tiny: Mo
     notes = {"adapter": {"init": "loftq"}, "precision": asdict(Precision("nf4"))}
     save_adapter(transformer, tmp_path / "loftq", notes)
     save_start(read_pairs(str(tmp_path / "loftq")), tmp_path / "loftq")
-    streamed = replace(options, adapter=Trained(str(tmp_path / "loftq")), memory=Memory(budget_gib=4.0))
+    adapter, memory = Trained(str(tmp_path / "loftq")), Memory(budget_gib=4.0)
+    streamed = replace(options, only=["nf4"], adapter=adapter, memory=memory)
     with pytest.raises(ValueError, match=r"adapter\.init=loftq.*set memory\.budget_gib=null"):
         compare(streamed)
 

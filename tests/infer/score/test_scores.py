@@ -298,7 +298,7 @@ def test_a_comparison_draws_the_unrelated_prompts_apart(
         model=tiny, precisions={"bf16": Precision("bf16")}, prompts=["a red star"], sampling=Sampling(steps=1),
         references=str(tmp_path / "lora"), run="test", device="cpu",
     )  # fmt: skip
-    alone = json.loads((compare(replace(options, unrelated=[])) / "results.json").read_text())
+    alone = json.loads((compare(options) / "results.json").read_text())
     assert [row["prompt"] for row in alone["rows"]] == ["a red star"] and alone["drift"] == []
     assert alone["references"]["count"] == 1 and "drift" not in alone["absent"]
     folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora")), unrelated=["a blue ring"]))
