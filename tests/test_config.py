@@ -41,7 +41,8 @@ from train.objective.optim import Optim
 from train.run.config import Train
 from train.run.sweep import Sweep
 from train.state.identity import record_config
-from train.trackers.options import SendComparison, Track
+from train.trackers.options import Track
+from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
 
 CONFIGS = ROOT / "configs"

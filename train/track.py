@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.program.command import run_command
-from train.trackers.options import SendComparison, send_comparison
+from train.trackers.tracker import SendComparison, send_comparison
 
 if __name__ == "__main__":
     run_command("track", SendComparison, send_comparison)

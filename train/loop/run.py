@@ -17,7 +17,7 @@ from train.ranks.peers import watch_peers
 from train.run.config import Train
 from train.state.run_lock import lock_run
 from train.state.signals import StopSignals
-from train.trackers.options import make_tracker
+from train.trackers.tracker import make_tracker
 
 
 def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped], stop: StopSignals) -> Path:

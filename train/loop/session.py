@@ -24,7 +24,7 @@ from train.state.journal import Journal
 from train.state.progress import TrainingState
 from train.state.run_lock import RunLock
 from train.state.signals import StopSignals
-from train.trackers.options import Tracker
+from train.trackers.tracker import Tracker
 
 
 @dataclass

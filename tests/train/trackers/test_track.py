@@ -21,7 +21,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from infer.program.paths import ROOT
 from tests.wandb_file import read_wandb
 from train.run.config import Train
-from train.trackers.options import SendComparison, Track, make_tracker, send_comparison
+from train.trackers.options import Track
+from train.trackers.tracker import SendComparison, make_tracker, send_comparison
 
 CONFIG = {"adapter": {"rank": 4}, "data": {"path": "p", "sources": []}, "model": {"revision": None}}
 NOTES = {"step": 3, "adapter": {"rank": 4}, "trigger": None}
