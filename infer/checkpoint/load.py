@@ -34,7 +34,6 @@ from infer.quantize.precision import (
     dequantize_to,
     keep_layout,
     multiply_plainly,
-    quantization_config,
 )
 
 if TYPE_CHECKING:
@@ -160,6 +159,8 @@ def _load(
     if model.random:
         loaded = random_part(model.path, part, precision, device, hold)
         return _checked(loaded, precision, device)
+    from infer.quantize.quantizer import quantization_config
+
     stored = read_config(model, part).get("quantization_config")
     skips = linear_shapes(read_config(model, "transformer")) if precision.skip_modules else ()
     config = None if stored else quantization_config(precision, library, skips)

@@ -12,7 +12,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from infer.quantize.precision import Precision, quantization_config
+from infer.quantize.precision import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -145,10 +145,10 @@ def _replace_layers(
     """Linear layers -> bitsandbytes' own, by the libraries' own replacement."""
     if not precision.quantized:
         return
+    from infer.quantize.quantizer import LayerQuantizer, quantization_config
+
     if part == "transformer":
         import diffusers
-
-        from infer.quantize.quantizer import LayerQuantizer
 
         quantizer = LayerQuantizer(quantization_config(precision, diffusers), device, hold, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map=None, keep_in_fp32_modules=[])

@@ -17,7 +17,8 @@ from infer.checkpoint.originals import Originals
 from infer.merging.report import Kept, kept_of
 from infer.merging.update import Part, merged
 from infer.quantize.layer import quantized_layer
-from infer.quantize.precision import Precision, kind_asked, quantization_config
+from infer.quantize.precision import Precision, kind_asked
+from infer.quantize.quantizer import quantization_config
 
 
 def write_transformer(

@@ -1,7 +1,7 @@
 """Precisions: which bitsandbytes format a model's linear layers are stored in, and what that costs in bytes.
 
-The libraries do the work, through `from_pretrained(quantization_config=...)`; this file says every field out loud,
-lets diffusers do on a CPU what bitsandbytes can do there, and checks afterwards that what was asked for happened.
+The libraries do the work (quantizer.py says what they are given); this file checks afterwards that what was asked for
+happened.
 """
 
 from __future__ import annotations
@@ -146,43 +146,6 @@ class Precision:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
 
 
-def quantization_config(precision: Precision, library: Any, layers: Iterable[str] = ()) -> Any | None:
-    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized.
-
-    layers: the model's linear layers. Of them those that are skipped are given by their whole names: of a part of a
-    name, diffusers takes `transformer_blocks.0` for the end of `single_transformer_blocks.0` too.
-    """
-    if precision.kind == "auto":  # the commands that know it have decided it before anything is loaded
-        raise ValueError(
-            "precision=auto works in train, compare, gap and transfer; elsewhere give the precision that "
-            "infer/sensitivity.py writes (out=configs/precision/mine.yaml)"
-        )
-    if not precision.quantized:
-        return None
-    if precision.layers:
-        from infer.quantize.quantizer import MixedConfig
-
-        return MixedConfig(precision)
-    skipped = [layer for layer in layers if any(_names(name, layer) for name in precision.skip_modules)]
-    if precision.kind == "int8":
-        return library.BitsAndBytesConfig(
-            load_in_8bit=True,
-            llm_int8_threshold=precision.outlier_threshold,
-            llm_int8_skip_modules=skipped,
-            llm_int8_has_fp16_weight=False,
-        )
-    import torch
-
-    return library.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=precision.kind,
-        bnb_4bit_compute_dtype=precision.dtype,
-        bnb_4bit_use_double_quant=precision.double_quant,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=skipped,
-    )
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name, quantized ones included (they are subclasses)."""
     from torch import nn
@@ -215,7 +178,7 @@ def check_quantized(model: nn.Module, precision: Precision, kept: tuple[str, ...
     wrong = []
     count = 0
     for name, layer in layers.items():
-        asked = None if any(_names(end, name) for end in kept) else kind_asked(precision, name)
+        asked = None if any(names_layer(end, name) for end in kept) else kind_asked(precision, name)
         found = kind_of(layer)
         count += found is not None
         if found != asked:
@@ -237,7 +200,7 @@ def check_layer_names(precision: Precision, layers: Iterable[str]) -> None:
     """
     layers = list(layers)
     for name in (*precision.skip_modules, *precision.layers):
-        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", _names)
+        option, matches = ("layers", re.fullmatch) if name in precision.layers else ("skip_modules", names_layer)
         if not any(matches(name, layer) for layer in layers):
             raise ValueError(
                 f"precision.{option} names {name!r}, but no linear layer of the model has that name; "
@@ -247,14 +210,14 @@ def check_layer_names(precision: Precision, layers: Iterable[str]) -> None:
 
 def kind_asked(precision: Precision, layer: str) -> str | None:
     """`int8`, `fp4` or `nf4` if a precision says so of a transformer layer, else None."""
-    if any(_names(name, layer) for name in precision.skip_modules):
+    if any(names_layer(name, layer) for name in precision.skip_modules):
         return None
     kinds = (kind for pattern, kind in precision.layers.items() if re.fullmatch(pattern, layer))
     kind = next(kinds, precision.kind)
     return kind if kind in QUANTIZED else None
 
 
-def _names(skip: str, layer: str) -> bool:
+def names_layer(skip: str, layer: str) -> bool:
     return f".{skip}." in f".{layer}."
 
 

@@ -5,7 +5,7 @@ diffusers has a quantizer for 4-bit and one for int8 models, each of which refus
 The class made here asks the one or the other for each layer, so that every weight is quantized as it is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -19,7 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import nn
 
-from infer.quantize.precision import Precision, kind_asked, linear_layers
+from infer.quantize.precision import Precision, kind_asked, linear_layers, names_layer
 
 
 class Method(StrEnum):
@@ -47,6 +47,39 @@ class MixedConfig(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "precision": asdict(self.precision)}
+
+
+def quantization_config(precision: Precision, library: Any, layers: Iterable[str] = ()) -> Any | None:
+    """The BitsAndBytesConfig of `library` (diffusers or transformers), every field explicit; None if not quantized.
+
+    layers: the model's linear layers. Of them those that are skipped are given by their whole names: of a part of a
+    name, diffusers takes `transformer_blocks.0` for the end of `single_transformer_blocks.0` too.
+    """
+    if precision.kind == "auto":  # the commands that know it have decided it before anything is loaded
+        raise ValueError(
+            "precision=auto works in train, compare, gap and transfer; elsewhere give the precision that "
+            "infer/sensitivity.py writes (out=configs/precision/mine.yaml)"
+        )
+    if not precision.quantized:
+        return None
+    if precision.layers:
+        return MixedConfig(precision)
+    skipped = [layer for layer in layers if any(names_layer(name, layer) for name in precision.skip_modules)]
+    if precision.kind == "int8":
+        return library.BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=precision.outlier_threshold,
+            llm_int8_skip_modules=skipped,
+            llm_int8_has_fp16_weight=False,
+        )
+    return library.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision.kind,
+        bnb_4bit_compute_dtype=precision.dtype,
+        bnb_4bit_use_double_quant=precision.double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=skipped,
+    )
 
 
 class LayerQuantizer(DiffusersQuantizer):

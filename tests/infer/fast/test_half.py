@@ -58,8 +58,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(asked: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float16 if asked == torch.bfloat16 else asked
 
-    for module in (compute, flux):
-        monkeypatch.setattr(module, "compute_dtype", lacking)
+    monkeypatch.setattr(compute, "compute_dtype", lacking)
 
 
 def test_the_mode_sees_bf16() -> None:
@@ -230,7 +229,7 @@ def test_a_card_without_bf16_stores_and_multiplies_in_fp16(
 
 
 def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None:
-    stored = {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False}
+    stored = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False}
     check_stored("saved", stored, FP16, "transformer")
     with pytest.raises(
         ValueError, match=r"bnb_4bit_compute_dtype=bfloat16, but precision.compute_dtype asks for float32"

@@ -95,7 +95,7 @@ def test_a_run_may_have_any_name_in_the_gap(
     data = Data("set", resolution=64, validation=0.5, cache=str(lora.parent / "cache"))
     options = Gap(tiny, {"bf16": Precision("bf16")}, None, Trained(str(lora)), data, levels=1, run=run, device="cpu")
     rows = measure(options, {"bf16": options.memory}, CPU)
-    assert [row["adapter"] for row in rows] == [None, run.rpartition("/")[2]]
+    assert [row.adapter for row in rows] == [None, run.rpartition("/")[2]]
 
 
 @pytest.mark.parametrize(
