@@ -95,7 +95,7 @@ def test_what_tables_or_folders_have_no_use_for_is_refused(tmp_path: Path, data:
     (listed / "metadata.jsonl").write_text('{"file_name": "0.png", "words": "three"}')
     cache = {"cache": data["cache"]}
     for path, option, said in (
-        (file, {"caption_lines": True, **COLUMNS}, "data.caption_lines is true, .*captions are in tables or metadata"),
+        (file, {"caption_lines": True, **COLUMNS}, "data.caption_lines is true, .*no source has one"),
         (listed, {"caption_lines": True, "caption_column": "words"}, "data.caption_lines is true, which has no effect"),
         (listed, {"image_column": "photo"}, "data.image_column is photo, .*no source is a table; .*leave it at image"),
         (sidecars, {"caption_column": "words"}, "data.caption_column is words, .*no source is a table or has a meta"),
