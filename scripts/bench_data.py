@@ -128,6 +128,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
 
     import torch
 
+    from infer.family.family import LatentMap
     from infer.program.remembered import Remembered
     from train.data.batches import epoch_batches
     from train.data.caption import all_texts
@@ -147,7 +148,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     texts = all_texts(samples, data)
     remembered, writers = Remembered(cache), {"pictures": cast("ShardWriter", NothingAbsent())}
     with Path(os.devnull).open("rb") as nothing:
-        store = Cache(data, Keys("", 0, ""), 0, 1, nothing)
+        store = Cache(data, Keys("", 0, ""), LatentMap(0.0, 1.0), True, True, nothing)
         known = known_identities(cache / "index", warnings.warn)
         prepare = make_preparer(store, samples, writers, remembered, known, encode, torch.bfloat16)
         prepared = list(work_ahead(prepare, range(len(samples)), encode.threads))

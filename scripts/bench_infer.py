@@ -28,15 +28,17 @@ from torch import nn
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_scheduler, load_text_parts, load_transformer, load_vae
+from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.checkpoint.random_weights import random_part
+from infer.checkpoint.text import load_text_parts
 from infer.device import allocator
 from infer.device.device import release
 from infer.device.measure import measure as measured
+from infer.family.family import Text
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import Memory, choose_path, hold_of
 from infer.quantize.precision import Precision
-from infer.sample.encode import Text, decode, text_encoder
+from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
@@ -117,7 +119,7 @@ def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> R
     memory, stream = choose_path(transformer, memory, variant.precision, device, print)
 
     def picture(steps: int) -> Any:
-        latents = draw(transformer, scheduler, text, 0, Sampling(steps=steps), SIZE, device)
+        latents = draw(transformer, scheduler, text, 0, Sampling(steps, 3.5), SIZE, device)
         decode(vae, latents, *SIZE)
         return latents
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from infer.adapter.attach import attach
 from infer.checkpoint.load import load_transformer
-from infer.checkpoint.random_weights import DEV
 from infer.device import allocator
 from infer.device.device import release
+from infer.family.flux1_sizes import DEV
 from infer.fast.install import choose_path, hold_of, uninstall
 from infer.quantize.precision import stored_bytes
 from scripts import bench_rows
@@ -88,7 +88,7 @@ def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], Tensor]:
     def learn(batch: Batch) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             x = noised(batch.x0, batch.noise, batch.sigma)
-            velocity = predict(transformer, x, batch.t5, batch.pooled, batch.sigma, 1.0, torch.bfloat16)
+            velocity = predict(transformer, x, batch.embeds, batch.pooled, batch.sigma, 1.0, torch.bfloat16)
         loss = losses(velocity, batch.x0, batch.noise, batch.sigma, "none").mean()
         loss.backward()
         return loss.detach()

@@ -249,7 +249,7 @@ def parts(row: Callable[..., None], device: torch.device) -> None:
                 allocator.peak_reserved(device) / GIB,
                 None,
             )
-        assert text.t5.isfinite().all() and text.t5.dtype == torch.float16
+        assert text.embeds.isfinite().all() and text.embeds.dtype == torch.float16
         vae = load_vae(model, device)
         for side in (512, 1024):
             release(device)
@@ -303,7 +303,7 @@ def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
             transformer = load_transformer(model, precision, device)
             choose_path(transformer, memory, precision, device, print)
             with NoBf16() if half else nullcontext():
-                latents = draw(transformer, load_scheduler(model), text, 0, Sampling(20), (128, 128), device)
+                latents = draw(transformer, load_scheduler(model), text, 0, Sampling(20, 3.5), (128, 128), device)
             assert latents.isfinite().all()
             pictures[name] = latents.float().cpu()
     training.fit = fit

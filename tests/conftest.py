@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from infer.checkpoint import random_weights as shapes
 from infer.checkpoint.load import Model
+from infer.family import find
+from infer.family import flux1_sizes as shapes
 from infer.program.paths import ROOT
 
 if TYPE_CHECKING:
@@ -25,7 +26,16 @@ def tiny() -> Model:
     return Model(str(ROOT / "scripts" / "tiny" / "model"))
 
 
+@pytest.fixture(scope="session")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random tiny FLUX.2 klein, base."""
+    from tests.tiny_klein import make_klein
+
+    return Model(str(make_klein(tmp_path_factory.mktemp("klein") / "base")))
+
+
 SMALL = {
+    "index": shapes.DEV["index"],
     "transformer": shapes.DEV["transformer"]
     | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64},
     "vae": shapes.DEV["vae"] | {"block_out_channels": [32, 32, 32, 32], "sample_size": 64},
@@ -38,7 +48,7 @@ SMALL = {
 @pytest.fixture
 def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
     """FLUX.1-dev's code paths at a small size."""
-    monkeypatch.setitem(shapes.SHAPES, "black-forest-labs/FLUX.1-dev", SMALL)
+    monkeypatch.setitem(find.SIZES, "black-forest-labs/FLUX.1-dev", SMALL)
     return Model("black-forest-labs/FLUX.1-dev", weights="random")
 
 

@@ -36,7 +36,7 @@ from infer.quantize.precision import Precision
 from infer.report.cells import text_table
 from infer.report.markdown import plain_table
 from infer.report.results import to_json
-from infer.sample.generate import Sampling, draw
+from infer.sample.generate import Sampling, draw, settled
 from train.data.dataset import Data, check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
@@ -48,7 +48,7 @@ from train.train import train
 if TYPE_CHECKING:
     import torch
 
-    from infer.sample.encode import Text
+    from infer.family.family import Text
     from infer.score.judges import Score
     from train.probe.transfer_summary import TransferRow
 
@@ -113,14 +113,14 @@ class Transfer:
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[TransferRow]:
     """Every adapter at one precision, the precision named `name`."""
     from infer.adapter.attach import remove_adapter
-    from infer.sample.encode import decode, text_encoder
+    from infer.sample.encode import decode, drawn_texts, text_encoder
     from train.probe.probe import loaded, prepare, probe, switch_on
     from train.probe.transfer_summary import TransferRow
 
     texts: list[Text] = []
     if options.prompts:
         with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
-            texts = encoder(options.prompts)
+            texts = drawn_texts(options.model, encoder, options.prompts)
     first = options.job(name, options.seeds[0])
     with loaded(first, device, tqdm.write) as transformer:
         vae, scheduler = load_vae(options.model, device), load_scheduler(options.model)
@@ -163,7 +163,8 @@ def transfer(options: Transfer) -> Path:
 
     scores = find_scores(options.scores)
     check_flow(options.model, options.flow)
-    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_guidance(options.model, options.sampling.guidance)
+    options.sampling = settled(options.sampling, options.model)
     for turn in range(2):  # before anything is measured, and with the mixtures that came of it
         for name, precision in options.precisions.items():
             try:

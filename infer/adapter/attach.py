@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
@@ -17,8 +16,8 @@ from infer.adapter.lora import INITS, RECOVERY, Adapter
 from infer.adapter.read import Pairs, check_fit, find_adapter, read_notes, read_pairs
 from infer.adapter.targets import base_layers, match_targets
 from infer.adapter.write import lora_config
-from infer.checkpoint.layers import Linear
 from infer.checkpoint.load import Model, fingerprint
+from infer.family.family import Linear
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision, kind_asked
 
@@ -34,7 +33,7 @@ def own_random() -> AbstractContextManager[None]:
 
 
 def attach(
-    transformer: FluxTransformer2DModel, adapter: Adapter, seed: int, name: str = "default", model: Model | None = None
+    transformer: Any, adapter: Adapter, seed: int, name: str = "default", model: Model | None = None
 ) -> list[nn.Parameter]:
     """Freeze the transformer, add a trainable adapter in fp32 and return its parameters. `model` is the transformer's
     checkpoint, which going on from an adapter of init=loftq needs.
@@ -96,7 +95,7 @@ def _make_orthogonal(module: Any, name: str) -> None:
         holder.weight.data = value.contiguous().to(holder.weight.device)
 
 
-def start_from(transformer: FluxTransformer2DModel, adapter: Adapter, name: str, model: Model | None) -> None:
+def start_from(transformer: Any, adapter: Adapter, name: str, model: Model | None) -> None:
     """Have a new adapter begin as the one in the file `adapter.start`.
 
     If that is of init=residual or loftq, it goes on as it is where layers are stored as they were in its training;
@@ -154,7 +153,7 @@ def _keep(transformer: nn.Module, name: str, start: Start | None) -> None:
         began(transformer)[name] = start
 
 
-def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> None:
+def put_pairs(transformer: Any, pairs: Pairs, name: str) -> None:
     """Attach pairs that fit as a frozen adapter in the dtype that the transformer computes in, on and alone; DoRA's
     magnitudes in fp32, since each scales a whole row of a weight."""
     with own_random():
@@ -172,9 +171,7 @@ def put_pairs(transformer: FluxTransformer2DModel, pairs: Pairs, name: str) -> N
             holder.weight.requires_grad_(False)
 
 
-def load_adapter(
-    transformer: FluxTransformer2DModel, path: str, name: str, model: Model | None = None, weight: float = 1.0
-) -> int:
+def load_adapter(transformer: Any, path: str, name: str, model: Model | None = None, weight: float = 1.0) -> int:
     """Load an adapter file of any program (infer/adapter/read.py), on and alone; returns its layers. `model` is the
     transformer's checkpoint, which adapters of init=loftq need; `weight` is what it will be on with.
 
@@ -203,7 +200,7 @@ def load_adapter(
     return len(pairs)
 
 
-def remove_adapter(transformer: FluxTransformer2DModel, name: str, model: Model) -> None:
+def remove_adapter(transformer: Any, name: str, model: Model) -> None:
     """Take an adapter off again; layers that were rounded around it (init=loftq) are as they were loaded."""
     transformer.delete_adapters(name)
     start = began(transformer).pop(name, None)
@@ -211,7 +208,7 @@ def remove_adapter(transformer: FluxTransformer2DModel, name: str, model: Model)
         round_again(transformer, start, model)
 
 
-def load_recovery(transformer: FluxTransformer2DModel, path: str, model: Model, precision: Precision) -> int:
+def load_recovery(transformer: Any, path: str, model: Model, precision: Precision) -> int:
     """Load a recovery adapter, to stay on beside every other; returns its layers.
 
     Raises:
@@ -249,7 +246,7 @@ def check_recovery(path: str, model: Model, precision: Precision, layers: Iterab
         raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
 
 
-def set_adapters(transformer: FluxTransformer2DModel, weights: dict[str, float]) -> None:
+def set_adapters(transformer: Any, weights: dict[str, float]) -> None:
     """Have exactly these adapters on, each at its weight times its own strength, and the recovery adapter, if there is
     one, beside them. None restores the base model's output bit for bit.
 
@@ -277,7 +274,7 @@ def set_adapters(transformer: FluxTransformer2DModel, weights: dict[str, float])
         parameter.requires_grad_(True)
 
 
-def switch(transformer: FluxTransformer2DModel, on: bool) -> None:
+def switch(transformer: Any, on: bool) -> None:
     """All adapters on at weight 1, or all but the recovery adapter off, which without one restores the base bit for
     bit."""
     set_adapters(transformer, dict.fromkeys(transformer.peft_config, 1.0) if on else {})

@@ -16,14 +16,12 @@ from infer.adapter.selection import Trained
 from infer.adapter.targets import match_targets
 from infer.checkpoint.checks import check_stored
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, load_scheduler, read_config
+from infer.checkpoint.load import Model, family_of, load_scheduler, read_config, unguided
 from infer.fast.memory import Memory, refuse_plain
 from infer.quantize.precision import Precision, check_layer_names, kind_asked
 
 if TYPE_CHECKING:
     import torch
-
-DISTILLED = "its checkpoint has no guidance embedding (schnell and its kin)"
 
 
 def check_precision(model: Model, precision: Precision, layers: Collection[str]) -> None:
@@ -32,23 +30,34 @@ def check_precision(model: Model, precision: Precision, layers: Collection[str])
     """
     check_layer_names(precision, layers)
     if not model.random:
-        for part, asked in (("transformer", precision), ("text_encoder_2", precision.for_t5())):
+        large = [encoder.part for encoder in family_of(model).ENCODERS if encoder.large]
+        for part, asked in (("transformer", precision), *((part, precision.for_t5()) for part in large)):
             stored = read_config(model, part).get("quantization_config")
             if stored:
                 check_stored(model.path, stored, asked, part)
 
 
-def check_guidance(model: Model, settings: dict[str, tuple[float, float]]) -> None:
-    """Refuse guidance of a model that knows none. settings: by name the value and the default, which says nothing.
+def check_guidance(model: Model, guidance: float | None, name: str = "sampling.guidance") -> None:
+    """Refuse guidance in drawing of a model that takes none. guidance: as it was asked for, None where it was not.
 
     Raises:
-        ValueError: a value is not its default, and the model has no guidance embedding.
+        ValueError: it has no effect.
     """
-    asked = [name for name, (value, default) in settings.items() if value != default]
-    if asked and not read_config(model, "transformer").get("guidance_embeds"):
-        value, default = settings[asked[0]]
+    reason = unguided(model)
+    if guidance is not None and reason is not None:
+        raise ValueError(f"{name} is {guidance:g}, which has no effect on {model.path}: {reason}; leave it at null")
+
+
+def check_trained_guidance(model: Model, guidance: float, default: float) -> None:
+    """Refuse a guidance embedding in training of a model that has none.
+
+    Raises:
+        ValueError: it is not the default, and has no effect.
+    """
+    if guidance != default and not read_config(model, "transformer").get("guidance_embeds"):
         raise ValueError(
-            f"{asked[0]} is {value:g}, which has no effect on {model.path}: {DISTILLED}; leave it at {default:g}"
+            f"flow.guidance is {guidance:g}, which has no effect on {model.path}: its transformer has no guidance "
+            f"embedding; leave it at {default:g}"
         )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from infer.adapter.attached import strengths
@@ -46,7 +45,7 @@ class Start(NamedTuple):
     elsewhere: Pairs  # of the others: there is nothing to make up for
 
 
-def start_from_error(transformer: FluxTransformer2DModel, model: Model, init: str, name: str = "default") -> Start:
+def start_from_error(transformer: Any, model: Model, init: str, name: str = "default") -> Start:
     """Fill an attached adapter, for loftq quantize its layers again, and return what it starts with.
 
     Of a mixture, layers that are not quantized have no error: they keep the default initialisation.
@@ -145,7 +144,7 @@ def kinds_of(transformer: nn.Module) -> Callable[[str], str | None]:
 
 
 def settled(
-    transformer: FluxTransformer2DModel, path: str, pairs: Pairs, model: Model | None, alone: bool = True
+    transformer: Any, path: str, pairs: Pairs, model: Model | None, alone: bool = True
 ) -> tuple[Pairs, Start | None]:
     """An adapter's pairs as this transformer needs them, and the start that is still in them, if there is one; loftq's
     layers are quantized again around it. Adapters that did not start from an error are returned unchanged.
@@ -173,7 +172,7 @@ def settled(
     return minus(pairs, start.elsewhere), start if start.here else None
 
 
-def round_again(transformer: FluxTransformer2DModel, start: Start, model: Model) -> None:
+def round_again(transformer: Any, start: Start, model: Model) -> None:
     """Undo what `settled` did to the layers of an adapter of loftq: they are as they were loaded."""
     layers, originals = base_layers(transformer), Originals(model)
     for layer in start.here if start.init == "loftq" else ():

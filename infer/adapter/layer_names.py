@@ -7,37 +7,10 @@ XLabs-AI/x-flux `layers.py`, and diffusers' `convert_flux_transformer_checkpoint
 
 import re
 
-Table = dict[str, tuple[str, ...]]
+from infer.family import flux1, flux2
+from infer.family.family import Table
 
-DOUBLE: Table = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-SINGLE: Table = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-OUTSIDE: Table = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
+DOUBLE, SINGLE, OUTSIDE, HALVES_SWAPPED = flux1.NAMES
 XLABS_DOUBLE: Table = {
     "processor.qkv_lora1": DOUBLE["img_attn.qkv"],
     "processor.qkv_lora2": DOUBLE["txt_attn.qkv"],
@@ -45,7 +18,6 @@ XLABS_DOUBLE: Table = {
     "processor.proj_lora2": DOUBLE["txt_attn.proj"],
 }
 XLABS_SINGLE: Table = {"processor.qkv_lora": SINGLE["linear1"][:3], "processor.proj_lora": SINGLE["linear2"]}
-HALVES_SWAPPED = "final_layer.adaLN_modulation.1"  # shift before scale, where diffusers has scale before shift
 MLP_RATIO = 4  # rows of proj_mlp for a row of q: in every FLUX.1
 
 
@@ -66,9 +38,16 @@ def _flattened(*tables: Table) -> Table:
     return found | parts | {_flat(layer): (layer,) for table in tables for layers in table.values() for layer in layers}
 
 
+def _own(table: Table) -> Table:
+    """diffusers' own names, each as itself."""
+    return {_flat(layer): (layer,) for layers in table.values() for layer in layers}
+
+
 _BLOCK = re.compile(r"(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)_(\d+)_(.+)")
-_DOUBLE, _SINGLE = _flattened(DOUBLE, XLABS_DOUBLE), _flattened(SINGLE, XLABS_SINGLE)
-_OUTSIDE = _flattened(OUTSIDE) | {"img_in_proj": OUTSIDE["img_in"]}  # as OneTrainer writes it
+_DOUBLE = _own(flux2.NAMES.double) | _flattened(DOUBLE, XLABS_DOUBLE)
+_SINGLE = _own(flux2.NAMES.single) | _flattened(SINGLE, XLABS_SINGLE)
+_OUTSIDE = _own(flux2.NAMES.outside) | _flattened(OUTSIDE)
+_OUTSIDE |= {"img_in_proj": OUTSIDE["img_in"]}  # as OneTrainer writes it
 
 
 def layers_of(name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import halves_swapped, layers_of
-from infer.checkpoint.layers import Linear
+from infer.family.family import Linear
 from infer.program.paths import is_hub_id, kind_of_file
 
 if TYPE_CHECKING:

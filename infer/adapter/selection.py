@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Any
 
 from infer.adapter.read import find_adapter, read_notes
 from infer.checkpoint.load import Model
 from infer.program.bounds import check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-
-if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
 
 _numbers = count()
 
@@ -70,7 +67,7 @@ class Trained:
         return found
 
 
-def load_chosen(transformer: FluxTransformer2DModel, chosen: Trained, model: Model) -> list[str]:
+def load_chosen(transformer: Any, chosen: Trained, model: Model) -> list[str]:
     """Load all of them, on together; returns what they are called in the model, which no other adapter was before
     them: what the user calls an adapter could be the name of a module's method, and captured graphs go by it."""
     from infer.adapter.attach import load_adapter, set_adapters

@@ -6,22 +6,24 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from infer.checkpoint.layers import Linear
+from infer.family.family import Linear
+from infer.family.find import FAMILIES
 from infer.quantize.precision import linear_layers
 
 if TYPE_CHECKING:
     from torch import nn
 
-ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-MLP = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
 BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+ATTENTION = "|".join(family.ATTENTION for family in FAMILIES)
+MLP = "|".join(family.MLP for family in FAMILIES)
 PRESETS = {
-    "attention": BLOCKS + ATTENTION,
+    "attention": f"{BLOCKS}({ATTENTION})",
     "attention+mlp": f"{BLOCKS}({ATTENTION}|{MLP})",
     "double": rf"transformer_blocks\.\d+\.({ATTENTION}|{MLP})",
     "single": rf"single_transformer_blocks\.\d+\.({ATTENTION}|{MLP})",
     "all": ".*",
 }
+"""Of every family: no layer of one is called as another kind of layer of another."""
 
 
 def base_layers(transformer: nn.Module) -> dict[str, nn.Linear]:

@@ -1,8 +1,9 @@
 """Checks that a checkpoint is whole and fits the settings: both libraries fill in absent tensors and only warn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from infer.family.find import of_config
 from infer.quantize.precision import DTYPES, Precision
 
 
@@ -55,11 +56,49 @@ def check_axes(path: str, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they do not fill a head.
     """
-    axes, width = list(config.get("axes_dims_rope", (16, 56, 56))), config.get("attention_head_dim", 128)
-    if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):
+    own = of_config(config).AXES
+    axes, width = list(config.get("axes_dims_rope", own)), config.get("attention_head_dim", 128)
+    if len(axes) != len(own) or sum(axes) != width or any(axis % 2 for axis in axes):
         raise ValueError(
-            f"config.json of the transformer of {path} has axes_dims_rope={axes}, which are not three even numbers "
-            f"whose sum is attention_head_dim={width}; copy the checkpoint again"
+            f"config.json of the transformer of {path} has axes_dims_rope={axes}, which are not {len(own)} even "
+            f"numbers whose sum is attention_head_dim={width}; copy the checkpoint again"
+        )
+
+
+def check_channels(path: str, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> None:
+    """Compare the channels that a transformer takes with those of the autoencoder's packed latents, by their configs.
+
+    Raises:
+        ValueError: it takes others: those of a mask, or of a control picture, which nothing here gives it.
+    """
+    taken, given = transformer.get("in_channels"), autoencoder.get("latent_channels")
+    if isinstance(given, int) and isinstance(taken, int) and taken != 4 * given:
+        raise ValueError(
+            f"the transformer of {path} takes {taken} channels where its autoencoder gives {4 * given}: Fill, Control "
+            "and other models with further inputs are not taken here; choose a text-to-image checkpoint"
+        )
+
+
+def check_embeds(
+    path: str,
+    part: str,
+    width: Callable[[Mapping[str, Any]], int],
+    encoder: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+) -> None:
+    """Compare the width of a text encoder's embeddings with what the transformer reads, by their configs.
+
+    Raises:
+        ValueError: they differ, or the encoder's config does not say.
+    """
+    try:
+        given = width(encoder)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json of the {part} of {path} lacks {error}; copy the checkpoint again") from error
+    if given != transformer.get("joint_attention_dim", given):
+        raise ValueError(
+            f"the {part} of {path} gives embeddings of width {given} where its transformer reads "
+            f"{transformer['joint_attention_dim']}: it is another model's; copy the checkpoint again"
         )
 
 

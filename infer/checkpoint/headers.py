@@ -7,7 +7,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from infer.checkpoint.checks import check_axes, check_whole
-from infer.checkpoint.layers import Linear, linear_shapes, norm_sizes
+from infer.checkpoint.layers import linear_shapes, norm_sizes
+from infer.family.family import Linear
+from infer.family.find import of_config
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 
@@ -56,16 +58,19 @@ def check_transformer(path: str, folder: Path, config: dict[str, Any]) -> None:
         ValueError: the config lacks a number, the files lack a tensor, or one has another size.
     """
     check_axes(path, config)
+    family = of_config(config)
     try:
         layers: dict[str, Linear] = linear_shapes(config)
         norms = norm_sizes(config)
     except (LookupError, TypeError) as error:
         raise ValueError(
-            f"config.json of the transformer of {path} is not that of a FLUX.1 transformer ({error!r}); copy it again"
+            f"config.json of the transformer of {path} is not that of a {family.NAME} transformer ({error!r}); copy "
+            "it again"
         ) from error
     stored = stored_sizes(folder)
     wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
-    wanted |= {f"{name}.bias": (layer.rows,) for name, layer in layers.items()}
+    if family.BIAS:
+        wanted |= {f"{name}.bias": (layer.rows,) for name, layer in layers.items()}
     weights = {f"{name}.weight": tuple(layer) for name, layer in layers.items()}
     missing = (wanted.keys() | weights.keys()) - stored.keys()
     check_whole(path, "transformer", {"missing_keys": missing})

@@ -1,7 +1,7 @@
-"""A FLUX.1 checkpoint in the diffusers folder format, on disk or on the Hub, loaded part by part.
+"""A FLUX checkpoint in the diffusers folder format, on disk or on the Hub, loaded part by part.
 
-Parts are loaded one at a time so that T5, the autoencoder and the transformer need not sit in memory together.
-The bundled model and FLUX.1-dev differ by their path alone.
+Parts are loaded one at a time so that text encoders, autoencoder and transformer need not sit in memory together. The
+bundled model and FLUX.1-dev differ by their path alone.
 """
 
 from __future__ import annotations
@@ -13,19 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.checkpoint.checks import check_axes, check_stored, check_whole, check_words
+from infer.checkpoint.checks import check_axes, check_channels, check_embeds, check_stored, check_whole
 from infer.checkpoint.headers import check_transformer
 from infer.checkpoint.hub import hub_file, hub_part
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load_errors import loading
-from infer.checkpoint.random_weights import (
-    SHAPES,
-    random_part,
-    shape_config,
-    shape_fingerprint,
-    shape_scheduler,
-    shape_tokenizer,
-)
+from infer.checkpoint.random_weights import random_part, shape_config, shape_fingerprint, shape_scheduler
+from infer.family.family import Drawing, Family, LatentMap
+from infer.family.find import SIZES, of_config, of_pipeline
 from infer.program.paths import expand, is_hub_id, no_hub_id, no_index, not_a_model
 from infer.program.remembered import Remembered
 from infer.quantize.precision import (
@@ -38,23 +33,23 @@ from infer.quantize.precision import (
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 MEMORY = Path("runs/cache")  # what was read of local checkpoints
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
 class Model:
-    """Where a FLUX.1 checkpoint is."""
+    """Where a FLUX checkpoint is."""
 
     path: str = "scripts/tiny/model"
     """A folder in the diffusers format, or a Hub id such as black-forest-labs/FLUX.1-dev."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     weights: str = "checkpoint"
-    """checkpoint, or random: the architecture of FLUX.1-dev or schnell at full size with random weights, to measure
-    memory and speed on a machine that holds no checkpoint."""
+    """checkpoint, or random: the architecture of a published checkpoint at full size with random weights, to measure
+    memory and speed on a machine that holds none."""
 
     def __post_init__(self) -> None:
         expand(self, "path")
@@ -62,9 +57,9 @@ class Model:
             raise ValueError("model.path is empty; give a diffusers folder or a Hub id")
         if self.weights not in ("checkpoint", "random"):
             raise ValueError(f"model.weights is {self.weights!r}; choose checkpoint or random")
-        if self.random and self.path not in SHAPES:
+        if self.random and self.path not in SIZES:
             raise ValueError(
-                f"model.weights=random knows the sizes of {', '.join(SHAPES)}, not of {self.path!r}; set model=dev"
+                f"model.weights=random knows the sizes of {', '.join(SIZES)}, not of {self.path!r}; set model=dev"
             )
 
     @property
@@ -82,7 +77,7 @@ def check_model(model: Model) -> None:
     """Look at a local checkpoint before anything is loaded.
 
     Raises:
-        ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX.1 model.
+        ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX model.
     """
     folder = model.local
     if model.random:
@@ -102,11 +97,13 @@ def check_model(model: Model) -> None:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} names no pipeline ({error!r}); copy the checkpoint again") from error
-    if name != "FluxPipeline":
-        raise ValueError(f"{index} is of a {name}, not a FluxPipeline; this toolkit reads FLUX.1 checkpoints")
-    absent = [part for part in PARTS if not (folder / part).is_dir()]
+    family = of_pipeline(name, str(index))
+    absent = [part for part in family.PARTS if not (folder / part).is_dir()]
     if absent:
         raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
+    check_channels(model.path, read_config(model, "transformer"), read_config(model, "vae"))
+    (large,) = (encoder.part for encoder in family.ENCODERS if encoder.large)
+    check_embeds(model.path, large, family.embeds_width, read_config(model, large), read_config(model, "transformer"))
     check_transformer(model.path, folder / "transformer", read_config(model, "transformer"))
 
 
@@ -121,28 +118,13 @@ def read_config(model: Model, part: str) -> dict[str, Any]:
     return config
 
 
-def config_number(model: Model, part: str, name: str) -> float:
-    """A number of a part's config.json.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    value = read_config(model, part).get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(
-            f"config.json of the {part} of {model.path} has {name}={value!r} where a number belongs; copy the "
-            "checkpoint again"
-        )
-    return value
-
-
 def _config_file(model: Model, part: str) -> Path:
     if model.local is not None:
         return model.local / part / "config.json"
     return hub_file(model.path, model.revision, f"{part}/config.json")
 
 
-def _load(
+def load_part(
     model: Model,
     part: str,
     cls: Any,
@@ -150,36 +132,39 @@ def _load(
     precision: Precision,
     device: torch.device,
     hold: torch.device | None = None,
+    config: Any = None,
 ) -> Any:
     """One part at a precision, quantized on a device and held there or on `hold`, its quantized layers checked.
 
-    A checkpoint that was saved quantized brings its own configuration.
+    A checkpoint that was saved quantized brings its own configuration. config: the part's, where it is not to be loaded
+    with its own.
     """
     hold = hold or device
     if model.random:
         loaded = random_part(model.path, part, precision, device, hold)
-        return _checked(loaded, precision, device)
+        return checked(loaded, precision, device)
     from infer.quantize.quantizer import quantization_config
 
     stored = read_config(model, part).get("quantization_config")
     skips = linear_shapes(read_config(model, "transformer")) if precision.skip_modules else ()
-    config = None if stored else quantization_config(precision, library, skips)
+    quantization = None if stored else quantization_config(precision, library, skips)
     if stored:
         check_stored(model.path, stored, precision, part)
     folder = part_folder(model, part)
-    with loading(model.path, model.local is not None, part), _quantizing(config or stored, device, hold):
+    with loading(model.path, model.local is not None, part), _quantizing(quantization or stored, device, hold):
         loaded, found = cls.from_pretrained(
             str(folder),
-            quantization_config=config,
+            quantization_config=quantization,
             device_map={"": hold},
             use_safetensors=True,
             output_loading_info=True,
             **{"dtype" if library.__name__ == "transformers" else "torch_dtype": precision.dtype},
+            **({} if config is None else {"config": config}),
         )
     check_whole(model.path, part, found)
     if library.__name__ == "diffusers":  # which writes it into what is saved: not where this user's cache is
         loaded.register_to_config(_name_or_path=model.path)
-    return _checked(loaded, precision, device)
+    return checked(loaded, precision, device)
 
 
 def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> AbstractContextManager[None]:
@@ -188,7 +173,7 @@ def _quantizing(wanted: Any, device: torch.device, hold: torch.device) -> Abstra
     return quantizing_on(device, hold) if wanted else nullcontext()
 
 
-def _checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
+def checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
     import torch
 
     from infer.quantize.compute import compute_dtype, compute_in
@@ -204,9 +189,7 @@ def _checked(loaded: Any, precision: Precision, device: torch.device) -> Any:
     return loaded.eval().requires_grad_(False)
 
 
-def load_transformer(
-    model: Model, precision: Precision, device: torch.device, hold: torch.device | None = None
-) -> FluxTransformer2DModel:
+def load_transformer(model: Model, precision: Precision, device: torch.device, hold: torch.device | None = None) -> Any:
     """The transformer, frozen, in eval mode, on `device`, or on `hold` (the CPU, for `infer/fast/offload.py`)."""
     import diffusers
     import torch
@@ -215,8 +198,11 @@ def load_transformer(
     from infer.quantize.compute import compute_dtype, stored_on
 
     precision = stored_on(precision, device)
-    transformer = _load(model, "transformer", diffusers.FluxTransformer2DModel, diffusers, precision, device, hold)
+    cls = getattr(diffusers, family_of(model).TRANSFORMER)
+    transformer = load_part(model, "transformer", cls, diffusers, precision, device, hold)
     check_axes(model.path, transformer.config)
+    if not model.random:
+        check_channels(model.path, transformer.config, read_config(model, "vae"))
     if compute_dtype(precision.dtype, device) == torch.float16:
         compute_in_half(transformer, precision.llm_int8)
     elif not precision.llm_int8:
@@ -224,34 +210,9 @@ def load_transformer(
     return transformer
 
 
-def load_text_parts(model: Model, precision: Precision, device: torch.device) -> dict[str, Any]:
-    """Both text encoders with their tokenizers, by their names in a FluxPipeline; T5 at the precision's `t5`."""
-    import transformers
-
-    from infer.quantize.compute import NAMES, small_dtype, stored_on
-
-    t5_precision = stored_on(precision.for_t5(), device)
-    clip_precision = Precision(NAMES[small_dtype(device)])
-    parts = {
-        "text_encoder": _load(model, "text_encoder", transformers.CLIPTextModel, transformers, clip_precision, device),
-        "text_encoder_2": _load(
-            model, "text_encoder_2", transformers.T5EncoderModel, transformers, t5_precision, device
-        ),
-    }
-    for name in ("tokenizer", "tokenizer_2"):
-        if model.random:
-            parts[name] = shape_tokenizer(model.path, name)
-            continue
-        with loading(model.path, model.local is not None, name):
-            folder = part_folder(model, name)
-            parts[name] = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        check_words(model.path, name, parts[name], parts[name.replace("tokenizer", "text_encoder")])
-    return parts
-
-
-def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKL:
+def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """The autoencoder, frozen; dtype None: what the device has (infer/quantize/compute.py)."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
     from infer.quantize.compute import NAMES, compute_dtype, compute_in, small_dtype
 
@@ -261,7 +222,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
         compute_in(vae, compute_dtype(dtype, device))
         return _tiled(vae, device).eval().requires_grad_(False)
     with loading(model.path, model.local is not None, "vae"):
-        vae, found = AutoencoderKL.from_pretrained(
+        vae, found = getattr(diffusers, of_config(read_config(model, "vae")).AUTOENCODER).from_pretrained(
             str(part_folder(model, "vae")),
             torch_dtype=dtype,
             use_safetensors=True,
@@ -272,7 +233,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
     return _tiled(vae, device).to(device).eval().requires_grad_(False)
 
 
-def _tiled(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
+def _tiled(vae: Any, device: torch.device) -> Any:
     """Where it computes in fp32 on a card without bf16, decode larger pictures in tiles: at 1024 it would take 8.7 GiB
     beside the transformer, of the 15 that such cards have; in tiles of 512, 2.5."""
     import torch
@@ -295,8 +256,74 @@ def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
 
 
 def own_size(model: Model) -> int:
-    """Pixels a side that the checkpoint was made for: what its autoencoder's config says (1024 for FLUX.1-dev)."""
-    return int(config_number(model, "vae", "sample_size"))
+    """Pixels a side that the checkpoint was made for: what its autoencoder's config says (1024 for FLUX.1-dev).
+
+    Raises:
+        ValueError: it says none.
+    """
+    value = read_config(model, "vae").get("sample_size")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(_no_number(model, f"has sample_size={value!r} where a number belongs"))
+    return int(value)
+
+
+def latent_map(model: Model) -> LatentMap:
+    """How the autoencoder's latents become those that the transformer expects; reads single tensors of it at most.
+
+    Raises:
+        ValueError: its config or its weights do not say.
+    """
+    import torch
+    from safetensors import safe_open
+
+    config = read_config(model, "vae")
+
+    def tensor(name: str) -> torch.Tensor:
+        if model.random:
+            size = (config["latent_channels"] * 4,)
+            return torch.full(size, 1.0 if name.endswith("var") else 0.0)
+        with safe_open(part_folder(model, "vae") / VAE_FILE, framework="pt") as reader:
+            found: torch.Tensor = reader.get_tensor(name)
+            return found
+
+    try:
+        return of_config(config).latent_map(config, tensor)
+    except ValueError as error:
+        raise ValueError(_no_number(model, str(error))) from error
+
+
+def _no_number(model: Model, said: str) -> str:
+    return f"config.json of the vae of {model.path} {said}; copy the checkpoint again"
+
+
+def family_of(model: Model) -> Family:
+    """The family of a checkpoint, by its transformer's class.
+
+    Raises:
+        ValueError: no family has it.
+    """
+    return of_config(read_config(model, "transformer"))
+
+
+def _family_index(model: Model) -> dict[str, Any]:
+    """What a family is told of model_index.json: {} where it can do without and the Hub would have to be asked."""
+    known = model.local is not None or model.path in SIZES
+    return pipeline_index(model) if known or family_of(model).INDEXED else {}
+
+
+def own_drawing(model: Model) -> Drawing:
+    """Steps and guidance that the checkpoint is drawn with if nothing else is said."""
+    return family_of(model).drawing(model.path, _family_index(model), read_config(model, "transformer"))
+
+
+def unguided(model: Model) -> str | None:
+    """Why guidance has no effect on what the checkpoint draws; None if it has."""
+    return family_of(model).unguided(_family_index(model), read_config(model, "transformer"))
+
+
+def distilled_from(model: Model) -> str | None:
+    """The checkpoint to train on in place of a few-step distilled one; None if this one is none."""
+    return family_of(model).distilled_from(model.path, _family_index(model), read_config(model, "transformer"))
 
 
 def part_folder(model: Model, part: str) -> Path:
@@ -308,7 +335,9 @@ def part_folder(model: Model, part: str) -> Path:
 
 
 def pipeline_index(model: Model) -> dict[str, Any]:
-    """model_index.json: the classes of the parts."""
+    """model_index.json: the classes of the parts. Of a published checkpoint that is not here, what is known of it."""
+    if model.local is None and model.path in SIZES:
+        return SIZES[model.path]["index"]
     with loading(model.path, model.local is not None, "index"):
         if model.local is not None:
             file = model.local / "model_index.json"
@@ -339,3 +368,8 @@ def fingerprint(model: Model, part: str) -> str:
         digest.update(remembered.sha256(file))
     remembered.save()
     return digest.hexdigest()
+
+
+def guided_by_two_calls(model: Model) -> bool:
+    """Whether guidance takes two calls of the transformer, the second one with the empty prompt."""
+    return family_of(model).two_calls(_family_index(model), read_config(model, "transformer"))

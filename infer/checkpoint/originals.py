@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.checkpoint.headers import SINGLE
-from infer.checkpoint.load import Model, part_folder, read_config
+from infer.checkpoint.load import Model, family_of, part_folder, read_config
 
 
 def check_unquantized(model: Model) -> None:
@@ -58,12 +59,13 @@ class Originals:
         return value.float()
 
 
-def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
     """The unquantized transformer, each block read from its shard for the time of its forward pass: a 24 GB card runs
     FLUX.1-dev in bf16, a pass at the speed of the disk or of the system's cache of it."""
     originals = Originals(model)
     with init_empty_weights():
-        transformer = FluxTransformer2DModel.from_config(read_config(model, "transformer")).to(dtype)
+        cls = getattr(diffusers, family_of(model).TRANSFORMER)
+        transformer = cls.from_config(read_config(model, "transformer")).to(dtype)
     blocks = {"transformer_blocks": transformer.transformer_blocks}
     blocks["single_transformer_blocks"] = transformer.single_transformer_blocks
     parts = {f"{kind}.{i}": block for kind, several in blocks.items() for i, block in enumerate(several)}

@@ -1,8 +1,7 @@
-"""FLUX.1's architecture at full size with random weights: true memory and true speed, no licence and no download.
+"""An architecture at full size with random weights: true memory and true speed, no licence and no download.
 
 Each part is made on the meta device and filled there layer by layer, so that a quantized model never needs its bf16
-weights in memory. The sizes are those of the published checkpoints (black-forest-labs/FLUX.1-dev, config.json of each
-part). Pictures drawn with it are noise.
+weights in memory. The sizes are those of the published checkpoints (infer/family/). Pictures drawn with it are noise.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from infer.family.find import SIZES, of_config
 from infer.quantize.precision import Precision
 
 if TYPE_CHECKING:
@@ -19,72 +19,11 @@ if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from torch import Tensor, nn
 
-DEV: dict[str, dict[str, Any]] = {
-    "transformer": {
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": [16, 56, 56],
-    },
-    "vae": {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "projection_dim": 768,
-        "eos_token_id": 1,  # the byte tokenizer's, at which CLIP's pooled output is read
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-        "relative_attention_num_buckets": 32,
-        "tie_word_embeddings": False,
-    },
-    "scheduler": {
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-}
-SCHNELL = DEV | {
-    "transformer": DEV["transformer"] | {"guidance_embeds": False},
-    "scheduler": DEV["scheduler"] | {"shift": 1.0, "use_dynamic_shifting": False},
-}
-SHAPES = {"black-forest-labs/FLUX.1-dev": DEV, "black-forest-labs/FLUX.1-schnell": SCHNELL}
-TEXT_TOKENS = {"black-forest-labs/FLUX.1-dev": 512, "black-forest-labs/FLUX.1-schnell": 256}
+CHAT = (  # of a language model's tokenizer: the words alone
+    "{% for message in messages %}{% set said = message['content'] %}"
+    "{{ said if said is string else said[0]['text'] }}{% endfor %}"
+)
+BUFFERS = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}  # of a batch norm
 
 
 def shape_config(path: str, part: str) -> dict[str, Any]:
@@ -93,14 +32,19 @@ def shape_config(path: str, part: str) -> dict[str, Any]:
     Raises:
         ValueError: the sizes of this model are not known here.
     """
-    if path not in SHAPES:
-        raise ValueError(f"model.weights=random knows the sizes of {', '.join(SHAPES)}, not of {path!r}; choose one")
-    return SHAPES[path][part]
+    if path not in SIZES:
+        raise ValueError(f"model.weights=random knows the sizes of {', '.join(SIZES)}, not of {path!r}; choose one")
+    return SIZES[path][part]
+
+
+def _arguments(path: str, part: str) -> dict[str, Any]:
+    """A part's config without what it says of its class."""
+    return {name: value for name, value in shape_config(path, part).items() if not name.startswith("_")}
 
 
 def shape_fingerprint(path: str, part: str) -> str:
     """In place of a hash of the weights: they follow from the config."""
-    config = {} if part.startswith("tokenizer") else shape_config(path, part)
+    config = {} if part.startswith("tokenizer") else _arguments(path, part)
     return hashlib.sha256(f"random {part} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
 
 
@@ -111,23 +55,18 @@ def random_part(
 
     The weights depend on the part and the device's kind alone.
     """
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
     from torch import nn
 
-    config = shape_config(path, part)
+    family = of_config(shape_config(path, "transformer"))
     with torch.device("meta"):
-        if part == "transformer":
-            model: Any = FluxTransformer2DModel(**config)
-        elif part == "vae":
-            model = AutoencoderKL(**config)
+        if part in ("transformer", "vae"):
+            name = family.TRANSFORMER if part == "transformer" else family.AUTOENCODER
+            model: Any = getattr(diffusers, name)(**_arguments(path, part))
         else:
-            import transformers
-
-            if part == "text_encoder":
-                model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
-            else:
-                model = transformers.T5EncoderModel(transformers.T5Config(**config))
+            cls, config = family.text_class(part, shape_config(path, part), whole=False)
+            model = family.text_body(cls(config or cls.config_class(**shape_config(path, part))))
     model = nn.Module.to(model, precision.dtype)  # diffusers' own warns of modules that are not there
     _replace_layers(model, part, precision, device, hold or device)
     generator = torch.Generator(device).manual_seed(0)
@@ -200,9 +139,21 @@ def _fill(
             new = nn.Parameter(value.to(hold), False)
         module.register_parameter(name, held(new, hold))
     for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.is_meta:  # position ids: the only buffers of these parts
-            assert name == "position_ids", f"{name} is no buffer that is known here"
+        if not buffer.is_meta:
+            continue
+        if name == "position_ids":
             module.register_buffer(name, torch.arange(buffer.shape[-1], device=hold)[None], persistent=False)
+        elif name in BUFFERS:
+            module.register_buffer(name, torch.full(buffer.shape, BUFFERS[name], dtype=buffer.dtype, device=hold))
+        else:
+            _fill_rotary(module, name, hold)
+
+
+def _fill_rotary(module: nn.Module, name: str, hold: torch.device) -> None:
+    """The frequencies of a language model's rotary embedding, which follow from its config."""
+    assert name in ("inv_freq", "original_inv_freq"), f"{name} is no buffer that is known here"
+    made: Any = type(module)(module.config, device=hold)
+    module.register_buffer(name, getattr(made, name), persistent=False)
 
 
 def _full_shape(module: nn.Module, old: Tensor) -> tuple[int, ...]:
@@ -215,7 +166,11 @@ def shape_tokenizer(path: str, part: str) -> Any:
     """A tokenizer of bytes, which needs no vocabulary: any text gives ids within both encoders' vocabularies."""
     from transformers import ByT5Tokenizer
 
-    return ByT5Tokenizer(model_max_length=77 if part == "tokenizer" else TEXT_TOKENS[path])
+    family = of_config(shape_config(path, "transformer"))
+    (encoder,) = (encoder for encoder in family.ENCODERS if encoder.tokenizer == part)
+    tokenizer = ByT5Tokenizer(model_max_length=family.TOKENS[path] if encoder.large else 77)
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def shape_scheduler(path: str) -> FlowMatchEulerDiscreteScheduler:

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infer.checkpoint.load import PARTS, Model, load_text_parts, load_transformer, part_folder, pipeline_index
+from infer.checkpoint.load import Model, family_of, load_transformer, part_folder, pipeline_index
+from infer.checkpoint.text import load_text_parts
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.quantize.precision import Precision
 
@@ -28,11 +29,14 @@ def refuse_mixture(precision: Precision, mend: str) -> None:
 
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
-    """All of a checkpoint but its transformer: T5 at the precision, the other parts as they are."""
-    parts = load_text_parts(model, precision, device)
-    parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
-    for part in PARTS:
-        if part not in ("transformer", "text_encoder_2"):
+    """All of a checkpoint but its transformer: the large text encoder at the precision, the other parts as they are."""
+    family = family_of(model)
+    parts = load_text_parts(model, precision, device, whole=True)
+    large = [encoder.part for encoder in family.ENCODERS if encoder.large]
+    for part in large:
+        parts[part].save_pretrained(folder / part)
+    for part in family.PARTS:
+        if part not in ("transformer", *large):
             shutil.copytree(part_folder(model, part), folder / part)
     index = pipeline_index(model)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

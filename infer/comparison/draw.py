@@ -6,13 +6,13 @@ import math
 import platform
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -36,15 +36,15 @@ from infer.report.cells import differences_text, summary_text
 from infer.report.results import Comparison, Row, Stage
 from infer.report.write import write
 from infer.rounding.layer_errors import decide
-from infer.sample.encode import NotFiniteError, Text, decode, text_encoder
-from infer.sample.generate import Sampling, draw
+from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encoder
+from infer.sample.generate import draw, settled
 from infer.score.judges import find_scores
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
 from infer.score.score_all import score_all
 
 
-def _draw_one(vae: AutoencoderKL, *arguments: Any) -> None:
+def _draw_one(vae: Any, *arguments: Any) -> None:
     """A picture that nobody looks at; arguments: those of `draw`."""
     decode(vae, draw(*arguments), *arguments[-2])
 
@@ -76,9 +76,9 @@ def draw_precision(
         with measure(device) as load_text:
             encoder = stack.enter_context(text_encoder(model, precision, device, options.text_length))
         with measure(device) as encode:
-            texts: list[Text] = encoder(prompts)
+            texts = drawn_texts(model, encoder, prompts)
         for prompt in encoder.truncated(prompts):
-            bar.write(f"T5 sees only the first {encoder.length} tokens of {prompt!r}")
+            bar.write(f"only the first {encoder.length} tokens are seen of {prompt!r}")
         text_bytes = encoder.weights_bytes
     bar.set_postfix_str(f"{name}: loading")
     with measure(device) as load_rest:
@@ -88,7 +88,8 @@ def draw_precision(
         vae = load_vae(model, device)
         path, offload = choose_path(transformer, memory, precision, device, bar.write)
     scheduler = load_scheduler(model)
-    one_step = Sampling(steps=1, guidance=options.sampling.guidance)
+    steps, one_step = options.sampling.steps, replace(options.sampling, steps=1)
+    assert steps is not None, "the settings are not settled"
     warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, offload)
@@ -133,7 +134,7 @@ def draw_precision(
                         seed=seed,
                         image=image,
                         seconds=denoising.seconds + decoding.seconds,
-                        seconds_per_step=denoising.seconds / options.sampling.steps,
+                        seconds_per_step=denoising.seconds / steps,
                         weights_bytes=weights,
                         compute_dtype=NAMES[product_dtype_of(transformer)],
                         peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages.values()),
@@ -161,7 +162,8 @@ def draw_all(options: Compare, device: torch.device) -> Path:
     if options.adapter.path is not None:
         adapter = options.adapter.name or Path(options.run).name, options.adapter.path
     names = [name for name in options.precisions if options.only is None or name in options.only]
-    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_guidance(options.model, options.sampling.guidance)
+    options.sampling = settled(options.sampling, options.model)
     memory: dict[str, Memory] = {}
     for turn in range(2):  # before anything is measured, and with the mixtures that came of it
         for name in names:

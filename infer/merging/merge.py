@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
 
 from infer.adapter.error_init import settled
 from infer.adapter.read import check_fit, read_pairs
@@ -14,6 +14,7 @@ from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import load_transformer, read_config
 from infer.checkpoint.originals import Originals
 from infer.checkpoint.save import save_beside
+from infer.family.find import of_config
 from infer.merging.report import compare_pictures, report, straight_loss
 from infer.merging.settings import Merge
 from infer.merging.shards import write_transformer
@@ -64,7 +65,7 @@ def _parts(options: Merge, config: dict[str, Any]) -> dict[str, list[Part]]:
     for one, pairs in read:
         check_fit(pairs, layers, one.path)
     with init_empty_weights():
-        empty = FluxTransformer2DModel.from_config(config)
+        empty = getattr(diffusers, of_config(config).TRANSFORMER).from_config(config)
     parts: dict[str, list[Part]] = {}
     for one, pairs in read:
         for layer, pair in settled(empty, one.path, pairs, None)[0].items():

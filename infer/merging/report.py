@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.adapter.selection import Trained, load_chosen
@@ -16,8 +15,8 @@ from infer.device.device import release
 from infer.merging.update import Part, merged
 from infer.quantize.layer import rounded
 from infer.quantize.precision import Precision, dequantized
-from infer.sample.encode import decode, text_encoder
-from infer.sample.generate import Sampling, draw
+from infer.sample.encode import decode, drawn_texts, text_encoder
+from infer.sample.generate import Sampling, draw, settled
 from infer.score.pairs import distance
 
 
@@ -59,7 +58,7 @@ def kept_of(
     )
 
 
-def straight_loss(transformer: FluxTransformer2DModel, parts: dict[str, list[Part]], precision: Precision) -> float:
+def straight_loss(transformer: Any, parts: dict[str, list[Part]], precision: Precision) -> float:
     """The share of the update that merging straight into quantized weights loses, the mean over at most 16 layers."""
     layers, lost = base_layers(transformer), []
     for name in list(parts)[:16]:
@@ -84,8 +83,9 @@ def compare_pictures(
     """Draw each prompt with the adapters in bf16, with them at run time at the precision, and merged; PSNR and SSIM of
     the latter two against the first."""
     size = sampling.size(own_size(model))
+    sampling = settled(sampling, model)
     with text_encoder(model, precision, device, None) as encoder:
-        texts = encoder(prompts)
+        texts = drawn_texts(model, encoder, prompts)
     kinds = {"bf16": (model, Precision("bf16")), "run time": (model, precision), "merged": (Model(out), precision)}
     drawn: dict[tuple[str, int], Any] = {}
     vae = load_vae(model, device)

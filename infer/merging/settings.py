@@ -62,6 +62,6 @@ def check_merge(options: Merge) -> torch.device:
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     device = pick_device(options.device)
-    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_guidance(options.model, options.sampling.guidance)
     check_precision(options.model, options.precision, linear_shapes(read_config(options.model, "transformer")))
     return device

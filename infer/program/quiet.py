@@ -13,6 +13,7 @@ NOISE = (
     "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place
     "context_fn is passed to torch.utils.checkpoint",  # torch: sums in place, which scripts/check_fast.py compares
     "Cannot dispatch to fused implementation",  # torch: norms in bf16 read fp32 under autocast, as PEFT has it
+    "LOAD REPORT",  # transformers: layers that nothing reads are not loaded; what lacks is refused (check_whole)
     "`torch_dtype` is deprecated",  # diffusers 0.42 renames an argument that older ones need
 )
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,9 +21,7 @@ class Rows:
     tokens: int = 0
 
 
-def collect(
-    transformer: FluxTransformer2DModel, records: list[Record], rows: int, seed: int, device: torch.device
-) -> dict[str, Rows]:
+def collect(transformer: Any, records: list[Record], rows: int, seed: int, device: torch.device) -> dict[str, Rows]:
     """About `rows` rows of every linear layer's inputs, and of the gradients of random projections of the velocity.
 
     The transformer must be frozen and without adapters; its gradient checkpointing may be on.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
 from tqdm import tqdm
 
@@ -23,15 +22,13 @@ from infer.quantize.precision import Precision, linear_layers, stored_bytes, wei
 from infer.rounding.budget import choose
 from infer.rounding.records import Record, record, stacked, velocities
 from infer.rounding.settings import Sensitivity
-from infer.sample.generate import Sampling
+from infer.sample.generate import Sampling, settled
 
 KEPT = Path("runs/cache")
 KINDS = ("nf4", "int8")
 
 
-def calls_of(
-    records: list[Record], steps: int, transformer: FluxTransformer2DModel, device: torch.device
-) -> list[Record]:
+def calls_of(records: list[Record], steps: int, transformer: Any, device: torch.device) -> list[Record]:
     """One call for each step, of all pictures together."""
     return [stacked(records[step::steps], device, compute_dtype_of(transformer)) for step in range(steps)]
 
@@ -41,7 +38,7 @@ def _bytes(layer: nn.Linear, kind: str, double_quant: bool = False) -> int:
 
 
 def measure(
-    transformer: FluxTransformer2DModel, calls: list[Record], double_quant: bool, tick: Callable[[], object]
+    transformer: Any, calls: list[Record], double_quant: bool, tick: Callable[[], object]
 ) -> list[dict[str, Any]]:
     """For each group of layers that read one input: its `layers`, and by kind the `errors` (the mean over samples of
     the squared relative error of the velocity when it alone is of that kind) and the `bytes` that it takes."""
@@ -79,7 +76,9 @@ def sensitivities(options: Sensitivity, device: torch.device, say: Callable[[str
     layers = linear_layers(transformer)
     other = stored_bytes(transformer) - sum(_bytes(layer, "bf16") for layer in layers.values())
     records = record(transformer, options.model, precision, options.prompts, 0, options.sampling, size, device)
-    calls = calls_of(records, options.sampling.steps, transformer, device)
+    steps = settled(options.sampling, options.model).steps
+    assert steps is not None
+    calls = calls_of(records, steps, transformer, device)
     with tqdm(total=len(groups(layers)) * len(KINDS), unit="layer", desc="sensitivity") as bar:
         found = measure(transformer, calls, options.double_quant, bar.update)
     del transformer, layers

@@ -7,22 +7,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer.checkpoint.load import Model, load_scheduler
 from infer.quantize.precision import Precision
 from infer.sample.encode import text_encoder
-from infer.sample.generate import Sampling, draw, mend_of
+from infer.sample.generate import Sampling, draw, mend_of, settled
 
 Record = dict[str, Any]
 """The keyword arguments of one call for one picture, tensors on the CPU."""
-PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")  # where given
 
 
 def record(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     model: Model,
     precision: Precision,
     prompts: list[str],
@@ -32,7 +31,9 @@ def record(
     device: torch.device,
 ) -> list[Record]:
     """Draw each prompt once (seed, seed + 1, ...) and keep what the transformer is given: pictures in their order, the
-    steps of each in theirs. `size` is height and width in pixels; `precision` is the text encoder's."""
+    steps of each in theirs. Where guidance is by two calls, pictures are drawn without it: what layers are given is of
+    the same kind, and a step is one record. `size` is height and width in pixels; `precision` is the text encoder's."""
+    sampling = settled(sampling, model)
     with text_encoder(model, precision, device, None) as encoder:
         texts = encoder(prompts)
     records: list[Record] = []
@@ -57,7 +58,8 @@ def stacked(records: list[Record], device: torch.device, dtype: torch.dtype) -> 
         if batch.get(key) is not None:
             batch[key] = torch.cat([one[key] for one in records]).to(device)
     for key in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
-        batch[key] = batch[key].to(dtype)
+        if key in batch:
+            batch[key] = batch[key].to(dtype)
     return batch | {"return_dict": False}
 
 
@@ -67,7 +69,7 @@ def batches(records: list[Record], size: int, device: torch.device, dtype: torch
         yield stacked(records[start : start + size], device, dtype)
 
 
-def velocities(transformer: FluxTransformer2DModel, calls: Iterable[Record], hold: torch.device) -> Tensor:
+def velocities(transformer: Any, calls: Iterable[Record], hold: torch.device) -> Tensor:
     """The transformer's outputs for stacked records, [records, tokens, channels * 4] in fp32, collected on `hold`.
 
     Raises:

@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -96,7 +96,7 @@ def make_recovery(options: Recover, device: torch.device) -> Path:
     return folder / "adapter"
 
 
-def _velocities(transformer: FluxTransformer2DModel, records: list[Record], size: int, device: torch.device) -> Tensor:
+def _velocities(transformer: Any, records: list[Record], size: int, device: torch.device) -> Tensor:
     """The transformer's answers to records, `size` at a time, on the CPU."""
     calls = batches(records, size, device, compute_dtype_of(transformer))
     bar = tqdm(calls, total=-(-len(records) // size), unit="batch", desc="velocities")
@@ -109,7 +109,7 @@ def relative_errors(found: Tensor, exact: Tensor) -> Tensor:
     return errors
 
 
-def recovered(transformer: FluxTransformer2DModel, originals: Originals, rows: dict[str, Rows], options: Recover,
+def recovered(transformer: Any, originals: Originals, rows: dict[str, Rows], options: Recover,
               device: torch.device) -> Pairs:  # fmt: skip
     """The adapter's pairs, in bf16."""
     factors: dict[str, Factors] = {}
@@ -129,9 +129,7 @@ def recovered(transformer: FluxTransformer2DModel, originals: Originals, rows: d
     }
 
 
-def polish(
-    transformer: FluxTransformer2DModel, records: list[Record], exact: Tensor, options: Recover, device: torch.device
-) -> None:
+def polish(transformer: Any, records: list[Record], exact: Tensor, options: Recover, device: torch.device) -> None:
     """Train the attached recovery adapter towards the velocities `exact` of the records."""
     parameters = [p for name, p in transformer.named_parameters() if f".{RECOVERY}." in name]
     for parameter in parameters:

@@ -111,7 +111,7 @@ def check_sensitivity(options: Sensitivity) -> torch.device:
     file = None if options.out is None else Path(options.out)
     if file is not None and file.exists() and not (file.is_file() and HEADER in file.read_text(errors="replace")):
         raise ValueError(f"out is {options.out!r}, which is there and not of this command; give another file")
-    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_guidance(options.model, options.sampling.guidance)
     return pick_device(options.device)
 
 
@@ -129,6 +129,6 @@ def check_recover(options: Recover) -> torch.device:
         raise ValueError(f"{folder / 'adapter'} exists; choose another name with run=..., or delete it")
     check_model(options.model)
     layers = linear_shapes(read_config(options.model, "transformer"))
-    check_guidance(options.model, {"sampling.guidance": (options.sampling.guidance, Sampling().guidance)})
+    check_guidance(options.model, options.sampling.guidance)
     check_precision(options.model, undecided(options.precision) or options.precision, layers)
     return pick_device(options.device)

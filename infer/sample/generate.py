@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from infer.program.bounds import check_most
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
     from torch import Tensor
 
-    from infer.sample.encode import Text
-
-from infer.program.bounds import check_most
+    from infer.checkpoint.load import Model
+    from infer.family.family import Text
 
 
 @dataclass
 class Sampling:
     """How pictures are drawn."""
 
-    steps: int = 28
-    guidance: float = 3.5
-    """The distilled guidance of FLUX.1-dev; without effect on schnell."""
+    steps: int | None = None
+    """Calls of the transformer for a picture, of two each where guidance takes two; null takes the checkpoint's own."""
+    guidance: float | None = None
+    """How closely a prompt is followed; null takes the checkpoint's own. An embedding in FLUX.1-dev and FLUX.2-dev, the
+    weight between calls with and without the prompt in klein's base; without effect on schnell and distilled klein."""
     height: int | None = None
     """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
     width: int | None = None
 
     def __post_init__(self) -> None:
         check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"sampling.steps is {self.steps}; it must be 1 or more")
         for name in ("height", "width"):
             value = getattr(self, name)
@@ -41,18 +44,30 @@ class Sampling:
         return self.height or default, self.width or default
 
 
+def settled(sampling: Sampling, model: Model) -> Sampling:
+    """The settings with the checkpoint's own steps and guidance in place of what is null."""
+    from infer.checkpoint.load import own_drawing
+
+    own = own_drawing(model)
+    return replace(
+        sampling,
+        steps=own.steps if sampling.steps is None else sampling.steps,
+        guidance=own.guidance if sampling.guidance is None else sampling.guidance,
+    )
+
+
 def noise(seed: int, height: int, width: int, channels: int) -> Tensor:
     """Packed noise [1, tokens, channels * 4] of a picture of height x width pixels, drawn in fp32 on the CPU."""
     import torch
 
-    from infer.sample.encode import FACTOR, pack
+    from infer.family.packing import FACTOR, pack
 
     generator = torch.Generator().manual_seed(seed)
     return pack(torch.randn((1, channels, height // FACTOR, width // FACTOR), generator=generator))
 
 
 def draw(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     scheduler: FlowMatchEulerDiscreteScheduler,
     text: Text,
     seed: int,
@@ -60,43 +75,22 @@ def draw(
     size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """One picture's packed latents [1, tokens, channels * 4]. `size` is height and width in pixels.
+    """One picture's packed latents [1, tokens, channels * 4]. sampling: settled; size: height and width in pixels.
 
     Raises:
         NotFiniteError: the transformer's output is NaN or infinite, of which a picture shows nothing.
     """
     import torch
-    from diffusers import FluxPipeline
 
     from infer.fast.cuda_graph import Sampler
     from infer.quantize.compute import compute_dtype_of
     from infer.sample.encode import NotFiniteError
 
-    pipeline = FluxPipeline(
-        scheduler=scheduler,
-        transformer=transformer,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
     if isinstance(transformer.forward, Sampler):
         transformer.forward.refresh()
-    dtype = compute_dtype_of(transformer)
-    height, width = size
+    start = noise(seed, *size, transformer.config.in_channels // 4).to(device, compute_dtype_of(transformer))
     with torch.no_grad():
-        latents: Tensor = pipeline(
-            prompt_embeds=text.t5[None].to(device, dtype),
-            pooled_prompt_embeds=text.pooled[None].to(device, dtype),
-            latents=noise(seed, height, width, transformer.config.in_channels // 4).to(device, dtype),
-            height=height,
-            width=width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            output_type="latent",
-        ).images
+        latents = denoise(transformer, scheduler, text, start, sampling, size)
     if not latents.isfinite().all():
         share = 1 - float(latents.isfinite().float().mean())
         raise NotFiniteError(
@@ -105,7 +99,55 @@ def draw(
     return latents
 
 
-def mend_of(transformer: FluxTransformer2DModel) -> str:
+def denoise(
+    transformer: Any,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    text: Text,
+    latents: Tensor,
+    sampling: Sampling,
+    size: tuple[int, int],
+) -> Tensor:
+    """Packed noise -> packed latents, as the families' pipelines in diffusers do it, bit for bit: theirs differ in what
+    the transformer is given and in whether guidance takes two calls, and Flux2KleinPipeline gives no latents without an
+    autoencoder."""
+    import numpy as np
+
+    from infer.family.find import of_model
+    from infer.family.packing import FACTOR
+
+    steps, guidance = sampling.steps, sampling.guidance
+    assert steps is not None and guidance is not None, "the settings are not settled"
+    family, dtype, tokens = of_model(transformer), latents.dtype, latents.shape[1]
+    texts = [text] if text.empty is None or guidance <= 1 else [text, text.empty]
+    calls = [
+        family.inputs(
+            transformer.config,
+            latents,
+            size[0] // FACTOR,
+            size[1] // FACTOR,
+            one.embeds[None].to(latents.device, dtype),
+            None if one.pooled is None else one.pooled[None].to(latents.device, dtype),
+            guidance,
+            dtype,
+        )
+        for one in texts
+    ]
+    own_sigmas = getattr(scheduler.config, "use_flow_sigmas", False)
+    levels = {"num_inference_steps": steps} if own_sigmas else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    scheduler.set_timesteps(**levels, device=latents.device, mu=family.mu(scheduler.config, tokens, steps))
+    scheduler.set_begin_index(0)  # without it the scheduler waits for the device at every step
+    for t in scheduler.timesteps:
+        timestep = t.expand(len(latents)).to(dtype) / 1000
+        found = [
+            transformer(**(call | {"hidden_states": latents}), timestep=timestep, return_dict=False)[0]
+            for call in calls
+        ]
+        velocity = found[0] if len(found) == 1 else found[1] + guidance * (found[0] - found[1])
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
+def mend_of(transformer: Any) -> str:
     """What to do about a transformer whose output is not finite."""
     mends = ["the checkpoint may be damaged"]
     if getattr(transformer, "peft_config", {}):

@@ -17,14 +17,15 @@ from infer.adapter.error_init import save_start
 from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import Model, latent_map, load_scheduler, load_transformer, load_vae
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.device.measure import measure
+from infer.family.packing import pack, unpack
 from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
-from infer.sample.encode import decode, pack, text_encoder, to_moments, unpack
+from infer.sample.encode import decode, text_encoder, to_posterior
 from infer.sample.generate import Sampling, draw, noise
 from scripts.tiny import world
 
@@ -164,7 +165,9 @@ def test_latents_round_trip_through_the_autoencoder(tiny: Model) -> None:
 
     picture = world.paint(world.canvas([world.sample_scene(random.Random(3))]))
     vae = load_vae(tiny, CPU, torch.float32)
-    mean, deviation = to_moments(vae, picture * 2 - 1)
+    mapped = latent_map(tiny)
+    posterior = to_posterior(vae, picture * 2 - 1)
+    mean, deviation = mapped.normalise(posterior[0]), mapped.deviation(posterior[1])
     assert mean.shape == deviation.shape == (1, 16, 16, 16)
     assert torch.equal(unpack(pack(mean), 128, 128), mean)
     again = decode(vae, pack(mean), 128, 128)
@@ -179,7 +182,7 @@ def test_texts_are_encoded_one_by_one_and_truncation_is_named(tiny: Model) -> No
         among = encoder([long, PROMPT])[1]
         assert encoder.truncated([PROMPT, long]) == [long]
         assert encoder.length == 40
-    assert torch.equal(alone.t5, among.t5) and torch.equal(alone.pooled, among.pooled)
+    assert torch.equal(alone.embeds, among.embeds) and torch.equal(alone.pooled, among.pooled)
 
 
 def test_measure_sees_memory_come_and_go() -> None:

@@ -33,8 +33,10 @@ class Prior:
     """Of them in the loss."""
     ratio: float = 1.0
     """Class pictures seen for each training picture."""
-    steps: int = 28
-    guidance: float = 3.5
+    steps: int | None = None
+    """Of the drawing; null takes the checkpoint's own."""
+    guidance: float | None = None
+    """Likewise."""
     seed: int = 0
     """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
 
@@ -57,7 +59,7 @@ class Prior:
         for name in ("weight", "ratio"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"data.prior.{name} is {getattr(self, name)}; it must be above 0")
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"data.prior.steps is {self.steps}; it must be 1 or more")
         if self.path:
             reason = "the base draws no pictures where data.prior.path gives them"

@@ -10,7 +10,8 @@ from typing import Any
 from infer.adapter.targets import match_targets
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.load import Model, read_config
-from infer.checkpoint.random_weights import SHAPES, shape_config
+from infer.checkpoint.random_weights import shape_config
+from infer.family.find import SIZES
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked, weight_bytes
 from train.estimate.flop import tokens_of
@@ -68,8 +69,8 @@ class Footprint:
 
 
 def part_config(model: Model, part: str) -> dict[str, Any]:
-    """A part's config: for FLUX.1-dev and schnell from our table, else from the checkpoint."""
-    if model.local is None and model.path in SHAPES:
+    """A part's config: of published checkpoints from our table, else from the checkpoint."""
+    if model.local is None and model.path in SIZES:
         return shape_config(model.path, part)
     return read_config(model, part)
 

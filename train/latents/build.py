@@ -1,8 +1,8 @@
 """Samples -> encoded samples, each encoded once and found by its content.
 
 The key of a picture is its decoded pixels, the crop and the autoencoder's weights; of a mask its pixels and the crop;
-of a text its words, the T5 length, both encoders' weights and T5's precision (train/latents/keys.py). So a renamed file
-costs nothing, and an edited one is never taken for the old one. Runs and processes share one folder
+of a text its words, its length in tokens, the encoders' weights and precision (train/latents/keys.py). So a renamed
+file costs nothing, and an edited one is never taken for the old one. Runs and processes share one folder
 (train/latents/shards.py).
 """
 
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, config_number, load_vae
+from infer.checkpoint.load import Model, family_of, latent_map, load_vae
 from infer.device.device import release
 from infer.program.remembered import Remembered
 from infer.quantize.precision import Precision
@@ -53,8 +52,8 @@ def build(
     ranks: int = 1,
     gather: Gather = list,
 ) -> Cache:
-    """Encode what is not in the cache yet: pictures with the autoencoder and their masks, then texts with CLIP and T5.
-    Each model is loaded only if there is something to encode, and freed; each rank does its share; all share
+    """Encode what is not in the cache yet: pictures with the autoencoder and their masks, then texts with their
+    encoders. Each model is loaded only if there is something to encode, and freed; each rank does its share; all share
     data.cache.
 
     Batches, as other hardware, change latents within the rounding of bf16: what has a key is the same up to that.
@@ -66,8 +65,9 @@ def build(
     held = hold(folder)
     warn = partial(tqdm.write, file=sys.stderr)
     (keys,) = gather([make_keys(model, precision, data.text_length, encode.tile)] if main else [])
-    shift, scale = (config_number(model, "vae", name) for name in ("shift_factor", "scaling_factor"))
-    cache = Cache(data, keys, shift, scale, held, texts=list(dict.fromkeys(texts)))
+    family = family_of(model)
+    pooled = len(family.ENCODERS) > 1
+    cache = Cache(data, keys, latent_map(model), family.SAMPLED, pooled, held, texts=list(dict.fromkeys(texts)))
     cache.indexes = {kind: ShardIndex(folder / kind, warn) for kind in KINDS}
     remembered = Remembered(folder)
     for index in cache.indexes.values():
@@ -84,7 +84,7 @@ def build(
             check(cache.indexes[kind], used[kind] - written.get(kind, set()), encode, gather, remembered)
         return cache.indexes[kind].absent(used[kind])
 
-    def load() -> AutoencoderKL:
+    def load() -> Any:
         with cache.timed("load"):
             return load_vae(model, device)
 
@@ -199,7 +199,7 @@ def _compared(keys: Collection[str]) -> str:
 
 
 def cut_texts(cache: Cache, texts: list[str]) -> list[str]:
-    """Those of the texts whose end T5 does not see."""
+    """Those of the texts whose end the text encoder does not see."""
     names = {cache.keys.text(text): text for text in texts}
     cut = []
     for file, keys in cache.indexes["texts"].by_shard(names).items():

@@ -8,10 +8,9 @@ autoencoder takes the views in batches of one size. Texts are encoded one by one
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -149,7 +148,7 @@ def encode_pictures(
     cache: Cache,
     samples: list[Sample],
     todo: list[int],
-    load: Callable[[], AutoencoderKL],
+    load: Callable[[], Any],
     writers: dict[str, ShardWriter],
     remembered: Remembered,
     encode: Encode,
@@ -157,7 +156,8 @@ def encode_pictures(
     show: bool,
 ) -> dict[int, Picture | Skipped]:
     """Write what the cache lacks of these samples, and return what each of them is: of every missing view the posterior
-    (`mean` and `deviation`, [channels, h / 8, w / 8], as the autoencoder gives it), of a mask's views `mask`,
+    (`mean` and, where the family is trained on samples of it, `deviation`, [channels, h / 8, w / 8], as the autoencoder
+    gives it), of a mask's views `mask`,
     [h / 8, w / 8] in [0, 1]. Under data.on_error=raise it stops at the first sample that cannot be used.
 
     load: gives the autoencoder, and is called when the first view has to be encoded. writers: by kind.
@@ -171,7 +171,7 @@ def encode_pictures(
     prepare = make_preparer(
         cache, samples, writers, remembered, lambda key: known.get(key) or stored(key), encode, dtype
     )
-    vae: AutoencoderKL | None = None
+    vae: Any = None
     flushed = time.monotonic()
 
     def flush() -> None:
@@ -203,7 +203,8 @@ def encode_pictures(
 
     def store(keys: list[str], fetch: Callable[[], list[Tensor]]) -> None:
         for key, *item in zip(keys, *fetch(), strict=True):
-            writers["pictures"].add(key, {"mean": item[0].clone(), "deviation": item[1].clone()})
+            deviation = {"deviation": item[1].clone()} if cache.sampled else {}
+            writers["pictures"].add(key, {"mean": item[0].clone()} | deviation)
 
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(todo), desc="pictures", unit="picture", disable=not show))
@@ -223,7 +224,7 @@ def encode_pictures(
     return found
 
 
-def _ready(vae: AutoencoderKL, encode: Encode) -> AutoencoderKL:
+def _ready(vae: Any, encode: Encode) -> Any:
     """The autoencoder, set up to encode."""
     if encode.tile:
         vae.enable_tiling()
@@ -274,8 +275,9 @@ def _batches(parts: Iterable[Tensors], size: Callable[[int, int], int]) -> Itera
 
 
 def encode_texts(cache: Cache, encoder: TextEncoder, texts: list[str], writer: ShardWriter, show: bool) -> None:
-    """Write the embeddings of the texts that are missing, one by one so that none depends on its neighbours: `t5`
-    [tokens, width], `pooled` [width], and `tokens`: what the whole text has, and what T5 sees of it at most."""
+    """Write the embeddings of the texts that are missing, one by one so that none depends on its neighbours: `embeds`
+    [tokens, width], `pooled` [width] where there is one, and `tokens`: what the whole text has, and what is seen of it
+    at most."""
 
     def absent(text: str) -> bool:
         return bool(writer.index.absent([cache.keys.text(text)]))
@@ -290,6 +292,6 @@ def encode_texts(cache: Cache, encoder: TextEncoder, texts: list[str], writer: S
                 for key in mine:
                     (encoded,) = encoder([text])
                     tokens = torch.tensor([encoder.tokens(text), encoder.length], dtype=torch.int32)
-                    item = {"t5": encoded.t5.clone(), "pooled": encoded.pooled.clone(), "tokens": tokens}
-                    writer.add(key, item)
+                    pooled = {} if encoded.pooled is None else {"pooled": encoded.pooled.clone()}
+                    writer.add(key, {"embeds": encoded.embeds.clone(), "tokens": tokens} | pooled)
                 bar.update()

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from infer.checkpoint.load import Model, fingerprint
+from infer.checkpoint.load import Model, family_of, fingerprint
 from infer.quantize.precision import Precision
 from train.data.buckets import View
 
@@ -18,7 +18,7 @@ class Keys:
     tile: int
     """Longest side that it takes whole, 0 for any."""
     encoders: str
-    """Both text encoders and their tokenizers, T5's precision and length."""
+    """The text encoders and their tokenizers, the large one's precision and the text's length."""
 
     def picture(self, identity: str, view: View) -> str:
         """Of a view of a picture with these pixels."""
@@ -30,12 +30,14 @@ class Keys:
         return _hash("mask", identity, *_transform(view))
 
     def text(self, text: str) -> str:
-        return _hash("text", text, self.encoders)
+        return _hash("prompt", text, self.encoders)
 
 
 def make_keys(model: Model, precision: Precision, length: int | None, tile: int) -> Keys:
-    """Reads all weights that a key depends on. length: T5's, None for the checkpoint's own."""
-    parts = [fingerprint(model, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
+    """Reads all weights that a key depends on. length: the text's, None for the checkpoint's own."""
+    encoders = family_of(model).ENCODERS
+    names = [encoder.part for encoder in encoders] + [encoder.tokenizer for encoder in encoders]
+    parts = [fingerprint(model, part) for part in names]
     return Keys(_hash(fingerprint(model, "vae"), "bfloat16"), tile, _hash(parts, asdict(precision.for_t5()), length))
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infer.checkpoint.load import PARTS, Model, fingerprint, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import Model, family_of, fingerprint, load_scheduler, load_transformer, load_vae
 from infer.device.device import release
 from infer.program.atomic import replace_file
 from infer.quantize.precision import Precision
-from infer.sample.encode import decode, text_encoder
-from infer.sample.generate import Sampling, draw
+from infer.sample.encode import decode, drawn_texts, text_encoder
+from infer.sample.generate import Sampling, draw, settled
 from train.data.dataset import Data, sources_of
 from train.data.image_folder import read_bytes
 from train.data.source import Sample
@@ -33,9 +33,17 @@ from train.latents.writer import PAUSE
 def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
     """Where the class pictures of this prompt, base and precision lie."""
     prior, side = data.prior, data.resolutions[0]
-    prints = [fingerprint(model, part) for part in PARTS]
-    how = [prior.prompt, data.text_length, prior.steps, prior.guidance, prior.seed, side, prints, asdict(precision)]
+    prints = [fingerprint(model, part) for part in family_of(model).PARTS]
+    sampling = prior_sampling(data, model)
+    drawn = prior.prompt, data.text_length, sampling.steps, sampling.guidance, prior.seed, side
+    how = [*drawn, prints, asdict(precision)]
     return Path(data.cache) / "prior" / hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+
+
+def prior_sampling(data: Data, model: Model) -> Sampling:
+    """How the class pictures are drawn."""
+    side = data.resolutions[0]
+    return settled(Sampling(data.prior.steps, data.prior.guidance, side, side), model)
 
 
 def shared(todo: list[int], files: list[Path], bar: tqdm) -> Iterator[int]:
@@ -72,10 +80,10 @@ def prior_samples(
     absent = [i for i in range(rank, prior.count, ranks) if not files[i].is_file()]
     if absent:
         with text_encoder(model, precision, device, data.text_length) as encoder:
-            (text,) = encoder([prior.prompt])
+            (text,) = drawn_texts(model, encoder, [prior.prompt])
         transformer = load_transformer(model, precision, device)
         vae, scheduler = load_vae(model, device), load_scheduler(model)
-        sampling = Sampling(prior.steps, prior.guidance, side, side)
+        sampling = prior_sampling(data, model)
         bar = tqdm(total=len(absent), desc="drawing class pictures", unit="picture", disable=rank > 0)
         for i in shared(absent, files, bar):
             latents = draw(transformer, scheduler, text, prior.seed + i, sampling, (side, side), device)

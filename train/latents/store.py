@@ -10,7 +10,7 @@ from typing import IO
 
 from torch import Tensor
 
-from infer.sample.encode import Text, normalise
+from infer.family.family import LatentMap, Text
 from train.data.buckets import View, views_of
 from train.data.dataset import Data
 from train.data.source import Skipped
@@ -25,9 +25,12 @@ class Cache:
 
     data: Data
     keys: Keys
-    shift: float
-    scale: float
+    latent_map: LatentMap
     """Of the autoencoder's latents."""
+    sampled: bool
+    """Whether the posterior's deviation is stored beside its mean."""
+    has_pooled: bool
+    """Whether texts have a pooled embedding."""
     held: IO[bytes]
     kept: list[int] = field(default_factory=list)
     """Which of the samples that build was given can be used; all else here counts these, from 0."""
@@ -35,7 +38,7 @@ class Cache:
     skipped: list[Skipped] = field(default_factory=list)
     """Those that cannot, under data.on_error=skip."""
     truncated: list[str] = field(default_factory=list)
-    """Texts whose end T5 does not see."""
+    """Texts whose end the text encoder does not see."""
     counts: dict[str, int] = field(default_factory=dict)
     """What was there and what was encoded, over all ranks: distinct views, their masks, texts."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,11 +78,13 @@ class Cache:
         """The sample's views: one list a resolution, of what may be drawn at it."""
         return self.views_of(self.pictures[index].width, self.pictures[index].height)
 
-    def picture(self, index: int, view: View) -> tuple[Tensor, Tensor]:
+    def picture(self, index: int, view: View) -> tuple[Tensor, Tensor | None]:
         """A view's latents: mean and deviation of the autoencoder's posterior, [channels, height / 8, width / 8] each,
-        in fp32, normalised as the transformer expects them."""
-        item = self._read("pictures", self.keys.picture(self.identity(index), view), "mean", "deviation")
-        return normalise(item["mean"], item["deviation"], self.shift, self.scale)
+        in fp32, normalised as the transformer expects them; no deviation where a family is trained on the mode."""
+        names = ("mean", "deviation") if self.sampled else ("mean",)
+        item = self._read("pictures", self.keys.picture(self.identity(index), view), *names)
+        mean = self.latent_map.normalise(item["mean"])
+        return mean, self.latent_map.deviation(item["deviation"]) if self.sampled else None
 
     def mask(self, index: int, view: View) -> Tensor | None:
         """A view's mask at latent size, [height / 8, width / 8] in [0, 1]; None if the sample has none."""
@@ -88,8 +93,9 @@ class Cache:
 
     def text(self, text: str) -> Text:
         """A text's embeddings, in the dtype that the encoders give."""
-        item = self._read("texts", self.keys.text(text), "t5", "pooled")
-        return Text(item["t5"], item["pooled"])
+        names = ("embeds", "pooled") if self.has_pooled else ("embeds",)
+        item = self._read("texts", self.keys.text(text), *names)
+        return Text(item["embeds"], item.get("pooled"))
 
     def _read(self, kind: str, key: str, *parts: str) -> Item:
         file = self.indexes[kind].find(key)

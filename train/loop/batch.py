@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infer.sample.encode import Text
+from infer.family.family import Text
 from train.data.batches import Place, Stream
 from train.data.buckets import View
 from train.data.caption import draw_text, texts_of
@@ -66,8 +66,8 @@ class Batch:
     x0: Tensor  # latents [b, channels, height, width]
     noise: Tensor  # like x0
     sigma: Tensor  # [b]
-    t5: Tensor  # [b, text tokens, width]
-    pooled: Tensor  # [b, width]
+    embeds: Tensor  # [b, text tokens, width]
+    pooled: Tensor | None  # [b, width], where the transformer takes a pooled text
     mask: Tensor | None  # how much each latent counts, [b, 1, height, width]; None: all count fully
     weight: Tensor  # of each sample in the loss, [b]
 
@@ -91,6 +91,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _stack(items: list[_Item], device: torch.device) -> Batch:
     mask = None
+    pooled = [item.text.pooled for item in items if item.text.pooled is not None]
     if any(item.mask is not None for item in items):
         ones = torch.ones(items[0].x0.shape[1:])
         mask = _send(torch.stack([ones if item.mask is None else item.mask for item in items])[:, None], device)
@@ -98,8 +99,8 @@ def _stack(items: list[_Item], device: torch.device) -> Batch:
         _send(torch.stack([item.x0 for item in items]), device),
         _send(torch.stack([item.noise for item in items]), device),
         _send(torch.stack([item.sigma for item in items]), device),
-        _send(torch.stack([item.text.t5 for item in items]), device),
-        _send(torch.stack([item.text.pooled for item in items]), device),
+        _send(torch.stack([item.text.embeds for item in items]), device),
+        _send(torch.stack(pooled), device) if pooled else None,
         mask,
         _send(torch.tensor([item.weight for item in items]), device),
     )
@@ -123,7 +124,7 @@ def training_batch(
         view, text = draw_view_and_text(job, cache, samples, place)
         mean, deviation = cache.picture(place.sample, view)
         numbers = generator(job.seed, "sample", place.epoch, place.position)
-        x0 = mean + deviation * torch.randn(mean.shape, generator=numbers)
+        x0 = mean if deviation is None else mean + deviation * torch.randn(mean.shape, generator=numbers)
         noise = torch.randn(mean.shape, generator=numbers)
         tokens = mean.shape[1] * mean.shape[2] // 4
         sigma = sample_sigma(job.flow, 1, tokens, numbers)[0]

@@ -9,6 +9,7 @@ from infer.adapter.model_card import push
 from infer.adapter.read import FILE, read_notes
 from infer.checkpoint.headers import check_transformer
 from infer.checkpoint.load import fingerprint, part_folder, read_config
+from infer.family.find import of_config
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
 from train.estimate.plan import announce
@@ -169,8 +170,6 @@ def check_base(run: Run) -> None:
     config = read_config(model, "transformer")
     if not model.random:
         check_transformer(model.path, part_folder(model, "transformer"), config)
-    if not config.get("guidance_embeds"):
-        run.say(
-            f"note: {model.path} has no guidance embedding (schnell and its kin): an adapter trained on it undoes "
-            "the few-step distillation with time; train few steps, or on FLUX.1-dev"
-        )
+    note = of_config(config).training_note(config)
+    if note is not None:
+        run.say(f"note: {model.path} {note}")

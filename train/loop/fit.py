@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from infer.checkpoint.load import own_size
 from infer.sample.encode import NotFiniteError
+from infer.sample.generate import settled
 from train.data.batches import batches_from
 from train.loop.bad_updates import stop_after_too_many
 from train.loop.batch import largest_batch, make_order
@@ -162,7 +163,7 @@ def draw_previews(loop: Loop) -> None:
                 transformer,
                 job.model,
                 session.data.previews,
-                job.sampling,
+                settled(job.sampling, job.model),
                 job.sampling.size(own_size(job.model)),
                 job.seed,
                 run.device,

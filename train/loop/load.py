@@ -1,12 +1,14 @@
 """Load what a run trains with: encoded pictures and texts first, then the quantized transformer with its adapter."""
 
+from dataclasses import replace
+
 import torch
 from accelerate.utils import gather_object
 
 from infer.adapter.attach import attach, began, load_recovery, strengths
 from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
-from infer.checkpoint.load import load_transformer
+from infer.checkpoint.load import guided_by_two_calls, load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.caption import all_texts
 from train.data.dataset import check_left
@@ -30,17 +32,20 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
+    empty = [""] if job.previews and guided_by_two_calls(job.model) else []
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews, *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")
     for text in cache.truncated:
-        run.say(f"T5 does not see the end of {text!r}")
+        run.say(f"the text encoder does not see the end of {text!r}")
     samples = [samples[i] for i in cache.kept]
     check_left(job.data, samples, skipped + cache.skipped)
     chosen = split_samples(samples, cache, job.data, job.seed)
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
-    return EncodedData(cache, chosen, {prompt: cache.text(prompt) for prompt in job.previews})
+    against = cache.text("") if empty else None
+    previews = {prompt: replace(cache.text(prompt), empty=against) for prompt in job.previews}
+    return EncodedData(cache, chosen, previews)
 
 
 def load_model(run: Run) -> LoadedModel:

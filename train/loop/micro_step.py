@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,17 +18,17 @@ from train.objective.optim import state_bytes
 from train.run.config import Train
 
 
-def batch_velocity(transformer: FluxTransformer2DModel, batch: Batch, job: Train) -> Tensor:
+def batch_velocity(transformer: Any, batch: Batch, job: Train) -> Tensor:
     """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
     x = noised(batch.x0, batch.noise, batch.sigma)
     dtype = compute_dtype_of(transformer)
     # the fast path casts by itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
-        return predict(transformer, x, batch.t5, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+        return predict(transformer, x, batch.embeds, batch.pooled, batch.sigma, job.flow.guidance, dtype)
 
 
-def batch_losses(transformer: FluxTransformer2DModel, batch: Batch, job: Train, weighting: str) -> Tensor:
+def batch_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
     """The objective of each sample, [b], in fp32."""
     velocity = batch_velocity(transformer, batch, job)
     return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from infer.adapter.attach import switch
 from infer.checkpoint.load import Model, load_scheduler, load_vae
 from infer.device.device import release
+from infer.family.family import Text
 from infer.program.atomic import replace_file
-from infer.sample.encode import Text, decode
+from infer.sample.encode import decode
 from infer.sample.generate import Sampling, draw
 
 LABEL = 14  # pixels of a label's line
@@ -32,7 +32,7 @@ def cell(row: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, i
 
 
 @contextmanager
-def without_adapter(transformer: FluxTransformer2DModel) -> Iterator[None]:
+def without_adapter(transformer: Any) -> Iterator[None]:
     switch(transformer, False)
     try:
         yield
@@ -41,7 +41,7 @@ def without_adapter(transformer: FluxTransformer2DModel) -> Iterator[None]:
 
 
 def preview(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     model: Model,
     prompts: dict[str, Text],
     sampling: Sampling,

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer.adapter.error_init import Start
+from infer.family.family import Text
 from infer.fast.offload import Offload
-from infer.sample.encode import Text
 from train.data.batches import Place
 from train.latents.store import Cache
 from train.loop.batch import Batch, Samples
@@ -89,7 +88,7 @@ class EncodedData:
 class LoadedModel:
     """The quantized transformer with the adapter in it."""
 
-    transformer: FluxTransformer2DModel
+    transformer: Any
     parameters: list[nn.Parameter]
     """The adapter's, which are trained."""
     start: Start | None

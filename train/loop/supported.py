@@ -4,7 +4,7 @@ What a config names (files, layers, device) is looked up earlier, before torch i
 
 from accelerate import Accelerator
 
-from infer.adapter.checks import check_guidance, check_training, shift_of
+from infer.adapter.checks import check_guidance, check_trained_guidance, check_training, shift_of
 from infer.adapter.error_init import read_start
 from infer.checkpoint.load import Model
 from infer.program.no_effect import refuse_idle
@@ -20,7 +20,7 @@ def check_flow(model: Model, flow: Flow) -> None:
     Raises:
         ValueError: it does not.
     """
-    check_guidance(model, {"flow.guidance": (flow.guidance, Flow().guidance)})
+    check_trained_guidance(model, flow.guidance, Flow().guidance)
     if flow.density == "shifted":
         shift = shift_of(model)
         if shift is not None:
@@ -43,7 +43,9 @@ def check_supported(job: Train, accelerator: Accelerator) -> None:
         reason = "data.validation=0 holds no pictures out"
         refuse_idle(job, "", ("keep_best", "validation_levels"), reason)
     check_flow(job.model, job.flow)
-    check_guidance(job.model, {"sampling.guidance": (job.sampling.guidance, type(job.sampling)().guidance)})
+    check_guidance(job.model, job.sampling.guidance)
+    if job.data.prior.count:
+        check_guidance(job.model, job.data.prior.guidance, "data.prior.guidance")
     graphs(job, accelerator)
     check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
     if uses_fsdp() and job.adapter.start is not None and read_start(job.adapter.start, lambda layer: None) is not None:

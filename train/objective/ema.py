@@ -6,8 +6,8 @@ count less, and the weights from before the first one not at all.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from infer.adapter.attached import adapter_state, set_adapter_state
 class Average:
     """An adapter's averaged weights, in fp32 as the weights are."""
 
-    def __init__(self, decay: float, transformer: FluxTransformer2DModel, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, decay: float, transformer: Any, parameters: list[nn.Parameter]) -> None:
         self.transformer, self.parameters = transformer, parameters
         self.model = EMAModel(parameters, decay=decay, foreach=True)
 
@@ -47,7 +47,5 @@ class Average:
         self.model.optimization_step = updates
 
 
-def make_average(
-    decay: float | None, transformer: FluxTransformer2DModel, parameters: list[nn.Parameter]
-) -> Average | None:
+def make_average(decay: float | None, transformer: Any, parameters: list[nn.Parameter]) -> Average | None:
     return None if decay is None else Average(decay, transformer, parameters)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infer.program.bounds import check_most
 from infer.program.no_effect import refuse_idle
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
     from torch import Tensor
 
 DENSITIES = ("uniform", "logit_normal", "shifted")
@@ -36,7 +35,7 @@ class Flow:
     weighting: str = "none"
     """none, sigma_sqrt (1 / sigma^2) or cosmap (Esser et al. 2024)."""
     guidance: float = 1.0
-    """The guidance embedding during training; 1.0 is right for FLUX.1-dev and its kin."""
+    """The guidance embedding during training, of models that have one; 1.0 is right for FLUX.1-dev and its kin."""
 
     def __post_init__(self) -> None:
         check_most(self, "flow.", logit_mean=100, logit_std=100, guidance=10**4)
@@ -80,35 +79,25 @@ def noised(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def predict(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     x: Tensor,
-    t5: Tensor,
-    pooled: Tensor,
+    embeds: Tensor,
+    pooled: Tensor | None,
     sigma: Tensor,
     guidance: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """Velocity [batch, tokens, channels * 4] in fp32 for latents x [batch, channels, height, width].
 
-    t5 [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own.
+    embeds [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own.
     """
-    import torch
-
-    from infer.sample.encode import image_ids, pack
+    from infer.family.find import of_model
+    from infer.family.packing import pack
 
     config = getattr(transformer, "module", transformer).config  # DistributedDataParallel wraps it
     height, width = x.shape[-2:]
-    guided = torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
-    velocity: Tensor = transformer(
-        hidden_states=pack(x).to(dtype),
-        encoder_hidden_states=t5.to(dtype),
-        pooled_projections=pooled.to(dtype),
-        timestep=sigma,
-        guidance=guided,
-        img_ids=image_ids(height, width, x.device, dtype),
-        txt_ids=torch.zeros(t5.shape[1], 3, device=x.device, dtype=dtype),
-        return_dict=False,
-    )[0]
+    given = of_model(transformer).inputs(config, pack(x), height, width, embeds, pooled, guidance, dtype)
+    velocity: Tensor = transformer(**given, timestep=sigma, return_dict=False)[0]
     return velocity.float()
 
 
@@ -122,7 +111,7 @@ def losses(
     """
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-    from infer.sample.encode import pack
+    from infer.family.packing import pack
 
     error = (velocity - pack(noise - x0)).square()
     if mask is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.adapter.selection import Trained, load_chosen
@@ -57,7 +56,7 @@ def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, 
 
 
 @contextmanager
-def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransformer2DModel]:
+def loaded(job: Train, device: torch.device, say: Say) -> Iterator[Any]:
     """The transformer at a job's precision, on its path, for the time of a with-block; sets `job.memory` to the path
     that is taken. Adapters that come later must be able to run on it (infer/adapter/checks.py, `check_running`)."""
     transformer = load_transformer(job.model, job.precision, device, hold_of(job.memory))
@@ -69,7 +68,7 @@ def loaded(job: Train, device: torch.device, say: Say) -> Iterator[FluxTransform
         release(device)
 
 
-def switch_on(transformer: FluxTransformer2DModel, job: Train, chosen: Trained) -> list[str]:
+def switch_on(transformer: Any, job: Train, chosen: Trained) -> list[str]:
     """Load adapters; returns what they are called in the model."""
     names = load_chosen(transformer, chosen, job.model)
     assert not job.memory.fused or obstacle(transformer) is None, obstacle(transformer)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
-from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from infer.adapter.lora import FROM_ERROR
@@ -182,7 +181,7 @@ def check_shared_folder(folder: Path, rank: int) -> None:
 
 
 def shard_weights(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     parameters: Iterable[nn.Parameter],
     job: Train,
     device: torch.device,

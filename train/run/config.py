@@ -42,6 +42,8 @@ class Train:
     deterministic: bool = field(default=False, metadata=MAY_CHANGE)
     """Give the same bits every time on one kind of GPU, whether the run is stopped or not; false is faster there
     (docs/nothing-lost.md has figures). On a CPU the bits are the same in any case."""
+    distilled: bool = False
+    """Train on a checkpoint that is distilled to draw in few steps, which is refused otherwise."""
     steps: int = 1000
     """Optimizer updates. A resumed run may ask for another number, not below the step that it has reached."""
     accumulation: int = 1

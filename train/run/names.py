@@ -7,7 +7,7 @@ from pathlib import Path
 from infer.adapter.read import find_adapter, read_notes
 from infer.adapter.targets import match_targets
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import check_model, read_config
+from infer.checkpoint.load import check_model, distilled_from, read_config
 from infer.device.device import check_device_name
 from infer.program.command import check_run_name
 from infer.quantize.precision import check_layer_names
@@ -25,6 +25,13 @@ def check_names(job: Train) -> Path:
     check_device_name(job.device)
     folder = check_run_name(job.run)
     check_model(job.model)
+    base = distilled_from(job.model)
+    if base is not None and not job.distilled:
+        raise ValueError(
+            f"{job.model.path} is distilled to draw in few steps, and adapters that are trained on it draw grey "
+            f"pictures; train on its base (model.path={base}) and draw with either, or set distilled=true to train on "
+            "it all the same"
+        )
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)

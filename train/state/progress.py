@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import FluxTransformer2DModel
 
 from infer.adapter.attached import adapter_state, set_adapter_state
 from train.objective.ema import Average
@@ -48,7 +47,7 @@ class Progress:
 class TrainingState:
     """What a checkpoint saves and restores."""
 
-    transformer: FluxTransformer2DModel
+    transformer: Any
     average: Average | None
     optimizer: Any
     schedule: Any

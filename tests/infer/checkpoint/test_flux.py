@@ -11,7 +11,8 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from infer.checkpoint.load import PARTS, Model, check_model, fingerprint, load_transformer, load_vae, own_size
+from infer.checkpoint.load import Model, check_model, fingerprint, load_transformer, load_vae, own_size
+from infer.family import flux1
 from infer.quantize.precision import Precision
 
 CPU = torch.device("cpu")
@@ -49,10 +50,10 @@ def test_folders_that_are_no_checkpoint(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model_index.json.*from_single_file"):
         check_model(Model(str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ValueError, match="a StableDiffusionPipeline, not a FluxPipeline"):
+    with pytest.raises(ValueError, match=r"is of a StableDiffusionPipeline; this toolkit reads FLUX\.1 and FLUX\.2"):
         check_model(Model(str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    for part in PARTS[:-1]:
+    for part in flux1.PARTS[:-1]:
         (tmp_path / part).mkdir()
     with pytest.raises(ValueError, match="lacks the folders vae"):
         check_model(Model(str(tmp_path)))

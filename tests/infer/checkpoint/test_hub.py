@@ -18,12 +18,12 @@ from infer.checkpoint.load import (
     Model,
     fingerprint,
     load_scheduler,
-    load_text_parts,
     load_transformer,
     load_vae,
     pipeline_index,
     read_config,
 )
+from infer.checkpoint.text import load_text_parts
 from infer.quantize.precision import Precision
 from infer.save import Save, save
 

@@ -6,30 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from infer.checkpoint.headers import SINGLE, shards_of
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.load import Model, check_model, read_config
-from infer.checkpoint.random_weights import SHAPES, shape_config
+from infer.checkpoint.random_weights import shape_config
+from infer.family.find import SIZES, of_config
 
 TINY = Model("scripts/tiny/model")
-CONFIGS = {path: shape_config(path, "transformer") for path in SHAPES} | {"tiny": read_config(TINY, "transformer")}
+CONFIGS = {path: shape_config(path, "transformer") for path in SIZES} | {"tiny": read_config(TINY, "transformer")}
 CONFIGS["fill"] = CONFIGS["tiny"] | {"in_channels": 384, "out_channels": 64}  # as FLUX.1-Fill has them
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_are_those_of_diffusers(name: str) -> None:
-    config = {key: value for key, value in CONFIGS[name].items() if not key.startswith("_")}
+    config = CONFIGS[name]
+    family = of_config(config)
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**config)
+        cls = getattr(diffusers, family.TRANSFORMER)
+        model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
     linear = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert linear_shapes(config) == linear
-    rest = sum(p.numel() for p in model.parameters()) - sum(rows * (columns + 1) for rows, columns in linear.values())
+    rest = sum(p.numel() for p in model.parameters()) - sum(
+        rows * (columns + family.BIAS) for rows, columns in linear.values()
+    )
     assert sum(norm_sizes(config).values()) == rest
     assert all(model.get_parameter(f"{norm}.weight").shape == (size,) for norm, size in norm_sizes(config).items())
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from infer.adapter.attach import attach, load_adapter, switch
 from infer.adapter.attached import adapter_state, save_adapter
 from infer.adapter.lora import Adapter
-from infer.checkpoint import random_weights as shapes
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.family import flux1_sizes as shapes
 from infer.fast import install as fast
 from infer.fast.add_product import add_product
 from infer.fast.blocks import linear
@@ -350,8 +350,8 @@ def test_every_part_of_a_random_model_works(random_model: Model) -> None:
     precision = Precision("nf4")
     with text_encoder(random_model, precision, CPU, None) as encoder:
         first, second = encoder(["a red star", "a blue heart"])
-        assert first.t5.shape == (512, 64) and first.pooled.shape == (768,)
-        assert not torch.equal(first.t5, second.t5) and not torch.equal(first.pooled, second.pooled)
+        assert first.embeds.shape == (512, 64) and first.pooled.shape == (768,)
+        assert not torch.equal(first.embeds, second.embeds) and not torch.equal(first.pooled, second.pooled)
     vae = load_vae(random_model, CPU)
     with torch.no_grad():
         latents = vae.encode(torch.rand(1, 3, 64, 64).bfloat16()).latent_dist.mean

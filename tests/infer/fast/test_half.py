@@ -18,6 +18,7 @@ from infer.adapter.lora import Adapter
 from infer.checkpoint import load as flux
 from infer.checkpoint.checks import check_stored
 from infer.checkpoint.load import Model, load_transformer
+from infer.family.packing import pack
 from infer.fast import install as fast
 from infer.fast.half import attend, scaled_product
 from infer.fast.install import install
@@ -25,7 +26,7 @@ from infer.fast.memory import KEEP, Memory
 from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of, product_dtype_of, small_dtype, stored_on
 from infer.quantize.precision import Precision, dequantize_to, multiply_plainly
-from infer.sample.encode import decode, pack
+from infer.sample.encode import decode
 from scripts.check_half import NoBf16, make_loud
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data

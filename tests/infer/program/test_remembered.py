@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from infer.checkpoint import load as flux
-from infer.checkpoint.load import PARTS, Model, fingerprint
+from infer.checkpoint.load import Model, fingerprint
+from infer.family import flux1
 from infer.program.remembered import NAME, Remembered, forget
 
 TICK = 0.02  # seconds: longer than a tick of a file system's clock
@@ -153,6 +154,6 @@ def test_what_is_gone_is_forgotten(tmp_path: Path) -> None:
 def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flux, "MEMORY", tmp_path)
     tiny = Model("scripts/tiny/model")
-    first = [fingerprint(tiny, part) for part in PARTS]
+    first = [fingerprint(tiny, part) for part in flux1.PARTS]
     monkeypatch.setattr(hashlib, "file_digest", never)
-    assert [fingerprint(tiny, part) for part in PARTS] == first
+    assert [fingerprint(tiny, part) for part in flux1.PARTS] == first

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_text_parts, load_transformer, load_vae
+from infer.checkpoint.load import Model, load_transformer, load_vae
+from infer.checkpoint.text import load_text_parts
 from infer.fast.install import install
 from infer.fast.memory import Memory
 from infer.program.paths import ROOT

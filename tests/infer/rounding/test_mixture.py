@@ -54,11 +54,12 @@ def bytes_of(layer: torch.nn.Linear, kind: str, double_quant: bool) -> int:
 def test_each_layer_is_stored_as_asked(weights: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny
     if weights == "random":
-        import infer.checkpoint.random_weights
+        import infer.family.find
 
         small = {"transformer": json.loads((Path(tiny.path) / "transformer" / "config.json").read_text())}
+        small["index"] = {"_class_name": "FluxPipeline"}
         small["transformer"] = {k: v for k, v in small["transformer"].items() if not k.startswith("_")}
-        monkeypatch.setitem(infer.checkpoint.random_weights.SHAPES, "small", small)
+        monkeypatch.setitem(infer.family.find.SIZES, "small", small)
         model = Model("small", weights="random")
     mixed = load_transformer(model, MIXED, CPU)
     kinds = {name: kind_of(layer) for name, layer in linear_layers(mixed).items()}
@@ -92,7 +93,7 @@ def test_bytes_of_a_double_quantized_layer(tiny: Model) -> None:
 def picture(transformer: Any, tiny: Model) -> torch.Tensor:
     with text_encoder(tiny, Precision("bf16"), CPU, None) as encoder:
         (text,) = encoder(["a red star"])
-    return draw(transformer, load_scheduler(tiny), text, 0, Sampling(steps=2), (128, 128), CPU).float()
+    return draw(transformer, load_scheduler(tiny), text, 0, Sampling(2, 3.5), (128, 128), CPU).float()
 
 
 def test_a_mixture_takes_the_fast_path_and_an_adapter(tiny: Model, tmp_path: Path) -> None:

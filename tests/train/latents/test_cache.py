@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infer.checkpoint.load import Model
+from infer.family.family import LatentMap
 from infer.program.paths import ROOT
 from infer.program.remembered import NAME
 from infer.quantize.compute import compute_dtype
@@ -125,8 +126,8 @@ def check(cache: Cache, samples: list[Sample], model: Model) -> list[torch.Tenso
         assert samples[kept].captions == (caption,)
         text = cache.text(caption)
         with torch.no_grad():
-            t5, pooled, _ = pipeline.encode_prompt(caption, None, max_sequence_length=len(text.t5))
-        assert torch.equal(text.t5, t5[0]) and torch.equal(text.pooled, pooled[0])
+            t5, pooled, _ = pipeline.encode_prompt(caption, None, max_sequence_length=len(text.embeds))
+        assert torch.equal(text.embeds, t5[0]) and torch.equal(text.pooled, pooled[0])
     return list(means.values())
 
 
@@ -339,7 +340,7 @@ def keys_of(data: Data, model: Model, precision: Precision, encode: Encode) -> t
     samples, _ = read_samples(data)
     opened = [decode(sample.read(), sample.name, data.background) for sample in samples]
     with Path(os.devnull).open("rb") as nothing:
-        cache = Cache(data, keys, 0, 1, nothing)
+        cache = Cache(data, keys, LatentMap(0.0, 1.0), True, True, nothing)
     pictures = [key for each in opened for key in cache.keys_of("pictures", Picture(pixel_hash(each), *each.size))]
     return pictures, [keys.text(text) for text in all_texts(samples, data)]
 
@@ -496,7 +497,7 @@ def test_truncated_and_empty_texts(data: Data, tiny: Model) -> None:
         texts = {*all_texts(samples, data), "a prompt"}
         assert set(cache.truncated) == {text for text in texts if len(tokenize(text).input_ids) > 4}
     assert cache.counts["texts_hits"] == len(texts) and "" in texts  # the empty one once
-    assert cache.text("").t5.shape[0] == 4
+    assert cache.text("").embeds.shape[0] == 4
 
 
 def grey(seed: int, size: tuple[int, int]) -> Image.Image:

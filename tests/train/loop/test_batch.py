@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infer.sample.encode import Text
+from infer.family.family import Text
 from train.data.batches import batches_from, epoch_batches, share
 from train.data.buckets import View, views_of
 from train.data.caption import texts_of
@@ -68,7 +68,7 @@ def test_each_latent_has_a_text_of_its_own_sample() -> None:
             assert index == place.sample and index in samples.train
             allowed = ["", *(text for orders in texts_of(samples.all[index], data) for text in orders)]
             numbers = {(float(len(text)), float(sum(text.encode()))): text for text in allowed}
-            texts.add(numbers[float(batch.t5[i]), float(batch.pooled[i])])
+            texts.add(numbers[float(batch.embeds[i]), float(batch.pooled[i])])
             seen.add(cache.asked[i - len(places)])
     # every view and every text has its turn
     assert {index for index, _ in seen} == set(samples.train)
@@ -138,7 +138,7 @@ def test_validation_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
             for i in range(len(batch.x0)):
                 index = int(batch.x0[i].mean())
                 found[index, round(float(batch.sigma[i]), 3)] = batch.noise[i]
-                assert float(batch.t5[i]) == len(f"sks, caption {index}")  # as written, never dropped
+                assert float(batch.embeds[i]) == len(f"sks, caption {index}")  # as written, never dropped
                 assert batch.weight[i] == 1
         return found
 

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from infer.sample.encode import pack, unpack
+from infer.family.packing import pack, unpack
 from train.data.seeds import generator
 from train.objective.flow_matching import Flow, losses, noised, sample_sigma, shift_for, shifted
 

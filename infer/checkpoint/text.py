@@ -1,0 +1,47 @@
+"""A checkpoint's text encoders with their tokenizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from infer.checkpoint.checks import check_words
+from infer.checkpoint.load import Model, family_of, load_part, part_folder, read_config
+from infer.checkpoint.load_errors import loading
+from infer.checkpoint.random_weights import shape_tokenizer
+from infer.quantize.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_text_parts(model: Model, precision: Precision, device: torch.device, whole: bool = False) -> dict[str, Any]:
+    """The text encoders with their tokenizers, by their names in the pipeline; the large one at the precision's `t5`.
+
+    whole: with the layers that nothing reads, as they are saved.
+
+    Raises:
+        ValueError: an encoder is not one that the family reads.
+    """
+    import transformers
+
+    from infer.quantize.compute import NAMES, small_dtype, stored_on
+
+    family = family_of(model)
+    large, small = stored_on(precision.for_t5(), device), Precision(NAMES[small_dtype(device)])
+    parts: dict[str, Any] = {}
+    for part, _, quantized in family.ENCODERS:
+        try:
+            cls, config = family.text_class(part, read_config(model, part), whole)
+        except ValueError as error:
+            raise ValueError(f"the {part} of {model.path} {error}") from error
+        wanted = large if quantized else small
+        parts[part] = family.text_body(load_part(model, part, cls, transformers, wanted, device, config=config))
+    for part, name, _ in family.ENCODERS:
+        if model.random:
+            parts[name] = shape_tokenizer(model.path, name)
+            continue
+        with loading(model.path, model.local is not None, name):
+            folder = part_folder(model, name)
+            parts[name] = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        check_words(model.path, name, parts[name], parts[part])
+    return parts

@@ -1,0 +1,244 @@
+"""FLUX.1: dev, schnell, Kontext and what was made of them. The members are explained in family.py.
+
+Sources of the names: black-forest-labs/flux `model.py`, and diffusers'
+`convert_flux_transformer_checkpoint_to_diffusers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from infer.family.family import Drawing, Encoder, LatentMap, Linear, Names, Text
+from infer.family.flux1_sizes import SIZES as SIZES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NAME = "FLUX.1"
+PIPELINES: Mapping[str, str] = {
+    "FluxPipeline": "",
+    "FluxKontextPipeline": "",
+    "FluxFillPipeline": "it takes a mask and a masked picture in further channels, which nothing here gives it",
+    "FluxControlPipeline": "it takes a control picture in further channels, which nothing here gives it",
+    "FluxPriorReduxPipeline": "it makes embeddings of pictures and draws none",
+}
+TRANSFORMER, AUTOENCODER = "FluxTransformer2DModel", "AutoencoderKL"
+PARTS: tuple[str, ...] = (
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "transformer",
+    "vae",
+)
+ENCODERS: tuple[Encoder, ...] = (
+    Encoder("text_encoder", "tokenizer", False),
+    Encoder("text_encoder_2", "tokenizer_2", True),
+)
+INDEXED = False
+AXES: tuple[int, ...] = (16, 56, 56)
+BIAS = SAMPLED = True
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+MLP = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
+NAMES = Names(
+    double={
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+        "img_mod.lin": ("norm1.linear",),
+        "txt_mod.lin": ("norm1_context.linear",),
+    },
+    single={
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        "linear2": ("proj_out",),
+        "modulation.lin": ("norm.linear",),
+    },
+    outside={
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+        "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+        "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        "final_layer.linear": ("proj_out",),
+    },
+    swapped="final_layer.adaLN_modulation.1",
+)
+TOKENS: Mapping[str, int] = {"black-forest-labs/FLUX.1-schnell": 256} | {
+    path: 512 for path in SIZES if not path.endswith("schnell")
+}
+_OWN: tuple[str, str | None] = "other", "flux-1-dev-non-commercial-license"
+LICENCES: Mapping[str, tuple[str, str | None]] = dict.fromkeys(SIZES, _OWN) | {
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None)
+}
+TIME = 256  # sines of a timestep, or of a guidance, that are embedded
+GUIDANCE = {"black-forest-labs/FLUX.1-Kontext-dev": 2.5, "black-forest-labs/FLUX.1-Krea-dev": 4.5}  # their model cards
+
+
+def linear_shapes(config: Mapping[str, Any]) -> dict[str, Linear]:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    channels = config["in_channels"]
+    embedders = {"timestep": TIME, "text": config["pooled_projection_dim"]}
+    if config.get("guidance_embeds"):
+        embedders["guidance"] = TIME
+    layers = {
+        "x_embedder": Linear(width, channels),
+        "context_embedder": Linear(width, config["joint_attention_dim"]),
+        "norm_out.linear": Linear(2 * width, width),
+        "proj_out": Linear(config.get("patch_size", 1) ** 2 * (config.get("out_channels") or channels), width),
+    }
+    for name, given in embedders.items():
+        layers[f"time_text_embed.{name}_embedder.linear_1"] = Linear(width, given)
+        layers[f"time_text_embed.{name}_embedder.linear_2"] = Linear(width, width)
+    square = [layer for name, part in NAMES.double.items() if "attn" in name for layer in part]
+    double = {name: Linear(width, width) for name in square}
+    for norm, mlp in (("norm1", "ff"), ("norm1_context", "ff_context")):
+        double[f"{norm}.linear"] = Linear(6 * width, width)
+        double[f"{mlp}.net.0.proj"] = Linear(4 * width, width)
+        double[f"{mlp}.net.2"] = Linear(width, 4 * width)
+    single = {name: Linear(width, width) for name in NAMES.double["img_attn.qkv"]}
+    single |= {
+        "norm.linear": Linear(3 * width, width),
+        "proj_mlp": Linear(4 * width, width),
+        "proj_out": Linear(width, 5 * width),
+    }
+    for i in range(config["num_layers"]):
+        layers |= {f"transformer_blocks.{i}.{name}": layer for name, layer in double.items()}
+    for i in range(config["num_single_layers"]):
+        layers |= {f"single_transformer_blocks.{i}.{name}": layer for name, layer in single.items()}
+    return layers
+
+
+def norm_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Those of queries and keys."""
+    sizes: dict[str, int] = {}
+    for stack, count, names in (
+        ("transformer_blocks", config["num_layers"], ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+        ("single_transformer_blocks", config["num_single_layers"], ("norm_q", "norm_k")),
+    ):
+        for i in range(count):
+            sizes |= {f"{stack}.{i}.attn.{name}": config["attention_head_dim"] for name in names}
+    return sizes
+
+
+def drawing(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> Drawing:
+    guidance = GUIDANCE["black-forest-labs/FLUX.1-Kontext-dev"] if "Kontext" in index.get("_class_name", "") else 3.5
+    return Drawing(28, GUIDANCE.get(path, guidance))
+
+
+def unguided(index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    if config.get("guidance_embeds"):
+        return None
+    return "it has no guidance embedding, as schnell has none"
+
+
+def two_calls(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return False
+
+
+def distilled_from(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """None: schnell and its kin can be trained for a few steps (see `training_note`)."""
+    return None
+
+
+def training_note(config: Mapping[str, Any]) -> str | None:
+    if config.get("guidance_embeds"):
+        return None
+    return (
+        "has no guidance embedding (schnell and its kin): an adapter trained on it undoes the few-step distillation "
+        "with time; train few steps, or on FLUX.1-dev"
+    )
+
+
+def text_class(part: str, config: dict[str, Any], whole: bool) -> tuple[Any, Any]:
+    import transformers
+
+    return (transformers.CLIPTextModel if part == "text_encoder" else transformers.T5EncoderModel), None
+
+
+def embeds_width(config: Mapping[str, Any]) -> int:
+    return int(config["d_model"])
+
+
+def text_body(encoder: Any) -> Any:
+    return encoder
+
+
+def text_length(parts: Mapping[str, Any]) -> int:
+    return int(parts["tokenizer_2"].model_max_length)
+
+
+def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]:
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
+
+    def encode(prompt: str) -> Text:
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=length)
+        return Text(embeds[0], pooled[0])
+
+    return encode
+
+
+def count_tokens(parts: Mapping[str, Any], prompt: str) -> int:
+    return len(parts["tokenizer_2"](prompt, verbose=False).input_ids)
+
+
+def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:
+    values = [config.get(name) for name in ("shift_factor", "scaling_factor")]
+    for name, value in zip(("shift_factor", "scaling_factor"), values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"has {name}={value!r} where a number belongs")
+    return LatentMap(*map(float, values))  # type: ignore[arg-type]
+
+
+@cache  # all of them: captured graphs read them where they are
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]; do not write to them."""
+    from diffusers import FluxPipeline
+
+    ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, dtype)
+    return ids
+
+
+def inputs(
+    config: Mapping[str, Any],
+    packed: Tensor,
+    height: int,
+    width: int,
+    embeds: Tensor,
+    pooled: Tensor | None,
+    guidance: float,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    import torch
+
+    assert pooled is not None
+    device = packed.device
+    return {
+        "hidden_states": packed.to(dtype),
+        "encoder_hidden_states": embeds.to(dtype),
+        "pooled_projections": pooled.to(dtype),
+        "guidance": torch.full((len(packed),), guidance, device=device) if config["guidance_embeds"] else None,
+        "img_ids": image_ids(height, width, device, dtype),
+        "txt_ids": torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
+    }
+
+
+def mu(scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return float(calculate_shift(tokens, *(scheduler.get(name, default) for name, default in names.items())))

@@ -1,0 +1,260 @@
+"""FLUX.2: klein 4B and 9B, their base and distilled checkpoints, and dev. The members are explained in family.py.
+
+Its transformer has no biases and no pooled text, its modulation is shared by all blocks, and its single blocks have one
+layer that reads and one that writes. Its autoencoder's latents are normalised by running means and variances, one of
+each for every channel and place in a patch. Sources: black-forest-labs/flux2 `model.py`, and diffusers'
+`pipelines/flux2` and `convert_flux2_transformer_checkpoint_to_diffusers`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from infer.family.family import Drawing, Encoder, LatentMap, Linear, Names, Text
+from infer.family.flux2_sizes import SIZES as SIZES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NAME = "FLUX.2"
+PIPELINES: Mapping[str, str] = {
+    "Flux2KleinPipeline": "",
+    "Flux2Pipeline": "",
+    "Flux2KleinKVPipeline": "it keeps keys and values of references from step to step, which nothing here does",
+}
+TRANSFORMER, AUTOENCODER = "Flux2Transformer2DModel", "AutoencoderKLFlux2"
+PARTS: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+ENCODERS: tuple[Encoder, ...] = (Encoder("text_encoder", "tokenizer", True),)
+INDEXED = True  # whether klein is distilled
+AXES: tuple[int, ...] = (32, 32, 32, 32)
+BIAS = SAMPLED = False
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj)"
+MLP = r"(ff|ff_context)\.linear_(in|out)"
+NAMES = Names(
+    double={
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    },
+    single={"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    outside={
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+        "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+        "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+        "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        "final_layer.linear": ("proj_out",),
+    },
+    swapped="final_layer.adaLN_modulation.1",
+)
+TOKENS: Mapping[str, int] = dict.fromkeys(SIZES, 512)
+_OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
+LICENCES: Mapping[str, tuple[str, str | None]] = {
+    path: (("apache-2.0", None) if path.endswith("4B") else _OWN) for path in SIZES
+}
+BASES = {
+    "black-forest-labs/FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
+    "black-forest-labs/FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
+}
+LAYERS = {"qwen3": (9, 18, 27), "mistral3": (10, 20, 30)}
+"""The hidden states of the text encoder that the transformer reads, behind each other. diffusers' training script for
+klein takes Mistral's for Qwen3 by default, which its pipeline does not (diffusers issue 13445)."""
+
+
+def linear_shapes(config: Mapping[str, Any]) -> dict[str, Linear]:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    channels, times = config["in_channels"], config.get("timestep_guidance_channels", 256)
+    hidden = int(width * config.get("mlp_ratio", 3.0))
+    layers = {
+        "x_embedder": Linear(width, channels),
+        "context_embedder": Linear(width, config["joint_attention_dim"]),
+        "double_stream_modulation_img.linear": Linear(6 * width, width),
+        "double_stream_modulation_txt.linear": Linear(6 * width, width),
+        "single_stream_modulation.linear": Linear(3 * width, width),
+        "norm_out.linear": Linear(2 * width, width),
+        "proj_out": Linear(config.get("patch_size", 1) ** 2 * (config.get("out_channels") or channels), width),
+    }
+    for name in ("timestep", "guidance") if config.get("guidance_embeds", True) else ("timestep",):
+        layers[f"time_guidance_embed.{name}_embedder.linear_1"] = Linear(width, times)
+        layers[f"time_guidance_embed.{name}_embedder.linear_2"] = Linear(width, width)
+    square = [layer for name, part in NAMES.double.items() if "attn" in name for layer in part]
+    double = {name: Linear(width, width) for name in square}
+    for mlp in ("ff", "ff_context"):
+        double[f"{mlp}.linear_in"] = Linear(2 * hidden, width)
+        double[f"{mlp}.linear_out"] = Linear(width, hidden)
+    single = {
+        "attn.to_qkv_mlp_proj": Linear(3 * width + 2 * hidden, width),
+        "attn.to_out": Linear(width, width + hidden),
+    }
+    for i in range(config["num_layers"]):
+        layers |= {f"transformer_blocks.{i}.{name}": layer for name, layer in double.items()}
+    for i in range(config["num_single_layers"]):
+        layers |= {f"single_transformer_blocks.{i}.{name}": layer for name, layer in single.items()}
+    return layers
+
+
+def norm_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Those of queries and keys."""
+    sizes: dict[str, int] = {}
+    for stack, count, names in (
+        ("transformer_blocks", config["num_layers"], ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+        ("single_transformer_blocks", config["num_single_layers"], ("norm_q", "norm_k")),
+    ):
+        for i in range(count):
+            sizes |= {f"{stack}.{i}.attn.{name}": config["attention_head_dim"] for name in names}
+    return sizes
+
+
+def drawing(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> Drawing:
+    """As the model cards say; dev and klein's base in fewer steps than the 50 there."""
+    return Drawing(4, 1.0) if index.get("is_distilled") else Drawing(28, 4.0)
+
+
+def unguided(index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    return "it is distilled to draw in few steps without guidance" if index.get("is_distilled") else None
+
+
+def two_calls(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return not config.get("guidance_embeds", True) and not index.get("is_distilled")
+
+
+def distilled_from(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    if not index.get("is_distilled"):
+        return None
+    size = "4B" if config["num_single_layers"] <= 20 else "9B"
+    return BASES.get(path, f"black-forest-labs/FLUX.2-klein-base-{size}")
+
+
+def training_note(config: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def text_class(part: str, config: dict[str, Any], whole: bool) -> tuple[Any, Any]:
+    """Qwen3 and Mistral without their language-model head, and without the layers above those that are read."""
+    import transformers
+
+    kind = config.get("model_type")
+    if kind not in LAYERS:
+        raise ValueError(f"is of the kind {kind!r}; FLUX.2 reads {' or '.join(LAYERS)}")
+    cls = transformers.Qwen3Model if kind == "qwen3" else transformers.Mistral3Model
+    own = cls.config_class.from_dict(copy.deepcopy(config))
+    text = own.get_text_config()
+    last = LAYERS[kind][-1]
+    if text.num_hidden_layers < last:
+        raise ValueError(f"has {text.num_hidden_layers} layers, of which FLUX.2 reads number {last}; copy it again")
+    if not whole and text.num_hidden_layers > last:
+        text.num_hidden_layers = last
+        text.layer_types = None if getattr(text, "layer_types", None) is None else text.layer_types[:last]
+        # the last layer's output as it is: by itself transformers puts the final norm's in its place
+        text.tie_last_hidden_states = False
+    return cls, own
+
+
+def embeds_width(config: Mapping[str, Any]) -> int:
+    return len(LAYERS["qwen3"]) * int(config.get("text_config", config)["hidden_size"])
+
+
+def text_body(encoder: Any) -> Any:
+    return getattr(encoder, "language_model", encoder)
+
+
+def text_length(parts: Mapping[str, Any]) -> int:
+    return 512
+
+
+def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]:
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
+
+    encoder, tokenizer = parts["text_encoder"], parts["tokenizer"]
+    qwen = encoder.config.model_type == "qwen3"
+    embed = Flux2KleinPipeline._get_qwen3_prompt_embeds if qwen else Flux2Pipeline._get_mistral_3_small_prompt_embeds
+
+    layers = list(LAYERS["qwen3" if qwen else "mistral3"])
+
+    def encode(prompt: str) -> Text:
+        found = embed(encoder, tokenizer, [prompt], max_sequence_length=length, hidden_states_layers=layers)
+        return Text(found[0], None)
+
+    return encode
+
+
+def count_tokens(parts: Mapping[str, Any], prompt: str) -> int:
+    from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+
+    tokenizer = parts["tokenizer"]
+    if "thinking" in str(getattr(tokenizer, "chat_template", "")):  # Qwen3's
+        messages: Any = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(tokenizer(text, verbose=False).input_ids)
+    messages = format_input([prompt], SYSTEM_MESSAGE)[0]
+    return len(tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)["input_ids"])
+
+
+def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:
+    mean, variance = (tensor(f"bn.{name}").float() for name in ("running_mean", "running_var"))
+    deviation = (variance + config.get("batch_norm_eps", 1e-4)).sqrt()
+    return LatentMap(mean.view(-1, 2, 2), (1 / deviation).view(-1, 2, 2))
+
+
+@cache  # all of them: captured graphs read them where they are
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids (time, row, column, word) of the packed latents of a picture of height x width latents, [tokens, 4];
+    do not write to them."""
+    import torch
+
+    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+    return torch.cartesian_prod(torch.arange(1), rows, columns, torch.arange(1)).to(device)
+
+
+@cache
+def text_ids(tokens: int, device: torch.device) -> Tensor:
+    """Position ids of a text's tokens, [tokens, 4]; do not write to them."""
+    import torch
+
+    one = torch.arange(1)
+    return torch.cartesian_prod(one, one, one, torch.arange(tokens)).to(device)
+
+
+def inputs(
+    config: Mapping[str, Any],
+    packed: Tensor,
+    height: int,
+    width: int,
+    embeds: Tensor,
+    pooled: Tensor | None,
+    guidance: float,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    import torch
+
+    assert pooled is None
+    device = packed.device
+    return {
+        "hidden_states": packed.to(dtype),
+        "encoder_hidden_states": embeds.to(dtype),
+        "guidance": torch.full((len(packed),), guidance, device=device) if config["guidance_embeds"] else None,
+        "img_ids": image_ids(height, width, device),
+        "txt_ids": text_ids(embeds.shape[1], device),
+    }
+
+
+def mu(scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return float(compute_empirical_mu(tokens, steps))
