@@ -200,9 +200,10 @@ def load_transformer(model: Model, precision: Precision, device: torch.device, h
     precision = stored_on(precision, device)
     cls = getattr(diffusers, family_of(model).TRANSFORMER)
     transformer = load_part(model, "transformer", cls, diffusers, precision, device, hold)
-    check_axes(model.path, transformer.config)
+    config = read_config(model, "transformer")
+    check_axes(model.path, config)
     if not model.random:
-        check_channels(model.path, transformer.config, read_config(model, "vae"))
+        check_channels(model.path, config, read_config(model, "vae"))
     if compute_dtype(precision.dtype, device) == torch.float16:
         compute_in_half(transformer, precision.llm_int8)
     elif not precision.llm_int8:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHAT = (  # of a language model's tokenizer: the words alone
     "{% for message in messages %}{% set said = message['content'] %}"
-    "{{ said if said is string else said[0]['text'] }}{% endfor %}"
+    "{{ said if said is string else said[0]['text'] }}{% endfor %}{% if enable_thinking is defined %}{% endif %}"
 )
 BUFFERS = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}  # of a batch norm
 
@@ -152,7 +152,7 @@ def _fill(
 def _fill_rotary(module: nn.Module, name: str, hold: torch.device) -> None:
     """The frequencies of a language model's rotary embedding, which follow from its config."""
     assert name in ("inv_freq", "original_inv_freq"), f"{name} is no buffer that is known here"
-    made: Any = type(module)(module.config, device=hold)
+    made: Any = type(module)(module.config).to(hold)
     module.register_buffer(name, getattr(made, name), persistent=False)
 
 

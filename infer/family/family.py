@@ -47,6 +47,33 @@ class Drawing(NamedTuple):
     guidance: float
 
 
+class TextSize(NamedTuple):
+    """What a text encoder stores."""
+
+    layers: list[Linear]
+    """The linear layers that can be quantized."""
+    kept: int
+    """Parameters that stay as they are, in bf16."""
+    wide: int
+    """Parameters that stay as they are, in fp32 beside products in fp16."""
+
+
+class Activations(NamedTuple):
+    """How much a block takes in training, in activations of the transformer's width: measured (scripts/bench_train.py,
+    tests/plan_grid.jsonl)."""
+
+    work: float
+    """Alive while a block's backward pass runs on the fast path, besides those that are kept for it."""
+    plain: float
+    """The same on the plain path."""
+    plain_4bit: float
+    """The same with bitsandbytes' 4-bit layers."""
+    products: float
+    """Outputs of its matrix products, but for adapters'."""
+    everything: float
+    """All that its backward pass reads."""
+
+
 class Names(NamedTuple):
     """What Black Forest Labs' own model calls the layers that diffusers calls otherwise."""
 
@@ -130,6 +157,7 @@ class Family(Protocol):
     """Of published checkpoints, by their Hub id."""
     TOKENS: Mapping[str, int]
     """Text tokens of those."""
+    ACTIVATIONS: Activations
     LICENCES: Mapping[str, tuple[str, str | None]]
     """By Hub id: the Hub's name of the licence, and the licence's own if that is `other`."""
 
@@ -168,6 +196,9 @@ class Family(Protocol):
 
     def embeds_width(self, config: Mapping[str, Any]) -> int:
         """The width of the embeddings that the large text encoder gives, by its config.json."""
+
+    def text_size(self, part: str, config: Mapping[str, Any]) -> TextSize:
+        """What of a text encoder is loaded, by its config.json."""
 
     def text_body(self, encoder: Any) -> Any:
         """Of a loaded text encoder, the part that is called."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from infer.family.family import Drawing, Encoder, LatentMap, Linear, Names, Text
+from infer.family.family import Activations, Drawing, Encoder, LatentMap, Linear, Names, Text, TextSize
 from infer.family.flux1_sizes import SIZES as SIZES
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ _OWN: tuple[str, str | None] = "other", "flux-1-dev-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = dict.fromkeys(SIZES, _OWN) | {
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None)
 }
+ACTIVATIONS = Activations(25.5, 48.0, 103.0, 7.0, 11.5)
 TIME = 256  # sines of a timestep, or of a guidance, that are embedded
 GUIDANCE = {"black-forest-labs/FLUX.1-Kontext-dev": 2.5, "black-forest-labs/FLUX.1-Krea-dev": 4.5}  # their model cards
 
@@ -166,6 +167,18 @@ def text_class(part: str, config: dict[str, Any], whole: bool) -> tuple[Any, Any
     import transformers
 
     return (transformers.CLIPTextModel if part == "text_encoder" else transformers.T5EncoderModel), None
+
+
+def text_size(part: str, config: Mapping[str, Any]) -> TextSize:
+    """transformers keeps T5's `wo` layers as they are."""
+    if part == "text_encoder":
+        width, hidden = config["hidden_size"], config["intermediate_size"]
+        weights = config["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
+        return TextSize([], weights + (config["vocab_size"] + config["max_position_embeddings"]) * width, 0)
+    width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
+    block = [Linear(inner, width)] * 4 + [Linear(hidden, width)] * 2
+    blocks = config["num_layers"]
+    return TextSize(block * blocks, config["vocab_size"] * width, blocks * width * hidden)
 
 
 def embeds_width(config: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from infer.family.family import Drawing, Encoder, LatentMap, Linear, Names, Text
+from infer.family.family import Activations, Drawing, Encoder, LatentMap, Linear, Names, Text, TextSize
 from infer.family.flux2_sizes import SIZES as SIZES
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = {
     path: (("apache-2.0", None) if path.endswith("4B") else _OWN) for path in SIZES
 }
+ACTIVATIONS = Activations(25.5, 48.0, 103.0, 9.0, 13.5)
 BASES = {
     "black-forest-labs/FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
     "black-forest-labs/FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
@@ -162,6 +163,15 @@ def text_class(part: str, config: dict[str, Any], whole: bool) -> tuple[Any, Any
         # the last layer's output as it is: by itself transformers puts the final norm's in its place
         text.tie_last_hidden_states = False
     return cls, own
+
+
+def text_size(part: str, config: Mapping[str, Any]) -> TextSize:
+    text = config.get("text_config", config)
+    width, hidden, head = text["hidden_size"], text["intermediate_size"], text["head_dim"]
+    asked, shared = (head * text[f"num_{name}_heads"] for name in ("attention", "key_value"))
+    block = [Linear(asked, width), Linear(width, asked), *[Linear(shared, width)] * 2]
+    block += [*[Linear(hidden, width)] * 2, Linear(width, hidden)]
+    return TextSize(block * LAYERS[config["model_type"]][-1], text["vocab_size"] * width, 0)
 
 
 def embeds_width(config: Mapping[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from infer.checkpoint.layers import linear_shapes
+
 
 def width_of(config: dict[str, Any]) -> int:
     return int(config["num_attention_heads"] * config["attention_head_dim"])
@@ -10,12 +12,17 @@ def width_of(config: dict[str, Any]) -> int:
 def linear_flop(config: dict[str, Any], tokens: int) -> float:
     """Operations of the blocks' linear layers in one forward pass of one sample: 2 for each weight and token.
 
-    config: the transformer's. In a double block, text and picture tokens each pass one half of the weights. Modulation
-    layers act on one vector and cost next to nothing.
+    config: the transformer's.
     """
-    width, blocks = width_of(config), config["num_layers"] + config["num_single_layers"]
-    flop: float = 2.0 * tokens * blocks * 12 * width**2  # q, k, v, out: 4; the MLP, four times as wide: 8
-    return flop
+    return 2.0 * tokens * token_weights(config)
+
+
+def token_weights(config: dict[str, Any]) -> float:
+    """Weights of the blocks' linear layers that one token passes. In a double block, text and picture tokens each pass
+    one half of them. Modulation layers act on one vector and cost next to nothing."""
+    layers = {name: each.rows * each.columns for name, each in linear_shapes(config).items() if ".norm" not in name}
+    double = sum(count for name, count in layers.items() if name.startswith("transformer_blocks."))
+    return double / 2 + sum(count for name, count in layers.items() if name.startswith("single_transformer_blocks."))
 
 
 def attention_flop(config: dict[str, Any], tokens: int) -> float:

@@ -11,17 +11,13 @@ from infer.adapter.targets import match_targets
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.load import Model, read_config
 from infer.checkpoint.random_weights import shape_config
-from infer.family.find import SIZES
+from infer.family.find import SIZES, of_config
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked, weight_bytes
 from train.estimate.flop import tokens_of
 from train.objective.optim import state_bytes
 from train.run.config import Train
 
-# measured (tests/plan_grid.jsonl): activations alive while a block's backward pass runs, besides those kept for it
-WORK = {"fused": 25.5, "plain": 48.0, "plain 4-bit": 103.0}
-# activations a block that the backward pass reads: the outputs of its matrix products (base and adapter), and all
-PRODUCTS, EVERYTHING = 7.0, 11.5
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # CUDA's own memory, outside torch's allocator: H100, torch 2.11
 # GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; most where the products of
@@ -83,29 +79,30 @@ def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision)
 def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str, int]:
     """Stored bytes of every module's parameters, without those of its children. config: the transformer's."""
     found = {name: count * precision.itemsize for name, count in norm_sizes(config).items()}
+    bias = of_config(config).BIAS * precision.itemsize
     for name, layer in linear_shapes(config).items():
-        found[name] = layer_bytes(*layer, kind_asked(precision, name), precision) + layer.rows * precision.itemsize
+        found[name] = layer_bytes(*layer, kind_asked(precision, name), precision) + layer.rows * bias
     return found
 
 
 def text_bytes(model: Model, precision: Precision) -> int:
-    """Bytes of T5's and CLIP's weights. transformers keeps T5's `wo` layers unquantized."""
-    t5, clip, stored = part_config(model, "text_encoder_2"), part_config(model, "text_encoder"), precision.for_t5()
-    width, inner, hidden = t5["d_model"], t5["num_heads"] * t5["d_kv"], t5["d_ff"]
-    layers = 4 * layer_bytes(inner, width, stored.kind, stored) + 2 * layer_bytes(hidden, width, stored.kind, stored)
-    wo = width * hidden * (4 if stored.quantized and stored.compute_dtype == "fp16" else stored.itemsize)
-    total = t5["num_layers"] * (layers + wo) + t5["vocab_size"] * width * stored.itemsize
-    width, hidden = clip["hidden_size"], clip["intermediate_size"]
-    weights = clip["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
-    weights += (clip["vocab_size"] + clip["max_position_embeddings"]) * width
-    return int(total + 2 * weights)
+    """Bytes of the text encoders' weights, as far as they are loaded."""
+    family, large = of_config(part_config(model, "transformer")), precision.for_t5()
+    total = 0
+    for encoder in family.ENCODERS:
+        size = family.text_size(encoder.part, part_config(model, encoder.part))
+        itemsize = large.itemsize if encoder.large else 2
+        wide = 4 if large.quantized and large.compute_dtype == "fp16" else itemsize
+        total += sum(layer_bytes(*layer, large.kind, large) for layer in size.layers)
+        total += size.kept * itemsize + size.wide * wide
+    return total
 
 
 def text_tokens(job: Train) -> int:
-    """T5 tokens of a caption in training: data.text_length, else the checkpoint's 512, or schnell's 256."""
+    """Text tokens of a caption in training: data.text_length, else what the checkpoint was trained with."""
     if job.data.text_length is not None:
         return job.data.text_length
-    return 256 if job.model.path.endswith("schnell") else 512
+    return of_config(part_config(job.model, "transformer")).TOKENS.get(job.model.path, 512)
 
 
 def footprint(job: Train) -> Footprint:
@@ -115,6 +112,7 @@ def footprint(job: Train) -> Footprint:
         ValueError: the adapter's targets match no layer, or the budget is too small even with every block offloaded.
     """
     config = part_config(job.model, "transformer")
+    units = of_config(config).ACTIVATIONS
     sizes = weights_by_module(config, job.precision)
     layers = linear_shapes(config)
     targets = [layers[name] for name in match_targets(layers, job.adapter.targets, job.adapter.rank)]
@@ -134,18 +132,21 @@ def footprint(job: Train) -> Footprint:
         kept += blocks * (attended + logs)
     elif keep == "products":
         adapted = sum(layer.rows / width for layer in targets) / blocks
-        kept += int(blocks * (activation * (1 + PRODUCTS + 0.75 * adapted) + logs))
+        kept += int(blocks * (activation * (1 + units.products + 0.75 * adapted) + logs))
     elif keep == "everything":
-        kept += int(blocks * (activation * EVERYTHING + logs))
-    work = int(WORK["fused"] * activation)
+        kept += int(blocks * (activation * units.everything + logs))
+    work = int(units.work * activation)
     single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
-    size = {name.split(".", 2)[2]: each.columns * each.rows for name, each in single.items()}
-    reads = [size["proj_mlp"], sum(size[f"attn.to_{name}"] for name in "qkv")]
-    # weights of one matrix product; memory=lean computes q, k and v in one, and the MLP in another
-    largest = max(size["proj_out"], max(reads) if keep == "nothing" else sum(reads))
+    size = {name.split(".", 2)[2]: each for name, each in single.items() if "norm" not in name}
+    reads = {name: each.rows * each.columns for name, each in size.items() if each.columns == width}
+    writes = max(each.rows * each.columns for name, each in size.items() if name not in reads)
+    # weights of one matrix product; memory=lean computes what attention reads in one, and the MLP in another
+    attention = sum(count for name, count in reads.items() if name.startswith("attn."))
+    apart = max(attention, sum(reads.values()) - attention)
+    largest = max(writes, apart if keep == "nothing" else sum(reads.values()))
     if not job.memory.fused:
         four = job.precision.kind in ("nf4", "fp4")
-        work = int(WORK["plain 4-bit" if four else "plain"] * activation)
+        work = int((units.plain_4bit if four else units.plain) * activation)
     if job.precision.quantized:
         work += 2 * largest  # dequantized to bf16
         if job.memory.fused and keep in ("attention", "products"):

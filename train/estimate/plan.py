@@ -110,7 +110,7 @@ def table(job: Train, taken: Footprint) -> str:
     lines += [f"  {part:12} {getattr(taken, part) / GIB:7.2f} GiB  {MEANING[part]}" for part in PARTS]
     if taken.text_phase > taken.allocated:
         lines.append(
-            f"  {'text phase':12} {taken.text_phase / GIB:7.2f} GiB  T5 and CLIP, before training; above the rest"
+            f"  {'text phase':12} {taken.text_phase / GIB:7.2f} GiB  the text encoders, before training; above the rest"
         )
     lines.append(f"  {'peak':12} {taken.peak / GIB:7.2f} GiB")
     if taken.resident < taken.blocks:

@@ -6,7 +6,7 @@ reach the same shares of theirs.
 
 from dataclasses import dataclass
 
-from train.estimate.flop import attention_flop, linear_flop, tokens_of, width_of
+from train.estimate.flop import attention_flop, linear_flop, token_weights, tokens_of, width_of
 from train.estimate.memory import Footprint, part_config, text_tokens
 from train.run.config import Train
 
@@ -58,7 +58,7 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
     time = batch * (linear / (PRODUCTS * rate) + attention / (reached * rate))
     time += batch * tokens * width * 2 * PASSES * blocks / (COPY * card.bandwidth)
     if job.precision.quantized:
-        weights = blocks * 12 * width**2
+        weights = token_weights(config)
         stored = {"int8": 1.0}.get(job.precision.kind, 0.56)
         times = 2 if job.memory.keep != "nothing" else 3
         time += times * weights * (stored + 2) / (COPY * card.bandwidth)
