@@ -1,11 +1,12 @@
-"""FLUX's blocks as functions of plain tensors: the fast path of training and sampling.
+"""What the families' blocks are made of, as functions of plain tensors: the fast path of training and sampling.
 
 diffusers' blocks call one layer after another. Here, the layers of a block that read the same input are one matrix
 product (`infer/fast/weights.py`); LoRA's thin products read that input once; and the whole block, recomputation in the
-backward pass included, is one function that torch.compile can fuse.
+backward pass included, is one function that torch.compile can fuse. The blocks themselves are in
+`infer/fast/flux1_blocks.py` and `infer/fast/flux2_blocks.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,64 +215,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
-class Double(NamedTuple):
-    """A block of two streams; txt before img as in the joint attention."""
-
-    heads: int
-    norms: tuple[Tensor, Tensor, Tensor, Tensor]  # of txt's q and k, of img's q and k
-    mod: tuple[Linear, Linear]
-    qkv: tuple[Linear, Linear]
-    out: tuple[Linear, Linear]
-    up: tuple[Linear, Linear]
-    down: tuple[Linear, Linear]
-    repeatable: bool = False  # whether the attention's gradient is the same every time
-
-
-def double_block(
-    block: Double, txt: Tensor, img: Tensor, txt_mod: Tensor, img_mod: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """txt and img [batch, tokens, width]; each stream's modulation [batch, 6 * width]."""
-    mods = [mod.chunk(6, dim=-1) for mod in (txt_mod, img_mod)]
-    streams = [txt, img]
-    parts = []
-    for i, x in enumerate(streams):
-        q, k, v = linear(modulated(x, mods[i][0], mods[i][1]), block.qkv[i])
-        q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
-        parts.append((rms_norm(q, block.norms[2 * i]), rms_norm(k, block.norms[2 * i + 1]), v))
-    q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    joint = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.qkv[0].frozen.half, block.repeatable)
-    for i, attended in enumerate(joint.split([txt.shape[1], img.shape[1]], dim=1)):
-        _, _, gate, shift, scale, gate_mlp = mods[i]
-        x = streams[i] + gate[:, None] * linear(attended, block.out[i])[0]
-        hidden = functional.gelu(linear(modulated(x, shift, scale), block.up[i])[0], approximate="tanh")
-        streams[i] = x + gate_mlp[:, None] * linear(hidden, block.down[i])[0]
-    return streams[0], streams[1]
-
-
-class Single(NamedTuple):
-    """A block of one stream, txt and img behind each other."""
-
-    heads: int
-    norms: tuple[Tensor, Tensor]  # of q and k
-    mod: Linear
-    reads: tuple[Linear, ...]  # q, k, v and the MLP's up, in one stack or in several
-    down: Linear
-    repeatable: bool = False  # whether the attention's gradient is the same every time
-
-
-def single_block(
-    block: Single, txt: Tensor, img: Tensor, mod: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """txt and img [batch, tokens, width]; their common modulation [batch, 3 * width]."""
-    x = torch.cat([txt, img], dim=1)
-    shift, scale, gate = mod.chunk(3, dim=-1)
-    normed = modulated(x, shift, scale)
-    q, k, v, hidden = (y for layers in block.reads for y in linear(normed, layers))
-    q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
-    q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
-    attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half, block.repeatable)
-    y = linear(torch.cat([attended, functional.gelu(hidden, approximate="tanh")], dim=-1), block.down)[0]
-    txt, img = (x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
-    return txt.contiguous(), img.contiguous()

@@ -8,11 +8,12 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.device import allocator
 from infer.fast.offload import Offload
+
+Inputs = dict[int | str, Tensor | None]  # by place, or by name
 
 
 def _device() -> torch.device:
@@ -20,14 +21,14 @@ def _device() -> torch.device:
 
 
 class Replay:
-    """A function of tensors without random numbers, captured for each form of its inputs.
+    """A function of tensors without random numbers, captured for each form of its inputs, named ones too.
 
     The first call of a form is an ordinary one, which compiles and tunes; the second captures.
     """
 
     def __init__(self, function: Callable[..., Any], offload: Offload | None = None) -> None:
         self.function, self.offload = function, offload
-        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any, int]] = {}
+        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Inputs, Any, int]] = {}
         self.seen: set[Hashable] = set()
         self.pool: Any = None
         if offload is not None:
@@ -47,8 +48,10 @@ class Replay:
         self.release()
         self.seen.clear()
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
-        form = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+    def __call__(self, *unnamed: Tensor | None, **named: Tensor | None) -> Any:
+        inputs: Inputs = dict(enumerate(unnamed))
+        inputs.update(named)
+        form = tuple((key, None if x is None else (x.shape, x.dtype)) for key, x in inputs.items())
         if form not in self.captured:
             if form not in self.seen:
                 if self.offload is not None:
@@ -57,7 +60,8 @@ class Replay:
                 return self._ordinary(inputs)
             self._capture(form, inputs)
         graph, buffers, output, work = self.captured[form]
-        for buffer, x in zip(buffers, inputs, strict=True):
+        for key, x in inputs.items():
+            buffer = buffers[key]
             if buffer is not None and x is not None:
                 buffer.copy_(x)
         if self.offload is not None:
@@ -66,18 +70,22 @@ class Replay:
         allocator.count_replay(_device(), work)
         return output
 
-    def _ordinary(self, inputs: tuple[Tensor | None, ...]) -> Any:
+    def _call(self, inputs: Inputs) -> Any:
+        unnamed = [x for key, x in inputs.items() if isinstance(key, int)]
+        return self.function(*unnamed, **{key: x for key, x in inputs.items() if isinstance(key, str)})
+
+    def _ordinary(self, inputs: Inputs) -> Any:
         """A call that is not captured; if memory runs out, again with what graphs keep for themselves."""
         try:
-            return self.function(*inputs)
+            return self._call(inputs)
         except torch.OutOfMemoryError:
             if not self.captured:
                 raise
         self.release()
-        return self.function(*inputs)
+        return self._call(inputs)
 
-    def _capture(self, form: Hashable, inputs: tuple[Tensor | None, ...]) -> None:
-        buffers = [None if x is None else x.clone() for x in inputs]
+    def _capture(self, form: Hashable, inputs: Inputs) -> None:
+        buffers = {key: None if x is None else x.clone() for key, x in inputs.items()}
         if self.offload is not None:
             self.offload.rewind()
         torch.cuda.synchronize()
@@ -90,14 +98,14 @@ class Replay:
         # of this thread alone: with several processes NCCL's own looks after its events at any time
         capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
         with allocator.watched(_device()) as work, capture:
-            output = self.function(*buffers)
+            output = self._call(buffers)
             if self.offload is not None:
                 self.offload.join()
         self.pool = graph.pool()
         self.captured[form] = graph, buffers, output, work[0]
 
 
-def adapters_state(transformer: FluxTransformer2DModel) -> Hashable:
+def adapters_state(transformer: Any) -> Hashable:
     """What of the adapters a captured call holds fixed: which are on, and how strong."""
     return tuple(
         (name, module.disable_adapters, tuple(module.active_adapters), tuple(module.scaling.items()))
@@ -109,34 +117,15 @@ def adapters_state(transformer: FluxTransformer2DModel) -> Hashable:
 class Sampler:
     """The transformer's own forward for sampling, captured; another adapter, or none, is captured anew."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, offload: Offload | None) -> None:
+    def __init__(self, transformer: Any, offload: Offload | None) -> None:
         self.transformer = transformer
         self.plain = type(transformer).forward
         self.replay = Replay(self._velocity, offload)
         self.state: Hashable = None
         transformer.forward = self
 
-    def _velocity(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-        guidance: Tensor | None,
-    ) -> Tensor:
-        velocity: Tensor = self.plain(
-            self.transformer,
-            hidden_states=hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=timestep,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+    def _velocity(self, **inputs: Tensor | None) -> Tensor:
+        velocity: Tensor = self.plain(self.transformer, **inputs, return_dict=False)[0]
         return velocity
 
     def refresh(self) -> None:
@@ -148,18 +137,13 @@ class Sampler:
 
     def __call__(
         self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-        guidance: Tensor | None = None,
+        *,
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
+        **inputs: Tensor | None,
     ) -> tuple[Tensor]:
+        """inputs: of the transformer's own forward, whatever its family; the pipelines give them by name."""
         assert not return_dict and not joint_attention_kwargs, "the pipeline asks for tuples and scales nothing"
         if torch.is_grad_enabled():
             raise RuntimeError("a captured transformer draws pictures; gradients need the plain one")
-        inputs = hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance
-        return (self.replay(*inputs).clone(),)
+        return (self.replay(**inputs).clone(),)

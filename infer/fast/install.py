@@ -1,27 +1,32 @@
-"""The fast path of `infer/fast/blocks.py` in the place of a transformer's blocks, compiled once for each kind of block.
+"""The fast path in the place of a transformer's blocks, compiled once for each kind of block.
 
 What the backward pass needs is computed again, block by block, except for what `keep` names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
-from torch.nn import functional
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from infer.fast.blocks import Double, Single, double_block, modulation, single_block
+from infer.fast import flux1_blocks, flux2_blocks
 from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
+from infer.fast.form import Form
+from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
 from infer.fast.offload import Offload
-from infer.fast.weights import Linear, Stack, adapters_of, obstacle, stack, use_views
+from infer.fast.weights import obstacle
 from infer.quantize.compute import in_half
 from infer.quantize.precision import Precision, kind_of
 
 BACKEND = "inductor"
+FAMILIES: dict[type[nn.Module], tuple[Form, ...]] = {
+    FluxTransformer2DModel: flux1_blocks.FORMS,
+    Flux2Transformer2DModel: flux2_blocks.FORMS,
+}
 
 aten = torch.ops.aten
 ATTENTION = [
@@ -53,75 +58,8 @@ def _again(keep: str, function: Callable[..., Any], *args: Any) -> Any:
     )
 
 
-def _double(keep: str, block: Double, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    condition = functional.silu(temb)
-    mods = [modulation(condition, layer) for layer in block.mod]
-    return _again(keep, double_block, block, txt, img, *mods, cos, sin)
-
-
-def _single(keep: str, block: Single, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    return _again(keep, single_block, block, txt, img, modulation(functional.silu(temb), block.mod), cos, sin)
-
-
-class Group:
-    """Layers that read one input, by name, and their stacked weights.
-
-    By name, because an adapter that is attached or taken off puts another module in a layer's place.
-    """
-
-    def __init__(self, block: nn.Module, *names: str) -> None:
-        self.block, self.names = block, names
-        self.use(stack(self._layers()))
-
-    def _modules(self) -> list[nn.Module]:
-        return [self.block.get_submodule(name) for name in self.names]
-
-    def _layers(self) -> list[Any]:
-        return [getattr(module, "base_layer", module) for module in self._modules()]
-
-    def use(self, frozen: Stack) -> None:
-        """Take these weights, and have the layers use_views them."""
-        self.frozen = frozen
-        use_views(self._layers(), frozen)
-
-    def linear(self) -> Linear:
-        return Linear(self.frozen, tuple(adapters_of(module) for module in self._modules()))
-
-
-def _double_parts(block: Any) -> tuple[list[Group], Callable[[int], Double]]:
-    attn = block.attn
-    mod = Group(block, "norm1_context.linear"), Group(block, "norm1.linear")
-    txt_qkv = Group(block, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-    qkv = txt_qkv, Group(block, "attn.to_q", "attn.to_k", "attn.to_v")
-    out = Group(block, "attn.to_add_out"), Group(block, "attn.to_out.0")
-    up = Group(block, "ff_context.net.0.proj"), Group(block, "ff.net.0.proj")
-    down = Group(block, "ff_context.net.2"), Group(block, "ff.net.2")
-    pairs = mod, qkv, out, up, down
-
-    def parts(heads: int) -> Double:
-        norms = attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_q.weight, attn.norm_k.weight
-        mods, qkvs, outs, ups, downs = ((a.linear(), b.linear()) for a, b in pairs)
-        return Double(heads, norms, mods, qkvs, outs, ups, downs)
-
-    return [group for pair in pairs for group in pair], parts
-
-
-def _single_parts(block: Any, apart: bool) -> tuple[list[Group], Callable[[int], Single]]:
-    """apart: one product for q, k and v and one for the MLP; of all weights 5/7 are dequantized at once at most."""
-    attn = block.attn
-    mod, down = Group(block, "norm.linear"), Group(block, "proj_out")
-    qkv, up = ("attn.to_q", "attn.to_k", "attn.to_v"), ("proj_mlp",)
-    reads = [Group(block, *qkv), Group(block, *up)] if apart else [Group(block, *qkv, *up)]
-
-    def parts(heads: int) -> Single:
-        norms = attn.norm_q.weight, attn.norm_k.weight
-        return Single(heads, norms, mod.linear(), tuple(each.linear() for each in reads), down.linear())
-
-    return [mod, *reads, down], parts
-
-
 def install(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     memory: Memory,
     device: torch.device,
     keep: str | None = None,
@@ -139,12 +77,11 @@ def install(
     wrap: Any = partial(torch.compile, fullgraph=True, dynamic=False, backend=BACKEND)
     if not memory.compiles(device):
         wrap = _uncompiled
-    runs = wrap(partial(_double, keep)), wrap(partial(_single, keep))
-    modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    doubles = len(transformer.transformer_blocks)
+    runs = {form: wrap(partial(form.compute, partial(_again, keep))) for form in _forms(transformer)}
+    modules = list(_blocks(transformer))
     built = []
-    for i, module in enumerate(modules):
-        built.append(_double_parts(module) if i < doubles else _single_parts(module, apart=keep == "nothing"))
+    for form, module in modules:
+        built.append(form.read(module, keep == "nothing"))
         if memory.budget_gib is None:
             _gather(built[-1][0], device)
     # one a shape, a form of adapter, and a mixture of kinds
@@ -164,31 +101,40 @@ def install(
         _move_rest(transformer, device)
 
     def forward_of(i: int) -> Callable[..., Any]:
-        run, parts = runs[i >= doubles], built[i][1]
+        form, parts = modules[i][0], built[i][1]
+        run = runs[form]
 
-        def forward(
-            hidden_states: Tensor,
-            encoder_hidden_states: Tensor,
-            temb: Tensor,
-            image_rotary_emb: tuple[Tensor, Tensor],
-            joint_attention_kwargs: dict[str, Any] | None = None,
-        ) -> tuple[Tensor, Tensor]:
-            txt, img = encoder_hidden_states, hidden_states
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            streams, rest = form.arguments(*args, **kwargs)
             if torch.is_grad_enabled():
                 # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
-                txt, img = (x if x.requires_grad else x.detach().requires_grad_() for x in (txt, img))
+                streams = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in streams)
             block = parts(heads)._replace(repeatable=repeatable)
-            if offload is None:
-                return run(block, txt, img, temb, *image_rotary_emb)  # type: ignore[no-any-return]
-            txt, img = offload.before(i, txt, img)
-            txt, img = run(block, txt, img, temb, *image_rotary_emb)
-            return offload.after(i, txt, img)
+            if offload is not None:
+                streams = offload.before(i, *streams)
+            streams = run(block, *streams, *rest)
+            if offload is not None:
+                streams = offload.after(i, *streams)
+            return streams if len(streams) > 1 else streams[0]
 
         return forward
 
-    for i, module in enumerate(modules):
+    for i, (_, module) in enumerate(modules):
         module.forward = forward_of(i)
     return offload
+
+
+def _forms(transformer: nn.Module) -> tuple[Form, ...]:
+    found = [forms for family, forms in FAMILIES.items() if isinstance(transformer, family)]
+    assert found, f"no blocks are written for a {type(transformer).__name__}"
+    return found[0]
+
+
+def _blocks(transformer: nn.Module) -> Iterator[tuple[Form, Any]]:
+    """Every block, in the order in which they are called."""
+    for form in _forms(transformer):
+        for block in getattr(transformer, form.blocks):
+            yield form, block
 
 
 def _gather(groups: list[Group], device: torch.device) -> None:
@@ -202,7 +148,7 @@ def _gather(groups: list[Group], device: torch.device) -> None:
         torch.cuda.empty_cache()  # what they lay in before: else loading would take twice the memory
 
 
-def _move_rest(transformer: FluxTransformer2DModel, device: torch.device) -> None:
+def _move_rest(transformer: Any, device: torch.device) -> None:
     """What is not offloaded, to the device: norms, embedders, adapters."""
     nn.Module.to(transformer, device)  # diffusers' own `to` refuses int8
     for module in transformer.modules():
@@ -218,7 +164,7 @@ def hold_of(memory: Memory) -> torch.device | None:
 
 
 def choose_path(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     memory: Memory,
     precision: Precision,
     device: torch.device,
@@ -245,10 +191,10 @@ def choose_path(
     return plain, None
 
 
-def uninstall(transformer: FluxTransformer2DModel) -> None:
+def uninstall(transformer: Any) -> None:
     """diffusers' own blocks again."""
-    for module in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        module.__dict__.pop("forward", None)
+    for _, block in _blocks(transformer):
+        block.__dict__.pop("forward", None)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -194,44 +194,44 @@ class Offload:
         elif not backwards and not torch.is_grad_enabled():
             self._fetch(self.number[block] % ahead)  # sampling begins again with the first blocks
 
-    def before(self, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+    def before(self, block: int, *streams: Tensor) -> tuple[Tensor, ...]:
         self.need(block)
         if not torch.is_grad_enabled():
-            return txt, img
-        pair: tuple[Tensor, Tensor] = _Leave.apply(self, block, txt, img)
-        return pair
+            return streams
+        left: tuple[Tensor, ...] = _Leave.apply(self, block, *streams)
+        return left
 
-    def after(self, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+    def after(self, block: int, *streams: Tensor) -> tuple[Tensor, ...]:
         self.done(block, backwards=False)
         if not torch.is_grad_enabled():
-            return txt, img
-        pair: tuple[Tensor, Tensor] = _Enter.apply(self, block, txt, img)
-        return pair
+            return streams
+        entered: tuple[Tensor, ...] = _Enter.apply(self, block, *streams)
+        return entered
 
 
 class _Enter(torch.autograd.Function):
     """The identity at a block's end: its backward pass is about to begin."""
 
     @staticmethod
-    def forward(ctx: Any, offload: Offload, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, offload: Offload, block: int, *streams: Tensor) -> tuple[Tensor, ...]:
         ctx.offload, ctx.block = offload, block
-        return txt.view_as(txt), img.view_as(img)
+        return tuple(x.view_as(x) for x in streams)
 
     @staticmethod
-    def backward(ctx: Any, txt: Tensor, img: Tensor) -> tuple[None, None, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.offload.need(ctx.block)
-        return None, None, txt, img
+        return None, None, *gradients
 
 
 class _Leave(torch.autograd.Function):
     """The identity at a block's start: its backward pass is done."""
 
     @staticmethod
-    def forward(ctx: Any, offload: Offload, block: int, txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, offload: Offload, block: int, *streams: Tensor) -> tuple[Tensor, ...]:
         ctx.offload, ctx.block = offload, block
-        return txt.view_as(txt), img.view_as(img)
+        return tuple(x.view_as(x) for x in streams)
 
     @staticmethod
-    def backward(ctx: Any, txt: Tensor, img: Tensor) -> tuple[None, None, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.offload.done(ctx.block, backwards=True)
-        return None, None, txt, img
+        return None, None, *gradients

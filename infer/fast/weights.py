@@ -106,6 +106,37 @@ def stack(layers: list[Any]) -> Stack:
     return Stack(kind, shape, widths, stored, scale, nested, bias)
 
 
+def can_cut(frozen: Stack, row: int) -> bool:
+    """Whether a layer's weights can be read from a row on: double-quantized ones where a block of 256 scales ends."""
+    return frozen.nested is None or row * frozen.shape[1] % (64 * 256) == 0
+
+
+def rows_of(layers: Linear, start: int, end: int) -> Linear:
+    """The outputs from `start` to `end` of one layer without bias, as a layer of its own on the same memory."""
+    frozen, (adapters,) = layers.frozen, layers.adapters
+    assert frozen.bias is None and len(frozen.widths) == 1
+    scale, nested = frozen.scale, frozen.nested
+    if frozen.kind in ("plain", "int8"):
+        stored = frozen.stored[start:end]
+        scale = None if scale is None else scale[start:end]
+    else:
+        assert scale is not None
+        columns = frozen.shape[1]
+        first, last = start * columns // 64, end * columns // 64
+        stored, scale = frozen.stored[first * 32 : last * 32], scale[first:last]
+        if nested is not None:
+            assert can_cut(frozen, start)
+            nested = nested[0][first // 256 : -(-last // 256)], *nested[1:]
+    part = frozen._replace(
+        shape=(end - start, frozen.shape[1]), widths=(end - start,), stored=stored, scale=scale, nested=nested
+    )
+    cut = (
+        lora._replace(up=lora.up[start:end], magnitude=None if lora.magnitude is None else lora.magnitude[start:end])
+        for lora in adapters
+    )
+    return Linear(part, (tuple(cut),))
+
+
 def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -120,7 +120,12 @@ def compute_dtype_of(model: Any) -> torch.dtype:
     """The dtype that a model computes in, and in which its inputs are given."""
     model = getattr(model, "module", model)  # DistributedDataParallel wraps it
     found: torch.dtype | None = model.__dict__.get("_compute_dtype")
-    return found if found is not None else model.dtype
+    if found is not None:
+        return found
+    # not diffusers' `model.dtype`: in a quantized FLUX.2, which has no biases, an adapter's is the first it finds
+    own = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name)
+    dtype: torch.dtype = next(own, model.dtype)
+    return dtype
 
 
 def product_dtype_of(model: Any) -> torch.dtype:

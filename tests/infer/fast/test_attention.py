@@ -13,7 +13,8 @@ from infer.checkpoint.load import Model
 from infer.fast import install as fast
 from infer.fast.attention import attention_forward, attention_gradient, repeatable_attention
 from infer.fast.install import Memory, install
-from tests.infer.fast.test_fast import ADAPTERS, CPU, error, exact, make, step
+from tests.infer.fast.families import CPU, make
+from tests.infer.fast.test_fast import ADAPTERS, error, exact, step
 from train.loop.repeat import repeating
 
 
@@ -52,11 +53,11 @@ def test_the_compiler_is_told_the_truth_about_both_operators() -> None:
 
 
 @pytest.mark.parametrize("keep", ["nothing", "attention"])
-def test_blocks_that_repeat_themselves_learn_the_same(keep: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_repeat_themselves_learn_the_same(keep: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     # traced, differentiated and partitioned as on a GPU, but not lowered to kernels
     monkeypatch.setattr(fast, "BACKEND", "aot_eager")
     precision = exact("nf4")
-    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    transformer, parameters = make(precision, ADAPTERS["lora"], model)
     expected = step(transformer, parameters, precision)
     for compiled in (False, True):
         install(transformer, Memory(keep, compile=compiled), CPU, repeatable=True)

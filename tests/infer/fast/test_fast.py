@@ -10,8 +10,8 @@ from bitsandbytes import functional as bnb
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from infer.adapter.attach import attach, load_adapter, switch
-from infer.adapter.attached import adapter_state, save_adapter
+from infer.adapter.attach import attach, put_pairs, switch
+from infer.adapter.attached import adapter_pairs, adapter_state
 from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
 from infer.family import flux1_sizes as shapes
@@ -24,9 +24,9 @@ from infer.fast.memory import KEEP, Memory, device_bytes, residents
 from infer.fast.weights import Linear, Lora, Stack, obstacle
 from infer.quantize.precision import KINDS, Precision, check_quantized, linear_layers, stored_bytes
 from infer.sample.encode import text_encoder
+from tests.infer.fast.families import CPU, load, make, velocity
 from train.objective.flow_matching import predict
 
-CPU = torch.device("cpu")
 ADAPTERS = {
     "lora": Adapter(rank=4, targets="attention+mlp"),
     "rslora": Adapter(rank=3, alpha=5.0, rslora=True),
@@ -35,24 +35,11 @@ ADAPTERS = {
 }
 
 
-def make(precision: Precision, adapter: Adapter, tiny: Model) -> tuple[FluxTransformer2DModel, list[Tensor]]:
-    transformer = load_transformer(tiny, precision, CPU).train()
-    parameters: list[Tensor] = list(attach(transformer, adapter, 0))
-    noise = torch.Generator().manual_seed(1)
-    for parameter in parameters:  # B starts as zero: its layer would learn nothing about A
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
-    return transformer, parameters
-
-
-def step(transformer: FluxTransformer2DModel, parameters: list[Tensor], precision: Precision) -> list[Tensor]:
+def step(transformer: Any, parameters: list[Tensor], precision: Precision) -> list[Tensor]:
     """The output and the gradient of every adapter parameter, at two pictures of other than square size."""
-    config, noise = transformer.config, torch.Generator().manual_seed(2)
-    x = torch.randn(2, config.in_channels // 4, 12, 16, generator=noise)
-    t5 = torch.randn(2, 20, config.joint_attention_dim, generator=noise)
-    pooled = torch.randn(2, config.pooled_projection_dim, generator=noise)
     for parameter in parameters:
         parameter.grad = None
-    out = predict(transformer, x, t5, pooled, torch.rand(2, generator=noise), 1.0, precision.dtype)
+    out = velocity(transformer, torch.Generator().manual_seed(2), (2, 12, 16), precision.dtype)
     out.square().mean().backward()
     gradients = [parameter.grad for parameter in parameters]
     assert all(gradient is not None for gradient in gradients)
@@ -76,9 +63,9 @@ def exact(kind: str, **options: Any) -> Precision:
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "fp4", "nf4", "double"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: str, tiny: Model) -> None:
+def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: str, model: Model) -> None:
     precision = exact("nf4", double_quant=True) if kind == "double" else exact(kind)
-    transformer, parameters = make(precision, ADAPTERS[adapter], tiny)
+    transformer, parameters = make(precision, ADAPTERS[adapter], model)
     expected = step(transformer, parameters, precision)
     for keep in KEEP:
         install(transformer, Memory(keep=keep), CPU)
@@ -87,34 +74,34 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: 
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
 
-def test_bf16_gradients_are_no_further_from_fp32_than_the_plain_layers_are(tiny: Model) -> None:
-    transformer, parameters = make(Precision("fp32"), ADAPTERS["lora"], tiny)
+def test_bf16_gradients_are_no_further_from_fp32_than_the_plain_layers_are(model: Model) -> None:
+    transformer, parameters = make(Precision("fp32"), ADAPTERS["lora"], model)
     truth = step(transformer, parameters, Precision("fp32"))
     precision = Precision("bf16")
-    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    transformer, parameters = make(precision, ADAPTERS["lora"], model)
     with torch.autocast("cpu", torch.bfloat16):  # as PEFT's fp32 adapters are trained beside bf16 layers
         plain = overall(step(transformer, parameters, precision), truth)
     install(transformer, Memory(), CPU)
-    assert overall(step(transformer, parameters, precision), truth) < min(0.01, 1.3 * plain)
+    assert overall(step(transformer, parameters, precision), truth) < min(0.02, 1.3 * plain)
 
 
-def test_compiled_is_the_same(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_is_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     # traced, differentiated and partitioned as on a GPU, but not lowered to kernels
     monkeypatch.setattr(fast, "BACKEND", "aot_eager")
     precision = exact("nf4", double_quant=True)
-    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    transformer, parameters = make(precision, ADAPTERS["lora"], model)
     expected = step(transformer, parameters, precision)
     install(transformer, Memory(keep="nothing", compile=True), CPU)
     assert error(step(transformer, parameters, precision), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "nf4"])
-def test_stacked_weights_are_stored_once_and_stay_the_layers_own(kind: str, tiny: Model) -> None:
-    transformer = load_transformer(tiny, exact(kind), CPU)
-    before, plain = stored_bytes(transformer), load_transformer(tiny, exact(kind), CPU)
+def test_stacked_weights_are_stored_once_and_stay_the_layers_own(kind: str, model: Model) -> None:
+    transformer = load(model, exact(kind))
+    before, plain = stored_bytes(transformer), load(model, exact(kind))
     install(transformer, Memory(), CPU)
     assert stored_bytes(transformer) == before
-    block: Any = transformer.single_transformer_blocks[0]
+    block: Any = transformer.transformer_blocks[0]
     q, k = (layer.weight.untyped_storage().data_ptr() for layer in (block.attn.to_q, block.attn.to_k))
     assert q == k  # one storage for layers that read one input
     mine, own = transformer.state_dict(), plain.state_dict()
@@ -122,23 +109,18 @@ def test_stacked_weights_are_stored_once_and_stay_the_layers_own(kind: str, tiny
     assert all(torch.equal(mine[key].reshape(-1), own[key].reshape(-1)) for key in own)
 
 
-def test_adapters_attached_and_switched_after_installing_count(tiny: Model, tmp_path: Any) -> None:
+def test_adapters_attached_and_switched_after_installing_count(model: Model) -> None:
     precision = exact("nf4")
-    source, _ = make(precision, ADAPTERS["lora"], tiny)
-    save_adapter(source, tmp_path, {})
-    transformer = load_transformer(tiny, precision, CPU)
+    source, _ = make(precision, ADAPTERS["lora"], model)
+    transformer = load(model, precision)
     install(transformer, Memory(), CPU)
 
-    def draw(model: FluxTransformer2DModel) -> Tensor:
+    def draw(drawing: Any) -> Tensor:
         with torch.no_grad():
-            noise = torch.Generator().manual_seed(3)
-            t5 = torch.randn(1, 20, model.config.joint_attention_dim, generator=noise)
-            pooled = torch.randn(1, model.config.pooled_projection_dim, generator=noise)
-            x = torch.randn(1, model.config.in_channels // 4, 8, 8, generator=noise)
-            return predict(model, x, t5, pooled, torch.tensor([0.5]), 1.0, precision.dtype)
+            return velocity(drawing, torch.Generator().manual_seed(3), (1, 8, 8), precision.dtype)
 
     base = draw(transformer)
-    load_adapter(transformer, str(tmp_path), "mine")
+    put_pairs(transformer, adapter_pairs(source), "mine")
     adapted, expected = draw(transformer), draw(source)
     assert error([adapted], [expected]) < 1e-5 and error([base], [expected]) > 1e-2
     switch(transformer, False)
@@ -151,39 +133,32 @@ def test_adapters_attached_and_switched_after_installing_count(tiny: Model, tmp_
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_adapters_loaded_in_bf16_draw_what_they_were_trained_to(
-    kind: str, adapter: str, tiny: Model, tmp_path: Any
-) -> None:
+def test_adapters_loaded_in_bf16_draw_what_they_were_trained_to(kind: str, adapter: str, model: Model) -> None:
     precision = Precision(kind)
-    source, _ = make(exact(kind) if kind != "bf16" else Precision("fp32"), ADAPTERS[adapter], tiny)
-    save_adapter(source, tmp_path, {})
-    transformer = load_transformer(tiny, precision, CPU)
+    source, _ = make(exact(kind) if kind != "bf16" else Precision("fp32"), ADAPTERS[adapter], model)
+    transformer = load(model, precision)
 
-    def draw(model: FluxTransformer2DModel, dtype: torch.dtype) -> Tensor:
-        noise = torch.Generator().manual_seed(3)
-        t5 = torch.randn(1, 20, model.config.joint_attention_dim, generator=noise)
-        pooled = torch.randn(1, model.config.pooled_projection_dim, generator=noise)
-        x = torch.randn(1, model.config.in_channels // 4, 8, 8, generator=noise)
+    def draw(drawing: Any, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            return predict(model, x, t5, pooled, torch.tensor([0.5]), 1.0, dtype).float()
+            return velocity(drawing, torch.Generator().manual_seed(3), (1, 8, 8), dtype)
 
     expected = draw(source, torch.float32)
-    load_adapter(transformer, str(tmp_path), "mine")
+    put_pairs(transformer, adapter_pairs(source), "mine")
     plain = error([draw(transformer, torch.bfloat16)], [expected])
     install(transformer, Memory(), CPU)
     assert error([draw(transformer, torch.bfloat16)], [expected]) < max(0.02, 1.3 * plain)
     switch(transformer, False)
     assert error([draw(transformer, torch.bfloat16)], [expected]) > 0.05  # the adapter counts
-    layer: Any = transformer.single_transformer_blocks[0].attn.to_q
+    layer: Any = transformer.transformer_blocks[0].attn.to_q
     assert layer.lora_A["mine"].weight.dtype == torch.bfloat16
     if adapter == "dora":
         assert layer.lora_magnitude_vector["mine"].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("kind", "resident"), [("nf4", 0), ("double", 3), ("int8", 1), ("bf16", 6)])
-def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, resident: int, tiny: Model) -> None:
+def test_streamed_blocks_compute_bit_for_bit_what_resident_ones_do(kind: str, resident: int, model: Model) -> None:
     precision = Precision("nf4", double_quant=True) if kind == "double" else Precision(kind)
-    transformer, parameters = make(precision, ADAPTERS["lora"], tiny)
+    transformer, parameters = make(precision, ADAPTERS["lora"], model)
     install(transformer, Memory(), CPU)
     expected = step(transformer, parameters, precision)
     offload = install(transformer, Memory(budget_gib=1), CPU)
@@ -307,12 +282,12 @@ def test_dequantizing_a_stack_is_dequantizing_each_layer(kind: str, nested: bool
     assert torch.equal(found, expected)
 
 
-def test_what_the_fast_path_does_not_cover_is_named(tiny: Model) -> None:
+def test_what_the_fast_path_does_not_cover_is_named(model: Model) -> None:
     for adapter, reason in ((Adapter(rank=4), None), (Adapter(rank=4, dropout=0.1), "adapter.dropout is above 0")):
-        transformer = load_transformer(tiny, Precision("bf16"), CPU)
+        transformer = load(model, Precision("bf16"))
         attach(transformer, adapter, 0)
         assert obstacle(transformer) == reason
-    transformer = load_transformer(tiny, Precision("bf16"), CPU)
+    transformer = load(model, Precision("bf16"))
     attach(transformer, Adapter(rank=4), 0)
     transformer.fuse_lora()
     assert "merged" in str(obstacle(transformer))

@@ -13,7 +13,6 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
 from infer.checkpoint import load as flux
 from infer.checkpoint.checks import check_stored
@@ -29,6 +28,7 @@ from infer.quantize.precision import Precision, dequantize_to, multiply_plainly
 from infer.sample.encode import decode
 from scripts.check_half import NoBf16, make_loud
 from scripts.tiny.make_style import make_style
+from tests.infer.fast.families import CPU, make, velocity
 from train.data.dataset import Data
 from train.loop import run as training
 from train.objective.flow_matching import predict
@@ -36,7 +36,7 @@ from train.objective.optim import Optim
 from train.run.config import Train
 from train.train import train
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 FP32 = Precision("nf4", compute_dtype="fp32")
 FP16 = Precision("nf4", compute_dtype="fp16")
 ADAPTERS = {
@@ -106,24 +106,11 @@ def test_attention_and_its_gradient_at_any_magnitude(value: float, gradient: flo
             assert float((found - wanted)[:, head].norm() / wanted[:, head].norm()) < 3e-3
 
 
-def make(precision: Precision, adapter: Adapter, tiny: Model) -> tuple[FluxTransformer2DModel, list[Tensor]]:
-    transformer = load_transformer(tiny, precision, CPU).train()
-    parameters: list[Tensor] = list(attach(transformer, adapter, 0))
-    noise = torch.Generator().manual_seed(1)
-    for parameter in parameters:  # B starts as zero
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
-    return transformer, parameters
-
-
-def step(transformer: FluxTransformer2DModel, parameters: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def step(transformer: Any, parameters: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The velocity, and the gradients of all adapter parameters behind each other."""
-    config, noise = transformer.config, torch.Generator().manual_seed(2)
-    x = torch.randn(2, config.in_channels // 4, 12, 16, generator=noise)
-    t5 = torch.randn(2, 20, config.joint_attention_dim, generator=noise)
-    pooled = torch.randn(2, config.pooled_projection_dim, generator=noise)
     for parameter in parameters:
         parameter.grad = None
-    out = predict(transformer, x, t5, pooled, torch.rand(2, generator=noise), 1.0, dtype)
+    out = velocity(transformer, torch.Generator().manual_seed(2), (2, 12, 16), dtype)
     (1e-6 * out.square().mean()).backward()  # gradients so small that plain fp16 has none
     return out.detach(), torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
@@ -135,12 +122,12 @@ def apart(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize(
     "kind, adapter", [("nf4", "lora"), ("double", "dora"), ("int8", "all layers"), ("bf16", "lora")]
 )
-def test_gradients_are_those_of_fp32(kind: str, adapter: str, tiny: Model, half: None) -> None:
+def test_gradients_are_those_of_fp32(kind: str, adapter: str, model: Model, half: None) -> None:
     options: dict[str, Any] = {"double_quant": True} if kind == "double" else {}
     kind = "nf4" if kind == "double" else kind
     plain = Precision("fp32") if kind == "bf16" else Precision(kind, "fp32", **options)
-    exact = step(*make(plain, ADAPTERS[adapter], tiny), torch.float32)
-    transformer, parameters = make(Precision(kind, "fp16", **options), ADAPTERS[adapter], tiny)
+    exact = step(*make(plain, ADAPTERS[adapter], model), torch.float32)
+    transformer, parameters = make(Precision(kind, "fp16", **options), ADAPTERS[adapter], model)
     assert compute_dtype_of(transformer) == torch.float32 and product_dtype_of(transformer) == torch.float16
     assert {p.dtype for p in transformer.parameters()} <= {torch.float32, torch.float16, torch.uint8, torch.int8}
     paths: dict[str, Callable[[], object]] = {"plain": lambda: None}
@@ -153,11 +140,11 @@ def test_gradients_are_those_of_fp32(kind: str, adapter: str, tiny: Model, half:
         assert apart(found[0], exact[0]) < 2e-3 and apart(found[1], exact[1]) < 3e-3, path
 
 
-def test_compiled_is_the_same(tiny: Model, half: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_is_the_same(model: Model, half: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # traced, differentiated and partitioned as on a GPU, but not lowered to kernels
     monkeypatch.setattr(fast, "BACKEND", "aot_eager")
-    transformer, parameters = make(FP16, ADAPTERS["lora"], tiny)
-    exact = step(*make(FP32, ADAPTERS["lora"], tiny), torch.float32)
+    transformer, parameters = make(FP16, ADAPTERS["lora"], model)
+    exact = step(*make(FP32, ADAPTERS["lora"], model), torch.float32)
     install(transformer, Memory(keep="attention", compile=True), CPU)
     found = step(transformer, parameters, torch.float32)
     assert apart(found[0], exact[0]) < 2e-3 and apart(found[1], exact[1]) < 3e-3

@@ -1,0 +1,32 @@
+"""Layers of a block that read one input, found by name, and their stacked weights."""
+
+from typing import Any
+
+from torch import nn
+
+from infer.fast.weights import Linear, Stack, adapters_of, stack, use_views
+
+
+class Group:
+    """Layers that read one input, by name, and their stacked weights.
+
+    By name, because an adapter that is attached or taken off puts another module in a layer's place.
+    """
+
+    def __init__(self, block: nn.Module, *names: str) -> None:
+        self.block, self.names = block, names
+        self.use(stack(self._layers()))
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.block.get_submodule(name) for name in self.names]
+
+    def _layers(self) -> list[Any]:
+        return [getattr(module, "base_layer", module) for module in self._modules()]
+
+    def use(self, frozen: Stack) -> None:
+        """Take these weights, and have the layers use_views them."""
+        self.frozen = frozen
+        use_views(self._layers(), frozen)
+
+    def linear(self) -> Linear:
+        return Linear(self.frozen, tuple(adapters_of(module) for module in self._modules()))
