@@ -19,7 +19,7 @@ from infer.fast.memory import KEEP, Memory
 from infer.fast.weights import Stack, can_cut, dequantize, rows_of
 from infer.quantize.compute import compute_dtype, compute_dtype_of
 from infer.quantize.precision import Precision
-from tests.infer.fast.families import CPU, adapter_for, load, make, velocity
+from tests.infer.fast.families import CPU, load, make, velocity
 from tests.infer.fast.test_fast import ADAPTERS, error, exact, step
 
 
@@ -61,7 +61,7 @@ def test_an_adapter_learns_beside_a_recovery_adapter(model: Model) -> None:
     precision = exact("nf4")
     transformer = load(model, precision).train()
     add(transformer, RECOVERY, model, Adapter(rank=8, targets="attention+mlp"), 1)
-    parameters: list[Tensor] = list(attach(transformer, adapter_for(model, Adapter(rank=4)), 0))
+    parameters: list[Tensor] = list(attach(transformer, Adapter(rank=4), 0))
     expected = step(transformer, parameters, precision)
     alone, _ = make(precision, Adapter(rank=4), model)
     assert error([expected[0]], [step(alone, list(alone.parameters())[:0], precision)[0]]) > 1e-3
