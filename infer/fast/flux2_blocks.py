@@ -66,19 +66,19 @@ def _read_single(block: Any, apart: bool) -> tuple[list[Group], Callable[[int], 
 def single_block(block: Single, x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [batch, tokens, width]; its modulation [batch, 3 * width]."""
     shift, scale, gate = mod.chunk(3, dim=-1)
-    normed, width = modulated(x, shift, scale), x.shape[-1]
+    normed, width, end = modulated(x, shift, scale), x.shape[-1], block.reads.frozen.shape[0]
+    # split at once: the gradient is one concatenation, where that of parts of parts is a sum of tensors of zeros
+    widths, cut = [*[width] * 3, *[(end - 3 * width) // 2] * 2], 3 * width
     if block.apart:
-        qkv, hidden = (
-            linear(normed, rows_of(block.reads, start, end))[0]
-            for start, end in ((0, 3 * width), (3 * width, block.reads.frozen.shape[0]))
-        )
+        qkv, mlp = (linear(normed, rows_of(block.reads, *rows))[0] for rows in ((0, cut), (cut, end)))
+        outputs = *qkv.split(widths[:3], dim=-1), *mlp.split(widths[3:], dim=-1)
     else:
-        y = linear(normed, block.reads)[0]
-        qkv, hidden = y[..., : 3 * width], y[..., 3 * width :]
-    q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in qkv.chunk(3, dim=-1))
+        outputs = linear(normed, block.reads)[0].split(widths, dim=-1)
+    q, k, v, gate_mlp, up = outputs
+    q, k, v = (y.unflatten(-1, (block.heads, -1)) for y in (q, k, v))
     q, k = rms_norm(q, block.norms[0]), rms_norm(k, block.norms[1])
     attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half, block.repeatable)
-    return x + gate[:, None] * linear(torch.cat([attended, swiglu(hidden)], dim=-1), block.down)[0]
+    return x + gate[:, None] * linear(torch.cat([attended, functional.silu(gate_mlp) * up], dim=-1), block.down)[0]
 
 
 def _double_arguments(
