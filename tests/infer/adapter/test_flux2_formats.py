@@ -1,5 +1,6 @@
 """LoRA files of FLUX.2, against diffusers' conversion of whole checkpoints, its pipeline's own loader and formulas."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from infer.adapter.file_family import file_family
 from infer.adapter.fit import fitting_pairs
 from infer.adapter.layer_names import layers_of, original_name
 from infer.adapter.lora import Adapter
-from infer.adapter.read import read_pairs
+from infer.adapter.read import PEFT_FILE, read_pairs
+from infer.adapter.strengths import PEFT_CONFIG
 from infer.adapter.write import FORMATS
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import Model, load_transformer, read_config
@@ -153,6 +155,11 @@ def test_what_plain_diffusers_does_not_read(klein: Model, tmp_path: Path) -> Non
     save_file(state | alphas, tmp_path / "alphas.safetensors")
     with pytest.raises(ValueError, match="should be empty"):
         through(klein, tmp_path / "alphas.safetensors")
+    peft = convert(Convert(Source(str(file)), "peft", str(tmp_path / "peft"))) / PEFT_FILE
+    config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
+    (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    base, theirs, thrice = through(klein, peft)
+    assert (theirs - ours).norm() < 1e-4 * (ours - base).norm() < 1e-4 * (thrice - base).norm()
     last = own(klein, tmp_path / "last", r"norm_out\.linear")
     last = convert(Convert(Source(str(last)), "ai-toolkit", str(tmp_path / "last.safetensors")))
     base, theirs, ours = through(klein, last)
