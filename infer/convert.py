@@ -37,7 +37,7 @@ class Convert:
 
     adapter: Source = field(default_factory=Source)
     to: str = "diffusers"
-    """diffusers, peft, kohya (sd-scripts, and most web interfaces) or comfyui."""
+    """diffusers, peft, kohya (sd-scripts, musubi-tuner, and most web interfaces), comfyui or ai-toolkit."""
     out: str = ""
     """A .safetensors file that does not exist yet; for PEFT a folder, for diffusers either."""
     drop_text_encoder: bool = False

@@ -12,8 +12,9 @@ from torch import nn
 
 from infer.adapter.attached import strengths
 from infer.adapter.error_init import Start, round_again, settled
+from infer.adapter.fit import fitting_pairs
 from infer.adapter.lora import INITS, RECOVERY, Adapter
-from infer.adapter.read import Pairs, check_fit, find_adapter, read_notes, read_pairs
+from infer.adapter.read import Pairs, find_adapter, read_notes
 from infer.adapter.targets import base_layers, match_targets
 from infer.adapter.write import lora_config
 from infer.checkpoint.load import Model, fingerprint
@@ -105,8 +106,7 @@ def start_from(transformer: Any, adapter: Adapter, name: str, model: Model | Non
         ValueError: it cannot be read, or has layers, ranks or a kind that the new one has not.
     """
     assert adapter.start is not None
-    pairs = read_pairs(adapter.start)
-    check_fit(pairs, shapes_of(transformer), adapter.start)
+    pairs = fitting_pairs(adapter.start, shapes_of(transformer))
     alone = RECOVERY not in transformer.peft_config
     pairs, start = settled(transformer, adapter.start, pairs, model, alone)
     adapted = strengths(transformer, name)
@@ -189,8 +189,7 @@ def load_adapter(transformer: Any, path: str, name: str, model: Model | None = N
             f"an adapter cannot be named {name!r}: it is a module's name in the model, made of letters, digits, _ and "
             "-, without lora, and not that of a method of torch's modules such as train; give it another name"
         )
-    pairs = read_pairs(path)
-    check_fit(pairs, shapes_of(transformer), path)
+    pairs = fitting_pairs(path, shapes_of(transformer))
     alone = weight == 1.0 and not began(transformer) and RECOVERY not in getattr(transformer, "peft_config", {})
     pairs, start = settled(transformer, path, pairs, model, alone)
     put_pairs(transformer, pairs, name)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from infer.adapter.fit import fitting_pairs
 from infer.adapter.lora import FROM_ERROR, Adapter
-from infer.adapter.read import Pairs, check_fit, read_pairs
 from infer.adapter.selection import Trained
 from infer.adapter.targets import match_targets
 from infer.checkpoint.checks import check_stored
@@ -131,10 +131,9 @@ def check_training(model: Model, precision: Precision, adapter: Adapter, memory:
             raise ValueError(nothing_quantized(adapter.init))
     if adapter.recovery is not None:
         check_recovery(adapter.recovery, model, precision, layers)
-        check_fit(read_pairs(adapter.recovery), layers, adapter.recovery)
+        fitting_pairs(adapter.recovery, layers)
     if adapter.start is not None:
-        pairs = read_pairs(adapter.start)
-        check_fit(pairs, layers, adapter.start)
+        pairs = fitting_pairs(adapter.start, layers)
         start = read_start(adapter.start, asked)
         if start is not None and start.here and adapter.recovery is None:
             check_unquantized(model)
@@ -173,9 +172,7 @@ def check_running(
     layers = linear_shapes(read_config(model, "transformer"))
     check_precision(model, precision, layers)
     on = chosen.all()
-    read: list[Pairs] = [read_pairs(one.path) for one in on]
-    for one, pairs in zip(on, read, strict=True):
-        check_fit(pairs, layers, one.path)
+    read = [fitting_pairs(one.path, layers) for one in on]
     first = True
     for one in on:
         start = read_start(one.path, partial(kind_asked, precision))
@@ -191,8 +188,7 @@ def check_running(
                 )
     if recovery is not None:
         check_recovery(recovery, model, precision, layers)
-        read.append(read_pairs(recovery))
-        check_fit(read[-1], layers, recovery)
+        read.append(fitting_pairs(recovery, layers))
     dora = any(pair.magnitude is not None for pairs in read for pair in pairs.values())
     return check_path(
         memory, precision, device, layers, "DoRA beside another adapter" if dora and len(read) > 1 else None

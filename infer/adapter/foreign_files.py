@@ -3,14 +3,21 @@
 import re
 from collections.abc import Collection
 
+from infer.family.find import FAMILIES
+
+FAMILY = " or ".join(family.NAME for family in FAMILIES)
+CHOOSE = f"choose a LoRA file of {FAMILY}"
+NOT_LORA = (
+    "adapters are not LoRA; merge it into the weights with the program that made it, and give those as model.path"
+)
 # the first that a key of the file holds says why; names with dots or, as kohya writes them, underscores
 KINDS = (
-    (r"lokr_", "LoKr adapters are not LoRA"),
-    (r"hada_", "LoHa adapters are not LoRA"),
-    (r"oft_|boft_", "OFT adapters are not LoRA"),
-    (r"vera_lambda", "VeRA adapters are not LoRA"),
-    (r"ia3_|\.on_input$", "IA3 adapters are not LoRA"),
-    (r"\.[ab][12]\.weight$", "GLoRA adapters are not LoRA"),
+    (r"lokr_", f"LoKr {NOT_LORA}"),
+    (r"hada_", f"LoHa {NOT_LORA}"),
+    (r"oft_|boft_", f"OFT {NOT_LORA}"),
+    (r"vera_lambda", f"VeRA {NOT_LORA}"),
+    (r"ia3_|\.on_input$", f"IA3 {NOT_LORA}"),
+    (r"\.[ab][12]\.weight$", f"GLoRA {NOT_LORA}"),
     (r"lora_mid|\.lora_mid\.", "its update has three factors (LyCORIS' Tucker form); merge it with LyCORIS"),
     (r"dora_scale", "DoRA of kohya and ComfyUI is not read; merge it there"),
     (r"scale_weight|weight_scale|scaled_fp8|scale_input", "its fp8 numbers have scales of their own; save it in bf16"),
@@ -18,7 +25,7 @@ KINDS = (
      "it replaces norms too, as FLUX.1's Canny and Depth adapters do, which are for another model"),
     (r"lora_B(\.\w+)?\.bias",
      "it has biases of its own, as FLUX.1's Canny and Depth adapters do, which are for another model"),
-    (r"lora_embedding_", "it adapts embeddings, which FLUX.1's transformer has not"),
+    (r"lora_embedding_", "it adapts embeddings, which a transformer has not"),
     (r"\.(diff(_b)?|[wb]_norm)$", "it replaces biases or norms too"),
     (r"[ab]_to_qkv|to_qkv_mlp(?!_proj)|[ab]_to_out|norm1_[ab]",
      "they are DiffSynth-Studio's own names for FLUX.1; export it there with --align_to_opensource_format"),
@@ -26,7 +33,7 @@ KINDS = (
 OTHERS = (
     (r"(down|up)_blocks|mid_block|(input|output|middle)_blocks?", "Stable Diffusion or SDXL"),
     (r"joint_blocks|joint_transformer", "Stable Diffusion 3"),
-    (r"to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)|(double|single)_stream_modulation", "FLUX.2"),
+    (r"mode_blocks[._]\d", "FLUX.3"),
     (r"distilled_guidance_layer", "Chroma"),
     (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
     (r"(^|[._])transformer_blocks[._]\d+[._]attn[12][._]", "LTX-Video or PixArt"),
@@ -44,14 +51,10 @@ def reason(unknown: Collection[str], known: bool) -> str:
             return said
     if unknown and not known and not any(PARTS.search(key) for key in unknown):
         model = any(BLOCK.search(key) for key in unknown)
-        return (
-            f"it is a checkpoint and no adapter; {'give it as model.path' if model else 'choose a LoRA file of FLUX.1'}"
-        )
+        return f"it is a checkpoint and no adapter; {'give it as model.path' if model else CHOOSE}"
     for mark, name in OTHERS:
         if any(re.search(mark, key) for key in unknown):
-            return f"it is for {name}; choose a LoRA file of FLUX.1"
+            return f"it is for {name}; {CHOOSE}"
     if known or any(BLOCK.search(key) for key in unknown):
-        return (
-            "they name nothing in FLUX.1's blocks that is adapted here; convert the file with the program that made it"
-        )
-    return "choose a LoRA file of FLUX.1"
+        return f"they name nothing in {FAMILY} that is adapted here; convert the file with the program that made it"
+    return CHOOSE

@@ -4,13 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infer.adapter.read import FILE
+from infer.family.find import LICENCES, SIZES, of_pipeline
 from infer.program.atomic import replace_file
 from infer.program.paths import is_hub_id
-
-LICENCES = {
-    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
-    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None),
-}
 
 
 @dataclass
@@ -20,6 +16,8 @@ class Card:
     name: str
     base: str
     """Hub id of the base model, or a local path, of which the last part is said."""
+    pipeline: str
+    """diffusers' class of the base's pipeline."""
     trigger: str | None
     precision: str
     """Of the base that it was trained on, such as `nf4`."""
@@ -31,6 +29,8 @@ class Card:
     """Prompts with the name of the picture beside the card."""
     notes: list[str] = field(default_factory=list)
     """What users must know."""
+    few: str | None = None
+    """Hub id of the few-step checkpoint that it is drawn on too."""
 
 
 def write_card(folder: Path, card: Card) -> Path:
@@ -45,7 +45,13 @@ def write_card(folder: Path, card: Card) -> Path:
         pipeline_tag="text-to-image",
         license=licence,
         license_name=licence_name,
-        tags=["flux", "lora", "text-to-image", "diffusers-training", "template:diffusion-lora"],
+        tags=[
+            of_pipeline(card.pipeline, card.base).TAG,
+            "lora",
+            "text-to-image",
+            "diffusers-training",
+            "template:diffusion-lora",
+        ],
         instance_prompt=card.trigger,
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in card.samples.items()] or None,
     )
@@ -62,16 +68,38 @@ def write_card(folder: Path, card: Card) -> Path:
         steps = sorted(card.figures, key=int)
         losses = ", ".join(f"{card.figures[step]:.4f} at step {step}" for step in steps)
         lines.append(f"| validation loss | {losses} |")
-    where = card.base if hub else "the base model's folder"
-    lines += [
-        "", "```python", "import torch", "from diffusers import FluxPipeline", "",
-        f'pipeline = FluxPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)',
-        f'pipeline.load_lora_weights("this folder or repository", weight_name="{FILE}")', "```",
-    ]  # fmt: skip
+    lines += ["", *_snippet(card.pipeline, card.base if hub else "the base model's folder")]
+    if card.few is not None:
+        lines += ["", *_in_few_steps(card, card.few)]
     text = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n"
     readme = folder / "README.md"
     replace_file(readme, lambda path: path.write_text(text))
     return readme
+
+
+def _in_few_steps(card: Card, few: str) -> list[str]:
+    sizes = SIZES[few]
+    drawing = of_pipeline(card.pipeline, few).drawing(few, sizes["index"], sizes["transformer"])
+    prompt = card.trigger or "a prompt"
+    call = f"pipeline({prompt!r}, num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance:g})"
+    return [
+        f"Trained on the base model, it is drawn on {few} too, which is distilled to {drawing.steps} steps:",
+        "",
+        *_snippet(card.pipeline, few, f"picture = {call}.images[0]"),
+    ]
+
+
+def _snippet(pipeline: str, base: str, *calls: str) -> list[str]:
+    return [
+        "```python",
+        "import torch",
+        f"from diffusers import {pipeline}",
+        "",
+        f'pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+        f'pipeline.load_lora_weights("this folder or repository", weight_name="{FILE}")',
+        *calls,
+        "```",
+    ]
 
 
 def push(folder: Path, repository: str) -> str:

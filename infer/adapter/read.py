@@ -1,29 +1,32 @@
-"""LoRA files of any program -> pairs: diffusers', PEFT's, kohya's, ComfyUI's, Black Forest Labs' and XLabs' names.
+"""LoRA files of any program -> pairs: diffusers', PEFT's, kohya's, ComfyUI's, ai-toolkit's, XLabs' and others.
 
 What a file holds is, for each layer, a pair A and B and a strength: the layer becomes W + strength x B A. Files differ
-in the layers' names (infer/adapter/layer_names.py), in what they fuse, and in where the strength stands.
+in the layers' names (infer/adapter/layer_names.py), in the family that these are of (file_family.py), in what they
+fuse, and in where the strength stands (strengths.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from infer.adapter.file_family import file_family
 from infer.adapter.foreign_files import reason
-from infer.adapter.layer_names import halves_swapped, layers_of
-from infer.family.family import Linear
+from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
+from infer.adapter.strengths import Strengths
+from infer.family.family import Family, Linear
 from infer.program.paths import is_hub_id, kind_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
 
 _PREFIX = re.compile(
     r"(base_model\.model\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|module\.|lora_unet_+"
@@ -96,11 +99,15 @@ def read_notes(file: Path) -> dict[str, Any]:
     return notes
 
 
-def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
+def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs:
     """An adapter file of any format -> pairs by diffusers' names of the transformer's layers.
 
+    model: the names of the layers of the model that it is for, where one is known; they decide where names mean
+    different layers in two families and the file does not tell which family it is of.
+
     Raises:
-        ValueError: it is unreadable, not finite or zero, half a pair is absent, or a key is unknown.
+        ValueError: it is unreadable, not finite or zero, half a pair is absent, a key is unknown, or nothing tells its
+            family.
     """
     file = find_adapter(path)
     try:
@@ -133,7 +140,7 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
         match = _KEY.fullmatch(key)
         name = _WRAPPER.sub("", match["name"]) if match else ""
         name = _PREFIX.sub("", name, count=1)
-        if match is None or not layers_of(name):
+        if match is None or not families_with([name]):
             unknown.append(key)
             continue
         part = next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
@@ -155,10 +162,11 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
     bad = [key for key, value in state.items() if not value.float().isfinite().all()]
     if bad:
         raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
-    strengths = _Strengths(file, header, state, found)
+    family = file_family(file, {name: _shape(file, name, found[name]) for name in sorted(found)}, model)
+    strengths = Strengths(file, header, state, found, family)
     pairs: Pairs = {}
     for name in sorted(found):
-        for layer, pair in _split(file, name, found[name], strengths).items():
+        for layer, pair in _split(file, name, found[name], family, strengths).items():
             if layer in pairs:
                 raise ValueError(f"{file} says twice what {layer} gets; it mixes two formats, keep one of them")
             pairs[layer] = pair
@@ -167,28 +175,6 @@ def read_pairs(path: str, drop_text_encoder: bool = False) -> Pairs:
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
-
-
-def check_fit(pairs: Pairs, layers: Mapping[str, Linear], path: str) -> None:
-    """Compare pairs with the layers that they are for.
-
-    Raises:
-        ValueError: a layer is unknown to the transformer, or has other features.
-    """
-    unknown = [layer for layer in pairs if layer not in layers]
-    if unknown:
-        raise ValueError(
-            f"{path} does not fit this model: {len(unknown)} of {len(pairs)} layers are unknown to it "
-            f"({unknown[0]}, ...); choose the adapter's own base model"
-        )
-    for name, pair in pairs.items():
-        wide, narrow = pair.up.shape[0], pair.down.shape[1]
-        layer = layers[name]
-        if (wide, narrow) != layer:
-            raise ValueError(
-                f"{path} does not fit this model at {name}: it maps {narrow} to {wide} features where the layer maps "
-                f"{layer.columns} to {layer.rows}; choose the adapter's own base model"
-            )
 
 
 def _number(key: str, value: Tensor) -> Tensor:
@@ -201,80 +187,42 @@ def _number(key: str, value: Tensor) -> Tensor:
     return value.float() if whole and key.endswith(".alpha") and value.numel() == 1 else value
 
 
-def _object(file: Path, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the configuration in {file} is no JSON ({error}); save the adapter again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"the configuration in {file} is no JSON object; save the adapter again")
-    return value
-
-
-class _Strengths:
-    """A layer's strength: of its alpha key, of the file's configuration, or 1."""
-
-    def __init__(self, file: Path, header: dict[str, str], state: Iterable[str], names: Iterable[str]) -> None:
-        """state: the file's keys. names: what they adapt, without prefixes."""
-        self.file = file
-        config = _object(file, header.get("lora_adapter_metadata", "{}"))
-        self.config = {key.removeprefix("transformer."): value for key, value in config.items()}
-        beside = file.with_name(PEFT_CONFIG)
-        peft = any(key.startswith("base_model.model.") for key in state)
-        if not peft or self.config or any(key.endswith(".alpha") for key in state):
-            return
-        if beside.is_file():
-            self.config = _object(beside, beside.read_text(errors="replace"))
-        elif any(layers_of(name) == (name,) for name in names):
-            # with Black Forest Labs' names and nothing beside them, programs write B at its whole strength
-            raise ValueError(f"{file} is PEFT's, whose strength stands in {PEFT_CONFIG}; put that file beside it")
-
-    def __call__(self, layer: str, name: str, rank: int, alpha: Tensor | None) -> float:
-        """layer: diffusers' name. name: the file's own."""
-        try:
-            return self._strength(layer, name, rank, alpha)
-        except (TypeError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
-            raise ValueError(f"{self.file} does not say how strong {layer} is ({error}); train it again") from error
-
-    def _strength(self, layer: str, name: str, rank: int, alpha: Tensor | None) -> float:
-        from peft.utils.other import get_pattern_key
-
-        said = None
-        if self.config.get("lora_alpha") is not None:
-            patterns = self.config.get("alpha_pattern") or {}
-            keys = (get_pattern_key(patterns, each) for each in (name, layer))
-            whole = next((patterns[key] for key in keys if key in patterns), self.config["lora_alpha"])
-            said = float(whole) / (rank**0.5 if self.config.get("use_rslora") else rank)
-        if alpha is None:
-            return 1.0 if said is None else said
-        strength = float(alpha) / rank
-        if said is not None and abs(strength - said) > 1e-3 * abs(strength):
-            raise ValueError(f"{self.file} gives {layer} two strengths, {strength} and {said}; remove one of them")
-        return strength
-
-
-def _split(file: Path, name: str, parts: dict[str, Tensor], strengths: _Strengths) -> Pairs:
-    """One name's tensors -> the pairs of the layers that it means."""
+def _shape(file: Path, name: str, parts: dict[str, Tensor]) -> Linear:
+    """The rows of one name's B and the columns of its A."""
     if "down" not in parts or "up" not in parts:
         there, absent = ("B", "A") if "up" in parts else ("A" if "down" in parts else "alpha", "B")
         raise ValueError(f"{file} has {there} but no {absent} for {name}: half a pair; copy or train it again")
     down, up = parts["down"], parts["up"]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not (down.numel() and up.numel()):
         raise ValueError(f"{file}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} are no pair of one rank")
-    layers = layers_of(name)
+    return Linear(up.shape[0], down.shape[1])
+
+
+def _split(file: Path, name: str, parts: dict[str, Tensor], family: Family, strengths: Strengths) -> Pairs:
+    """One name's tensors -> the pairs of the layers that it means."""
+    down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
+    layers = layers_of(name, family)
     strength = strengths(layers[0], name, down.shape[0], parts.get("alpha"))
+    if magnitude is not None:
+        magnitude = magnitude.flatten()
+    if halves_swapped(name):
+        up = up.roll(up.shape[0] // 2, 0)
+        magnitude = None if magnitude is None else magnitude.roll(len(magnitude) // 2)
     if len(layers) == 1:
-        if halves_swapped(name):
-            up = up.roll(up.shape[0] // 2, 0)
-        magnitude = parts.get("magnitude")
-        return {layers[0]: Pair(down, up, strength, None if magnitude is None else magnitude.flatten())}
+        return {layers[0]: Pair(down, up, strength, magnitude)}
     width = down.shape[1]
-    rows = [width, width, width, up.shape[0] - 3 * width][: len(layers)]
-    if "magnitude" in parts or sum(rows) != up.shape[0] or rows[-1] <= 0:
-        raise ValueError(f"{file} does not fit this model at {name}: B has {up.shape[0]} rows for {width} features")
+    rows = rows_within(layers, family, width)
+    if sum(rows) != up.shape[0] or (magnitude is not None and len(magnitude) != up.shape[0]):
+        raise ValueError(f"{file} does not fit any model at {name}: B has {up.shape[0]} rows for {width} features")
+    ups = dict(zip(layers, up.split(rows), strict=True))
+    if magnitude is not None:  # it says something of every row, also of those that nothing is added to
+        magnitudes = magnitude.split(rows)
+        return {
+            layer: Pair(down, part, strength, rows) for (layer, part), rows in zip(ups.items(), magnitudes, strict=True)
+        }
     found = {}
-    for layer, part in zip(layers, up.split(rows), strict=True):
+    for layer, part in ups.items():
         used = part.any(0)  # of a block-diagonal B, each layer's own columns
         if used.any():
             found[layer] = Pair(down[used], part[:, used].contiguous(), strength)
-    return found or {layer: Pair(down, part, strength) for layer, part in zip(layers, up.split(rows), strict=True)}
+    return found or {layer: Pair(down, part, strength) for layer, part in ups.items()}

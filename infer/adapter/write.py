@@ -1,7 +1,8 @@
-"""Pairs -> LoRA files for other programs: diffusers', PEFT's, kohya's and ComfyUI's.
+"""Pairs -> LoRA files for other programs: diffusers', PEFT's, kohya's, ComfyUI's and ai-toolkit's.
 
-diffusers' and PEFT's files name its layers; kohya's and ComfyUI's name Black Forest Labs', which fuse several: of q, k
-and v with an A each, B is block-diagonal and the rank the sum of theirs.
+diffusers' and PEFT's files name its layers; the others name Black Forest Labs', which fuse several: of q, k and v with
+an A each, B is block-diagonal and the rank the sum of theirs. kohya's and ComfyUI's say the strength as an alpha;
+ai-toolkit's has it in B, which is the one way that ComfyUI and diffusers' loader for FLUX.2 both read.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.adapter.layer_names import MLP_RATIO, halves_swapped, original_name
+from infer.adapter.layer_names import families_with, halves_swapped, original_name, rows_within
 from infer.adapter.read import PEFT_FILE, Pairs
+from infer.family.family import Family
 from infer.program.atomic import replace_file
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-FORMATS = ("diffusers", "peft", "kohya", "comfyui")
+FORMATS = ("diffusers", "peft", "kohya", "comfyui", "ai-toolkit")
 
 
 def lora_config(pairs: Pairs) -> LoraConfig:
@@ -63,6 +65,8 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
 
     if form not in FORMATS:
         raise ValueError(f"to is {form!r}; choose one of {', '.join(FORMATS)}")
+    if form not in ("diffusers", "peft") and any(pair.magnitude is not None for pair in pairs.values()):
+        raise ValueError(f"{form} files hold no DoRA as it is learned here; use to=diffusers or peft, or merge it")
     header = {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
     if form == "peft":
         config = lora_config(pairs)
@@ -71,7 +75,7 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
         out.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(out)
         out = out / PEFT_FILE
-    elif form == "diffusers":
+    elif form == "diffusers" or (form == "ai-toolkit" and not _toolkit_names(pairs)):
         state = _named(pairs, "transformer.", baked=True)
     else:
         state = _fused(pairs, form)
@@ -91,26 +95,33 @@ def _named(pairs: Pairs, prefix: str, baked: bool) -> dict[str, Tensor]:
     return state
 
 
+def _toolkit_names(pairs: Pairs) -> bool:
+    """Whether ai-toolkit's files of these layers name them as Black Forest Labs does; else as diffusers does."""
+    return any(family.NAMES.ai_toolkit for family in families_with(pairs))
+
+
 def _fused(pairs: Pairs, form: str) -> dict[str, Tensor]:
-    """Black Forest Labs' layers under kohya's or ComfyUI's keys, with alpha keys."""
+    """Black Forest Labs' layers under the keys of kohya, ComfyUI or ai-toolkit."""
     import torch
 
-    if any(pair.magnitude is not None for pair in pairs.values()):
-        raise ValueError(f"{form} files hold no DoRA of FLUX.1's fused layers; use to=diffusers or peft, or merge it")
+    family, *_ = families_with(pairs)
     groups = dict(original_name(layer) for layer in pairs)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layers in groups.items():
-        down, up, strength = _joined(pairs, layers)
+        down, up, strength = _joined(pairs, layers, family)
         if halves_swapped(name):
             up = up.roll(up.shape[0] // 2, 0)
         key = f"lora_unet_{name.replace('.', '_')}" if form == "kohya" else f"diffusion_model.{name}"
+        if form == "ai-toolkit":
+            state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": scaled(up, strength)}
+            continue
         state[f"{key}.lora_down.weight"] = down
         state[f"{key}.lora_up.weight"] = up
         state[f"{key}.alpha"] = torch.tensor(strength * down.shape[0], dtype=torch.float32)
     return state
 
 
-def _joined(pairs: Pairs, layers: tuple[str, ...]) -> tuple[Tensor, Tensor, float]:
+def _joined(pairs: Pairs, layers: tuple[str, ...], family: Family) -> tuple[Tensor, Tensor, float]:
     """A, B and strength of the one layer that holds these; where their A differ, B is block-diagonal."""
     import torch
 
@@ -122,7 +133,7 @@ def _joined(pairs: Pairs, layers: tuple[str, ...]) -> tuple[Tensor, Tensor, floa
     shared = all(torch.equal(pair.down, there[0].down) for pair in there)
     width = there[0].down.shape[1]
     down = there[0].down if shared else torch.cat([pair.down for pair in there])
-    rows = [(MLP_RATIO if layer.endswith("proj_mlp") else 1) * width for layer in layers]
+    rows = rows_within(layers, family, width)
     up = torch.zeros(sum(rows), down.shape[0], dtype=reduce(torch.promote_types, (part.dtype for part in ups)))
     row = column = 0
     for layer, count in zip(layers, rows, strict=True):

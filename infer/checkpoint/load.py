@@ -327,6 +327,16 @@ def distilled_from(model: Model) -> str | None:
     return family_of(model).distilled_from(model.path, _family_index(model), read_config(model, "transformer"))
 
 
+def distilled_to(model: Model) -> str | None:
+    """The few-step checkpoint that adapters of this one are drawn on too; None if there is none."""
+    return family_of(model).distilled_to(_family_index(model), read_config(model, "transformer"))
+
+
+def pipeline_of(model: Model) -> str:
+    """diffusers' class of the pipeline; the family's first one where the Hub would have to be asked."""
+    return str(_family_index(model).get("_class_name", next(iter(family_of(model).PIPELINES))))
+
+
 def part_folder(model: Model, part: str) -> Path:
     """The folder of a part, downloaded if the model is on the Hub and not here yet."""
     if model.local is not None:

@@ -85,6 +85,11 @@ class Names(NamedTuple):
     """Outside the blocks."""
     swapped: str
     """The layer of `outside` whose rows stand in two halves, shift before scale, where diffusers has scale first."""
+    ai_toolkit: bool
+    """Whether ai-toolkit's adapter files have these names; else they have diffusers'."""
+    double_also: Table
+    """What other programs call the layers of `double`."""
+    single_also: Table
 
 
 @dataclass
@@ -131,6 +136,8 @@ class Family(Protocol):
 
     NAME: str
     """As users know it, such as FLUX.1."""
+    TAG: str
+    """As the Hub's tag."""
     PIPELINES: Mapping[str, str]
     """diffusers' pipelines of it by class, and why one that is not taken is not; "" for those that are."""
     TRANSFORMER: str
@@ -182,6 +189,9 @@ class Family(Protocol):
 
     def distilled_from(self, path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
         """The checkpoint to train on in place of a few-step distilled one; None if this one is not distilled so."""
+
+    def distilled_to(self, index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+        """The few-step checkpoint that adapters of a base model are drawn on too; None if there is none."""
 
     def training_note(self, config: Mapping[str, Any]) -> str | None:
         """What to know before training on a checkpoint of this config; it follows the checkpoint's name."""

@@ -11,6 +11,8 @@ from infer.family.family import Family
 FAMILIES: tuple[Family, ...] = (flux1, flux2)
 SIZES = {path: sizes for family in FAMILIES for path, sizes in family.SIZES.items()}
 """The sizes of published checkpoints, by their Hub id."""
+LICENCES = {path: licence for family in FAMILIES for path, licence in family.LICENCES.items()}
+"""Theirs: the Hub's name of the licence, and the licence's own if that is `other`."""
 
 
 def of_pipeline(name: str, where: str) -> Family:

@@ -1,6 +1,6 @@
 """FLUX.1: dev, schnell, Kontext and what was made of them. The members are explained in family.py.
 
-Sources of the names: black-forest-labs/flux `model.py`, and diffusers'
+Sources of the names: black-forest-labs/flux `model.py`, XLabs-AI/x-flux `layers.py`, and diffusers'
 `convert_flux_transformer_checkpoint_to_diffusers`.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NAME = "FLUX.1"
+NAME, TAG = "FLUX.1", "flux"
 PIPELINES: Mapping[str, str] = {
     "FluxPipeline": "",
     "FluxKontextPipeline": "",
@@ -75,6 +75,17 @@ NAMES = Names(
         "final_layer.linear": ("proj_out",),
     },
     swapped="final_layer.adaLN_modulation.1",
+    ai_toolkit=False,
+    double_also={  # XLabs
+        "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "processor.proj_lora1": ("attn.to_out.0",),
+        "processor.proj_lora2": ("attn.to_add_out",),
+    },
+    single_also={
+        "processor.qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "processor.proj_lora": ("proj_out",),
+    },
 )
 TOKENS: Mapping[str, int] = {"black-forest-labs/FLUX.1-schnell": 256} | {
     path: 512 for path in SIZES if not path.endswith("schnell")
@@ -151,6 +162,11 @@ def two_calls(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 def distilled_from(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """None: schnell and its kin can be trained for a few steps (see `training_note`)."""
+    return None
+
+
+def distilled_to(index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """None: schnell's adapters are its own."""
     return None
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NAME = "FLUX.2"
+NAME, TAG = "FLUX.2", "flux2"
 PIPELINES: Mapping[str, str] = {
     "Flux2KleinPipeline": "",
     "Flux2Pipeline": "",
@@ -60,6 +60,9 @@ NAMES = Names(
         "final_layer.linear": ("proj_out",),
     },
     swapped="final_layer.adaLN_modulation.1",
+    ai_toolkit=True,
+    double_also={},
+    single_also={},
 )
 TOKENS: Mapping[str, int] = dict.fromkeys(SIZES, 512)
 _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
@@ -138,6 +141,14 @@ def distilled_from(path: str, index: Mapping[str, Any], config: Mapping[str, Any
         return None
     size = "4B" if config["num_single_layers"] <= 20 else "9B"
     return BASES.get(path, f"black-forest-labs/FLUX.2-klein-base-{size}")
+
+
+def distilled_to(index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    if not two_calls(index, config):
+        return None
+    here = linear_shapes(config)
+    fit = (few for few, base in BASES.items() if linear_shapes(SIZES[base]["transformer"]) == here)
+    return next(fit, None)
 
 
 def training_note(config: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 
 from infer.adapter.error_init import settled
-from infer.adapter.read import check_fit, read_pairs
+from infer.adapter.fit import fitting_pairs
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import load_transformer, read_config
 from infer.checkpoint.originals import Originals
@@ -61,9 +61,7 @@ def merge_checkpoint(options: Merge, device: torch.device) -> Path:
 def _parts(options: Merge, config: dict[str, Any]) -> dict[str, list[Part]]:
     """The adapters' pairs by layer, each with the weight that it is merged with."""
     layers = linear_shapes(config)
-    read = [(one, read_pairs(one.path)) for one in options.adapter.all()]
-    for one, pairs in read:
-        check_fit(pairs, layers, one.path)
+    read = [(one, fitting_pairs(one.path, layers)) for one in options.adapter.all()]
     with init_empty_weights():
         empty = getattr(diffusers, of_config(config).TRANSFORMER).from_config(config)
     parts: dict[str, list[Part]] = {}

@@ -16,6 +16,7 @@ from infer.adapter.read import FILE
 from scripts.bad.case import Case
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
+SINGLE = "transformer.single_transformer_blocks.0"
 DRAW = ["device=cpu", "only=[bf16]", "prompts=[a red star]", "sampling.steps=1", "sampling.height=16", "text_length=8",
         "sampling.width=16", "adapter.path=bad.safetensors"]  # fmt: skip
 UNREAD = r"bad\.safetensors"
@@ -119,7 +120,7 @@ def cases() -> Iterator[Case]:
     yield tensors("A alone", lambda: {k: v for k, v in pair().items() if "A" in k}, MISFIT)
     yield tensors("B alone", lambda: {k: v for k, v in pair().items() if "B" in k}, MISFIT)
     yield tensors("ranks that differ", lambda: _changed(A=lambda t: t[:1]), MISFIT)
-    yield tensors("rank 0", lambda: pair(rank=0), "does not fit|is zero|is no LoRA")
+    yield tensors("rank 0", lambda: pair(rank=0), "are no pair of one rank")
     yield tensors("transposed", lambda: _changed(A=lambda t: t.T, B=lambda t: t.T), MISFIT)
     yield tensors("of a wider model", lambda: pair(inner=3072, outer=3072), MISFIT)
     yield tensors("A of a wider model", lambda: pair(inner=3072), MISFIT)
@@ -145,12 +146,31 @@ def cases() -> Iterator[Case]:
     for name, key, said in (
         ("LoKr of LyCORIS", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr adapters are not LoRA"),
         ("embeddings of words", "bundle_emb.sks.t5", "embeddings of words of its own"),
-        ("of FLUX.2", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", "is for FLUX.2"),
+        ("LoHa of ai-toolkit", "diffusion_model.single_blocks.0.linear1.hada_w1_a", "LoHa adapters are not LoRA"),
+        ("of FLUX.3", "diffusion_model.content_mode_blocks.0.q_proj.lora_A.weight", "is for FLUX.3"),
         ("fp8 with scales", f"{LAYER}.scale_weight", "fp8 numbers have scales of their own"),
         ("another adapter's name", f"{LAYER}.lora_A.second.weight", "holds several adapters"),
         ("DiffSynth-Studio's", "blocks.0.attn.a_to_qkv.lora_A.default.weight", "DiffSynth-Studio's own names"),
     ):
         yield tensors(name, lambda key=key: pair() | {key: torch.ones(2, 2)}, rf"bad\.safetensors .*{said}")  # type: ignore[misc]
+    linear1, wide = "diffusion_model.single_blocks.0.linear1", r"maps 256 to .* features where"
+    for name, state, said in (
+        (
+            "of FLUX.2, by diffusers' names",
+            lambda: pair(f"{SINGLE}.attn.to_out", inner=4 * width()),
+            "it is for FLUX.2",
+        ),
+        ("of FLUX.2, by ComfyUI's names", lambda: pair(linear1, outer=9 * width()), "it is for FLUX.2"),
+        ("of FLUX.2 beside FLUX.1", lambda: pair(f"{SINGLE}.attn.to_out") | pair(f"{SINGLE}.proj_out"), "mixes two"),
+        (
+            "of FLUX.2-klein-4B",
+            lambda: pair(linear1, 2, 3072, 9 * 3072),
+            r"fits black-forest-labs/FLUX\.2-klein-base-4B",
+        ),
+        ("of no model's sizes", lambda: pair(linear1, outer=8 * width()), "does not fit any model at single_blocks.0"),
+        ("time_in of another size", lambda: pair("diffusion_model.time_in.in_layer", outer=9), wide),
+    ):
+        yield tensors(name, state, rf"bad\.safetensors .*{said}")
     yield tensors("a checkpoint", lambda: {f"{LAYER}.weight": torch.ones(2, 2)}, "is a checkpoint and no adapter")
     yield tensors("kohya's names of too few rows", lambda: {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, width()),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.model_card import Card
+from infer.checkpoint.load import distilled_to, pipeline_of
 from train.loop.preview import samples_of
 from train.run.config import Train
 
@@ -24,6 +25,7 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
     return Card(
         name=job.run,
         base=job.model.path,
+        pipeline=pipeline_of(job.model),
         trigger=job.data.trigger,
         precision=job.precision.kind,
         facts={
@@ -33,4 +35,5 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
         figures=history,
         samples=samples,
         notes=notes,
+        few=distilled_to(job.model),
     )

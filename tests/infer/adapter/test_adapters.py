@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from infer.adapter.attach import attach, load_adapter, shapes_of, switch
 from infer.adapter.attached import adapter_state, save_adapter, strengths, update_norm
@@ -34,7 +35,21 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def randomise(transformer: FluxTransformer2DModel, seed: int = 1) -> None:
+def klein_inputs() -> dict[str, Any]:
+    """Of tests/tiny_klein.py."""
+    own = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, 16, 64, generator=own),
+        "encoder_hidden_states": torch.randn(1, 24, 192, generator=own),
+        "timestep": torch.tensor([0.6]),
+        "guidance": None,
+        "img_ids": torch.zeros(16, 4),
+        "txt_ids": torch.zeros(24, 4),
+        "return_dict": False,
+    }
+
+
+def randomise(transformer: nn.Module, seed: int = 1) -> None:
     """Give every trainable tensor a value: B starts at zero, where half of all mistakes cannot be seen."""
     own = torch.Generator().manual_seed(seed)
     for parameter in transformer.parameters():

@@ -1,10 +1,12 @@
 """The model card as the Hub reads it, and the way to the Hub, against one that is made up."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import httpx
 import huggingface_hub
 import pytest
@@ -16,11 +18,14 @@ from PIL import Image
 from infer.adapter.model_card import Card, push, write_card
 from infer.adapter.read import FILE
 from infer.checkpoint.load import Model
+from infer.checkpoint.random_weights import shape_config
 from infer.sample.generate import Sampling
 from train.loop import preview as previews
+from train.loop.model_card import card_of
+from train.run.config import Train
 
 CARD = Card(
-    name="mine", base="black-forest-labs/FLUX.1-dev", trigger="sks: a 'dog'", precision="nf4",
+    name="mine", base="black-forest-labs/FLUX.1-dev", pipeline="FluxPipeline", trigger="sks: a 'dog'", precision="nf4",
     facts={"kind": "LoRA, rank 4"}, figures={"0": 0.93812, "100": 0.2}, samples={"sks, on a table": "sample-0.png"},
     notes=["Keep dry."],
 )  # fmt: skip
@@ -37,8 +42,38 @@ def test_the_hub_reads_the_card(tmp_path: Path) -> None:
         assert part in card.text
     local = tmp_path / "owner" / "model"
     local.mkdir(parents=True)
-    card = ModelCard.load(write_card(tmp_path, Card("x", str(local), None, "bf16", {})))
+    card = ModelCard.load(write_card(tmp_path, Card("x", str(local), "FluxPipeline", None, "bf16", {})))
     assert "base_model" not in card.data.to_dict() and str(tmp_path) not in card.content  # no path of this machine
+
+
+BASES = {  # a base model, the licence and tag of its family, and the few-step checkpoint that it is drawn on too
+    "black-forest-labs/FLUX.1-Kontext-dev": ("flux-1-dev-non-commercial-license", "flux", None),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "flux", None),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", "flux2", "black-forest-labs/FLUX.2-klein-4B"),
+    "black-forest-labs/FLUX.2-klein-base-9B": (
+        "flux-non-commercial-license", "flux2", "black-forest-labs/FLUX.2-klein-9B",
+    ),
+    "black-forest-labs/FLUX.2-klein-4B": ("apache-2.0", "flux2", None),
+    "black-forest-labs/FLUX.2-dev": ("flux-non-commercial-license", "flux2", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_card_draws_with_its_bases_own_pipeline(base: str, tmp_path: Path) -> None:
+    licence, tag, few = BASES[base]
+    job = Train(run="mine", model=Model(base, weights="random"), steps=1)
+    card = ModelCard.load(write_card(tmp_path, card_of(job, tmp_path, {})))
+    data = card.data.to_dict()
+    assert licence in (data["license"], data.get("license_name")) and tag in data["tags"]
+    snippets = re.findall(r"```python\n(.+?)```", card.text, re.DOTALL)
+    loaded = [re.search(r"= (\w+)\.from_pretrained\(\"(.+?)\"", snippet) for snippet in snippets]
+    index = shape_config(base, "index")
+    for found, path in zip(loaded, [base, few] if few else [base], strict=True):
+        assert found and found[1] == index["_class_name"] and found[2] == path
+        assert hasattr(getattr(diffusers, found[1]), "load_lora_weights")
+    for snippet in snippets:
+        compile(snippet, base, "exec")
+    assert ("num_inference_steps=4, guidance_scale=1)" in card.text) == (few is not None)
 
 
 class Hub:

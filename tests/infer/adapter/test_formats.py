@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,8 +21,10 @@ from infer.adapter.read import read_notes, read_pairs
 from infer.adapter.write import FORMATS
 from infer.checkpoint.load import Model, load_transformer
 from infer.convert import Convert, Source, convert
+from infer.family import flux1
+from infer.family.find import of_model
 from infer.quantize.precision import Precision
-from tests.infer.adapter.test_adapters import inputs, randomise
+from tests.infer.adapter.test_adapters import inputs, klein_inputs, randomise
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", compute_dtype="fp32")
@@ -76,9 +78,10 @@ def transformer_of(checkpoint: dict[str, Tensor]) -> FluxTransformer2DModel:
     return transformer
 
 
-def velocity(transformer: FluxTransformer2DModel) -> Tensor:
+def velocity(transformer: Any) -> Tensor:
+    given = inputs() if of_model(transformer) is flux1 else klein_inputs()
     with torch.no_grad():
-        out: Tensor = transformer(**inputs())[0]
+        out: Tensor = transformer(**given)[0]
     return out
 
 
@@ -113,24 +116,32 @@ def test_fused_layers_of_others(style: str, checkpoint: dict[str, Tensor], tmp_p
     assert (velocity(base) - expected).norm() < 1e-4 * (expected - plain).norm()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
-    """An adapter over every layer with a strength of its own: its folder, and velocities without and with it."""
-    folder = tmp_path_factory.mktemp("adapter")
-    transformer = load_transformer(Model("scripts/tiny/model"), FP32, CPU)
+class Made(NamedTuple):
+    """An adapter over every layer with a strength of its own."""
+
+    model: Model
+    folder: Path
+    base: Tensor  # velocity without it
+    expected: Tensor  # velocity with it
+
+
+@pytest.fixture(scope="module", params=["tiny", "klein"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    model, folder = request.getfixturevalue(request.param), tmp_path_factory.mktemp("adapter")
+    transformer = load_transformer(model, FP32, CPU)
     base = velocity(transformer)
     attach(transformer, Adapter(rank=4, alpha=6, rslora=True, targets="all"), seed=0)
     randomise(transformer)
     save_adapter(transformer.eval(), folder, {"trigger": "zelk"})
-    return folder, base, velocity(transformer)
+    return Made(model, folder, base, velocity(transformer))
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_round_trips_draw_the_same(form: str, trained: tuple[Path, Tensor, Tensor], tmp_path: Path) -> None:
-    folder, base, expected = trained
+def test_round_trips_draw_the_same(form: str, trained: Made, tmp_path: Path) -> None:
+    model, folder, base, expected = trained
     out = tmp_path / ("folder" if form == "peft" else "one.safetensors")
     written = convert(Convert(Source(str(folder)), form, str(out)))
-    transformer = load_transformer(Model("scripts/tiny/model"), FP32, CPU)
+    transformer = load_transformer(model, FP32, CPU)
     load_adapter(transformer, str(written), "mine")
     assert (velocity(transformer) - expected).norm() < 1e-4 * (expected - base).norm()
     again = convert(Convert(Source(str(written)), "diffusers", str(tmp_path / "again")))
@@ -143,11 +154,11 @@ def test_round_trips_draw_the_same(form: str, trained: tuple[Path, Tensor, Tenso
         torch.testing.assert_close(update, pair.strength * pair.up @ pair.down, rtol=1e-5, atol=1e-6)
 
 
-def test_peft_reads_what_is_written_for_it(trained: tuple[Path, Tensor, Tensor], tmp_path: Path) -> None:
-    folder, base, expected = trained
+def test_peft_reads_what_is_written_for_it(trained: Made, tmp_path: Path) -> None:
+    model, folder, base, expected = trained
     convert(Convert(Source(str(folder)), "peft", str(tmp_path / "peft")))
-    model = PeftModel.from_pretrained(load_transformer(Model("scripts/tiny/model"), FP32, CPU), tmp_path / "peft")
-    assert (velocity(model.eval()) - expected).norm() < 1e-4 * (expected - base).norm()
+    loaded = PeftModel.from_pretrained(load_transformer(model, FP32, CPU), tmp_path / "peft")
+    assert (velocity(loaded.base_model.model.eval()) - expected).norm() < 1e-4 * (expected - base).norm()
 
 
 def test_a_part_of_a_fused_layer_stays_a_part(tmp_path: Path) -> None:
@@ -213,25 +224,25 @@ def test_xlabs_and_old_diffusers_keys_as_plain_diffusers_reads_them(tmp_path: Pa
         assert (velocity(transformer) - expected).norm() < 1e-4 * (expected - base).norm()
 
 
-def test_a_run_goes_on_from_any_file(trained: tuple[Path, Tensor, Tensor], tmp_path: Path) -> None:
-    folder, base, expected = trained
+def test_a_run_goes_on_from_any_file(trained: Made, tmp_path: Path) -> None:
+    model, folder, base, expected = trained
     file = convert(Convert(Source(str(folder)), "kohya", str(tmp_path / "kohya.safetensors")))
     for adapter in (
         Adapter(rank=4, alpha=3, targets="all", start=str(file)),
         Adapter(rank=7, alpha=14, targets="all", start=str(folder)),
     ):
-        transformer = load_transformer(Model("scripts/tiny/model"), FP32, CPU)
+        transformer = load_transformer(model, FP32, CPU)
         parameters = attach(transformer, adapter, seed=0)
         assert all(parameter.requires_grad for parameter in parameters)
         assert {state.shape[0] for key, state in adapter_state(transformer).items() if "_A." in key} == {adapter.rank}
         assert (velocity(transformer.eval()) - expected).norm() < 1e-4 * (expected - base).norm()
     for adapter, message in (
         (Adapter(rank=3, targets="all", start=str(folder)), r"rank 4; set adapter\.rank=4 or more"),
-        (Adapter(rank=4, start=str(folder)), r"adapts 34 layers that adapter\.targets=attention does not"),
+        (Adapter(rank=4, start=str(folder)), r"adapts \d+ layers that adapter\.targets=attention does not"),
         (Adapter(rank=4, targets="all", dora=True, start=str(folder)), r"is LoRA; set adapter\.dora to it"),
     ):
         with pytest.raises(ValueError, match=message):
-            attach(load_transformer(Model("scripts/tiny/model"), FP32, CPU), adapter, seed=0)
+            attach(load_transformer(model, FP32, CPU), adapter, seed=0)
 
 
 KEY = "transformer.transformer_blocks.0.attn.to_q"

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infer.adapter.foreign_files import KINDS, OTHERS
-from infer.adapter.read import FILE, PEFT_CONFIG, find_adapter, read_pairs
+from infer.adapter.read import FILE, find_adapter, read_pairs
+from infer.adapter.strengths import PEFT_CONFIG
 from infer.adapter.write import FORMATS
 from infer.convert import Convert, Source, convert
 
@@ -19,12 +20,17 @@ WIDTH, RANK = 16, 3
 Q, OUT = "transformer_blocks.1.attn.to_q", "single_transformer_blocks.2.proj_out"
 K, MLP = "single_transformer_blocks.2.attn.to_k", "single_transformer_blocks.2.proj_mlp"
 SHAPES = {Q: (WIDTH, WIDTH), OUT: (WIDTH, 5 * WIDTH), K: (WIDTH, WIDTH), MLP: (4 * WIDTH, WIDTH)}
+ALL, WRITE = "single_transformer_blocks.2.attn.to_qkv_mlp_proj", "single_transformer_blocks.2.attn.to_out"
+ADDED, IN = "transformer_blocks.1.attn.add_v_proj", "transformer_blocks.1.ff.linear_in"
+SHAPES_2 = {Q: (WIDTH, WIDTH), ADDED: (WIDTH, WIDTH), ALL: (9 * WIDTH, WIDTH), WRITE: (WIDTH, 4 * WIDTH),
+            IN: (6 * WIDTH, WIDTH)}  # fmt: skip
+FAMILIES = pytest.mark.parametrize("shapes", [SHAPES, SHAPES_2], ids=["FLUX.1", "FLUX.2"])
 
 
 def drawn(names: dict[str, str], up: str, down: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A file's tensors: for each of diffusers' layers its name there; up, down: what stands behind it."""
     own, state = torch.Generator().manual_seed(0), {}
-    for layer, (rows, columns) in SHAPES.items():
+    for layer, (rows, columns) in (SHAPES | SHAPES_2).items():
         a, b = torch.randn(RANK, columns, generator=own).to(dtype), torch.randn(rows, RANK, generator=own).to(dtype)
         if layer in names:
             state |= {f"{names[layer]}.{down}": a, f"{names[layer]}.{up}": b}
@@ -51,7 +57,8 @@ def flat(prefix: str, name: str) -> str:
 
 
 ORIGINAL = {Q: "double_blocks.1.img_attn.qkv.0", OUT: "single_blocks.2.linear2", K: "single_blocks.2.linear1.1",
-            MLP: "single_blocks.2.linear1.3"}  # fmt: skip
+            MLP: "single_blocks.2.linear1.3", ADDED: "double_blocks.1.txt_attn.qkv.2", ALL: "single_blocks.2.linear1",
+            WRITE: "single_blocks.2.linear2", IN: "double_blocks.1.img_mlp.0"}  # fmt: skip
 STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
     "LyCORIS": (lambda layer: flat("lycoris_", layer), "lora_up.weight", "lora_down.weight"),
     "PEFT's state": (lambda layer: f"transformer.{layer}", "lora_B.default.weight", "lora_A.default.weight"),
@@ -66,11 +73,12 @@ STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
 }  # fmt: skip
 
 
+@FAMILIES
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("alpha", [None, torch.tensor(6), torch.tensor([6.0], dtype=torch.float16)], ids=str)
-def test_names_of_others(style: str, alpha: Tensor | None, tmp_path: Path) -> None:
+def test_names_of_others(style: str, alpha: Tensor | None, shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     name, up, down = STYLES[style]
-    names = {layer: name(layer) for layer in SHAPES}
+    names = {layer: name(layer) for layer in shapes}
     state = drawn(names, up, down)
     if alpha is not None:
         state |= {f"{each}.alpha": alpha.clone() for each in names.values()}
@@ -82,8 +90,11 @@ def test_names_of_others(style: str, alpha: Tensor | None, tmp_path: Path) -> No
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64], ids=str
 )
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_type_of_number_is_written_to_every_format(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
-    names = {layer: flat("lora_unet_", layer) for layer in SHAPES}
+@FAMILIES
+def test_every_type_of_number_is_written_to_every_format(
+    dtype: torch.dtype, form: str, shapes: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    names = {layer: flat("lora_unet_", layer) for layer in shapes}
     state = drawn(names, "lora_up.weight", "lora_down.weight", dtype)
     state |= {f"{name}.alpha": torch.tensor(RANK, dtype=torch.int64) for name in names.values()}
     save_file(state, tmp_path / "theirs.safetensors")
@@ -155,15 +166,15 @@ REASONS = {
     "blocks.0.attn.a_to_qkv.lora_A.default.weight": "DiffSynth", f"{B}.weight": "checkpoint and no adapter; give it as",
     "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": "for Stable Diffusion or SDXL",
     "first_stage_model.encoder.conv_in.weight": "checkpoint and no adapter",
-    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight": "for FLUX.2",
+    "diffusion_model.content_mode_blocks.0.q_proj.lora_A.weight": "for FLUX.3",
     "diffusion_model.distilled_guidance_layer.in_proj.lora_A.weight": "for Chroma",
     "transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight": "for Qwen-Image",
     "diffusion_model.blocks.0.self_attn.q.lora_A.weight": "for Wan", "lora_unet_blocks_0_cross_attn_q.alpha": "for Wan",
     "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": "for Stable Diffusion 3",
     "diffusion_model.layers.0.attention.qkv.lora_A.weight": "for Lumina or Z-Image",
     "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": "for LTX-Video or PixArt",
-    "transformer.transformer_blocks.0.attn.to_x.lora_A.weight": "name nothing in FLUX.1's blocks",
-    "something.else.lora_A.weight": "choose a LoRA file of FLUX.1",
+    "transformer.transformer_blocks.0.attn.to_x.lora_A.weight": "name nothing in FLUX.1 or FLUX.2",
+    "something.else.lora_A.weight": "choose a LoRA file of FLUX.1 or FLUX.2",
 }  # fmt: skip
 
 
@@ -177,10 +188,10 @@ def test_what_is_not_read_is_named_for_what_it_is(key: str, beside: bool, tmp_pa
     said = str(refused.value)
     wanted = REASONS.get(key, "the text encoder too")
     if beside and wanted.startswith(("checkpoint", "choose")):
-        wanted = "name nothing in FLUX.1's blocks"
+        wanted = "name nothing in FLUX.1 or FLUX.2"
     assert wanted in said, said
-    if Q in key or B in key or key in TEXTS:  # of FLUX.1
-        assert "choose a LoRA file of FLUX.1" not in said
+    if Q in key or B in key or key in TEXTS:  # of ours
+        assert "choose a LoRA file of" not in said
 
 
 def test_every_reason_is_tried() -> None:
