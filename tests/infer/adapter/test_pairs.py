@@ -451,7 +451,7 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"model": "saved", "precision": Precision("nf4", layers={"proj_out": "bf16"})}, "and a mixture of kinds is asked"),
     ({"model": "saved", "precision": Precision("nf4", double_quant=True)}, "precision.double_quant asks for True; set"),
     ({"model": "schnell", "flow": Flow(guidance=3.0)}, "flow.guidance is 3, which has no effect .*no guidance emb"),
-    ({"model": "schnell", "sampling": Sampling(guidance=2.0)}, "sampling.guidance is 2, .*leave it at 3.5"),
+    ({"model": "schnell", "sampling": Sampling(guidance=2.0)}, "sampling.guidance is 2, .*leave it at null"),
     ({"model": "schnell", "flow": Flow("shifted")}, "that of .* does not shift its noise levels; set flow.density=log"),
     ({"model": "static", "flow": Flow("shifted")}, "shifts by 3 whatever the picture's size"),
     ({"model": "curved", "flow": Flow("shifted")}, "has .*max_shift=1.5.*; set flow.density=logit_normal"),

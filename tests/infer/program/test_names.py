@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter
@@ -19,6 +20,7 @@ from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.program.command import check_run_name
 from infer.quantize.precision import Precision
+from infer.sample import generate
 from infer.sample.generate import Sampling
 from train.gap import Gap, measure
 from train.loop.finish import nothing_learned
@@ -149,14 +151,14 @@ def test_a_picture_that_is_not_finite_is_none(
     ):
         compare(options)
     assert not list(tmp_path.glob("runs/*"))
-    real = FluxPipeline.__call__
+    real = generate.denoise
 
-    def ruined(*args: object, **kwargs: object) -> object:
-        found = real(*args, **kwargs)
-        found.images[0, 0, 0] = float("inf")
+    def ruined(*args: Any) -> Tensor:
+        found = real(*args)
+        found[0, 0, 0] = float("inf")
         return found
 
-    monkeypatch.setattr(FluxPipeline, "__call__", ruined)
+    monkeypatch.setattr(generate, "denoise", ruined)
     with pytest.raises(ValueError, match=r"at precision fp32 the picture .* is not finite .*checkpoint may be damaged"):
         compare(replace(options, adapter=Trained()))
 

@@ -84,7 +84,7 @@ def test_a_place_says_all() -> None:
     whole = training_batch(job, cache, samples, places, 1.0, CPU)
     for i, place in enumerate(places):
         alone = training_batch(job, cache, samples, [place], 1.0, CPU)
-        for name in ("x0", "noise", "sigma", "t5", "pooled"):
+        for name in ("x0", "noise", "sigma", "embeds", "pooled"):
             assert torch.equal(getattr(alone, name)[0], getattr(whole, name)[i])
     assert len(set(whole.sigma.tolist())) == len(places)
     other = training_batch(job, cache, samples, [places[0]._replace(epoch=1)], 1.0, CPU)
