@@ -96,6 +96,12 @@ def reference_vae(model: Model, layout: torch.memory_format = torch.channels_las
     return vae.to(compute_dtype(torch.bfloat16, CPU), memory_format=layout)
 
 
+def reference_encoders(model: Model) -> Any:
+    """diffusers' text encoders: weights of bf16, in the dtype that this CPU computes in."""
+    pipeline = FluxPipeline.from_pretrained(model.path, transformer=None, vae=None, torch_dtype=torch.bfloat16)
+    return pipeline.to(compute_dtype(torch.bfloat16, CPU))
+
+
 def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tensor]:
     """A view's latents by Pillow, NumPy and diffusers alone, one by one."""
     square = Image.open(file).convert("RGB")
@@ -111,7 +117,7 @@ def by_hand(vae: Any, file: Path, view: View) -> tuple[torch.Tensor, torch.Tenso
 def check(cache: Cache, samples: list[Sample], model: Model) -> list[torch.Tensor]:
     """Every view of every sample is diffusers' encoding of its own picture, and its captions' of its own captions."""
     vae = reference_vae(model)
-    pipeline = FluxPipeline.from_pretrained(model.path, transformer=None, vae=None, torch_dtype=torch.bfloat16)
+    pipeline = reference_encoders(model)
     means = {}
     for i, kept in enumerate(cache.kept):
         for views in cache.views(i):
@@ -126,7 +132,7 @@ def check(cache: Cache, samples: list[Sample], model: Model) -> list[torch.Tenso
         text = cache.text(caption)
         with torch.no_grad():
             t5, pooled, _ = pipeline.encode_prompt(caption, None, max_sequence_length=len(text.t5))
-        assert torch.equal(text.t5, t5[0]) and torch.equal(text.pooled, pooled[0])
+        assert torch.equal(text.t5, t5[0].bfloat16()) and torch.equal(text.pooled, pooled[0].bfloat16())
     return list(means.values())
 
 
