@@ -54,7 +54,7 @@ def measure(
     found = []
     for names in groups(layers):
         errors = {"bf16": 0.0}
-        weights = [layers[name].weight for name in names]
+        weights: list[Tensor] = [layers[name].weight for name in names]
         for kind in KINDS:
             with _holding(weights, [quantized_values(weight.data, kind, double_quant, dtype) for weight in weights]):
                 off = (velocities(transformer, calls, device) - exact).flatten(1).square().sum(1)
@@ -66,7 +66,7 @@ def measure(
 
 
 @contextmanager
-def _holding(weights: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+def _holding(weights: list[Tensor], values: list[Tensor]) -> Iterator[None]:
     """Within, the weights hold these values: in place if they are of one dtype, since the fast path has stacks of which
     the weights are views. Products in fp32 of stored bf16, as some CPUs have, see values that bf16 cannot hold."""
     kept = [weight.data for weight in weights]
