@@ -91,12 +91,6 @@ def normalise(mean: Tensor, deviation: Tensor, shift: float, scale: float) -> tu
     return (mean.float() - shift) * scale, deviation.float() * scale
 
 
-def to_moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels [batch, 3, height, width] in [-1, 1] -> the posterior's mean and deviation, each
-    [batch, channels, height / 8, width / 8] in fp32, normalised as the transformer expects them."""
-    return normalise(*to_posterior(vae, pixels), vae.config.shift_factor, vae.config.scaling_factor)
-
-
 def pack(latents: Tensor) -> Tensor:
     """[batch, channels, height, width] -> packed latents [batch, height / 2 * width / 2, channels * 4]."""
     packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)

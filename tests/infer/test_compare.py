@@ -24,7 +24,7 @@ from infer.device.measure import measure
 from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
-from infer.sample.encode import decode, pack, text_encoder, to_moments, unpack
+from infer.sample.encode import decode, normalise, pack, text_encoder, to_posterior, unpack
 from infer.sample.generate import Sampling, draw, noise
 from scripts.tiny import world
 
@@ -164,7 +164,8 @@ def test_latents_round_trip_through_the_autoencoder(tiny: Model) -> None:
 
     picture = world.paint(world.canvas([world.sample_scene(random.Random(3))]))
     vae = load_vae(tiny, CPU, torch.float32)
-    mean, deviation = to_moments(vae, picture * 2 - 1)
+    moments = to_posterior(vae, picture * 2 - 1)
+    mean, deviation = normalise(*moments, vae.config.shift_factor, vae.config.scaling_factor)
     assert mean.shape == deviation.shape == (1, 16, 16, 16)
     assert torch.equal(unpack(pack(mean), 128, 128), mean)
     again = decode(vae, pack(mean), 128, 128)

@@ -420,7 +420,7 @@ def test_text_keys_are_equal_only_for_equal_texts(texts: list[str]) -> None:
     assert not {Keys("vae", 0, "others").text(text) for text in texts} & set(keys)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([1, 7, 255]))
 def test_identity_is_of_the_pixels_alone(width: int, height: int, seed: int, place: int, change: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
