@@ -527,7 +527,7 @@ WORK |= {
     **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
     "short-of-memory": check_short,
     "pytest": partial(outside, gpu_tests()),
-    "ranks": partial(outside, [sys.executable, str(ROOT / "scripts" / "check_ranks.py")]),
+    "ranks": partial(outside, [sys.executable, str(ROOT / "scripts" / "check_ranks.py"), "--seconds", str(ROW - 30)]),
     "spill": check_spill,
 }
 ALONE = ("ranks", "spill")  # these need the whole card, or all of them
@@ -600,7 +600,8 @@ def tell(name: str, seen: Path, where: TextIO = sys.stdout) -> None:
     print(table([row_of(line)]), file=where, flush=True)
 
 
-def worker(names: list[str], out: Path, folder: Path, device: torch.device) -> None:
+def worker(names: list[str], out: Path, device: torch.device) -> None:
+    folder = out.parent
     os.chdir(folder)
     table_of = os.fdopen(os.dup(1), "w")
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -654,12 +655,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the rows")
     parser.add_argument("--cpu", action="store_true", help="what of it a CPU can do")
     parser.add_argument("--rows", type=Path, default=Path("runs/bench/check-gpu.jsonl"), help="where the rows go")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.out, options.folder, torch.device("cpu" if options.cpu else "cuda"))
+        worker(options.worker, options.out, torch.device("cpu" if options.cpu else "cuda"))
         return
     names = [name for name in WORK if possible(name, options.cpu) and (options.only is None or name in options.only)]
     if options.list:
@@ -673,7 +673,7 @@ def main() -> None:
     log.touch()
     make_style(folder / "pictures", 12, 0)
     os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4", "HF_HUB_OFFLINE": "1"}
-    flags = ["--folder", str(folder), *(["--cpu"] if options.cpu else [])]
+    flags = ["--cpu"] if options.cpu else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was seen is still told
     try:
         side = groups([name for name in names if name not in ALONE])

@@ -1,7 +1,7 @@
 """Several GPUs against one: the same adapter from a larger batch, shared weights and optimizers, a run that one process
 goes on with, one that repeats itself, what is said, and the death of a rank.
 
-    python scripts/check_ranks.py                  # two GPUs, about two minutes; --cpu tries it with two CPU processes
+    python scripts/check_ranks.py                  # two GPUs, a minute; --cpu tries it with two CPU processes
     python scripts/check_ranks.py --ranks 4 --out runs/bench/check_ranks.jsonl
 
 Trains the bundled model for a few steps in each way, by several processes with a part of the batch each and by one, and
@@ -10,6 +10,7 @@ explains. The exit code is 4 if any is beyond its limit.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import re
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 STEPS, SAVED = 4, 2
 RESUMED, REPEATED = "resumed by one", "deterministic"
+ENDING = 15  # seconds that processes have after their time is up
+TOOK = "took"  # a file in a run's folder
 
 
 @dataclass
@@ -122,14 +125,26 @@ def again(run: str) -> None:
     """Set a finished run back to its first checkpoint, and what came out of it aside."""
     folder = Path("runs", run)
     shutil.copytree(folder / "adapter", f"runs/{run}-first/adapter", dirs_exist_ok=True)
-    shutil.copy(folder / "metrics.jsonl", f"runs/{run}-first")
+    for name in ("metrics.jsonl", TOOK):
+        shutil.copy(folder / name, f"runs/{run}-first")
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / f"checkpoints/step-{STEPS:06d}")
 
 
-def train_all(cpu: bool, ranks: int) -> None:
+def timed(job: Any, train: Any) -> None:
+    """Train, and note in the run's folder and in the log how long that took with all that comes before and after."""
+    start = time.monotonic()
+    train(job)
+    took = time.monotonic() - start
+    if os.environ.get("RANK", "0") == "0":
+        Path("runs", job.run, TOOK).write_text(f"{took:.1f}")
+        print(f"==== {job.run}: {took:.1f} s", flush=True)
+
+
+def train_all(cpu: bool, ranks: int, until: float) -> None:
     """What each process of a launch does: every check, one after another. One process by itself goes on with a run of
-    the others too, once they have ended."""
+    the others too, once they have ended. until: the time at which one that is not done says where it is, and ends."""
+    faulthandler.dump_traceback_later(max(1.0, until - time.time()), exit=True)
     from infer.program.quiet import quieten
 
     quieten()
@@ -144,20 +159,20 @@ def train_all(cpu: bool, ranks: int) -> None:
         if check.launch == "fsdp2" and processes == 1:
             job.memory.fused = False  # as FSDP has it
         launch_as(check.launch if processes > 1 else "ddp")
-        train(job)
+        timed(job, train)
         if check.deterministic and processes > 1:
             torch.distributed.barrier()
             if os.environ["RANK"] == "0":
                 again(job.run)
             torch.distributed.barrier()
-            train(job)
+            timed(job, train)
     launch_as("ddp")
     if processes == 1:
         while not Path("ended").is_file():  # the ranks, which were started beside this process
             time.sleep(0.1)
         job = job_of("replicas nf4", ranks, cpu)
         again(job.run)
-        train(job)
+        timed(job, train)
         return
     loop: Any = sys.modules["train.loop.step"]
 
@@ -190,6 +205,7 @@ def compare(name: str, one: str, other: str, limit: float) -> dict[str, Any]:
         "ok": difference < limit if limit else difference == 0 and moved > 0,
         "seconds": [round(event["seconds"], 4) for event in last],
         "gib": [round(event["memory_gib"], 3) for event in last],
+        "took": [float((run / TOOK).read_text()) for run in runs],
     }
 
 
@@ -228,17 +244,29 @@ def results(cpu: bool, ranks: int, log: str, ended: float) -> Iterator[dict[str,
     yield death
 
 
+def row_of(result: dict[str, Any], ranks: int, place: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded of a result, as scripts/bench_rows.py has it: the difference as a part of its limit."""
+    from scripts.bench_rows import make_row
+
+    more = {key: value for key, value in result.items() if key != "check"}
+    measured: float | None = None
+    if "error" not in result:
+        measured = result["difference"] / result["limit"] if result.get("limit") else 0.0 if result["ok"] else 1e9
+    source = place | {"command": f"python scripts/check_ranks.py --ranks {ranks}"}
+    return make_row(f"{result['check']}, {ranks} ranks", "of its limit", measured, "<= 1", source, **more)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="CPU processes over gloo")
     parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="processes, a GPU each")
-    parser.add_argument("--out", type=Path, help="append the results to this file of JSON lines")
+    parser.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
     parser.add_argument("--logs", type=Path, help="where what the processes say is kept; runs/check_ranks")
-    parser.add_argument("--seconds", type=float, default=600, help="for all of it")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=300, help="for all of it")
+    parser.add_argument("--worker", type=float, metavar="UNTIL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        train_all(options.cpu, options.ranks)
+        train_all(options.cpu, options.ranks, options.worker)
         return
     from infer.program.quiet import quieten
 
@@ -250,7 +278,8 @@ def main() -> None:
         sys.exit(
             f"error: {options.ranks} GPUs are needed, and torch sees {torch.cuda.device_count()}; --cpu needs none"
         )
-    own = [str(Path(__file__).resolve()), "--worker", "--ranks", str(options.ranks)]
+    started = time.time()
+    own = [str(Path(__file__).resolve()), "--worker", str(started + options.seconds), "--ranks", str(options.ranks)]
     own += ["--cpu"] if options.cpu else []
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -262,15 +291,15 @@ def main() -> None:
         os.chdir(name)
         make_style(Path("pictures"), 12, seed=1)
         several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        running, deadline = [], time.monotonic() + options.seconds
+        running = []
         for log, command in ((logs / "ranks.log", several), (logs / "one.log", [sys.executable])):
             with log.open("w") as stream:
                 running.append(subprocess.Popen([*command, *own], env=environment, stdout=stream, stderr=stream))
         for process in running:
             try:
-                process.wait(max(1.0, deadline - time.monotonic()))
+                process.wait(max(1.0, started + options.seconds + ENDING - time.time()))
             except subprocess.TimeoutExpired:
-                print(f"the processes are not done after {options.seconds:g} s", file=sys.stderr)
+                print(f"the processes have not ended {ENDING} s after {options.seconds:g} s", file=sys.stderr)
                 process.terminate()
                 process.wait()
             if process is running[0]:
@@ -284,7 +313,7 @@ def main() -> None:
         for result in found:
             print(json.dumps(result))
             if out is not None:
-                append(out, result | {"ranks": options.ranks} | place)
+                append(out, row_of(result, options.ranks, place))
         if code or not all(result["ok"] for result in found):
             print(f"{options.ranks} processes said:\n{told[-6000:]}", file=sys.stderr)
             sys.exit(4)

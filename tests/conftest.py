@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from infer.checkpoint.load import Model
 from infer.family import find
@@ -12,6 +13,10 @@ from infer.program.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.browser import Browser
+
+
+settings.register_profile("untimed", deadline=None)  # seconds are no property, and other work may run here
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

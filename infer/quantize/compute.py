@@ -17,9 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from infer.quantize.precision import Precision
 
+# Modules that cast activations to the dtype in which some of their weights are stored: T5's feed-forward layers before
+# `wo`, the autoencoder's decoder before its first block that enlarges
+CAST_TO_STORED = ("T5DenseActDense", "T5DenseGatedActDense", "Decoder")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -79,7 +83,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Have a model compute in a dtype other than the one it is stored in; see `compute_dtype_of`.
 
     Every module with weights of its own casts its floating inputs and, for the time of a call, its weights; 4-bit and
-    int8 ones are dequantized to that dtype.
+    int8 ones are dequantized to that dtype. No activation is rounded to the stored dtype on the way.
     """
     if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return
@@ -91,6 +95,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype, module.compute_type_is_set = dtype, True
         if any(p.is_floating_point() and p.dtype != dtype for p in module.parameters(recurse=False)):
             module.forward = _casting(module, module.forward, dtype)
+        if type(module).__name__ in CAST_TO_STORED:
+            module.forward = _unrounded(module.forward, dtype)
 
     def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return tuple(_cast(value, dtype) for value in args), {name: _cast(v, dtype) for name, v in kwargs.items()}
@@ -112,6 +118,29 @@ def _casting(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype)
             return forward(*given, **{name: _cast(value, dtype) for name, value in kwargs.items()})
         finally:
             module._parameters.update(stored)
+
+    return computing
+
+
+class _Unrounded(TorchFunctionMode):
+    """Within, a cast of a floating tensor to any floating dtype but one gives the tensor as it is."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype):
+            floating = args[0].is_floating_point() and args[1].is_floating_point
+            if floating and args[1] != self.dtype:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _unrounded(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def computing(*args: Any, **kwargs: Any) -> Any:
+        with _Unrounded(dtype):
+            return forward(*args, **kwargs)
 
     return computing
 

@@ -41,15 +41,16 @@ def rounded(weight: Tensor, precision: Precision, device: torch.device) -> Tenso
     return dequantized(quantized_layer(weight, precision, device)).cpu()
 
 
-def quantized_values(weight: Tensor, kind: str, double_quant: bool) -> Tensor:
-    """The values [out, in] that take part in products once a weight is stored as int8, fp4 or nf4, in its own dtype."""
+def quantized_values(weight: Tensor, kind: str, double_quant: bool, dtype: torch.dtype) -> Tensor:
+    """The values [out, in] that take part in products in `dtype` once a weight is stored as int8, fp4 or nf4."""
     import bitsandbytes.functional as bnb
 
     if kind == "int8":
         codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
-        return int8_values(codes, scales, weight.dtype)
+        return int8_values(codes, scales, dtype)
     packed, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=64, compress_statistics=double_quant, quant_type=kind
     )
-    values: Tensor = bnb.dequantize_4bit(packed, state).to(weight.dtype)
+    state.dtype = dtype  # else it rounds to the weight's
+    values: Tensor = bnb.dequantize_4bit(packed, state)
     return values

@@ -1,13 +1,14 @@
 """The velocity's error when each group of layers alone is quantized, measured, and kept for precision=auto."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from infer.checkpoint.load import Model, fingerprint, load_transformer, own_size
@@ -16,7 +17,7 @@ from infer.fast.install import choose_path
 from infer.fast.memory import Memory
 from infer.fast.weights import groups
 from infer.program.atomic import replace_file
-from infer.quantize.compute import compute_dtype_of
+from infer.quantize.compute import compute_dtype_of, product_dtype_of
 from infer.quantize.layer import quantized_values
 from infer.quantize.precision import Precision, linear_layers, stored_bytes, weight_bytes
 from infer.rounding.budget import choose
@@ -46,23 +47,41 @@ def measure(
     device = calls[0]["hidden_states"].device
     exact = velocities(transformer, calls, device)
     norms = exact.flatten(1).square().sum(1)
+    dtype = product_dtype_of(transformer)
     found = []
     for names in groups(layers):
         errors = {"bf16": 0.0}
-        weights = [layers[name].weight for name in names]
+        weights: list[Tensor] = [layers[name].weight for name in names]
         for kind in KINDS:
-            kept = [weight.data.clone() for weight in weights]
-            for weight in weights:
-                # in place: what the fast path has stacked are views of these
-                weight.data.copy_(quantized_values(weight.data, kind, double_quant))
-            off = (velocities(transformer, calls, device) - exact).flatten(1).square().sum(1)
+            with _holding(weights, [quantized_values(weight.data, kind, double_quant, dtype) for weight in weights]):
+                off = (velocities(transformer, calls, device) - exact).flatten(1).square().sum(1)
             errors[kind] = float((off / norms).mean())
-            for weight, data in zip(weights, kept, strict=True):
-                weight.data.copy_(data)
             tick()
         sizes = {kind: sum(_bytes(layers[name], kind, double_quant) for name in names) for kind in errors}
         found.append({"layers": names, "errors": errors, "bytes": sizes})
     return found
+
+
+@contextmanager
+def _holding(weights: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Within, the weights hold these values: in place if they are of one dtype, since the fast path has stacks of which
+    the weights are views. Products in fp32 of stored bf16, as some CPUs have, see values that bf16 cannot hold."""
+    kept = [weight.data for weight in weights]
+    whole = values[0].dtype == kept[0].dtype
+    before = [data.clone() if whole else data for data in kept]
+    for weight, value in zip(weights, values, strict=True):
+        if whole:
+            weight.data.copy_(value)
+        else:
+            weight.data = value
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            if whole:
+                weight.data.copy_(data)
+            else:
+                weight.data = data
 
 
 def sensitivities(options: Sensitivity, device: torch.device, say: Callable[[str], object]) -> dict[str, Any]:
@@ -72,8 +91,9 @@ def sensitivities(options: Sensitivity, device: torch.device, say: Callable[[str
     size = options.sampling.height or side, options.sampling.width or side
     precision = Precision("bf16")
     transformer = load_transformer(options.model, precision, device)
-    choose_path(transformer, Memory(keep="everything", compile=False, graph=False), precision, device, say)
     layers = linear_layers(transformer)
+    if all(layer.weight.dtype == product_dtype_of(transformer) for layer in layers.values()):  # see _holding
+        choose_path(transformer, Memory(keep="everything", compile=False, graph=False), precision, device, say)
     other = stored_bytes(transformer) - sum(_bytes(layer, "bf16") for layer in layers.values())
     records = record(transformer, options.model, precision, options.prompts, 0, options.sampling, size, device)
     steps = settled(options.sampling, options.model).steps

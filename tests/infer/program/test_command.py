@@ -70,7 +70,7 @@ MISTAKES = [
     ("precision=nf5", "there is no precision=nf5; did you mean nf4? there are "),
     (
         "model=huge",
-        "there is no model=huge; there are dev, flux2_dev, klein4b, klein4b_distilled, klein9b, klein9b_distilled, kontext,",
+        "there is no model=huge; there are dev, flux2_dev, klein4b,",
     ),
     ("+optimm=adamw", "there is no setting 'optimm'"),
     ("precision@p=nf4", "there is no group 'precision@p'. Did you mean to override precision?"),

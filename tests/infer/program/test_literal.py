@@ -92,7 +92,7 @@ def test_every_text_setting_of_a_command_is_one(monkeypatch: pytest.MonkeyPatch)
             assert literal_arguments([argument], Train) == [argument.replace("1e3", "'1e3'")]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(min_size=1).filter(lambda text: not QUOTED.fullmatch(text.strip()) and text.strip().lower() != "null"))
 def test_hydra_reads_back_any_text(text: str) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"key={literal(text, str)}"])
@@ -100,7 +100,7 @@ def test_hydra_reads_back_any_text(text: str) -> None:
     assert getattr(value, "text", value) == text
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(alphabet="ab 1,[]{}():'\"\\\\ä", max_size=12))
 def test_splitting_loses_nothing(text: str) -> None:
     parts = split(text)

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data.batches import Place, Stream, batches_from, epoch_batches, epoch_places, share
@@ -67,7 +67,6 @@ def test_fractions_take_turns_evenly(stream: Stream) -> None:
             assert abs(sum(epoch[i] for i in alike) - repeat * len(alike)) <= 1 + 1e-6
 
 
-@settings(deadline=None)
 @given(streams(), st.integers(0, 60), st.integers(0, 30))
 def test_resuming_needs_no_history(stream: Stream, first: int, count: int) -> None:
     whole = list(islice(batches_from(stream, 0), first + count))

@@ -56,7 +56,7 @@ def found(folder: Path, keys: Collection[str]) -> dict[str, Path]:
     return there
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sets(st.sampled_from("abcdefgh"), min_size=1), min_size=1, max_size=4),
     st.sampled_from(DTYPES),
@@ -143,7 +143,7 @@ def test_damage_is_found_and_not_believed(tmp_path: Path, kind: str) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_flipped_bit_changes_what_is_read(place: int, bit: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         file, own = write_shard(Path(name), {"k": item(1)}), item(1)

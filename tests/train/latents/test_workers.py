@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from train.latents.workers import make_room, own_cores, work_ahead
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 4))
 def test_results_come_in_order_and_not_too_far_ahead(waits: list[int], workers: int) -> None:
     taken: list[int] = []
@@ -48,7 +48,7 @@ def test_what_fails_is_raised_in_its_place_and_the_rest_is_not_begun() -> None:
     assert len(begun) < 10
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=12), st.integers(1, 10))
 def test_room_keeps_its_limit_and_lets_everyone_in(amounts: list[int], limit: int) -> None:
     room, lock, inside, seen = make_room(limit), threading.Lock(), [0, 0], []

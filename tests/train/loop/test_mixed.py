@@ -170,10 +170,11 @@ def test_each_trained_latent_has_the_mask_the_text_and_the_weight_of_its_picture
     made, ranks = run
     texts = sorted(set().union(*(one.texts for one in made.values())))
     pipeline = FluxPipeline.from_pretrained(tiny.path, transformer=None, vae=None, torch_dtype=torch.bfloat16)
+    pipeline.to(compute_dtype(torch.bfloat16, torch.device("cpu")))  # as the trainer encodes
     with torch.no_grad():
         length = pipeline.tokenizer_2.model_max_length
         pairs = {text: pipeline.encode_prompt(text, None, max_sequence_length=length)[:2] for text in texts}
-    encoded = {text: [part[0] for part in parts] for text, parts in pairs.items()}
+    encoded = {text: [part[0].bfloat16() for part in parts] for text, parts in pairs.items()}
     seen: dict[int, Counter[str]] = defaultdict(Counter)
     used: set[tuple[str, bool, Any]] = set()
     said: set[str] = set()
@@ -191,7 +192,7 @@ def test_each_trained_latent_has_the_mask_the_text_and_the_weight_of_its_picture
                 others = [score for j, score in enumerate(scores) if j != best]
                 assert 0.7 < scores[best] < 1.4 and min(others, default=99) > 5
                 name, mirrored, mean, _, mask = alike[best]
-                own = batch["t5"][i], batch["pooled"][i]
+                own = batch["embeds"][i], batch["pooled"][i]
                 (text,) = [text for text, parts in encoded.items() if all(map(torch.equal, own, parts))]
                 assert text in made[name].texts
                 if mask is not None:

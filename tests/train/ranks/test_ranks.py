@@ -25,7 +25,7 @@ from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from train.loop.micro_step import graphs
 from train.objective.optim import Optim
-from train.ranks.launch import check_launch
+from train.ranks.launch import CODES, check_launch
 from train.run.config import Train
 
 UPDATES, ACCUMULATION = 3, 2
@@ -276,6 +276,27 @@ def test_no_library_speaks_once_a_rank(two: tuple[Path, list[str], float]) -> No
     _, logs, _ = two
     assert not [line for log in logs for line in log.splitlines() if "Warning" in line or "context_fn" in line]
     assert [log.count("the fast path is off") for log in logs] == [1, 1]  # once a machine
+
+
+def patterns() -> torch.Tensor:
+    """Four bytes each: all that the upper two can be, with some lower ones."""
+    upper = torch.arange(2**16, dtype=torch.int64)[:, None] << 16
+    return (upper + torch.tensor([0, 1, 0x7FFF, 0xFFFF])).to(torch.uint32).flatten()
+
+
+def test_codes_outlive_a_copy_through_fp32() -> None:
+    """As a GPU copies a list of tensors (aten/src/ATen/native/cuda/ForeachBinaryOpList.cu, `opmath_t`)."""
+    codes = patterns().view(CODES)
+    copied = torch.stack([one.to(torch.float32).to(CODES) for one in codes.chunk(4)])
+    assert torch.equal(copied.flatten().view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_codes_outlive_the_copies_of_fsdp() -> None:
+    codes = patterns().view(CODES).cuda()
+    copied = [torch.zeros_like(part) for part in codes.chunk(4)]
+    torch._foreach_copy_(copied, list(codes.chunk(4)))
+    assert torch.equal(torch.cat(copied).view(torch.uint8), codes.view(torch.uint8))
 
 
 def test_what_works_passes() -> None:

@@ -117,7 +117,7 @@ def same(a: Any, b: Any) -> bool:
     return repr(a) == repr(b)  # NaN too
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.dictionaries(KEYS, TREES, max_size=3))
 def test_any_state_comes_back(tree: dict[Any, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -225,7 +225,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PLAIN)
 def test_spelled_values_are_read_by_hydra_as_they_are(value: Any) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"key={spell(value)}"])
