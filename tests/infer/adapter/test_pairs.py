@@ -337,7 +337,7 @@ def convert_row(place: Place, row: Row, folder: Path) -> None:
     for form in FORMATS:
         out = folder / (form if form == "peft" else f"{form}.safetensors")
         options = Convert(Source(str(folder / "adapter")), form, str(out))
-        if row["adapter"] == "dora" and form in ("kohya", "comfyui"):
+        if row["adapter"] == "dora" and form in ("kohya", "comfyui", "ai-toolkit"):
             with pytest.raises(ValueError, match="hold no DoRA"):
                 convert(options)
             continue
