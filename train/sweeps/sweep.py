@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from infer.program.errors import explained
+from infer.program.errors import INTERRUPTED, explained
 from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, INSTALLED, ROOT, SHIPPED
 from train.run.config import Train
@@ -91,6 +91,10 @@ def main() -> None:
         sys.argv.insert(position, f"sweep.keys=[{','.join(keys)}]")
     if not INSTALLED:  # what a launcher starts, on whichever machine, finds this checkout and its plugins
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
+    except KeyboardInterrupt:  # its points have heard it too, and save
+        print(f"\nstopped by Ctrl-C; done points are kept in {folder}, the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     with explained():
         conclude(folder)
