@@ -45,6 +45,7 @@ class Fill:
     recheck: bool = False
     """Read all weights, pictures and encodings again, though their files are as they were when they were last read."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
 
 def summary(cache: Cache) -> list[str]:

@@ -67,7 +67,9 @@ class Gap:
     seed: int = 0
     """Of the noise, and of what is held out."""
     run: str = "train"
+    """Its folder is runs/<run>; the page goes to runs/<run>/gap."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", pictures=MANY, levels=10**4, seed=SEED)

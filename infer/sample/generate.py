@@ -20,11 +20,13 @@ class Sampling:
     """How pictures are drawn."""
 
     steps: int = 28
+    """Denoising steps of a picture: more take longer, and 20 to 50 are usual."""
     guidance: float = 3.5
     """The distilled guidance of FLUX.1-dev; without effect on schnell."""
     height: int | None = None
     """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
     width: int | None = None
+    """Pixels, as height."""
 
     def __post_init__(self) -> None:
         check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)

@@ -30,13 +30,15 @@ class Prior:
     count: int = 0
     """Pictures that the base draws; 0 draws none."""
     weight: float = 1.0
-    """Of them in the loss."""
+    """What they count in the loss."""
     ratio: float = 1.0
     """Class pictures seen for each training picture."""
     steps: int = 28
+    """Denoising steps of each drawn picture."""
     guidance: float = 3.5
+    """The distilled guidance with which they are drawn."""
     seed: int = 0
-    """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
+    """Seed of the drawing: picture i has seed + i. Drawn at the first resolution, square."""
 
     def __post_init__(self) -> None:
         check_most(
@@ -79,8 +81,9 @@ class Data:
     validation: float = 0.1
     """Share of the pictures held out, at least one; 0 holds out none."""
     image_column: str = "image"
+    """The column of the pictures in a table or a data set on the Hub."""
     caption_column: str = "text"
-    """Of metadata.jsonl or metadata.csv, the parquet file or the data set; a list of texts is several captions."""
+    """The column of the captions in metadata.jsonl, metadata.csv, a table or a data set; a list is several captions."""
     masks: str | None = None
     """The masks of data.path: a folder of greyscale pictures of the same names, white where the loss counts."""
     sources: list[Source] = field(default_factory=list)
@@ -101,8 +104,9 @@ class Data:
     flip: bool = False
     """Train mirrored pictures too; not where left and right matter."""
     prefix: str = ""
+    """Put before every caption as it is, spaces included."""
     suffix: str = ""
-    """Put around every caption as they are, spaces included."""
+    """Put behind every caption as it is, spaces included."""
     caption_lines: bool = False
     """Each line of a .txt or .caption file is a caption of its own."""
     tag_orders: int = 1

@@ -22,18 +22,19 @@ class Source:
     repeats: float = 1.0
     """Times that each of its samples is seen an epoch; a fraction takes turns."""
     weight: float = 1.0
-    """Of its samples in the loss."""
+    """What its samples count in the loss."""
     caption: str | None = None
-    """Of the pictures that have none; null refuses them."""
+    """The caption of pictures that have none; null refuses them."""
     prior: bool = False
     """Pictures of the class at large (prior preservation): no trigger, prefix or suffix, none held out."""
     image_column: str | None = None
+    """The column of the pictures; null takes data.image_column."""
     caption_column: str | None = None
-    """Null takes data.image_column and data.caption_column."""
+    """The column of the captions; null takes data.caption_column."""
     subset: str | None = None
-    """Of a data set on the Hub that has several."""
+    """The subset of a data set on the Hub that has several."""
     split: str = "train"
-    """Of a data set."""
+    """The split of a data set."""
 
     def __post_init__(self) -> None:
         check_most(self, "data.sources: ", repeats=10**6, weight=10**6)

@@ -39,6 +39,7 @@ class Train:
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
+    """Of the adapter's start, the order of the samples, their noise and what is held out."""
     deterministic: bool = field(default=False, metadata=MAY_CHANGE)
     """Give the same bits every time on one kind of GPU, whether the run is stopped or not; false is faster there
     (docs/nothing-lost.md has figures). On a CPU the bits are the same in any case."""
@@ -76,6 +77,7 @@ class Train:
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(

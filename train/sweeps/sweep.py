@@ -23,8 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from infer.program.errors import INTERRUPTED, explained
+from infer.program.help import print_help
 from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, INSTALLED, ROOT, SHIPPED
+from infer.program.prompts import prompt_notes, read_prompt_files
 from train.run.config import Train
 from train.run.sweep import Sweep
 
@@ -73,8 +75,20 @@ def main() -> None:
     # without types: the commands of a point check their settings themselves
     ConfigStore.instance().store(name="train_schema", node={})
     with explained():
+        sys.argv[1:] = read_prompt_files(sys.argv[1:], Train)
+        notes = prompt_notes(sys.argv[1:], Train)
         sys.argv[1:] = literal_arguments(sys.argv[1:], Train, sweep=True)
+        for note in notes:
+            print(note)
     arguments = get_args_parser().parse_args()
+    if arguments.help:
+        with explained():
+            swept = varied(arguments.overrides)
+            single = [each for each in arguments.overrides if each.partition("=")[0].lstrip("+") not in swept]
+            print_help(
+                "train", Train, [*single, *(["--config-dir", arguments.config_dir] if arguments.config_dir else [])]
+            )
+        return
     with explained():
         try:
             keys = varied(arguments.overrides)
