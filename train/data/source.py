@@ -10,6 +10,9 @@ from infer.program.paths import expand
 POLICIES = ("raise", "skip")
 
 
+BY_CONTENT = {"may_change": True}  # a resumed run compares the samples that come of it
+
+
 @dataclass
 class Source:
     """Where pictures and captions are, and how much they count: one entry of data.sources."""
@@ -27,13 +30,13 @@ class Source:
     """The caption of pictures that have none; null refuses them."""
     prior: bool = False
     """Pictures of the class at large (prior preservation): no trigger, prefix or suffix, none held out."""
-    image_column: str | None = None
+    image_column: str | None = field(default=None, metadata=BY_CONTENT)
     """The column of the pictures; null takes data.image_column."""
-    caption_column: str | None = None
+    caption_column: str | None = field(default=None, metadata=BY_CONTENT)
     """The column of the captions; null takes data.caption_column."""
-    subset: str | None = None
+    subset: str | None = field(default=None, metadata=BY_CONTENT)
     """The subset of a data set on the Hub that has several."""
-    split: str = "train"
+    split: str = field(default="train", metadata=BY_CONTENT)
     """The split of a data set."""
 
     def __post_init__(self) -> None:

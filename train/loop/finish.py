@@ -91,7 +91,7 @@ def summary(job: Train, norm: float, progress: Progress, folder: Path, averaged:
         ("of the averaged weights", progress.validation_ema),
     ):
         if losses:
-            before, after = losses["0"], losses[str(job.steps)]
+            before, after = next(iter(losses.values())), losses[str(job.steps)]
             learned += f", {name} {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
     if progress.skipped:
         events = folder / "events.jsonl"

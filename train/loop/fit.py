@@ -70,7 +70,7 @@ def start_loop(session: Session) -> Loop:
     schedule = make_schedule(job.optim, optimizer, job.steps)
     broadcast_adapter(model.parameters, run.accelerator)
     average = make_average(job.ema, model.transformer, model.parameters)
-    progress = Progress(data.samples.fingerprint(data.cache), session.resumption.base)
+    progress = Progress(data.samples.fingerprint(data.cache), session.resumption.base, levels=job.validation_levels)
     training = TrainingState(model.transformer, average, optimizer, schedule, progress, run.folder)
     resumed = resume(session, training)
     first = training.progress.step
@@ -93,7 +93,7 @@ def start_loop(session: Session) -> Loop:
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
-    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at)
+    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed)
 
 
 def resume(session: Session, training: TrainingState) -> bool:
@@ -121,7 +121,7 @@ def save_state(loop: Loop) -> None:
         loop.events.sync()
         save(loop.training, optimizer)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
-    loop.saved_at = time.monotonic()
+    loop.saved_at, loop.saved = time.monotonic(), True
     run.accelerator.wait_for_everyone()
 
 

@@ -13,6 +13,8 @@ from train.data.dataset import check_left
 from train.data.source import Sample, Skipped
 from train.latents.build import build
 from train.latents.prior import prior_samples
+from train.latents.prune import folders_used
+from train.latents.users import record_use
 from train.loop.batch import split_samples
 from train.loop.session import EncodedData, LoadedModel, Run
 from train.ranks.launch import shard_weights, uses_fsdp
@@ -39,6 +41,8 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     samples = [samples[i] for i in cache.kept]
     check_left(job.data, samples, skipped + cache.skipped)
     chosen = split_samples(samples, cache, job.data, job.seed)
+    if run.main:
+        record_use(cache, run.folder, folders_used(job.data, job.model, job.precision))
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
     return EncodedData(cache, chosen, {prompt: cache.text(prompt) for prompt in job.previews})
 

@@ -132,6 +132,8 @@ class Loop:
     spill: Spill
     saved_at: float
     """By time.monotonic: when the last checkpoint was written, or the loop began."""
+    saved: bool
+    """Whether the run has a checkpoint."""
     save_requested: bool = False
     stop_requested: bool = False
 

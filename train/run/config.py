@@ -51,9 +51,9 @@ class Train:
     """Decay of a moving average of the adapter's weights, such as 0.99. The average is validated, drawn and saved
     beside the weights themselves; null: no average."""
     save_every: int = field(default=200, metadata=MAY_CHANGE)
-    """Steps between checkpoints; 0 keeps only the last."""
-    save_minutes: float = field(default=0.0, metadata=MAY_CHANGE)
-    """Minutes after the last checkpoint at which another is written in any case; 0: never."""
+    """Steps between checkpoints; 0: by time and at the end alone."""
+    save_minutes: float = field(default=10.0, metadata=MAY_CHANGE)
+    """Minutes after which another checkpoint is written in any case, a run's first after one minute; 0: never."""
     keep: int = field(default=2, metadata=MAY_CHANGE)
     """How many of the newest checkpoints are kept."""
     keep_best: int = field(default=0, metadata=MAY_CHANGE)
@@ -67,8 +67,8 @@ class Train:
     """A loss this many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
     validate_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between validations; 0 validates at the start and the end."""
-    validation_levels: int = 8
-    """Noise levels at which each held-out picture is measured."""
+    validation_levels: int = field(default=8, metadata=MAY_CHANGE)
+    """Noise levels at which each held-out picture is measured. With another number the figures begin anew."""
     preview_every: int = field(default=0, metadata=MAY_CHANGE)
     """Steps between previews; 0 draws one at the end."""
     previews: list[str] = field(default_factory=list, metadata=MAY_CHANGE)

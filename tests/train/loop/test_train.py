@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -386,3 +387,22 @@ def test_two_ranks_equal_one_with_twice_the_batch(
     ]
     values = [[value for value in history if value is not None] for history in histories]
     assert len(values[0]) == 2 and values[0] == pytest.approx(values[1], rel=1e-5 if kind == "fp32" else 1e-2)
+
+
+def test_the_first_checkpoint_comes_early_and_then_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, now = SimpleNamespace(main=True), 1000.0
+    loop: Any = SimpleNamespace(
+        session=SimpleNamespace(run=run, job=SimpleNamespace(save_minutes=10.0)), saved=False, saved_at=now
+    )
+    monkeypatch.setattr(STEP.time, "monotonic", lambda: now)
+    due = {}
+    for saved, minutes in ((False, 10.0), (True, 10.0), (False, 0.5), (False, 0.0), (True, 0.0)):
+        loop.saved, loop.session.job.save_minutes = saved, minutes
+        found = []
+        for after in (29, 31, 59, 61, 599, 601):
+            now = 1000.0 + after
+            found.append(STEP.save_overdue(loop))
+        due[saved, minutes] = found.index(True) if any(found) else None
+    assert due == {(False, 10.0): 3, (True, 10.0): 5, (False, 0.5): 1, (False, 0.0): None, (True, 0.0): None}
+    run.main, loop.saved, loop.session.job.save_minutes = False, False, 10.0
+    assert not STEP.save_overdue(loop)  # the main rank decides
