@@ -9,6 +9,7 @@ import errno
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -49,6 +50,9 @@ def explained(folder: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # whoever read what is printed has left, as head does: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         fail(error, folder)
     except KeyboardInterrupt as error:

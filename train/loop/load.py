@@ -16,6 +16,7 @@ from train.latents.prior import prior_samples
 from train.latents.prune import folders_used
 from train.latents.users import record_use
 from train.loop.batch import split_samples
+from train.loop.preview import default_prompts
 from train.loop.session import EncodedData, LoadedModel, Run
 from train.ranks.launch import shard_weights, uses_fsdp
 
@@ -32,7 +33,7 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews]))
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *(job.previews or [])]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")
@@ -44,7 +45,8 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     if run.main:
         record_use(cache, run.folder, folders_used(job.data, job.model, job.precision))
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
-    return EncodedData(cache, chosen, {prompt: cache.text(prompt) for prompt in job.previews})
+    prompts = default_prompts(chosen, job.data) if job.previews is None else job.previews
+    return EncodedData(cache, chosen, {prompt: cache.text(prompt) for prompt in prompts})
 
 
 def load_model(run: Run) -> LoadedModel:

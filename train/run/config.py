@@ -69,10 +69,11 @@ class Train:
     """Steps between validations; 0 validates at the start and the end."""
     validation_levels: int = field(default=8, metadata=MAY_CHANGE)
     """Noise levels at which each held-out picture is measured. With another number the figures begin anew."""
-    preview_every: int = field(default=0, metadata=MAY_CHANGE)
+    preview_every: int = field(default=250, metadata=MAY_CHANGE)
     """Steps between previews; 0 draws one at the end."""
-    previews: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
-    """Prompts of the previews; an empty list draws none. The trigger word is not added."""
+    previews: list[str] | None = field(default=None, metadata=MAY_CHANGE)
+    """Prompts of the previews, to which the trigger word is not added; null takes the captions of two held-out
+    pictures, with it; an empty list draws none."""
     push: str | None = field(default=None, metadata=MAY_CHANGE)
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""

@@ -69,6 +69,7 @@ def job(
         data=Data(str(pictures), SIDE, 2, "zelk style", 0.2, cache=str(pictures.parent / "cache")),
         optim=Optim(lr=1e-3, schedule="linear"),
         run="short",
+        previews=[],
         steps=6,
         accumulation=2,
         save_every=2,

@@ -156,7 +156,7 @@ def job(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     return Train(
         model=Model(str(ROOT / "scripts/tiny/model")), adapter=Adapter(rank=2, targets="single"),
         data=Data("pictures", 64, 2, validation=0.2, cache=str(pictures / "cache")), optim=Optim(lr=1e-3, warmup=1),
-        steps=2, save_every=1, validate_every=1, validation_levels=1, ema=0.5, run="short", device="cpu",
+        steps=2, save_every=1, validate_every=1, validation_levels=1, ema=0.5, run="short", device="cpu", previews=[],
         sampling=Sampling(steps=1, height=64, width=64),
     )  # fmt: skip
 
