@@ -8,6 +8,7 @@ from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
 from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
+from train.data.buckets import is_smaller
 from train.data.caption import all_texts
 from train.data.dataset import check_left
 from train.data.source import Sample, Skipped
@@ -42,6 +43,12 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     samples = [samples[i] for i in cache.kept]
     check_left(job.data, samples, skipped + cache.skipped)
     chosen = split_samples(samples, cache, job.data, job.seed)
+    small = sum(is_smaller(p.width, p.height, cache.views(i), job.data) for i, p in enumerate(cache.pictures))
+    if small:
+        run.say(
+            f"note: {small} of {len(samples)} pictures are smaller than data.resolution={job.data.resolution} and are "
+            "trained at their own size; data.upscale=true enlarges them, a lower data.resolution fits them"
+        )
     if run.main:
         record_use(cache, run.folder, folders_used(job.data, job.model, job.precision))
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
