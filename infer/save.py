@@ -31,6 +31,7 @@ class Save:
     out: str = ""
     """A folder that does not exist yet."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         expand(self, "out")

@@ -160,6 +160,7 @@ def curves(out: Path, steps: int, kinds: list[str]) -> None:
                 steps=steps,
                 validate_every=0,
                 save_every=0,
+                previews=[],
                 run=f"check-fast-{name}-{path}",
             )
             train(job)

@@ -292,6 +292,7 @@ def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
                 validate_every=0,
                 save_every=0,
                 run=f"check-half-{name}",
+                previews=[],
                 device=device.type,
             )
             train(job)

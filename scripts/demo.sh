@@ -7,8 +7,7 @@ run=runs/demo
 if [ ! -f runs/demo-pictures/metadata.jsonl ]; then
     .venv/bin/python scripts/tiny/make_style.py runs/demo-pictures
 fi
-.venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    train/train.py experiment=demo
+.venv/bin/python train/train.py experiment=demo
 if [ $run/compare/results.json -nt $run/adapter/pytorch_lora_weights.safetensors ]; then
     .venv/bin/python -m infer.report $run/compare
 else

@@ -56,7 +56,7 @@ from train.state.checkpoint import list_checkpoints, read_checkpoint
 SET = ["data.path=set", "data.resolution=32", "device=cpu", "precision=bf16", "data.cache=cache"]
 TRAIN = [*SET, "run=soak", "steps=3", "save_every=1", "validate_every=2", "validation_levels=1", "adapter.rank=2",
          "accumulation=2", "data.validation=0.2", "data.caption_dropout=0.2", "optim.lr=1e-3",
-         "encode.flush_seconds=0"]  # fmt: skip
+         "encode.flush_seconds=0", "previews=[]"]  # fmt: skip
 CACHE = [*SET, "data.crops=2", "data.flip=true", "encode.flush_seconds=0"]
 DRAW = ["run=soak", "device=cpu", "only=[bf16]", "prompts=[a red star]", "sampling.steps=1",
         "sampling.height=32", "sampling.width=32", "text_length=16"]  # fmt: skip

@@ -3,7 +3,7 @@
     python train/cache.py model=dev precision=nf4 data.path=my_pictures data.resolution=512
 
 fills the cache (train/latents/build.py); several GPUs share the work under `accelerate launch`, and prune=true then
-removes all else. Its last line is one JSON object.
+removes all else and says what; force=true what other runs have used too. Its last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from infer.checkpoint.load import MEMORY, Model, check_model
 from infer.device.device import check_device_name, pick_device
 from infer.program.command import run_command
+from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.program.remembered import forget
 from infer.quantize.precision import Precision
@@ -41,10 +42,18 @@ class Fill:
     previews: list[str] = field(default_factory=list)
     """Further texts: the prompts of the run's previews."""
     prune: bool = False
-    """Remove what this config does not use, while nobody else uses the cache."""
+    """Remove what this config does not use, while nobody else uses the cache. It is named, and nothing goes that other
+    runs have used, without `force`."""
+    force: bool = False
+    """With prune, remove what other runs have used too: they will encode it again."""
     recheck: bool = False
     """Read all weights, pictures and encodings again, though their files are as they were when they were last read."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+
+    def __post_init__(self) -> None:
+        if not self.prune:
+            refuse_idle(self, "", ("force",), "prune is false, so nothing is removed")
 
 
 def summary(cache: Cache) -> list[str]:
@@ -96,7 +105,7 @@ def fill(options: Fill) -> dict[str, int]:
     cache.close()
     state.wait_for_everyone()
     if options.prune and main:
-        prune_cache(cache, folders_used(data, options.model, options.precision))
+        prune_cache(cache, folders_used(data, options.model, options.precision), options.force, print)
     state.wait_for_everyone()
     figures = {
         "samples": len(cache.kept),

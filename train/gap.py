@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import infer  # noqa: F401  which says what is amiss outside of the environment
 
 from tqdm import tqdm
 
@@ -67,7 +68,9 @@ class Gap:
     seed: int = 0
     """Of the noise, and of what is held out."""
     run: str = "train"
+    """Its folder is runs/<run>; the page goes to runs/<run>/gap."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", pictures=MANY, levels=10**4, seed=SEED)

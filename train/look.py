@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import infer  # noqa: F401  which says what is amiss outside of the environment
 
 from tqdm import tqdm
 

@@ -3,8 +3,8 @@
     python train/plan.py model=dev precision=nf4 data.resolution=1024 adapter.rank=16
     python train/plan.py model=dev data.resolution=1024 fit_gib=12    # the fastest memory settings that fit
 
-Takes train.py's options. Needs no GPU, no checkpoint and no network for FLUX.1-dev and schnell. The last line is one
-JSON object with `peak_memory_bytes` and its parts.
+Takes train.py's options. Needs no GPU, no checkpoint and no network for FLUX.1-dev and schnell. json=true prints one
+JSON object with `peak_memory_bytes` and its parts as the last line, out=plan.json writes it to a file.
 """
 
 import sys

@@ -25,6 +25,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import infer  # noqa: F401  which says what is amiss outside of the environment
 
 import psutil
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import infer  # noqa: F401  which says what is amiss outside of the environment
 
 from tqdm import tqdm
 
@@ -74,11 +75,15 @@ class Transfer:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Training seeds: what is held out, the adapter's start, the noise. Limits are over these."""
     steps: int = 1000
+    """Optimizer updates of each adapter."""
     accumulation: int = 1
+    """Micro-batches per update."""
     levels: int = 8
     """Noise levels at which each held-out picture is measured."""
     run: str = "transfer"
+    """Its folder is runs/<run>."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", seeds=SEED, steps=STEPS, accumulation=10**4, levels=10**4)

@@ -18,9 +18,11 @@ class Adapter:
     """A LoRA adapter (Hu et al. 2021) to train."""
 
     rank: int = 16
+    """Size of the adapter: 4 to 16 for a style or a thing, 32 to 64 for much that is new."""
     alpha: float = 16.0
     """Strength: the update is alpha / rank x B A."""
     dropout: float = 0.0
+    """Share of the adapter's inputs that are set to 0 in training."""
     rslora: bool = False
     """Strength alpha / sqrt(rank) (Kalajdzievski 2023), so that high ranks learn as fast."""
     dora: bool = False

@@ -32,9 +32,8 @@ from infer.program.atomic import clear_partials, partial_of
 from infer.program.command import check_run_name
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.precision import stored_bytes
-from infer.report.cells import differences_text, summary_text
 from infer.report.results import Comparison, Row, Stage
-from infer.report.write import write
+from infer.report.write import print_comparison, write
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encoder
 from infer.sample.generate import draw, settled
@@ -225,10 +224,6 @@ def draw_all(options: Compare, device: torch.device) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not any(run.iterdir()):
             run.rmdir()
-    print(summary_text(scored.summary))
-    if paired := differences_text(scored.summary):
-        print(f"\ndifferences at the same prompt and seed, with 95 % limits:\n{paired}")
-    for name, reason in scored.absent.items():
-        print(f"not measured: {name} ({reason})")
+    print_comparison(comparison)
     print(f"report: {target / 'report.html'}")
     return target

@@ -41,7 +41,9 @@ class Compare:
     recovery: dict[str, str] = field(default_factory=dict)
     """Recovery adapters (infer/recover.py) by the names of the precisions that they belong to, always on there."""
     prompts: list[str] = field(default_factory=list)
+    """What is drawn, at every precision and with every seed."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    """Of the noise: each prompt is drawn once with each."""
     sampling: Sampling = field(default_factory=Sampling)
     memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
@@ -55,7 +57,9 @@ class Compare:
     scores: dict[str, str] = field(default_factory=dict)
     """More scores: a name and the dotted path of a function (picture, prompt) -> number."""
     run: str = "compare"
+    """Its folder is runs/<run>; the report goes to runs/<run>/compare."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", text_length=TOKENS)

@@ -37,7 +37,9 @@ class Merge:
     """Drawn with the adapters in bf16, with them at run time at `precision`, and merged."""
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    """Of the drawing of `prompts`."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", seed=SEED)

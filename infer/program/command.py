@@ -20,8 +20,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from infer.program.errors import explained, refuse
+from infer.program.help import FLAGS, print_help
 from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, SHIPPED
+from infer.program.prompts import prompt_notes, read_prompt_files
 from infer.program.secrets import check_values
 from infer.program.settings import REFUSED, check_settings, explain
 
@@ -60,8 +62,15 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
 
     with explained(), _refused(schema), _raising():
         _check_flags(sys.argv[1:])
+        sys.argv[1:] = read_prompt_files(sys.argv[1:], schema)
+        notes = prompt_notes(sys.argv[1:], schema)
         sys.argv[1:] = literal_arguments(sys.argv[1:], schema, bool({"-m", "--multirun"} & set(sys.argv)))
         read_text_literally(lambda: schema)
+        if set(FLAGS) & set(sys.argv):
+            print_help(name, schema, sys.argv[1:])
+            return
+        for note in notes:
+            print(note)
         main()
 
 

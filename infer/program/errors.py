@@ -1,13 +1,15 @@
 """What went wrong, said to people: one paragraph with the mend; a traceback only with FLUX_DEBUG=1.
 
 Exit codes: 0 done; 1 a defect of ours, whose traceback is kept in a file; 2 something that the user can mend; 3 stopped
-by a signal with its state saved (the same command goes on); 4 a check that found a difference.
+by a signal with its state saved (the same command goes on); 4 a check that found a difference; 130 ended by Ctrl-C,
+with nothing half-written left.
 """
 
 import errno
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from infer.program.paths import INSTALLED, ROOT
 from infer.program.secrets import hide
 
 DONE, DEFECT, MEND, STOPPED, DIFFERS = range(5)
+INTERRUPTED = 130  # as shells count SIGINT
 TRACEBACK = "traceback.txt"
 MENDS = {
     errno.ENOSPC: "free some space, then start again: what was written before is whole",
@@ -41,14 +44,19 @@ LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "acce
 
 @contextmanager
 def explained(folder: Path | None = None) -> Iterator[None]:
-    """Within, an exception ends the program with one paragraph and the exit code.
+    """Within, an exception ends the program with one paragraph and the exit code, and so does Ctrl-C with a sentence.
 
     folder: where the traceback of a defect is kept, if it is there; else it goes to the temporary folder.
     """
     try:
         yield
+    except BrokenPipeError:  # whoever read what is printed has left, as head does: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         fail(error, folder)
+    except KeyboardInterrupt as error:
+        _leave(INTERRUPTED, "stopped by Ctrl-C; nothing half-written is left, the same command starts again", error)
 
 
 def fail(error: Exception, folder: Path | None = None) -> NoReturn:
@@ -139,9 +147,6 @@ def _leave(code: int, said: str, error: BaseException | None) -> NoReturn:
     sys.stdout.flush()
     if debugging() and error is not None:
         print(hide("".join(traceback.format_exception(error))), file=sys.stderr)
-    print(
-        f"\nerror{f' on rank {rank}' if rank != '0' else ''}: {hide(' '.join(said.split()))}",
-        file=sys.stderr,
-        flush=True,
-    )
+    head = "" if code == INTERRUPTED else f"error{f' on rank {rank}' if rank != '0' else ''}: "
+    print(f"\n{head}{hide(' '.join(said.split()))}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -37,15 +37,15 @@ def is_plain(text: str) -> bool:
     return PLAIN.fullmatch(text) is not None and text.lower() not in WORDS
 
 
-def quote(text: str) -> str:
-    """Text in quotation marks of Hydra's, where it needs them; `${` stays the begin of an interpolation."""
-    if is_plain(text):
+def quote(text: str, always: bool = False) -> str:
+    """Text in quotation marks of Hydra's, where it needs them or `always`; `${` stays the begin of an interpolation."""
+    if is_plain(text) and not always:
         return text
     # a backslash is doubled only where it stands before a quotation mark
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
-def _required(kind: Any) -> tuple[Any, bool]:
+def required(kind: Any) -> tuple[Any, bool]:
     """A type without its None, and whether it had one."""
     if get_origin(kind) in (Union, UnionType):
         others = [each for each in get_args(kind) if each is not type(None)]
@@ -55,7 +55,7 @@ def _required(kind: Any) -> tuple[Any, bool]:
 
 def _within(kind: Any, name: str) -> Any:
     """The type of what a group, dictionary or list holds by a name; None if there is none."""
-    kind, _ = _required(kind)
+    kind, _ = required(kind)
     if is_dataclass(kind):
         return get_type_hints(kind).get(name)
     if get_origin(kind) is dict:
@@ -97,7 +97,7 @@ def split(text: str, by: str = ",") -> list[str] | None:
     return None
 
 
-def _inside(text: str, brackets: str) -> list[str] | None:
+def inside(text: str, brackets: str) -> list[str] | None:
     """What stands between a pair of brackets and commas; None where Hydra has to say what is wrong."""
     text = text.strip()
     if text[:1] != brackets[0] or text[-1:] != brackets[1] or "\\," in text:
@@ -110,14 +110,14 @@ def _inside(text: str, brackets: str) -> list[str] | None:
 
 def literal(text: str, kind: Any, element: bool = False) -> str:
     """A value, quoted where Hydra would otherwise not read back what was typed. element: of a list or dictionary."""
-    kind, optional = _required(kind)
+    kind, optional = required(kind)
     if kind is str:
         # what no null may be says so itself, and how to write the word
         is_null = text.strip().lower() == "null" and (optional or not element)
         return text if is_null or QUOTED.fullmatch(text.strip()) else quote(text)
-    if get_origin(kind) is list and (parts := _inside(text, "[]")) is not None:
+    if get_origin(kind) is list and (parts := inside(text, "[]")) is not None:
         return f"[{','.join(literal(part, get_args(kind)[0], True) for part in parts)}]"
-    if (get_origin(kind) is dict or is_dataclass(kind)) and (parts := _inside(text, "{}")) is not None:
+    if (get_origin(kind) is dict or is_dataclass(kind)) and (parts := inside(text, "{}")) is not None:
         pairs = [part.partition(":") for part in parts]
         return "{" + ",".join(f"{k}:{literal(v.strip(), _within(kind, k.strip()), True)}" for k, _, v in pairs) + "}"
     if is_dataclass(kind):
@@ -158,7 +158,7 @@ def _argument(argument: str, schema: Any, sweep: bool) -> str:
     if argument.startswith("~"):
         name = argument[1:].partition("=")[0]
         parent = kind_of(schema, name.rpartition(".")[0]) if "." in name else schema
-        if kind_of(schema, name) is not None and get_origin(_required(parent)[0]) is not dict:
+        if kind_of(schema, name) is not None and get_origin(required(parent)[0]) is not dict:
             raise ValueError(f"{name} {TAKEN}")
         return argument
     name, equals, value = argument.partition("=")
@@ -182,7 +182,7 @@ def _entry(name: str, value: str, schema: Any) -> tuple[str, str]:
     parts = name.lstrip("+").split(".")
     for count in range(1, len(parts) + 1):
         group, entry = ".".join(parts[:count]), ".".join(parts[count:])
-        kind = _required(kind_of(schema, group))[0]
+        kind = required(kind_of(schema, group))[0]
         if get_origin(kind) is dict and get_args(kind)[1] is str:
             if "." in entry:
                 return f"++{group}", f"{{{entry}:{literal(value, str, True)}}}"
@@ -211,14 +211,14 @@ class TextFiles(FileConfigSource):
 
 def _restore(config: Any, node: yaml.Node, kind: Any) -> None:
     """Put the text of a file's scalars where the schema wants text and YAML has read something else."""
-    kind, _ = _required(kind)
+    kind, _ = required(kind)
     inner: list[tuple[Any, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode) and isinstance(config, DictConfig):
         inner = [(name.value, value) for name, value in node.value if name.value in config]
     elif isinstance(node, yaml.SequenceNode) and isinstance(config, ListConfig):
         inner = list(enumerate(node.value))
     for name, value in inner:
-        wanted, may_be_null = _required(_within(kind, str(name)))
+        wanted, may_be_null = required(_within(kind, str(name)))
         if wanted is str and isinstance(value, yaml.ScalarNode):
             element = get_origin(kind) in (list, dict) and not may_be_null
             if not value.tag.endswith((":str", ":null")) or (element and value.tag.endswith(":null")):

@@ -73,14 +73,14 @@ def plain(cell: Cell) -> str:
     return " ".join([text, *(f"({note})" for note in notes if note)])
 
 
-def text_table(lines: list[list[str]], names: int = 2) -> str:
+def text_table(lines: list[list[str]], names: int = 2, width: int = LINE) -> str:
     """Cells under their titles (the first line) for the terminal. The first `names` columns are aligned left, and are
-    repeated in each part of a table that is wider than LINE."""
+    repeated in each part of a table that is wider than `width` characters."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     parts: list[list[int]] = [[]]  # columns
     for i in range(names, len(widths)):
-        if parts[-1] and sum(widths[j] + 2 for j in (*range(names), *parts[-1], i)) > LINE:
+        if parts[-1] and sum(widths[j] + 2 for j in (*range(names), *parts[-1], i)) > width:
             parts.append([])
         parts[-1].append(i)
 
@@ -89,18 +89,6 @@ def text_table(lines: list[list[str]], names: int = 2) -> str:
         return "  ".join([*left, *(line[i].rjust(widths[i]) for i in part)]).rstrip()
 
     return "\n\n".join("\n".join(text(line, part) for line in ruled) for part in parts)
-
-
-def summary_text(summary: Sequence[Summary]) -> str:
-    """Costs and scores for the terminal, in several tables where one would be too wide."""
-    titles, cells = summary_cells(summary, "peak memory")
-    return text_table([titles, *(list(map(plain, line)) for line in cells)])
-
-
-def differences_text(summary: Sequence[Summary]) -> str:
-    """The paired differences for the terminal; empty if there are none."""
-    titles, cells = difference_cells(summary)
-    return text_table([titles, *(list(map(plain, line)) for line in cells)], 3) if cells else ""
 
 
 def variant_text(adapter: str | None) -> str:

@@ -31,7 +31,7 @@ def markdown(
     heading: str,
     facts: dict[str, str],
     tables: Sequence[tuple[str, list[str], list[list[Cell]], tuple[int, ...]]],
-    absent: dict[str, str],
+    said: tuple[list[str], list[tuple[str, str]], str],
     columns: list[str],
     groups: list[Group],
     more: Sequence[dict[str, Any]],
@@ -40,18 +40,19 @@ def markdown(
 
     Args:
         tables: title, titles of columns, cells, and which columns hold text.
-        absent: a score that was not measured -> why.
+        said: sentences, scores with what they mean, and what was not measured.
         columns: the precisions, as the pictures stand.
         more: sections (infer/report/sections.py).
     """
-    lines = [f"# {escape(heading)}", ""]
-    lines += [f"- **{name}**: {escape(value)}" for name, value in facts.items()]
+    words, meanings, absent = said
+    lines = [f"# {escape(heading)}", "", escape(" ".join(words))]
     for title, titles, cells, texts in tables:
         marks = ["---" if i in texts else "---:" for i in range(len(titles))]
         lines += ["", f"## {title}", "", line(map(escape, titles)), line(marks)]
         lines += [line(escape(plain(cell)) for cell in row) for row in cells]
-    if absent:
-        lines += ["", "Not measured:", "", *(f"- **{escape(name)}**: {escape(why)}" for name, why in absent.items())]
+    if meanings:
+        lines += ["", *(f"- **{escape(name)}**: {escape(what)}" for name, what in meanings)]
+    lines += ["", escape(absent)] if absent else []
     lines += ["", "![The first prompt at each precision, and the memory it takes](comparison.png)"]
     for section in more:
         lines += ["", f"## {escape(section['title'])}", ""]
@@ -66,4 +67,5 @@ def markdown(
             for variant, pictures in grid:
                 shown = (p and f"![{escape(p.name)}]({p.link})<br>{p.caption}" for p in pictures)
                 lines.append(line([escape(variant), *(cell or " " for cell in shown)]))
+    lines += ["", "## About this comparison", "", *(f"- **{name}**: {escape(value)}" for name, value in facts.items())]
     return "\n".join(lines) + "\n"

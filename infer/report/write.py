@@ -6,6 +6,8 @@ page opens offline and puts any two pictures side by side. The pictures themselv
     python -m infer.report runs/compare/compare    # writes the report again from its results.json
 """
 
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -19,8 +21,8 @@ from infer.report.cells import (
     number_cell,
     size,
     summary_cells,
-    summary_text,
     text_cell,
+    text_table,
     variant_text,
 )
 from infer.report.curves import cost_plots, score_plots
@@ -30,12 +32,15 @@ from infer.report.markdown import markdown
 from infer.report.means import by_memory, mean_scores, memory, score_names, score_of, summary_of
 from infer.report.page import Cell, asset, contents, document, facts_list
 from infer.report.plot import STYLE
-from infer.report.results import Comparison, Estimate, Row, read_results, results_text
+from infer.report.results import Comparison, Estimate, Row, Summary, read_results, results_text
 from infer.report.svg import draw_lines
+from infer.report.words import arrow, explained_scores, in_words, unmeasured
 
 Table = tuple[str, list[str], list[list[Cell]], tuple[int, ...]]  # title, columns, lines, columns of text
 SCORES = "Scores"
+DIFFERENCES = "Differences at the same prompt and seed"
 COSTS = 7  # columns of the summary that hold no score
+WIDE = 6  # columns of numbers that fit a screen
 
 
 def write(comparison: Comparison, folder: Path) -> None:
@@ -61,7 +66,8 @@ def write(comparison: Comparison, folder: Path) -> None:
         raise ValueError(f"a report's numbers must be finite ({error}); measure again") from error
     groups = _groups(rows, folder)
     html = render(comparison, groups, embed(folder / row.image for row in rows))
-    content = (_heading(rows), _facts(comparison), _tables(comparison), comparison.absent or {}, by_memory(rows))
+    said = in_words(comparison), explained_scores(summary_of(comparison)), unmeasured(comparison)
+    content = (_heading(rows), _facts(comparison), _tables(comparison), said, by_memory(rows))
     text = markdown(*content, groups, comparison.sections or ())
     replace_file(folder / "comparison.png", lambda path: draw_figure(comparison, folder, path))
     replace_file(folder / "report.md", lambda path: path.write_bytes(text.encode()))
@@ -73,8 +79,8 @@ def render(comparison: Comparison, groups: list[Group], embedded: dict[Path, Emb
     """The whole page: pictures, tables, plots, and whatever else was measured."""
     rows, summary, peak = comparison.rows, summary_of(comparison), _peak(comparison)
     (_, costs), *scores = ((table[0], page.table(*table[1:])) for table in _tables(comparison))
-    absent = "; ".join(f"{name} ({why})" for name, why in (comparison.absent or {}).items())
-    notes = _notes(comparison) + (f'<p class="absent">Not measured: {escape(absent)}.</p>' if absent else "")
+    absent = unmeasured(comparison)
+    notes = _meanings(summary) + _notes(comparison) + (f'<p class="absent">{escape(absent)}</p>' if absent else "")
     tables = "".join(f"<h3>{title}</h3>{body}" if title != SCORES else body for title, body in scores)
     unrelated = {row.prompt for row in comparison.drift or ()}
     parts = [
@@ -84,12 +90,13 @@ def render(comparison: Comparison, groups: list[Group], embedded: dict[Path, Emb
         ("curves", "Memory and time", _drawn(map(draw_lines, cost_plots(rows, peak)))),
         ("score-curves", "Scores by precision", _drawn(map(draw_lines, score_plots(rows, summary)))),
         *((f"more-{i}", more["title"], sections.to_html(more)) for i, more in enumerate(comparison.sections or ())),
+        ("about", "About this comparison", facts_list(_facts(comparison))),
     ]
     parts = [part for part in parts if part[2]]
     linked = not all(picture.whole for picture in embedded.values())
     return document(
         _heading(rows),
-        [facts_list(_facts(comparison)), contents([(name, title) for name, title, _ in parts])]
+        [f'<p class="words">{escape(" ".join(in_words(comparison)))}</p>', contents([part[:2] for part in parts])]
         + [f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>' for name, title, body in parts],
         asset("report.css") + STYLE,
         asset("report.js"),
@@ -124,11 +131,37 @@ def _tables(comparison: Comparison) -> list[Table]:
     tables: list[Table] = [("Cost", titles[:COSTS], [line[:COSTS] for line in cells], (0, 1))]
     if len(titles) > COSTS:
         scores = [line[:2] + line[COSTS:] for line in cells]
-        tables.append((SCORES, titles[:2] + titles[COSTS:], scores, (0, 1)))
+        signed = [f"{title}{arrow(title)}" for title in titles[COSTS:]]
+        tables.append((SCORES, titles[:2] + signed, scores, (0, 1)))
     titles, cells = difference_cells(summary)
     if cells:
-        tables.append(("Differences at the same prompt and seed", titles, cells, (0, 1, 2)))
-    return tables
+        tables.append((DIFFERENCES, titles, cells, (0, 1, 2)))
+    return [part for table in tables for part in _parts(table)]
+
+
+def _parts(table: Table) -> list[Table]:
+    """A table that is too wide for a screen in parts, each with the columns of text."""
+    title, titles, cells, texts = table
+    numbers = [i for i in range(len(titles)) if i not in texts]
+    chosen = [[*texts, *numbers[first : first + WIDE]] for first in range(0, len(numbers), WIDE)] or [list(texts)]
+    return [
+        (
+            title if i == 0 else f"{title}, continued",
+            [titles[column] for column in columns],
+            [[line[column] for column in columns] for line in cells],
+            texts,
+        )
+        for i, columns in enumerate(chosen)
+    ]
+
+
+def _meanings(summary: Sequence[Summary]) -> str:
+    """What each score means, below the tables of scores."""
+    found = explained_scores(summary)
+    if not found:
+        return ""
+    pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(what)}</dd>" for name, what in found)
+    return f"<h3>What the scores mean</h3><dl>{pairs}</dl>"
 
 
 def _notes(comparison: Comparison) -> str:
@@ -157,7 +190,8 @@ def _index(rows: Sequence[Row], groups: list[Group]) -> str:
         scores = [None if (mean := means.get(name)) is None else Estimate(mean) for name in names]
         cells.append([(f"{i}", i, None), text_cell(prompt), *map(number_cell, scores)])
     links = [f"#prompt-{i}" for i in range(1, len(groups) + 1)]
-    body = page.table(["prompt", "text", *names], cells, [1], links)
+    table: Table = ("", ["prompt", "text", *names], cells, (0, 1))
+    body = "".join(page.table(titles, part, [1], links) for _, titles, part, _ in _parts(table))
     return (
         f'<details class="prompts"><summary>All {len(groups)} prompts with their mean scores</summary>{body}</details>'
     )
@@ -226,8 +260,25 @@ def rewrite(folder: Path) -> None:
             f"{file} holds no comparison that can be reported ({type(error).__name__}: {error}); give the folder that "
             "infer/compare.py wrote, or compare again"
         ) from error
-    print(summary_text(summary_of(comparison)))
+    print_comparison(comparison)
     print(f"report: {folder / 'report.html'}")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """What a comparison has shown, for the terminal: words, costs and scores, what the scores mean."""
+    summary = summary_of(comparison)
+    width = max(80, shutil.get_terminal_size((100, 24)).columns)
+    print("\n".join(textwrap.wrap(" ".join(in_words(comparison)), width)))
+    titles, cells = summary_cells(summary, "peak memory")
+    lines = [[f"{title}{arrow(title)}" for title in titles], *([cell[0] for cell in line] for line in cells)]
+    for columns in (range(COSTS), (0, 1, *range(COSTS, len(titles)))):
+        if len(columns) > 2:
+            print(f"\n{text_table([[line[i] for i in columns] for line in lines], width=width)}")
+    print()
+    for name, what in explained_scores(summary):
+        print("\n".join(textwrap.wrap(f"{name}: {what}", width, subsequent_indent="  ")))
+    print("\n".join(textwrap.wrap(unmeasured(comparison), width, subsequent_indent="  ")))
+    print("The report has limits, paired differences and the pictures.")
 
 
 def main(arguments: list[str]) -> None:

@@ -45,7 +45,9 @@ class Sensitivity:
     out: str | None = None
     """A YAML file for the mixture, as one of configs/precision; null writes none."""
     run: str = "sensitivity"
+    """Its folder is runs/<run>."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", budget_gib=GIB)
@@ -81,8 +83,11 @@ class Recover:
     rate: float = 1e-4
     """Their learning rate (Adam, falling to zero as a cosine)."""
     seed: int = 0
+    """Of the pictures that calibrate it."""
     run: str = "recover"
+    """Its folder is runs/<run>; the recovery adapter is runs/<run>/adapter."""
     device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(self, "", share=1000, rows=10**7, most=2**14, polish=STEPS, rate=MANY, seed=SEED // 2)

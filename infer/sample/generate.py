@@ -28,6 +28,7 @@ class Sampling:
     height: int | None = None
     """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
     width: int | None = None
+    """Pixels, as height."""
 
     def __post_init__(self) -> None:
         check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)

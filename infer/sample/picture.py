@@ -6,14 +6,34 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 # files of these are read; of animated ones the first frame
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2")
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".avif",
+    ".jp2",
+    ".heic",
+    ".heif",
+)
 # what may be in them: Pillow would read more, and hand some of it to other programs (PostScript)
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
+HEIC = (".heic", ".heif")  # Pillow reads them with the help of pillow-heif
+BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}
+NO_HEIC = "is HEIC, which needs a package: pip install -e '.[heic]'; or save it as JPEG"
+NO_AVIF = "is AVIF, which this build of Pillow does not read: pip install --upgrade pillow; or save it as JPEG"
 MOST_PIXELS = 2 * 89_478_485  # what Pillow itself refuses to go beyond
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -49,11 +69,40 @@ def decode(content: bytes, name: str, background: str = "white", most_pixels: in
         ValueError: it cannot be decoded, its pixels are 32-bit numbers, whose white is not known, or it has more than
             `most_pixels`, which its header tells before anything is decoded.
     """
-    with _readable(name), Image.open(io.BytesIO(without_texts(content)), formats=FORMATS) as picture:
+    check_readable(content, name)
+    with _readable(name), Image.open(io.BytesIO(without_texts(content)), formats=_formats()) as picture:
         pixels = picture.width * picture.height
         if pixels > most_pixels:
             raise Image.DecompressionBombError(f"{pixels} pixels, more than data.most_pixels={most_pixels}")
         return upright(picture, background)
+
+
+@cache
+def reads_heic() -> bool:
+    """Whether pillow-heif is here; Pillow knows it from the first call on."""
+    if find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _formats() -> tuple[str, ...]:
+    return (*FORMATS, "HEIF") if reads_heic() else FORMATS
+
+
+def check_readable(content: bytes, name: str) -> None:
+    """See that the package is here that a file's format needs.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    kind = BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None
+    if kind == "HEIC" and not reads_heic():
+        raise ValueError(f"{name} {NO_HEIC}")
+    if kind == "AVIF" and not features.check("avif"):
+        raise ValueError(f"{name} {NO_AVIF}")
 
 
 def without_texts(content: bytes) -> bytes:
@@ -150,7 +199,7 @@ def pixel_hash(picture: Image.Image) -> str:
 def pixels_of(content: bytes) -> int:
     """How many pixels a picture's header says; 0 if it cannot be read, and then decoding says why."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             return picture.width * picture.height
     except Exception:  # each format's reader raises other kinds
         return 0

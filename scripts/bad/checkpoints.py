@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.bad.case import Case, good
 
-RUN = ["run=mine", "data.path=set", "data.resolution=64", "data.validation=0", "device=cpu", "steps=1",
+RUN = ["run=mine", "data.path=set", "data.resolution=64", "data.validation=0", "device=cpu", "steps=1", "previews=[]",
        "adapter.rank=2", "save_every=1"]  # fmt: skip
 CLAIMED = r"run 'mine' exists with another config|runs/mine/config.yaml"
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from scripts.bad.case import Case, good
 from train.run.config import Train
 
-SET = ["data.path=set", "data.resolution=64", "device=cpu", "steps=1"]
+SET = ["data.path=set", "data.resolution=64", "device=cpu", "steps=1", "previews=[]"]
 WRONG: dict[Any, str] = {int: "many", float: "much", bool: "maybe", str: "null", list: "3"}
 NOT_A_NUMBER = ("optim.lr", "adapter.alpha", "sampling.guidance", "flow.guidance", "optim.weight_decay", "optim.clip",
                 "data.aspect", "data.validation", "data.caption_dropout", "encode.flush_seconds", "optim.beta1",

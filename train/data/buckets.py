@@ -67,6 +67,14 @@ def bucket_of(width: int, height: int, resolution: int, step: int, aspect: float
     )
 
 
+def is_smaller(width: int, height: int, views: list[list[View]], data: Data) -> bool:
+    """Whether a picture is trained at its own size somewhere, as it is smaller than what was asked for."""
+    if data.upscale:
+        return False
+    asked = (bucket_of(width, height, each, data.bucket_step, data.aspect, True) for each in data.resolutions)
+    return any(view[0].width * view[0].height < w * h for view, (w, h) in zip(views, asked, strict=True))
+
+
 def views_of(width: int, height: int, data: Data) -> list[list[View]]:
     """The views of a picture of width x height pixels: one list a resolution, of its crops, evenly spread
     over what the bucket cuts away, each unflipped first.

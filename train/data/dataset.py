@@ -14,7 +14,7 @@ from infer.program.paths import expand
 from infer.sample.picture import MOST_PIXELS
 from train.data.hf_table import is_table, read_table
 from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
-from train.data.source import POLICIES, Faults, Sample, Skipped, Source
+from train.data.source import BY_CONTENT, POLICIES, Faults, Sample, Skipped, Source
 
 __all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
 
@@ -30,15 +30,15 @@ class Prior:
     count: int = 0
     """Pictures that the base draws; 0 draws none."""
     weight: float = 1.0
-    """Of them in the loss."""
+    """What they count in the loss."""
     ratio: float = 1.0
     """Class pictures seen for each training picture."""
     steps: int | None = None
-    """Of the drawing; null takes the checkpoint's own."""
+    """Denoising steps of each drawn picture; null takes the checkpoint's own."""
     guidance: float | None = None
-    """Likewise."""
+    """How closely they follow the prompt; null takes the checkpoint's own."""
     seed: int = 0
-    """Of the drawing: the picture i has seed + i. Drawn at the first resolution, square."""
+    """Seed of the drawing: picture i has seed + i. Drawn at the first resolution, square."""
 
     def __post_init__(self) -> None:
         check_most(
@@ -80,9 +80,10 @@ class Data:
     """Put before every caption that does not hold it."""
     validation: float = 0.1
     """Share of the pictures held out, at least one; 0 holds out none."""
-    image_column: str = "image"
-    caption_column: str = "text"
-    """Of metadata.jsonl or metadata.csv, the parquet file or the data set; a list of texts is several captions."""
+    image_column: str = field(default="image", metadata=BY_CONTENT)
+    """The column of the pictures in a table or a data set on the Hub."""
+    caption_column: str = field(default="text", metadata=BY_CONTENT)
+    """The column of the captions in metadata.jsonl, metadata.csv, a table or a data set; a list is several captions."""
     masks: str | None = None
     """The masks of data.path: a folder of greyscale pictures of the same names, white where the loss counts."""
     sources: list[Source] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Data:
     prior: Prior = field(default_factory=Prior)
     background: str = "white"
     """What shows through transparent pictures: a name or #rrggbb."""
-    most_pixels: int = MOST_PIXELS
+    most_pixels: int = field(default=MOST_PIXELS, metadata=BY_CONTENT)
     """Pictures with more are refused before they are decoded; decoding takes 8 to 21 bytes a pixel."""
     aspect: float = 2.0
     """Longest side of a bucket over its shortest; what is longer is cropped. 1 trains squares."""
@@ -103,9 +104,10 @@ class Data:
     flip: bool = False
     """Train mirrored pictures too; not where left and right matter."""
     prefix: str = ""
+    """Put before every caption as it is, spaces included."""
     suffix: str = ""
-    """Put around every caption as they are, spaces included."""
-    caption_lines: bool = False
+    """Put behind every caption as it is, spaces included."""
+    caption_lines: bool = field(default=False, metadata=BY_CONTENT)
     """Each line of a .txt or .caption file is a caption of its own."""
     tag_orders: int = 1
     """Orders in which a caption's comma-separated tags are trained; 1 leaves them as written."""

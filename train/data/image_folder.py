@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from infer.program.paths import kind_of_file, roots_of
-from infer.sample.picture import SUFFIXES
+from infer.sample.picture import HEIC, NO_HEIC, SUFFIXES, reads_heic
 from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
 from train.data.names import Names, key_of, stem_of
 from train.data.source import Faults, Sample, Source, clean
@@ -24,8 +24,6 @@ from train.data.source import Faults, Sample, Source, clean
 SIDECARS = (".txt", ".caption")
 # pictures that are not read: a folder that holds them should not lose them without a word
 UNREAD = (
-    ".heic",
-    ".heif",
     ".jxl",
     ".svg",
     ".psd",
@@ -192,6 +190,8 @@ def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
             faults.add(entry.path, "is no file; take it out")
         elif not readable:
             faults.add(entry.path, f"is of a format that is not read; save it as one of {', '.join(SUFFIXES)}")
+        elif _suffix(name) in HEIC and not reads_heic():
+            faults.add(entry.path, NO_HEIC)
         else:
             found.append(name)
     return dict.fromkeys(sorted(found, key=lambda name: name.split("/")))

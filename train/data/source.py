@@ -10,6 +10,9 @@ from infer.program.paths import expand
 POLICIES = ("raise", "skip")
 
 
+BY_CONTENT = {"may_change": True}  # a resumed run compares the samples that come of it
+
+
 @dataclass
 class Source:
     """Where pictures and captions are, and how much they count: one entry of data.sources."""
@@ -22,18 +25,19 @@ class Source:
     repeats: float = 1.0
     """Times that each of its samples is seen an epoch; a fraction takes turns."""
     weight: float = 1.0
-    """Of its samples in the loss."""
+    """What its samples count in the loss."""
     caption: str | None = None
-    """Of the pictures that have none; null refuses them."""
+    """The caption of pictures that have none; null refuses them."""
     prior: bool = False
     """Pictures of the class at large (prior preservation): no trigger, prefix or suffix, none held out."""
-    image_column: str | None = None
-    caption_column: str | None = None
-    """Null takes data.image_column and data.caption_column."""
-    subset: str | None = None
-    """Of a data set on the Hub that has several."""
-    split: str = "train"
-    """Of a data set."""
+    image_column: str | None = field(default=None, metadata=BY_CONTENT)
+    """The column of the pictures; null takes data.image_column."""
+    caption_column: str | None = field(default=None, metadata=BY_CONTENT)
+    """The column of the captions; null takes data.caption_column."""
+    subset: str | None = field(default=None, metadata=BY_CONTENT)
+    """The subset of a data set on the Hub that has several."""
+    split: str = field(default="train", metadata=BY_CONTENT)
+    """The split of a data set."""
 
     def __post_init__(self) -> None:
         check_most(self, "data.sources: ", repeats=10**6, weight=10**6)

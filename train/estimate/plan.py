@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infer.fast.memory import Memory
 from infer.program import bounds
+from infer.program.atomic import replace_file
+from infer.program.paths import expand
 from train.estimate.memory import Footprint, footprint
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
@@ -29,6 +32,8 @@ MEANING = {
     "allocator": "held by torch's allocator beyond the allocated bytes",
     "context": "CUDA's own",
 }
+MARGIN = 0.5  # GiB that are left to a desktop and to other programs
+KEPT = 0.4  # GiB of what a card is sold with that programs do not see
 REFERENCE = CARDS["H100"]  # proposals are ordered by their seconds on this card
 
 
@@ -37,13 +42,32 @@ class Plan(Train):
     """train.py's options, and the memory that the run must fit."""
 
     fit_gib: float | None = None
-    """GiB of a card: propose the fastest memory settings with which the run fits it."""
+    """Size of a card as it is sold, such as 12: propose the fastest memory settings with which the run fits it."""
+    json: bool = False
+    """Print the plan as one JSON object too, as the last line."""
+    out: str | None = None
+    """A file for the JSON object; null writes none."""
 
     def __post_init__(self) -> None:
         bounds.check_most(self, "", fit_gib=bounds.GIB)
+        expand(self, "out")
         Train.__post_init__(self)
         if self.fit_gib is not None and not self.fit_gib > 0:
             raise ValueError(f"fit_gib is {self.fit_gib}; it must be above 0, or null")
+
+
+def seen_gib(sold: float) -> float:
+    """GiB that programs see of a card that is sold with so many: of known cards as they say, the smallest of a size."""
+    known = [card.gib for card in CARDS.values() if sold - 1.3 < card.gib <= sold]
+    return min(known, default=sold - KEPT)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def describe(job: Train) -> str:
@@ -58,7 +82,7 @@ def describe(job: Train) -> str:
 
 
 def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
-    """Memory settings with which the config fits, each with its seconds a step on the reference card.
+    """Memory settings with which the config takes at most `gib` GiB, each with its seconds a step on REFERENCE.
 
     They change time and memory, not what is learned.
     """
@@ -116,10 +140,13 @@ def table(job: Train, taken: Footprint) -> str:
     if taken.resident < taken.blocks:
         stay = f"{taken.resident} of {taken.blocks} blocks stay on the device"
         lines.append(f"  {stay}; {taken.host / GIB:.2f} GiB of pinned host memory")
-    lines.append("  about seconds a step (measured shares of an H100's rates; other cards by their datasheets):")
+    lines.append(f"  seconds a step, and the time of {job.steps:,} steps without encoding, validation and previews")
+    lines.append("  (measured on an H100; other cards by their datasheets, which is a guess):")
     for name, card in CARDS.items():
-        fits = "" if taken.peak <= card.gib * GIB else "  does not fit"
-        lines.append(f"    {name:18} {seconds(job, taken, card):6.2f}{fits}")
+        step = seconds(job, taken, card)
+        left = card.gib - taken.peak / GIB
+        fits = "" if left >= MARGIN else "  does not fit" if left < 0 else f"  {left:.2f} GiB left: without a desktop"
+        lines.append(f"    {name:18} {step:6.2f} {duration(step * job.steps):>12}{fits}")
     return "\n".join(lines)
 
 
@@ -132,7 +159,7 @@ def check_fits(job: Train, gib: float) -> Footprint:
     taken = footprint(job)
     if taken.peak <= gib * GIB:
         return taken
-    better = propose(job, gib)
+    better = propose(job, gib - MARGIN)
     if better is None:
         advice = "no memory setting makes it fit; lower data.resolution, data.batch_size or adapter.rank"
     else:
@@ -149,11 +176,15 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
     if device.type == "cuda":
         import torch
 
-        say(line(check_fits(job, torch.cuda.get_device_properties(device).total_memory / GIB)))
+        gib = torch.cuda.get_device_properties(device).total_memory / GIB
+        taken = check_fits(job, gib)
+        say(line(taken))
+        if (left := gib - taken.peak / GIB) < MARGIN:
+            say(f"note: that leaves {left:.2f} GiB of the card: close what else uses it, or take memory=lean")
 
 
 def plan(options: Plan) -> dict[str, Any]:
-    """Print the plan; returns the JSON object."""
+    """Print the plan, and write it where that is asked for; returns the JSON object."""
     if options.precision.kind == "auto":
         raise ValueError(
             "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
@@ -161,15 +192,20 @@ def plan(options: Plan) -> dict[str, Any]:
         )
     job: Train = options
     if options.fit_gib is not None:
-        found = propose(options, options.fit_gib)
+        room = seen_gib(options.fit_gib) - MARGIN
+        found = propose(options, room)
         if found is None:
             raise ValueError(
-                f"nothing fits {options.fit_gib:g} GiB: lower data.resolution, data.batch_size or adapter.rank, or "
+                f"nothing fits a card of {options.fit_gib:g} GB ({room:.1f} GiB free beside a desktop): lower "
+                "data.resolution, data.batch_size or adapter.rank, or "
                 "choose precision=nf4"
             )
         job = found[1]
         changes = overrides(options, job)
-        print(f"the fastest that fits {options.fit_gib:g} GiB: {changes or 'the settings as they are'}")
+        print(
+            f"the fastest that fits a card of {options.fit_gib:g} GB, {room:.1f} GiB of them free beside a desktop: "
+            f"{changes or 'the settings as they are'}"
+        )
     taken = footprint(job)
     print(table(job, taken))
     result = {
@@ -181,8 +217,14 @@ def plan(options: Plan) -> dict[str, Any]:
         "resident_blocks": taken.resident,
         "blocks": taken.blocks,
         "seconds_per_step": {name: round(seconds(job, taken, card), 4) for name, card in CARDS.items()},
+        "steps": job.steps,
         "memory": asdict(job.memory),
         "double_quant": job.precision.double_quant,
     }
-    print(json.dumps(result))
+    if options.out is not None:
+        file, text = Path(options.out), json.dumps(result, indent=2)
+        replace_file(file, lambda path: path.write_text(f"{text}\n"))
+        print(f"written: {file}")
+    if options.json:
+        print(json.dumps(result))
     return result

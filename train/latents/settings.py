@@ -28,9 +28,9 @@ class Encode:
     decode_pixels: int = field(default=2**26, metadata={"may_change": True})
     """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
     shard_mib: int = field(default=64, metadata={"may_change": True})
-    """Encodings are written in files of about this size,"""
+    """Encodings are written in files of about this size in MiB."""
     flush_seconds: float = field(default=30.0, metadata={"may_change": True})
-    """or after this long: what a killed process has to encode again."""
+    """Encodings are written after so many seconds at the latest: what a killed process has to encode again."""
     verify: bool = field(default=True, metadata={"may_change": True})
     """Compare the checksums of all that the run uses before it starts, of each file once and again when it has changed,
     so that what is damaged is encoded again. False leaves that out, and damage stops the run when it is met."""

@@ -11,6 +11,7 @@ from infer.adapter.model_card import push, write_card
 from infer.adapter.read import FILE
 from infer.device.device import release
 from train.loop.model_card import card_of
+from train.loop.next_steps import next_steps
 from train.loop.session import Session
 from train.run.config import Train
 from train.state.identity import forget_adapters, record_adapters
@@ -31,6 +32,7 @@ def finish(session: Session, training: TrainingState) -> Path:
         save_adapters(session, training)
     session.tracker.finish()
     run.say(summary(run.job, norm, progress, run.folder, averaged=training.average is not None))
+    run.say(next_steps(run.job, run.folder, list(session.data.previews)))
     run.accelerator.wait_for_everyone()
     release(run.device)
     run.accelerator.end_training()
@@ -91,7 +93,7 @@ def summary(job: Train, norm: float, progress: Progress, folder: Path, averaged:
         ("of the averaged weights", progress.validation_ema),
     ):
         if losses:
-            before, after = losses["0"], losses[str(job.steps)]
+            before, after = next(iter(losses.values())), losses[str(job.steps)]
             learned += f", {name} {before:.4f} -> {after:.4f} ({100 * (after - before) / before:+.1f} %)"
     if progress.skipped:
         events = folder / "events.jsonl"

@@ -10,17 +10,19 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from infer.checkpoint.load import own_size
+from infer.device.device import release
 from infer.sample.encode import NotFiniteError
 from infer.sample.generate import settled
 from train.data.batches import batches_from
 from train.loop.bad_updates import stop_after_too_many
 from train.loop.batch import largest_batch, make_order
+from train.loop.loss_picture import draw_loss
 from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
-from train.loop.preview import preview
+from train.loop.preview import preview, preview_size
 from train.loop.session import Loop, Session
 from train.loop.spill import Spill
 from train.loop.step import take_step
@@ -52,8 +54,9 @@ def fit(session: Session) -> TrainingState | None:
             break
         if validation_due:
             measure(loop)
-        if job.previews and loop.due(job.preview_every):
+        if loop.step > 0 and loop.due(job.preview_every):
             draw_previews(loop)
+            draw_loss(session.run)
         if loop.step == job.steps:
             break
         started = time.perf_counter()
@@ -61,6 +64,7 @@ def fit(session: Session) -> TrainingState | None:
         log_step(loop, figures, time.perf_counter() - started)
         stop_after_too_many(session, update, loop.training.progress)
     loop.bar.close()
+    draw_loss(session.run)
     return None if loop.stop_requested else loop.training
 
 
@@ -71,7 +75,7 @@ def start_loop(session: Session) -> Loop:
     schedule = make_schedule(job.optim, optimizer, job.steps)
     broadcast_adapter(model.parameters, run.accelerator)
     average = make_average(job.ema, model.transformer, model.parameters)
-    progress = Progress(data.samples.fingerprint(data.cache), session.resumption.base)
+    progress = Progress(data.samples.fingerprint(data.cache), session.resumption.base, levels=job.validation_levels)
     training = TrainingState(model.transformer, average, optimizer, schedule, progress, run.folder)
     resumed = resume(session, training)
     first = training.progress.step
@@ -94,7 +98,7 @@ def start_loop(session: Session) -> Loop:
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
-    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at)
+    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed)
 
 
 def resume(session: Session, training: TrainingState) -> bool:
@@ -122,7 +126,7 @@ def save_state(loop: Loop) -> None:
         loop.events.sync()
         save(loop.training, optimizer)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
-    loop.saved_at = time.monotonic()
+    loop.saved_at, loop.saved = time.monotonic(), True
     run.accelerator.wait_for_everyone()
 
 
@@ -152,7 +156,7 @@ def measure(loop: Loop) -> None:
 def draw_previews(loop: Loop) -> None:
     """Draw the previews of this step on the main rank. Previews that are not finite do not end the training."""
     session, run, job = loop.session, loop.session.run, loop.session.job
-    if run.main or uses_fsdp():  # under FSDP all ranks gather the weights
+    if session.data.previews and (run.main or uses_fsdp()):  # under FSDP all ranks gather the weights
         loop.bar.set_postfix_str("drawing previews")
         release_blocks(session)
         transformer, average = session.model.transformer, loop.training.average
@@ -164,13 +168,22 @@ def draw_previews(loop: Loop) -> None:
                 job.model,
                 session.data.previews,
                 settled(job.sampling, job.model),
-                job.sampling.size(own_size(job.model)),
+                preview_size(job),
                 job.seed,
                 run.device,
                 run.folder / "previews" / f"step-{loop.step:06d}.png",
                 run.main,
                 average.applied() if average else None,
+                loop.base_latents,
             )
+        except torch.OutOfMemoryError:
+            if uses_fsdp():  # the other ranks are drawing
+                raise
+            loop.bar.write(
+                f"step {loop.step}: the previews are not drawn, as the GPU ran out of memory; training goes on. Set "
+                "sampling.height and sampling.width lower, or previews=[]"
+            )
+            release(run.device)
         except NotFiniteError as error:
             loop.training.preview_error = str(error)
             loop.bar.write(f"step {loop.step}: the previews are not drawn: {error}")

@@ -10,12 +10,16 @@ from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
 from infer.checkpoint.load import guided_by_two_calls, load_transformer
 from infer.fast.install import choose_path, hold_of
+from train.data.buckets import is_smaller
 from train.data.caption import all_texts
 from train.data.dataset import check_left
 from train.data.source import Sample, Skipped
 from train.latents.build import build
 from train.latents.prior import prior_samples
+from train.latents.prune import folders_used
+from train.latents.users import record_use
 from train.loop.batch import split_samples
+from train.loop.preview import default_prompts
 from train.loop.session import EncodedData, LoadedModel, Run
 from train.ranks.launch import shard_weights, uses_fsdp
 
@@ -32,8 +36,8 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    empty = [""] if job.previews and guided_by_two_calls(job.model) else []
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *job.previews, *empty]))
+    empty = [""] if job.previews != [] and guided_by_two_calls(job.model) else []
+    texts = list(dict.fromkeys([*all_texts(samples, job.data), *(job.previews or []), *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")
@@ -42,10 +46,18 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     samples = [samples[i] for i in cache.kept]
     check_left(job.data, samples, skipped + cache.skipped)
     chosen = split_samples(samples, cache, job.data, job.seed)
+    small = sum(is_smaller(p.width, p.height, cache.views(i), job.data) for i, p in enumerate(cache.pictures))
+    if small:
+        run.say(
+            f"note: {small} of {len(samples)} pictures are smaller than data.resolution={job.data.resolution} and are "
+            "trained at their own size; data.upscale=true enlarges them, a lower data.resolution fits them"
+        )
+    if run.main:
+        record_use(cache, run.folder, folders_used(job.data, job.model, job.precision))
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
+    prompts = default_prompts(chosen, job.data) if job.previews is None else job.previews
     against = cache.text("") if empty else None
-    previews = {prompt: replace(cache.text(prompt), empty=against) for prompt in job.previews}
-    return EncodedData(cache, chosen, previews)
+    return EncodedData(cache, chosen, {prompt: replace(cache.text(prompt), empty=against) for prompt in prompts})
 
 
 def load_model(run: Run) -> LoadedModel:

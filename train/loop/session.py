@@ -1,7 +1,7 @@
 """What a training run has: before anything is loaded, once all is loaded, and while the loop runs."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,10 @@ class Loop:
     spill: Spill
     saved_at: float
     """By time.monotonic: when the last checkpoint was written, or the loop began."""
+    saved: bool
+    """Whether the run has a checkpoint."""
+    base_latents: dict[str, Tensor] = field(default_factory=dict)
+    """Of the previews without the adapter, by prompt: drawn once."""
     save_requested: bool = False
     stop_requested: bool = False
 

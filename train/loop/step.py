@@ -18,6 +18,8 @@ from train.objective.optim import step_if
 from train.ranks.launch import average_gradients
 from train.ranks.update import RankBatch, Update, batches_of_rank, read_update, reduce_update
 
+FIRST = 1.0  # minutes after which a new run has a checkpoint, however slow its steps are
+
 
 def take_step(loop: Loop) -> tuple[Update, dict[str, float]]:
     """One update; returns what all ranks know of it, and its figures."""
@@ -74,6 +76,9 @@ def loss_of(loop: Loop, update: Update) -> float:
 
 
 def save_overdue(loop: Loop) -> bool:
-    """Whether the last checkpoint is older than `save_minutes`; the main rank decides for all."""
+    """Whether the last checkpoint is older than `save_minutes`, or a new run's first one is due; the main rank decides
+    for all."""
     minutes = loop.session.job.save_minutes
+    if not loop.saved:
+        minutes = min(minutes, FIRST)
     return loop.session.run.main and minutes > 0 and time.monotonic() - loop.saved_at > 60 * minutes

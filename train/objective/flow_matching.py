@@ -32,6 +32,7 @@ class Flow:
     way round (their --logit_mean=1 is -1 here), because they take the drawn number as a place in a list of timesteps
     that begins with the noisiest."""
     logit_std: float = 1.0
+    """Spread of the logit of sigma: below 1 trains more on middling noise."""
     weighting: str = "none"
     """none, sigma_sqrt (1 / sigma^2) or cosmap (Esser et al. 2024)."""
     guidance: float = 1.0

@@ -27,10 +27,15 @@ class Optim:
     name: str = "adamw"
     """adamw (fused), adamw8bit and paged_adamw8bit (bitsandbytes), or prodigy (finds its own rate; lr=1)."""
     lr: float = 1e-4
+    """Learning rate: 1e-4 to 4e-4 is usual for adapters (1 for prodigy)."""
     beta1: float = 0.9
+    """Decay of Adam's mean of the gradient."""
     beta2: float = 0.999
+    """Decay of Adam's mean of the squared gradient."""
     eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.01
+    """Of AdamW, times the learning rate."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     schedule: str = "constant"

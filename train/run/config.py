@@ -39,6 +39,7 @@ class Train:
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
+    """Of the adapter's start, the order of the samples, their noise and what is held out."""
     deterministic: bool = field(default=False, metadata=MAY_CHANGE)
     """Give the same bits every time on one kind of GPU, whether the run is stopped or not; false is faster there
     (docs/nothing-lost.md has figures). On a CPU the bits are the same in any case."""
@@ -52,9 +53,9 @@ class Train:
     """Decay of a moving average of the adapter's weights, such as 0.99. The average is validated, drawn and saved
     beside the weights themselves; null: no average."""
     save_every: int = field(default=200, metadata=MAY_CHANGE)
-    """Steps between checkpoints; 0 keeps only the last."""
-    save_minutes: float = field(default=0.0, metadata=MAY_CHANGE)
-    """Minutes after the last checkpoint at which another is written in any case; 0: never."""
+    """Steps between checkpoints; 0: by time and at the end alone."""
+    save_minutes: float = field(default=10.0, metadata=MAY_CHANGE)
+    """Minutes after which another checkpoint is written in any case, a run's first after one minute; 0: never."""
     keep: int = field(default=2, metadata=MAY_CHANGE)
     """How many of the newest checkpoints are kept."""
     keep_best: int = field(default=0, metadata=MAY_CHANGE)
@@ -68,16 +69,18 @@ class Train:
     """A loss this many (robust) standard deviations above the last ones is recorded with its samples; 0: none."""
     validate_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between validations; 0 validates at the start and the end."""
-    validation_levels: int = 8
-    """Noise levels at which each held-out picture is measured."""
-    preview_every: int = field(default=0, metadata=MAY_CHANGE)
+    validation_levels: int = field(default=8, metadata=MAY_CHANGE)
+    """Noise levels at which each held-out picture is measured. With another number the figures begin anew."""
+    preview_every: int = field(default=250, metadata=MAY_CHANGE)
     """Steps between previews; 0 draws one at the end."""
-    previews: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
-    """Prompts of the previews; an empty list draws none. The trigger word is not added."""
+    previews: list[str] | None = field(default=None, metadata=MAY_CHANGE)
+    """Prompts of the previews, to which the trigger word is not added; null takes the captions of two held-out
+    pictures, with it; an empty list draws none."""
     push: str | None = field(default=None, metadata=MAY_CHANGE)
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
         check_most(

@@ -65,6 +65,7 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
             "to start over"
         ) from error
     config["processes"] = began_with  # the batches stay as they were, whoever computes them
+    _forget_free(recorded, job)  # what an older version recorded
     changes = _changes(recorded | {"steps": job.steps}, config)
     if changes:
         raise ValueError(
@@ -72,6 +73,20 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
             f"choose another name with run=..., or delete {folder} to start over"
         )
     return began_with
+
+
+def _forget_free(recorded: Any, config: Any) -> None:
+    """Take settings that may change out of a recorded config."""
+    if isinstance(recorded, list) and isinstance(config, list):
+        for entry, own in zip(recorded, config, strict=False):
+            _forget_free(entry, own)
+    if not isinstance(recorded, dict) or not is_dataclass(config):
+        return
+    for each in fields(config):
+        if may_change(each):
+            recorded.pop(each.name, None)
+        else:
+            _forget_free(recorded.get(each.name), getattr(config, each.name))
 
 
 def recorded_steps(folder: Path) -> Any:

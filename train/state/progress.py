@@ -31,6 +31,8 @@ class Progress:
     """Loss by step, as text: of the adapter's own weights."""
     validation_ema: dict[str, float] = field(default_factory=dict)
     """The same of its averaged weights, if there are any."""
+    levels: int = 0
+    """Noise levels at which those were measured; 0: an older checkpoint does not say."""
     losses: list[float] = field(default_factory=list)
     """Of the last steps, with which a loss is compared to find spikes."""
     skipped: int = 0
@@ -104,7 +106,13 @@ def restore(training: TrainingState, checkpoint: Checkpoint, accelerator: Accele
     training.schedule.load_state_dict(schedule | {"_last_lr": rates})
     for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    training.progress = Progress(**state)
+    levels, training.progress = training.progress.levels, Progress(**state)
+    if training.progress.levels not in (0, levels):
+        training.progress.validation, training.progress.validation_ema = {}, {}
+        accelerator.print(
+            f"note: validation_levels was {training.progress.levels} and is {levels}: validation figures begin anew"
+        )
+    training.progress.levels = levels
     accelerator.wait_for_everyone()  # all have read
     step = training.progress.step
     for moved in set_aside(training.folder / "checkpoints", step) if accelerator.is_main_process else []:

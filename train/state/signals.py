@@ -1,8 +1,11 @@
-"""SIGINT and SIGTERM: the run finishes its step and saves its state before it ends; a second one ends it at once.
+"""SIGINT, SIGTERM and SIGHUP: the run finishes its step and saves its state before it ends; a second ends it at once.
 
 `accelerate launch` with one process dies of the signal (of Ctrl-C with a traceback) and does not pass it on; its child
 notices that the launcher is gone and stops as if it had got the signal. `python train/train.py` needs no launcher.
-torchrun, which `accelerate launch` uses for several processes, passes signals on.
+torchrun, which `accelerate launch` uses for several processes, passes signals on, and ends in a traceback too.
+
+A closed terminal sends SIGHUP, and what is printed to it afterwards would raise: it goes nowhere. `nohup` has SIGHUP
+ignored, and that stays so.
 """
 
 import os
@@ -10,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,7 +21,7 @@ import psutil
 
 from infer.program.errors import STOPPED
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COPY_WITHIN = 2.0  # seconds within which a launcher's copy of a signal may come
 
 
@@ -47,7 +51,8 @@ class StopSignals:
         # Python allows handlers in the main thread alone
         self.before: dict[Any, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+            heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._catch) for number in heard}
         return self
 
     def __exit__(
@@ -67,7 +72,7 @@ class StopSignals:
             if not self.deferred:
                 sys.exit(STOPPED)
             if not self.launcher_forwards:
-                for other in SIGNALS:  # the kernel acts at once, even while Python is busy in a library
+                for other in self.before:  # the kernel acts at once, even while Python is busy in a library
                     signal.signal(other, signal.SIG_DFL)
         elif time.monotonic() - self.requested_at > COPY_WITHIN:
             signal.signal(number, signal.SIG_DFL)
@@ -78,9 +83,16 @@ class StopSignals:
         what = (
             "this step is finished and saved first; once more ends it at once" if self.deferred else "nothing is lost"
         )
-        if self.deferred and self.launcher is not None and not self.launcher_forwards:
-            what += ". The launcher leaves before that, with a traceback of its own: wait for `stopped`"
-        os.write(2, f"\n{name}: stopping; {what}\n".encode())  # print may be what was interrupted
+        if self.deferred and self.launcher is not None:
+            when = "The launcher ends" if self.launcher_forwards else "The launcher leaves before that,"
+            what += f". {when} with a traceback of its own: wait for `stopped`"
+        said = f"\n{name}: stopping; {what}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+        for number, text in ((1, ""), (2, said)):
+            try:
+                os.write(number, text.encode())  # print may be what was interrupted
+            except OSError:  # the terminal is gone
+                with Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), number)
 
     def requested(self) -> bool:
         """Whether a signal came, or the launcher is gone."""

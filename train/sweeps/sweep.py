@@ -22,9 +22,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from infer.program.errors import explained
+from infer.program.errors import INTERRUPTED, explained
+from infer.program.help import print_help
 from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, INSTALLED, ROOT, SHIPPED
+from infer.program.prompts import prompt_notes, read_prompt_files
 from train.run.config import Train
 from train.run.sweep import Sweep
 
@@ -73,8 +75,20 @@ def main() -> None:
     # without types: the commands of a point check their settings themselves
     ConfigStore.instance().store(name="train_schema", node={})
     with explained():
+        sys.argv[1:] = read_prompt_files(sys.argv[1:], Train)
+        notes = prompt_notes(sys.argv[1:], Train)
         sys.argv[1:] = literal_arguments(sys.argv[1:], Train, sweep=True)
+        for note in notes:
+            print(note)
     arguments = get_args_parser().parse_args()
+    if arguments.help:
+        with explained():
+            swept = varied(arguments.overrides)
+            single = [each for each in arguments.overrides if each.partition("=")[0].lstrip("+") not in swept]
+            print_help(
+                "train", Train, [*single, *(["--config-dir", arguments.config_dir] if arguments.config_dir else [])]
+            )
+        return
     with explained():
         try:
             keys = varied(arguments.overrides)
@@ -91,6 +105,10 @@ def main() -> None:
         sys.argv.insert(position, f"sweep.keys=[{','.join(keys)}]")
     if not INSTALLED:  # what a launcher starts, on whichever machine, finds this checkout and its plugins
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(point)()
+    except KeyboardInterrupt:  # its points have heard it too, and save
+        print(f"\nstopped by Ctrl-C; done points are kept in {folder}, the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     with explained():
         conclude(folder)

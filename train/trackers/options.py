@@ -19,6 +19,7 @@ class Track:
     group: str | None = None
     """Runs of one group stand together; null: none, or the sweep's name for the points of a sweep."""
     tags: list[str] = field(default_factory=list)
+    """W&B's tags of the run."""
     mode: str = "auto"
     """online, offline, or auto: as WANDB_MODE says if it is set, else online with a key (WANDB_API_KEY or `wandb
     login`) and offline without."""

@@ -90,6 +90,7 @@ class SendComparison:
 
     track: Track = field(default_factory=Track)
     run: str = "train"
+    """The run whose comparison is sent."""
 
 
 def send_comparison(options: SendComparison) -> None:

@@ -1,27 +1,42 @@
 """The model card as the Hub reads it, and the way to the Hub, against one that is made up."""
 
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import httpx
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image, ImageFont
 
 from infer.adapter.model_card import Card, push, write_card
 from infer.adapter.read import FILE
 from infer.checkpoint.load import Model
 from infer.checkpoint.random_weights import shape_config
+from infer.comparison.settings import Compare
+from infer.program.literal import literal_arguments
+from infer.program.paths import CONFIGS
 from infer.sample.generate import Sampling
+from train.data.dataset import Data
+from train.data.source import Sample
 from train.loop import preview as previews
+from train.loop.loss_picture import draw_loss, loss_lines
 from train.loop.model_card import card_of
+from train.loop.next_steps import compare_command, next_steps
 from train.run.config import Train
 
 CARD = Card(
@@ -151,11 +166,86 @@ def test_samples_are_the_adapters_pictures_pixel_for_pixel(
             assert cut.convert("RGB").tobytes() == picture(prompt, "adapter").tobytes()
     assert {file.name for file in folder.iterdir()} == {f"sample-{i}.png" for i in range(4)}
     columns = ["base", "adapter", *(["averaged"] if averaged else [])]
-    with Image.open(sheet) as board:  # where the docs and eyes expect them
+    layout = previews.Layout(list(cached), columns, size)
+    scale = -(-256 // size[1])  # small pictures are enlarged by a whole number
+    with Image.open(sheet) as board:
+        assert board.size == (layout.right, layout.top(4)) and layout.right == len(columns) * size[1] * scale
         for row, prompt in enumerate(cached):
             for column, name in enumerate(columns):
-                left, top = column * size[1], row * (size[0] + 28) + 28
-                cut = board.convert("RGB").crop((left, top, left + size[1], top + size[0]))
-                assert cut.tobytes() == picture(prompt, name).tobytes()
+                cut = board.convert("RGB").crop(layout.cell(row, column))
+                whole = picture(prompt, name).resize((size[1] * scale, size[0] * scale), Image.Resampling.NEAREST)
+                assert cut.tobytes() == whole.tobytes()
+    base: dict[str, Any] = {}
+    drawn: list[str] = []
+    monkeypatch.setattr(previews, "draw", lambda t, s, text, *_: drawn.append(weights[-1]) or (text, weights[-1]))
+    monkeypatch.setattr(previews, "nullcontext", lambda: use("adapter"))
+    for _ in range(2):  # the base is drawn once in a run
+        previews.preview(None, model, cached, Sampling(), size, 0, device, sheet, True, None, base)  # type: ignore[arg-type]
+    assert drawn == ["base"] * 4 + ["adapter"] * 8
     board.copy().save(tmp_path / "older.png")
     assert previews.samples_of(tmp_path / "older.png", folder) == {}  # one that does not say what it shows
+
+
+@pytest.mark.parametrize("room", [40, 248, 2000])
+def test_prompts_stand_whole_above_their_pictures(room: int) -> None:
+    font = ImageFont.load_default(previews.LETTERS)
+    for text in ("a cup", "sks, a very small cup on a table beside an extraordinarilylongwordindeed", "", "ü" * 300):
+        lines = previews.wrapped(text, room)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert all(font.getlength(line) <= room or len(line) == 1 for line in lines)
+
+
+def test_prompts_of_the_previews_where_none_are_given(tmp_path: Path) -> None:
+    data = Data(str(tmp_path), trigger="sks")
+    every = [Sample(f"{i}.png", (f"thing {i // 2}",), 0, bytes) for i in range(8)]
+    held_out = previews.Samples(every, [0, 1, 2, 3], [7, 6, 5, 4])
+    assert previews.default_prompts(held_out, data) == ["sks, thing 3", "sks, thing 2"]
+    assert previews.default_prompts(previews.Samples(every, [0, 1], []), data) == ["sks, thing 0"]
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        (["model=dev", "run=mine"], ["model=dev", "run=mine", "adapter.path=runs/mine/adapter", "only=[nf4]"]),
+        (["run=a b", "precision=bf16"], ["model=tiny", "run=a b", "adapter.path=runs/a b/adapter", "only=[bf16]"]),
+        (["model.path=o/x", "precision=fp32"], ["model.path=o/x", "run=train", "adapter.path=runs/train/adapter"]),
+    ],
+)  # fmt: skip
+def test_the_command_that_draws_is_one(words: list[str], command: list[str]) -> None:
+    def composed(name: str, schema: Any, words: list[str]) -> Any:
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            found = OmegaConf.to_object(compose(name, literal_arguments(words, schema)))
+        GlobalHydra.instance().clear()
+        return found
+
+    job = composed("train", Train, words)
+    prompt = 'sks, a "cup" on it\'s table'
+    said = shlex.split(compare_command(job, Path("runs") / job.run, [prompt, "another"]))
+    assert said[:2] == ["python", "infer/compare.py"] and said[2:-1] == command
+    options = composed("compare", Compare, said[2:])
+    assert options.prompts == [prompt] and options.model.path == job.model.path
+    text = next_steps(job, Path("runs") / job.run, [prompt])
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "next:",
+        "look:",
+        "draw:",
+        "ComfyUI:",
+        "diffusers:",
+        "share:",
+    ]
+
+
+def test_the_loss_as_a_picture(tmp_path: Path) -> None:
+    events: list[dict[str, float]] = [{"step": step, "loss": 1 / step} for step in range(1, 121)]
+    events += [{"step": 0, "validation_loss": 2.0}, {"step": 120, "validation_loss": 1.0}]
+    lines = loss_lines(events)
+    assert lines is not None and loss_lines([{"step": 0, "validation_loss": 1.0}]) is None
+    training, held_out = lines.series
+    means = [estimate.mean for estimate in training.values if estimate is not None]
+    assert means == pytest.approx([np.mean([1 / i for i in range(first, first + 3)]) for first in range(1, 121, 3)])
+    assert [v.mean for v in held_out.values if v is not None] == [2.0, 1.0]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    draw_loss(SimpleNamespace(main=True, folder=tmp_path))  # type: ignore[arg-type]
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (792, 633) and len(picture.convert("RGB").getcolors(2**20) or []) > 20

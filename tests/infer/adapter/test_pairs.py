@@ -156,7 +156,8 @@ class Place:
             # Prodigy's own rate begins at 1e-6, which in two steps moves nothing that bf16 sees
             optim=Optim(row["optimizer"], lr=1e3 if row["optimizer"] == "prodigy" else 1e-3),
             ema=0.5 if beside == "average" else None,
-            steps=2, save_every=1, keep=2, validate_every=0, validation_levels=2, device="cpu", run=run,
+            steps=2, save_every=1, keep=2, validate_every=0, validation_levels=2, previews=[], device="cpu",
+            run=run,
         )  # fmt: skip
 
 

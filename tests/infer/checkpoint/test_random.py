@@ -26,7 +26,9 @@ def test_training_and_comparing_need_no_checkpoint(
     monkeypatch.chdir(tmp_path)
     make_style(Path("pictures"), 3, 0)
     data = Data(path="pictures", resolution=64, text_length=32, validation=0)
-    job = Train(model=random_model, data=data, steps=2, save_every=0, validate_every=0, device="cpu", run="random")
+    job = Train(
+        model=random_model, data=data, steps=2, save_every=0, validate_every=0, previews=[], device="cpu", run="random"
+    )
     folder = train(job)
     lines = [json.loads(line) for line in Path("runs/random/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]

@@ -262,6 +262,7 @@ def test_a_run_on_a_card_without_bf16_learns_as_in_fp32(
             data=Data(str(pictures), 64, 2, "zelk style", 0.25, cache=str(tmp_path / "cache")),
             optim=Optim(lr=1e-3),
             run=precision.compute_dtype,
+            previews=[],
             steps=4,
             validate_every=0,
             validation_levels=2,

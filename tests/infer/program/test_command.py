@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from infer.device.device import pick_device
 from infer.program.command import run_command
+from infer.program.errors import INTERRUPTED
 from infer.program.paths import ROOT
 from infer.program.settings import nearest, settings
 from infer.save import Save
@@ -197,6 +199,19 @@ def test_exit_codes(
     assert run(monkeypatch, work, "out=there", "precision=fp4") == code
     err = capsys.readouterr().err
     assert ("Traceback (most recent call last)" in err) == (code != 0) and said.split(";")[0] in err
+
+
+def test_ctrl_c_ends_a_command_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(options: Save) -> None:
+        raise KeyboardInterrupt
+
+    assert run(monkeypatch, work, "out=there") == INTERRUPTED == 128 + signal.SIGINT
+    assert (
+        paragraph(capsys.readouterr().err)
+        == "stopped by Ctrl-C; nothing half-written is left, the same command starts again"
+    )
 
 
 def test_a_traceback_that_cannot_be_kept(

@@ -120,9 +120,20 @@ def test_a_mistake_and_help_import_nothing_heavy(entry: str) -> None:
         assert code == MEND and expected in said, (mistake, code, said)
         assert imported == [], mistake
     for code, said, imported in found[len(lines) :]:
-        assert code == 0 and "Powered by Hydra" in said and imported == []
+        assert code == 0 and said.startswith("usage: python ") and imported == []
 
 
 def test_a_plan_computes_without_torch() -> None:
-    for code, said, imported in answers("train/plan.py", [["model=dev", "fit_gib=12"]]):
+    for code, said, imported in answers("train/plan.py", [["model=dev", "fit_gib=12", "json=true"]]):
         assert code == 0 and '"peak_memory_bytes"' in said and imported == []
+
+
+@pytest.mark.parametrize("command", [*([entry] for entry in MISTAKES), ["train/train.py", "-m"]], ids=" ".join)
+def test_outside_of_the_environment_one_line_says_what_to_do(command: list[str], tmp_path: Path) -> None:
+    """With -I and -S a Python knows none of the packages that are installed for it."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == MEND
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith(("source .venv/bin/activate", "bash scripts/setup.sh"))

@@ -358,10 +358,11 @@ def test_text_stands_out(browser: "Browser", page: Path, scheme: str) -> None:
 def test_everything_is_reached_by_tab_and_shows_it(browser: "Browser", page: Path) -> None:
     browser.open(page)
     stops = list(browser.tab_stops())
-    expected = ["Pictures", "Cost", "Scores", "Memory and time", "Scores by precision", "Prompt", "Next prompt"]
-    assert stops[1:8] == expected
-    assert stops[9:13] == ["bf16, without adapter", "nf4, without adapter", "bf16, with a&b", "nf4, with a&b"]
-    assert stops[-2:] == ["adapter", "psnr"]
+    expected = ["Pictures", "Cost", "Scores", "Memory and time", "Scores by precision"]
+    expected += ["About this comparison", "Prompt", "Next prompt"]
+    assert stops[1:9] == expected
+    assert stops[10:14] == ["bf16, without adapter", "nf4, without adapter", "bf16, with a&b", "nf4, with a&b"]
+    assert stops[-2:] == ["adapter", "psnr ↑"]
     browser.js("pictures[0].focus()")
     browser.press(TAB, ENTER)
     browser.wait("document.querySelector('#viewer').open")
@@ -477,3 +478,24 @@ def test_without_scripts_everything_is_there(browser: "Browser", page: Path) -> 
         assert not browser.find(".bar").is_displayed() and not browser.find("#theme").is_displayed()
     finally:
         browser.cdp("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_many_scores_need_no_sideways_scrolling_on_a_desk_and_are_reached_on_a_phone(
+    browser: "Browser", tmp_path: Path, width: int
+) -> None:
+    result = comparison(tmp_path, ("a fox", "a hen"))
+    for row in result.rows:
+        row.scores = {f"score_{i}": 0.123 for i in range(14)}
+    report.write(result, tmp_path)
+    browser.open(tmp_path / "report.html")
+    browser.size(width, 900)
+    browser.js("document.querySelectorAll('details').forEach(each => each.open = true)")
+    inside = browser.js("return [...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth, e.clientWidth])")
+    assert len(inside) > 4 and browser.js("return document.documentElement.scrollWidth") <= width
+    if width == 1280:
+        assert all(needs <= has for needs, has in inside)
+    else:
+        reached = """const [e] = arguments; e.scrollLeft = 1e6; const last = e.querySelector('th:last-child');
+          return last.getBoundingClientRect().right <= e.getBoundingClientRect().right + 1"""
+        assert all(browser.driver.execute_script(reached, each) for each in browser.all(".scroll"))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from infer.report import cells, gallery, plot, sections, svg
 from infer.report import write as report
-from infer.report.means import by_memory, summarise
+from infer.report.means import by_memory, summarise, summary_of
 from infer.report.results import (
     Comparison,
     Estimate,
@@ -32,6 +32,9 @@ from infer.report.results import (
     read_results,
     results_text,
 )
+from infer.report.words import arrow, in_words, meaning, unmeasured
+from infer.report.write import print_comparison
+from infer.score.judges import GIVES
 
 HOSTILE = "a $x_1$ | \"b\" 'c'\n<script>alert(1)</script> </style> [l](http://x.y) & `d` \\"
 MIB, GIB = 2**20, 2**30
@@ -41,6 +44,17 @@ COLOURS = {  # precision, adapter -> the colour of its pictures
     ("bf16", None): (10, 20, 250),
     ("bf16", "neon & co"): (250, 240, 30),
 }
+
+
+def differences_of(summary: list[Summary]) -> str:
+    titles, lines = cells.difference_cells(summary)
+    return cells.text_table([titles, *(list(map(cells.plain, line)) for line in lines)], 3) if lines else ""
+
+
+def table_of(summary: list[Summary]) -> str:
+    """Costs and scores with their limits, as a table of text."""
+    titles, lines = cells.summary_cells(summary, "peak memory")
+    return cells.text_table([titles, *(list(map(cells.plain, line)) for line in lines)])
 
 
 def comparison(folder: Path, side: int = 128, prompts: tuple[str, ...] = (HOSTILE, "a fox")) -> Comparison:
@@ -136,7 +150,7 @@ def test_summary_equals_means_by_hand() -> None:
     assert (first.peak_memory_bytes, first.weights_bytes) == (30, 5)
     assert second.scores == {"psnr": None} and third.scores == {}
 
-    lines = cells.summary_text([first, second, third]).splitlines()
+    lines = table_of([first, second, third]).splitlines()
     assert lines[0].split("  ")[0] == "precision" and lines[0].split()[-3:] == ["psnr", "gone", "right"]
     assert [line.split()[-3:] for line in lines[2:]] == [["21.50", "-", "0.500"], ["-"] * 3, ["-"] * 3]
     assert len({len(line) for line in lines}) == 1  # every line ends in a right-aligned column
@@ -482,11 +496,11 @@ def test_whatever_else_was_measured_is_shown(tmp_path: Path) -> None:
     assert "| nf4 | none | 31.25 (30.50 to 32.00) | - |" in lines
     assert "| trained &lt;nf4&gt; | 1.500 (1.000 to 2.000) | 7.000 |" in lines
     assert "| 0.5 | - |" in lines and r"| a\|b | 0.250 |" in lines and "| c | - |" in lines
-    assert "- **lpips**: no &lt;network&gt; here" in lines
-    shown = cells.differences_text(result.summary).splitlines()
+    assert "Not measured: lpips (no &lt;network&gt; here)." in lines
+    shown = differences_of(result.summary).splitlines()
     assert shown[0].split() == ["precision", "adapter", "against", "psnr_bf16"] and len(shown) == 2 + 4
     assert shown[2].split() == ["nf4", "none", "no", "adapter", "-1.500", "(-2.000", "to", "-1.000)"]
-    assert cells.differences_text(summarise(result.rows)) == ""
+    assert differences_of(summarise(result.rows)) == ""
 
 
 @pytest.mark.parametrize(
@@ -501,7 +515,7 @@ def test_long_tables_are_cut_to_lines_of_the_terminal(tmp_path: Path) -> None:
     result = comparison(tmp_path / "run", prompts=("p",))
     for row in result.rows:
         row.scores = {f"a_score_of_length_{i}": float(i) for i in range(12)}
-    parts = cells.summary_text(summarise(result.rows)).split("\n\n")
+    parts = table_of(summarise(result.rows)).split("\n\n")
     assert len(parts) == 3 and all(len(line) <= 160 for part in parts for line in part.splitlines())
     assert all(part.splitlines()[3].split()[:2] == ["nf4", "neon"] for part in parts)
     titles = [title for part in parts for title in part.splitlines()[0].split("  ") if title.strip()]
@@ -606,3 +620,44 @@ def test_import_is_light() -> None:
     root = Path(report.__file__).parents[2]
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_what_a_comparison_showed_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = comparison(tmp_path)
+    entries = summary_of(result)
+    for entry in entries:
+        like = {"bf16": None, "nf4": 34.95}[entry.precision]
+        entry.scores = {"psnr_bf16": like, "right": 0.5}
+        if entry.adapter:
+            entry.scores |= {"psnr_base": 15.0, "drift_psnr": 12.0}
+            entry.differences = {"base": {"right": Estimate(0.5, 0.25, 0.75), "sure": Estimate(0.1, -0.1, 0.3)}}
+    bf16, nf4 = (next(e for e in entries if e.precision == kind) for kind in ("bf16", "nf4"))
+    bf16.weights_bytes, nf4.weights_bytes = 200 * 2**20, 86 * 2**20
+    result = replace(result, summary=entries, absent={"kid": "a is null", "dino": "a is null", "lpips": "b is null"})
+    words = in_words(result)
+    assert len(words) <= 5
+    assert words[1] == (
+        "The transformer's weights take 200 MiB in bf16; nf4 takes 43 % of that (its pictures are 34.95 dB like bf16's"
+        "); from 30 dB on the eye hardly sees a difference."
+    )
+    adapter = next(entry.adapter for entry in entries if entry.adapter)
+    assert words[2] == (
+        f"With {adapter} the pictures are 15.00 dB like those without it, for certain it moves right by +0.5, on "
+        "unrelated prompts they stay 12.00 dB alike."
+    )
+    assert "few: trust differences whose 95 % limits leave out 0" in words[3]
+    assert unmeasured(result) == "Not measured: kid, dino (a is null); lpips (b is null)."
+    print_comparison(result)
+    said = capsys.readouterr().out
+    assert " ".join(said.split()).startswith(" ".join(words)) and max(map(len, said.splitlines())) <= 100
+    assert "psnr_bf16 ↑" in said and "psnr_base ↑" not in said
+    for name in ("psnr_bf16", "psnr_base", "right", "drift_psnr"):
+        assert sum(line.startswith(f"{name}: ") for line in said.splitlines()) == 1
+
+
+def test_every_score_says_which_way_is_better() -> None:
+    known = {name for names in GIVES.values() for name in names} - {"lpips"} | {"nearest_rms"}
+    for name in known | {f"{kind}_bf16" for kind in ("psnr", "ssim", "latents", "lpips")}:
+        assert meaning(name).endswith(("higher is better", "lower is better")), name
+        assert arrow(name).strip() in ("↑", "↓")
+    assert arrow("psnr_base") == arrow("right") == "" and arrow("drift_latents") == " ↓"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.data.buckets import View, bucket_of, cut, cut_mask, views_of
+from train.data.buckets import View, bucket_of, cut, cut_mask, is_smaller, views_of
 from train.data.dataset import Data
 
 SIDES = st.integers(16, 700)
@@ -156,3 +156,20 @@ def test_a_mask_at_its_own_size_is_exact() -> None:
     expected = mask.reshape(4, 8, 6, 8).mean((1, 3)) / 255
     np.testing.assert_allclose(weights.numpy(), expected, atol=0.5 / 255)
     assert weights[:2, :3].eq(1).all() and weights[2:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "size, options, smaller",
+    [
+        ((64, 64), {}, False),
+        ((65, 64), {}, False),  # what is cut is not smaller
+        ((48, 64), {}, True),
+        ((48, 64), {"upscale": True}, False),
+        ((96, 96), {"resolution": [64, 128]}, True),
+    ],
+)
+def test_pictures_that_are_trained_at_their_own_size(
+    size: tuple[int, int], options: dict[str, Any], smaller: bool
+) -> None:
+    data = Data("x", **({"resolution": 64} | options))
+    assert is_smaller(*size, views_of(*size, data), data) == smaller

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infer.sample.picture import decode
+from train.data import image_folder
 from train.data.dataset import Data, Sample, Skipped, Source, read_samples
 
 NAMES = ("a.png", "with space/b c.PNG", "deep/er/a.jpg", "日本/ñandú 🦩.webp", "x.y.z.bmp", "a.tiff")
@@ -221,7 +222,9 @@ def faults(folder: Path, **options: Any) -> dict[str, str]:
     return {os.path.relpath(one.name, folder): one.reason for one in skipped}
 
 
-def test_nothing_outside_is_read_and_nothing_is_left_out_silently(tmp_path: Path) -> None:
+def test_nothing_outside_is_read_and_nothing_is_left_out_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, outside = tmp_path / "in", tmp_path / "in-not"  # whose name begins alike
     put(outside / "secret.png").with_suffix(".txt").write_text("secret")
     for name in ("a.png", "sub/b.png", "c.png", "d.png", "e.png"):
@@ -241,6 +244,7 @@ def test_nothing_outside_is_read_and_nothing_is_left_out_silently(tmp_path: Path
     put(folder / "folder.png" / "f.png").with_suffix(".txt").write_text("f")
     os.mkfifo(folder / "pipe.png")
     (folder / "photo.heic").write_bytes(b"")
+    monkeypatch.setattr(image_folder, "reads_heic", lambda: False)
     (folder / "drawing.svg").write_text("<svg/>")
     (folder / ".hidden.png").write_bytes(b"")
     put(folder / ".thumbnails" / "a.png")
@@ -250,7 +254,7 @@ def test_nothing_outside_is_read_and_nothing_is_left_out_silently(tmp_path: Path
     assert {name for name, reason in found.items() if reason.startswith("is a link out of")} == out | {"more"}
     assert found.pop("c.png").startswith("has no caption")
     assert found.pop("gone.png").startswith("is no file") and found.pop("pipe.png").startswith("is no file")
-    assert found.pop("photo.heic").startswith("is of a format that is not read; save it as one of .png")
+    assert found.pop("photo.heic") == "is HEIC, which needs a package: pip install -e '.[heic]'; or save it as JPEG"
     assert found.pop("drawing.svg").startswith("is of a format that is not read")
     assert found.keys() == out | {"more"}
     samples, _ = read_samples(Data(str(folder), on_error="skip"))

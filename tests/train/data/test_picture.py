@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from infer.program.paths import ROOT
+from infer.sample import picture
 from infer.sample.picture import decode, pixel_hash
 from train.data.mask import decode_mask
 
@@ -395,3 +396,44 @@ def test_a_png_that_is_cut_within_a_text_is_refused() -> None:
     for length in (40, 45, 5_000, len(LARGE)):
         with pytest.raises(ValueError, match=r"cut.png cannot be read as a picture"):
             decode(whole[:length], "cut.png")
+
+
+def box(brand: bytes) -> bytes:
+    """The first bytes of a file of the ISO base media format."""
+    return b"\0\0\0\x18ftyp" + brand + b"\0" * 40
+
+
+def test_a_picture_whose_package_is_absent_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "reads_heic", lambda: False)
+    with pytest.raises(ValueError, match=r"a\.heic is HEIC, which needs a package: pip install -e '\.\[heic\]'"):
+        picture.decode(box(b"heic"), "a.heic")
+    monkeypatch.setattr(picture.features, "check", lambda name: name != "avif")
+    with pytest.raises(ValueError, match=r"a\.avif is AVIF, which this build of Pillow does not read"):
+        picture.decode(box(b"avif"), "a.avif")
+
+
+def test_avif_is_read_as_it_was_written() -> None:
+    if not picture.features.check("avif"):
+        pytest.skip("this build of Pillow has no AVIF")
+    drawn = Image.linear_gradient("L").convert("RGB")
+    file = io.BytesIO()
+    drawn.save(file, "AVIF", quality=95)
+    apart = np.asarray(picture.decode(file.getvalue(), "a.avif"), float) - np.asarray(drawn, float)
+    assert abs(apart).max() < 8
+
+
+def test_heic_is_read_with_its_package() -> None:
+    heif = pytest.importorskip("pillow_heif")
+    drawn = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    drawn.paste("red", (0, 0, 16, 48))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6  # lies on its side
+    heif.from_pillow(drawn).save(file, quality=95, exif=exif.tobytes())
+    upright = picture.decode(file.getvalue(), "a.heic")
+    expected = np.asarray(drawn, float)
+    got = np.asarray(upright, float)
+    if got.shape != expected.shape:  # turned by what its EXIF says
+        expected = np.rot90(expected, -1)
+    assert got.shape == expected.shape and abs(got - expected).mean() < 4
+    assert picture.pixels_of(file.getvalue()) == 64 * 48

@@ -28,8 +28,8 @@ from scripts.bench_grid import job_of
 from scripts.bench_variants import VARIANTS
 from train.data.dataset import Data
 from train.estimate.memory import footprint, part_config, text_bytes, weights_by_module
-from train.estimate.plan import Plan, announce, check_fits, overrides, plan, propose
-from train.estimate.step_time import CARDS, seconds
+from train.estimate.plan import MARGIN, Plan, announce, check_fits, duration, overrides, plan, propose, table
+from train.estimate.step_time import CARDS, Card, seconds
 from train.loop.micro_step import fit_budget
 from train.objective.optim import NAMES, Optim, make_optimizer, state_bytes
 from train.run.config import Train
@@ -235,13 +235,48 @@ def test_a_card_that_is_too_small_is_told_what_would_fit() -> None:
     assert overrides(job, changed) == "memory.keep=nothing memory.budget_gib=7.5 precision.double_quant=true"
 
 
-def test_the_last_line_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    returned = plan(Plan(model=DEV, data=Data(resolution=512)))
+@pytest.mark.parametrize("sold, names", [(8, ["RTX 4060"]), (12, ["RTX 3060 12GB"]), (24, ["RTX 4090", "RTX 3090"])])
+def test_one_truth_a_card(sold: float, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said to fit a size fits the cards of that size in the table, beside a desktop."""
+    returned = plan(Plan(model=DEV, data=Data(resolution=1024), fit_gib=sold))
+    lines = capsys.readouterr().out.splitlines()
+    for name in names:
+        (line,) = [line for line in lines if line.strip().startswith(f"{name}  ") or f" {name} 1" in line]
+        assert "fit" not in line and "left" not in line
+        assert returned["peak_memory_bytes"] <= (CARDS[name].gib - MARGIN) * GIB
+    assert f"the fastest that fits a card of {sold} GB" in lines[0]
+
+
+def test_what_leaves_no_room_for_a_desktop_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Plan(model=DEV, data=Data(resolution=1024))
+    peak = footprint(job).peak
+    for spare, said in ((MARGIN + 0.1, ""), (0.3, "0.30 GiB left: without a desktop"), (-0.1, "does not fit")):
+        monkeypatch.setitem(CARDS, "mine", Card(peak / GIB + spare, 1e12, 1e12))
+        plan(job)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("mine ")]
+        assert line.split("  ")[-1] == said or (not said and "left" not in line and "fit" not in line)
+
+
+def test_times_of_all_steps() -> None:
+    assert [duration(s) for s in (7, 119, 120, 3600, 7199, 7260)] == ["7 s", "119 s", "2 min", "60 min", "2 h 00 min",
+                                                                      "2 h 01 min"]  # fmt: skip
+    text = table(Train(model=DEV, steps=900), footprint(Train(model=DEV)))
+    h100 = seconds(Train(model=DEV), footprint(Train(model=DEV)), CARDS["H100"])
+    assert re.search(rf"H100 +{h100:.2f} +{duration(900 * h100)}$", text, re.MULTILINE)
+
+
+def test_json_where_it_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan(Plan(model=DEV, data=Data(resolution=512)))
+    assert "{" not in capsys.readouterr().out
+    file = tmp_path / "plan.json"
+    returned = plan(Plan(model=DEV, data=Data(resolution=512), json=True, out=str(file)))
     text = capsys.readouterr().out
-    assert json.loads(text.splitlines()[-1]) == returned
+    assert json.loads(text.splitlines()[-1]) == returned == json.loads(file.read_text())
     parts = returned["parts"]
     assert returned["peak_memory_bytes"] == sum(parts.values()) and parts["weights"] > 6 * GIB
-    with pytest.raises(ValueError, match="nothing fits 1 GiB"):
+    with pytest.raises(ValueError, match="nothing fits a card of 1 GB"):
         plan(Plan(model=DEV, fit_gib=1))
     with pytest.raises(ValueError, match=r"memory.budget_gib is 0.5, but .* takes about"):
         footprint(Train(model=DEV, memory=Memory(budget_gib=0.5)))

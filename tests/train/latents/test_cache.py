@@ -45,6 +45,7 @@ from train.latents.prior import prior_folder
 from train.latents.prune import folders_used, prune_cache
 from train.latents.shards import list_shards, read_keys
 from train.latents.store import Cache
+from train.latents.users import forget_gone, record_use, uses
 
 CPU = torch.device("cpu")
 BF16 = Precision("bf16")
@@ -629,10 +630,12 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     training, cache = make(data, tiny, samples), make(data, tiny, used)
     before = files(data)
     with pytest.raises(ValueError, match=r"cache is in use by another process"):
-        prune_cache(cache, ())
+        prune_cache(cache, (), False, pytest.fail)
     assert files(data) == before
     training.close()
-    prune_cache(cache, ())
+    said: list[str] = []
+    prune_cache(cache, (), False, said.append)
+    assert said == [f"removed from {data.cache}: 3 views of pictures, 2 texts"]
     for kind, count in (("pictures", 3), ("texts", 3), ("index", 1)):
         held = [key for file in list_shards(Path(data.cache, kind)) for key in read_keys(file)]
         assert len(held) == len(set(held)) == count
@@ -644,6 +647,42 @@ def test_prune_keeps_what_is_used(data: Data, tiny: Model) -> None:
     forgotten = [name_of(s) for s in samples if known(digest(s.read(), "picture", data.background)) is None]
     assert forgotten == ["d.png"] and len(list_shards(folder)) == 1
     assert misses(make(data, tiny, samples)) == (1, 1) and len(list_shards(folder)) == 2
+
+
+def test_prune_asks_where_other_runs_have_used_what_would_go(data: Data, tiny: Model, tmp_path: Path) -> None:
+    other, gone, drawn = tmp_path / "runs/other", tmp_path / "runs/gone", Path(data.cache, "prior", "drawn")
+    for folder in (other, gone, drawn):
+        folder.mkdir(parents=True)
+    cache = make(replace(data, resolution=48), tiny, more=["a preview"])
+    record_use(cache, other, [drawn])
+    record_use(cache, gone, [drawn])
+    cache.close()
+    gone.rmdir()
+    own = make(data, tiny)
+    record_use(own, tmp_path / "runs", [])
+    before = files(data)
+    goes = f"2 views of pictures, 1 texts, {drawn}"
+    with pytest.raises(ValueError) as refused:
+        prune_cache(own, (), False, pytest.fail)
+    assert str(refused.value) == (
+        f"prune=true would remove {goes} from {data.cache}, which other runs have used: {other} (4 of them); they "
+        "would encode it again. Add force=true to remove it all the same"
+    )
+    assert files(data) == before
+    said: list[str] = []
+    prune_cache(own, (), True, said.append)
+    assert said == [f"removed from {data.cache}: {goes}"] and not drawn.exists()
+    assert len(list(Path(data.cache, "users").iterdir())) == 2  # of those that are there
+    assert misses(make(data, tiny)) == (0, 0)
+
+
+def test_a_record_that_is_torn_says_nothing(data: Data, tiny: Model, tmp_path: Path) -> None:
+    record_use(make(data, tiny), tmp_path, [])
+    (file,) = Path(data.cache, "users").iterdir()
+    file.write_text(file.read_text()[:30])
+    assert list(uses(Path(data.cache))) == []
+    forget_gone(Path(data.cache))
+    assert not file.exists()
 
 
 def test_prune_keeps_the_tables_and_class_pictures_in_use(data: Data, tiny: Model, tmp_path: Path) -> None:
@@ -661,7 +700,7 @@ def test_prune_keeps_the_tables_and_class_pictures_in_use(data: Data, tiny: Mode
     keep = folders_used(used, tiny, BF16)
     kinds = [[folder for folder in Path(data.cache, kind).iterdir() if folder.is_dir()] for kind in ("tables", "prior")]
     assert [len(folders) for folders in kinds] == [2, 2] and len(keep & {f for folders in kinds for f in folders}) == 2
-    prune_cache(make(used, tiny), keep)
+    prune_cache(make(used, tiny), keep, False, print)
     assert {f for kind in ("tables", "prior") for f in Path(data.cache, kind).glob("*/")} == keep
     assert (prior_folder(used, tiny, BF16) / "00000.png").read_bytes() == b"drawn"
     assert misses(make(used, tiny)) == (0, 0)
@@ -724,6 +763,7 @@ def test_ranks_share_the_work(data: Data, tiny: Model) -> None:
 TOGETHER = """
 import os, signal, sys, time
 from pathlib import Path
+from train.latents.users import forget_gone, record_use, uses
 from train.latents.writer import ShardWriter
 from tests.train.latents.test_cache import *
 pictures, cache, model, own, other, most = sys.argv[1:]

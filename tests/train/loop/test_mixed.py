@@ -125,7 +125,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> tuple[dict[str
     )
     job = Train(
         model=tiny, precision=Precision("bf16"), adapter=Adapter(rank=2), data=data, steps=14, save_every=0,
-        device="cpu", run="mixed",
+        device="cpu", run="mixed", previews=[],
     )  # fmt: skip
     (folder / "job").write_bytes(pickle.dumps(job))
     script = folder / "record.py"

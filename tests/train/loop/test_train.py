@@ -3,12 +3,12 @@
 import importlib
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +69,7 @@ def job(
         data=Data(str(pictures), SIDE, 2, "zelk style", 0.2, cache=str(pictures.parent / "cache")),
         optim=Optim(lr=1e-3, schedule="linear"),
         run="short",
+        previews=[],
         steps=6,
         accumulation=2,
         save_every=2,
@@ -378,34 +379,22 @@ def test_two_ranks_equal_one_with_twice_the_batch(pictures: Path, tmp_path: Path
     launch([str(scripts / "accelerate"), "launch", *single, script, "run=one", "data.batch_size=4", *options], tmp_path)
     double = ["--standalone", "--nproc_per_node", "2"]
     launch([str(scripts / "torchrun"), *double, script, "run=two", "data.batch_size=2", *options], tmp_path)
-    check_alike("one", "two", "nf4")
 
 
-RANKS = """
-import pickle, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from infer.program.quiet import quieten
-quieten()
-from accelerate import Accelerator
-from train.train import train
-Accelerator.end_training = lambda self: None  # there is another run to come
-for job in pickle.loads(Path("jobs").read_bytes()):
-    train(job)
-"""
-
-
-def test_two_ranks_equal_one_in_fp32(job: Train, mixed: Path) -> None:
-    """Squares, and mixed shapes, where most batches are short, some with nothing for the second rank; both in the same
-    processes."""
-    job = replace(job, precision=Precision("fp32"), adapter=Adapter(rank=4), steps=3, validate_every=0, save_every=0)
-    masked = replace(job.data, path="", sources=[Source(str(mixed), str(mixed / "masks"))], resolution=[64, 48])
-    jobs = {"squares": job, "mixed": replace(job, data=masked)}
-    twice = [replace(each, run=f"{name}-two") for name, each in jobs.items()]
-    Path("jobs").write_bytes(pickle.dumps(twice))
-    Path("ranks.py").write_text(RANKS.format(root=str(ROOT)))
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch([torchrun, "--standalone", "--nproc_per_node", "2", "ranks.py"], Path.cwd())
-    for name, each in jobs.items():
-        train(replace(each, run=f"{name}-one", data=replace(each.data, batch_size=4)))
-        check_alike(f"{name}-one", f"{name}-two", "fp32")
+def test_the_first_checkpoint_comes_early_and_then_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, now = SimpleNamespace(main=True), 1000.0
+    loop: Any = SimpleNamespace(
+        session=SimpleNamespace(run=run, job=SimpleNamespace(save_minutes=10.0)), saved=False, saved_at=now
+    )
+    monkeypatch.setattr(STEP.time, "monotonic", lambda: now)
+    due = {}
+    for saved, minutes in ((False, 10.0), (True, 10.0), (False, 0.5), (False, 0.0), (True, 0.0)):
+        loop.saved, loop.session.job.save_minutes = saved, minutes
+        found = []
+        for after in (29, 31, 59, 61, 599, 601):
+            now = 1000.0 + after
+            found.append(STEP.save_overdue(loop))
+        due[saved, minutes] = found.index(True) if any(found) else None
+    assert due == {(False, 10.0): 3, (True, 10.0): 5, (False, 0.5): 1, (False, 0.0): None, (True, 0.0): None}
+    run.main, loop.saved, loop.session.job.save_minutes = False, False, 10.0
+    assert not STEP.save_overdue(loop)  # the main rank decides

@@ -239,7 +239,8 @@ def test_zero_two_learns_what_replicas_learn(tmp_path: Path) -> None:
     make_style(tmp_path / "pictures", 7, seed=1)
     options = [
         "data.path=pictures", "data.resolution=64", "data.validation=0.2", "data.cache=cache", "precision=nf4",
-        "adapter.rank=4", "optim.schedule=linear", "steps=4", "save_every=2", "validation_levels=1", "device=cpu",
+        "adapter.rank=4", "optim.schedule=linear", "steps=4", "save_every=2", "validation_levels=1",
+        "previews=[]", "device=cpu",
     ]  # fmt: skip
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

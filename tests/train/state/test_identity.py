@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from infer.adapter.lora import Adapter
-from infer.adapter.read import FILE
+from infer.adapter.read import FILE, read_notes
 from infer.checkpoint.load import Model
 from infer.program.paths import ROOT
 from infer.sample.encode import NotFiniteError
@@ -92,7 +92,9 @@ MAY_CHANGE = {
     "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
     "validate_every", "preview_every", "previews", "push", "device", "data.on_error", "data.least", "data.cache",
     "encode.batch_pixels", "encode.workers", "encode.decode_pixels", "encode.shard_mib", "encode.flush_seconds",
-    "encode.verify",
+    "encode.verify", "validation_levels", "data.image_column", "data.caption_column", "data.caption_lines",
+    "data.most_pixels",
+    *(f"data.sources.{i}.{name}" for i in (0, 1) for name in ("image_column", "caption_column", "subset", "split")),
 }  # fmt: skip
 
 
@@ -129,6 +131,17 @@ def test_every_setting_is_repeated_or_said_to_be_free(home: Path) -> None:
                 record_config(changed, folder, 1)
 
 
+def test_what_an_older_version_recorded_of_settings_that_are_free_now(home: Path) -> None:
+    folder = home / "runs" / "mine"
+    job = begun(folder, data=Data(sources=[Source("set"), Source("other")]))
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    recorded["validation_levels"] = 3
+    recorded["data"]["most_pixels"] = 7
+    recorded["data"]["sources"][1]["split"] = "test"
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert record_config(job, folder, 1) == 1
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("identity")
@@ -143,7 +156,7 @@ def job(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     return Train(
         model=Model(str(ROOT / "scripts/tiny/model")), adapter=Adapter(rank=2, targets="single"),
         data=Data("pictures", 64, 2, validation=0.2, cache=str(pictures / "cache")), optim=Optim(lr=1e-3, warmup=1),
-        steps=2, save_every=1, validate_every=1, validation_levels=1, ema=0.5, run="short", device="cpu",
+        steps=2, save_every=1, validate_every=1, validation_levels=1, ema=0.5, run="short", device="cpu", previews=[],
         sampling=Sampling(steps=1, height=64, width=64),
     )  # fmt: skip
 
@@ -178,6 +191,10 @@ def test_more_steps_go_on(schedule: str, job: Train, capsys: pytest.CaptureFixtu
     assert recorded_steps(Path("runs/short")) == 4
     if schedule == "cosine":
         assert "falls to 0 at the last step, so at step 2 the rate goes from 0.00e+00 to 5.00e-04" in said
+        train(replace(more, run="short", steps=5, validation_levels=2))  # another measure, and the same learning
+        assert "note: validation_levels was 1 and is 2: validation figures begin anew" in capsys.readouterr().out
+        notes = read_notes(Path("runs/short/adapter") / FILE)
+        assert list(notes["validation"]) == ["4", "5"]
         return
     with pytest.raises(ValueError, match="steps is 3, but run 'short' is at step 4 already; set steps=4 or more"):
         train(replace(more, steps=3))

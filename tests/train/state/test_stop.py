@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from train.objective.spikes import LEAST, WINDOW, remember, threshold
 from train.ranks.update import batches_of_rank
 from train.state import run_lock as lock
 from train.state.run_lock import DEAD_AFTER, NAME, lock_run
-from train.state.signals import StopSignals
+from train.state.signals import SIGNALS, StopSignals
 
 CHILD = f"""
 import sys, time
@@ -52,11 +53,21 @@ def test_below_a_launcher_of_one_process_a_signal_says_that_the_launcher_leaves(
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested()
     assert "The launcher leaves before that, with a traceback of its own: wait for `stopped`" in capfd.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, said in (("0", "The launcher ends with a traceback of its own: wait for `stopped`"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with StopSignals() as stop:
+            stop.launcher = os.getppid()
+            stop.defer()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested()
+        err = capfd.readouterr().err
+        assert said in err and bool(err) == bool(said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_remembered_once_the_loop_runs(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(SystemExit) as ends, StopSignals():
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -66,7 +77,7 @@ def test_a_signal_is_remembered_once_the_loop_runs(number: signal.Signals, capfd
         assert not stop.requested()
         os.kill(os.getpid(), number)
         assert stop.requested() and stop.reason == number.name
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
     first, second = capfd.readouterr().err.strip().split("\n\n")
     assert first == f"{number.name}: stopping; nothing is lost"
     assert second == f"{number.name}: stopping; this step is finished and saved first; once more ends it at once"
@@ -98,6 +109,30 @@ def test_a_second_signal_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(os, "kill", lambda _, number: killed.append(number))
         signal.raise_signal(signal.SIGINT)
     assert killed == [signal.SIGINT]
+
+
+def test_a_closed_terminal_stops_it_and_what_it_prints_then_goes_nowhere(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    (tmp_path / "child.py").write_text(
+        CHILD.replace("print(stop.reason, flush=True)", f"print('saved', flush=True); open({str(done)!r}, 'w').close()")
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(tmp_path / "child.py"), "goes"])
+    assert os.read(terminal, 100) == b"ready\r\n"
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == STOPPED
+    assert done.is_file()
+
+
+def test_nohup_keeps_it_running() -> None:
+    process = child("nohup", sys.executable, "-c", CHILD, "goes")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None and process.stdout.readline() == "SIGTERM\n"
+    assert process.wait(5) == STOPPED
 
 
 def test_a_launcher_that_dies_stops_it(tmp_path: Path) -> None:

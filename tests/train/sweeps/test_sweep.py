@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from infer.adapter.read import FILE
+from infer.program.errors import INTERRUPTED
 from infer.program.paths import ROOT
 from scripts.tiny.make_style import make_style
 from train.sweeps.point import RECORD, name_point, reason_of, spell, try_lock
@@ -156,7 +157,13 @@ def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path
     command = [*TRAIN, "-m", "run=s", *STAND_IN, "adapter.rank=2,99"]
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heard,
     )
     log = tmp_path / "runs/s/rank-99/train.log"
     for _ in range(600):
@@ -164,8 +171,9 @@ def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path
             break
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)  # the sweep alone: it hands it on
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and "Traceback" not in err
+    assert err.endswith("stopped by Ctrl-C; done points are kept in runs/s, the same command goes on\n")
     assert record(tmp_path, "rank-99")["state"] == "running" and record(tmp_path, "rank-2")["state"] == "done"
     assert log.read_text().count("KeyboardInterrupt") == 1  # it was told, once
 
