@@ -1,5 +1,6 @@
 """The model card beside an adapter (README.md in the Hub's format), and its way to the Hub, when that is asked for."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Card:
     """Prompts with the name of the picture beside the card."""
     notes: list[str] = field(default_factory=list)
     """What users must know."""
+    place: str = "."
+    """Where the adapter is loaded from: its folder, or its repository on the Hub."""
 
 
 def write_card(folder: Path, card: Card) -> Path:
@@ -66,12 +69,22 @@ def write_card(folder: Path, card: Card) -> Path:
     lines += [
         "", "```python", "import torch", "from diffusers import FluxPipeline", "",
         f'pipeline = FluxPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)',
-        f'pipeline.load_lora_weights("this folder or repository", weight_name="{FILE}")', "```",
+        f"# or the name of this repository on the Hub in the place of {card.place}",
+        f'pipeline.load_lora_weights("{card.place}", weight_name="{FILE}")',
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        f"picture = pipeline({json.dumps(prompt_of(card), ensure_ascii=False)}).images[0]",
+        'picture.save("picture.png")', "```", "",
+        "diffusers says that no keys are there for CLIPTextModel: right, since only the transformer has an adapter.",
     ]  # fmt: skip
     text = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n"
     readme = folder / "README.md"
     replace_file(readme, lambda path: path.write_text(text))
     return readme
+
+
+def prompt_of(card: Card) -> str:
+    """A prompt that shows the adapter: one of its samples', else the trigger word."""
+    return next(iter(card.samples), card.trigger or "a cup on a table")
 
 
 def push(folder: Path, repository: str) -> str:

@@ -33,4 +33,5 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
         figures=history,
         samples=samples,
         notes=notes,
+        place=job.push or str(folder / "adapter"),
     )
