@@ -23,7 +23,9 @@ if [ ! -x .venv/bin/python ]; then
     fi
 fi
 if ! cmp -s pyproject.toml "$stamp"; then
-    echo "installing the project and what it needs (the first time takes minutes)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e "$target"
+    echo "installing the project and what it needs: the first time a download of 1 to 4 GB and some minutes"
+    # a line a package, so that one sees that it goes on; pip's own errors go to stderr
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -e "$target" |
+        sed -nu -E 's/^ *(Downloading|Building|Installing|Successfully installed)( [^ ]+)?.*/  \1\2/p'
     cp pyproject.toml "$stamp"
 fi

@@ -2,16 +2,28 @@
 
 import ast
 import re
+import shlex
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
+from infer.program.literal import literal_arguments
 from infer.program.paths import ROOT
+from infer.program.settings import settings as all_settings
+from scripts.settings_page import commands as entries
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+SCHEMAS = {str(file): (name, schema) for file, name, schema in entries()}
+NAMES = "|".join(Path(file).stem for file in SCHEMAS)
+GROUPS = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
 CODE = [file for folder in ("infer", "train") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -53,40 +65,74 @@ def test_every_page_is_listed() -> None:
     assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= listed
 
 
+def blocks() -> list[tuple[str, str]]:
+    """(page, text) of every block of shell on the pages, continued lines joined."""
+    return [
+        (page.name, re.sub(r" *\\\n\s*", " ", block))
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of the pages' calls of train/train.py and the like, joined over their line ends."""
+    """(page, command) of the pages' calls of our commands, in blocks and in lines of text."""
     found = []
+    for page, block in blocks():
+        for line in block.splitlines():
+            if re.search(rf"\b(train|infer)/({NAMES})\.py ", line) and "..." not in line and "'[...]'" not in line:
+                found.append((page, re.sub(r"\$\w+", "1", line).split("  #")[0].strip()))
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
-                if re.search(r"(train|infer)/(train|cache|look|compare|save)\.py ", line) and "..." not in line:
-                    found.append((page.name, re.sub(r"\$\w+", "1", line).split("  #")[0].strip()))
+        for text in re.findall(rf"`(python (?:train|infer)/(?:{NAMES})\.py [^`]*)`", page.read_text()):
+            if "..." not in text:
+                found.append((page.name, " ".join(text.split())))
     return found
+
+
+@pytest.mark.parametrize("page, block", blocks())
+def test_every_block_of_shell_is_shell(page: str, block: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_container_is_given_what_is_there() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    (extras,) = re.findall(r"-e '\.\[([\w,]+)\]'", text)
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= named.keys()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".venv", "runs", "models", ".git"} <= set(ignored) and "!scripts/tiny/model/**/*.safetensors" in ignored
+    shown = re.sub(r" *\\\n#\s*", " ", text)
+    (run,) = [line for line in shown.splitlines() if "docker run" in line]
+    composes(run[run.index("python train/train.py") :])
+
+
+def test_what_is_made_here_is_not_committed(tmp_path: Path) -> None:
+    made = ["models/dev-nf4/model_index.json", "mine.safetensors", "runs/mine/adapter/x", "wandb/x"]
+    kept = ["scripts/tiny/model/vae/diffusion_pytorch_model.safetensors", "infer/compare.py"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *made, *kept], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == made
 
 
 @pytest.mark.parametrize("page, command", commands())
 def test_commands_compose(page: str, command: str) -> None:
-    import shlex
+    composes(command)
 
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    import train.cache
-    import train.look
-    import train.train
-    from infer import compare, save
-
-    schemas = {
-        "train": train.train.Train, "cache": train.cache.Fill, "look": train.look.Look,
-        "compare": compare.Compare, "save": save.Save,
-    }  # fmt: skip
-    words = shlex.split(command)
+def composes(command: str) -> None:
+    """See that a command's words, as a shell leaves them, are settings that there are, with possible values."""
+    words = shlex.split(command.split("&&")[0])
     place = next(i for i, word in enumerate(words) if re.fullmatch(r"(train|infer)/\w+\.py", word))
-    root = Path(words[place]).stem
-    ConfigStore.instance().store(name=f"{root}_schema", node=schemas[root])
-    overrides = [word for word in words[place + 1 :] if word != "--help"]
-    if "-m" in overrides:
-        pytest.skip("a sweep")
+    name, schema = SCHEMAS[words[place]]
+    overrides = [word for word in words[place + 1 :] if word not in ("--help", "|", "head", "-m")]
+    if "-m" in words:  # each setting's first value
+        parsed = OverridesParser.create().parse_overrides(literal_arguments(overrides, schema, sweep=True))
+        overrides = [each.input_line for each in parsed if not each.is_sweep_override()]
+        assert {each.key_or_group for each in parsed if each.is_sweep_override()} <= {*all_settings(schema), *GROUPS}
+    else:
+        overrides = literal_arguments(overrides, schema)
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        OmegaConf.to_object(compose(root, overrides))
+        OmegaConf.to_object(compose(name, overrides))
     GlobalHydra.instance().clear()

@@ -1,5 +1,6 @@
 """The model card beside an adapter (README.md in the Hub's format), and its way to the Hub, when that is asked for."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Card:
     """What users must know."""
     few: str | None = None
     """Hub id of the few-step checkpoint that it is drawn on too."""
+    place: str = "."
+    """Where the adapter is loaded from: its folder, or its repository on the Hub."""
 
 
 def write_card(folder: Path, card: Card) -> Path:
@@ -68,7 +71,12 @@ def write_card(folder: Path, card: Card) -> Path:
         steps = sorted(card.figures, key=int)
         losses = ", ".join(f"{card.figures[step]:.4f} at step {step}" for step in steps)
         lines.append(f"| validation loss | {losses} |")
-    lines += ["", *_snippet(card.pipeline, card.base if hub else "the base model's folder")]
+    lines += ["", *_snippet(card, card.base if hub else "the base model's folder")]
+    if len(of_pipeline(card.pipeline, card.base).ENCODERS) > 1:
+        lines += [
+            "",
+            "diffusers says that no keys are there for CLIPTextModel: right, since only the transformer has an adapter.",
+        ]
     if card.few is not None:
         lines += ["", *_in_few_steps(card, card.few)]
     text = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n"
@@ -77,27 +85,35 @@ def write_card(folder: Path, card: Card) -> Path:
     return readme
 
 
+def prompt_of(card: Card) -> str:
+    """A prompt that shows the adapter: one of its samples', else the trigger word."""
+    return next(iter(card.samples), card.trigger or "a cup on a table")
+
+
 def _in_few_steps(card: Card, few: str) -> list[str]:
     sizes = SIZES[few]
     drawing = of_pipeline(card.pipeline, few).drawing(few, sizes["index"], sizes["transformer"])
-    prompt = card.trigger or "a prompt"
-    call = f"pipeline({prompt!r}, num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance:g})"
+    how = f", num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance:g}"
     return [
         f"Trained on the base model, it is drawn on {few} too, which is distilled to {drawing.steps} steps:",
         "",
-        *_snippet(card.pipeline, few, f"picture = {call}.images[0]"),
+        *_snippet(card, few, how),
     ]
 
 
-def _snippet(pipeline: str, base: str, *calls: str) -> list[str]:
+def _snippet(card: Card, base: str, how: str = "") -> list[str]:
+    """A program that draws with the adapter. how: further arguments of the call."""
     return [
         "```python",
         "import torch",
-        f"from diffusers import {pipeline}",
+        f"from diffusers import {card.pipeline}",
         "",
-        f'pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
-        f'pipeline.load_lora_weights("this folder or repository", weight_name="{FILE}")',
-        *calls,
+        f'pipeline = {card.pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+        f"# or the name of this repository on the Hub in the place of {card.place}",
+        f'pipeline.load_lora_weights("{card.place}", weight_name="{FILE}")',
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        f"picture = pipeline({json.dumps(prompt_of(card), ensure_ascii=False)}{how}).images[0]",
+        'picture.save("picture.png")',
         "```",
     ]
 

@@ -4,13 +4,39 @@ Parts are loaded from the snapshot's folder, never by the Hub's name: for a shar
 there is, though it is in the cache.
 """
 
+import socket
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+WAIT = 5.0  # seconds in which the Hub must answer
 UNREAD = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.pb", "*.pt", "*.pth", "*.fp16.*")
 """Copies of the weights in formats and variants that are not read here."""
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 """One of which every part has."""
+
+
+@cache
+def reachable() -> bool:
+    """Whether the Hub's machine answers at all: its library would try for most of a minute before it says so.
+
+    Behind a proxy, or where HF_HUB_OFFLINE is set, the library is left to find out.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=WAIT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _unreachable() -> ConnectionError:
+    return ConnectionError("the Hub cannot be reached, and it is not in the Hub's cache here")
 
 
 @cache
@@ -25,6 +51,8 @@ def hub_part(name: str, revision: str | None, part: str) -> Path:
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
+        if not reachable():
+            raise _unreachable()
         folder = Path(
             snapshot_download(name, revision=revision, allow_patterns=[f"{part}/*"], ignore_patterns=list(UNREAD))
         )
@@ -51,6 +79,8 @@ def hub_file(name: str, revision: str | None, file: str) -> Path:
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
+        if not reachable():
+            raise _unreachable()
         return Path(hf_hub_download(name, file, revision=revision))
     except RevisionNotFoundError:
         raise

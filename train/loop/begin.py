@@ -10,6 +10,7 @@ from infer.adapter.read import FILE, read_notes
 from infer.checkpoint.headers import check_transformer
 from infer.checkpoint.load import fingerprint, part_folder, read_config
 from infer.family.find import of_config
+from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
 from train.estimate.plan import announce
@@ -21,6 +22,8 @@ from train.run.config import Train, check_half
 from train.state.checkpoint import Checkpoint, find_checkpoint
 from train.state.identity import record_config, record_steps, recorded_steps
 from train.state.progress import check_same_run
+
+BUNDLED = SHIPPED / "scripts" / "tiny" / "model"
 
 
 def begin(run: Run) -> Path | Resumption:
@@ -168,6 +171,12 @@ def check_base(run: Run) -> None:
     """
     model = run.job.model
     config = read_config(model, "transformer")
+    if Path(model.path) == BUNDLED and Path(run.job.data.path).name != "demo-pictures":
+        run.say(
+            "note: the bundled model knows coloured shapes on plain grounds alone: pictures of anything else teach it "
+            "colours and textures at best. That training works shows the loss of the held-out pictures, which falls; "
+            "for your own pictures take model=dev (docs/bundled-model.md)"
+        )
     if not model.random:
         check_transformer(model.path, part_folder(model, "transformer"), config)
     note = of_config(config).training_note(config)

@@ -36,4 +36,5 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
         samples=samples,
         notes=notes,
         few=distilled_to(job.model),
+        place=job.push or str(folder / "adapter"),
     )

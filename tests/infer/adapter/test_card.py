@@ -3,8 +3,11 @@
 import json
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from diffusers import FluxPipeline
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,13 +27,18 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image, ImageFont
 
+from infer.adapter.attach import attach
+from infer.adapter.attached import save_adapter
+from infer.adapter.lora import Adapter as LoRA
 from infer.adapter.model_card import Card, push, write_card
 from infer.adapter.read import FILE
-from infer.checkpoint.load import Model
+from infer.checkpoint import hub
+from infer.checkpoint.load import Model, load_transformer
 from infer.checkpoint.random_weights import shape_config
 from infer.comparison.settings import Compare
 from infer.program.literal import literal_arguments
 from infer.program.paths import CONFIGS
+from infer.quantize.precision import Precision
 from infer.sample.generate import Sampling
 from train.data.dataset import Data
 from train.data.source import Sample
@@ -249,3 +258,45 @@ def test_the_loss_as_a_picture(tmp_path: Path) -> None:
     draw_loss(SimpleNamespace(main=True, folder=tmp_path))  # type: ignore[arg-type]
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (792, 633) and len(picture.convert("RGB").getcolors(2**20) or []) > 20
+
+
+def test_the_snippet_of_the_card_runs_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model, recwarn: pytest.WarningsRecorder
+) -> None:
+    """In a plain diffusers, with the base's folder filled in, which a card of a local base does not say."""
+    monkeypatch.chdir(tmp_path)
+    transformer = load_transformer(tiny, Precision("bf16"), torch.device("cpu"))
+    attach(transformer, LoRA(rank=2), seed=0)
+    save_adapter(transformer, Path("runs/mine/adapter"), {})
+    card = write_card(Path("runs/mine/adapter"), replace(CARD, base=tiny.path, place="runs/mine/adapter"))
+    code = card.read_text().split("```python\n")[1].split("```")[0].replace("the base model's folder", tiny.path)
+    assert 'pipeline("sks, on a table")' in code
+    draw = FluxPipeline.__call__
+    monkeypatch.setattr(FluxPipeline, "__call__", partialmethod(draw, num_inference_steps=1, height=64, width=64))
+    recwarn.clear()
+    exec(compile(code, "card", "exec"), {})
+    with Image.open("picture.png") as picture:
+        assert picture.size == (64, 64)
+    ours = [str(warning.message) for warning in recwarn if "torch_dtype" not in str(warning.message)]
+    assert ours == []
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "getproxies", dict)
+    hub.reachable.cache_clear()
+    hub.hub_part.cache_clear()
+    began = time.monotonic()
+    for look in (
+        lambda: hub.hub_part("no-one/nothing", None, "vae"),
+        lambda: hub.hub_file("no-one/nothing", None, "x"),
+    ):
+        with pytest.raises(ConnectionError, match="the Hub cannot be reached, and it is not in the Hub's cache here"):
+            look()
+    assert time.monotonic() - began < hub.WAIT + 5
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy"})  # the library is left to find out
+    hub.reachable.cache_clear()
+    assert hub.reachable()
+    hub.reachable.cache_clear()

@@ -20,7 +20,7 @@ from infer.adapter.targets import match_targets
 from infer.checkpoint.load import Model, load_transformer
 from infer.program.bounds import check_most
 from infer.program.command import run_command
-from infer.program.literal import _required
+from infer.program.literal import required
 from infer.program.paths import ROOT
 from infer.program.secrets import check_values
 from infer.program.settings import explain
@@ -33,7 +33,7 @@ HUGE = 10**30
 def numbers(kind: Any, name: str = "") -> Iterator[tuple[str, str, Any]]:
     """Each numeric setting below a type: its name, how a value of it is written on the command line, and its type."""
     for field, own in get_type_hints(kind).items():
-        own, _ = _required(own)
+        own, _ = required(own)
         where = f"{name}.{field}".lstrip(".")
         if own in (int, float):
             yield where, where + "={}", own
