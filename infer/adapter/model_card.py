@@ -75,7 +75,7 @@ def write_card(folder: Path, card: Card) -> Path:
     if len(of_pipeline(card.pipeline, card.base).ENCODERS) > 1:
         lines += [
             "",
-            "diffusers says that no keys are there for CLIPTextModel: right, since only the transformer has an adapter.",
+            "diffusers says that no keys are there for CLIPTextModel: right, only the transformer has an adapter.",
         ]
     if card.few is not None:
         lines += ["", *_in_few_steps(card, card.few)]

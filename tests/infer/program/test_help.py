@@ -37,7 +37,7 @@ def test_every_setting_is_explained(schema: Any) -> None:
 
 def test_texts_below_inherited_fields_count() -> None:
     docs = field_docs(Plan)
-    assert docs["fit_gib"].startswith("GiB of a card") and docs["steps"].startswith("Optimizer updates.")
+    assert docs["fit_gib"].startswith("Size of a card") and docs["steps"].startswith("Optimizer updates.")
 
 
 def test_the_first_sentence() -> None:
