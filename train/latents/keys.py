@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from infer.checkpoint.load import Model, fingerprint
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, without_products
 from train.data.buckets import View
 
 
@@ -36,7 +36,9 @@ class Keys:
 def make_keys(model: Model, precision: Precision, length: int | None, tile: int) -> Keys:
     """Reads all weights that a key depends on. length: T5's, None for the checkpoint's own."""
     parts = [fingerprint(model, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
-    return Keys(_hash(fingerprint(model, "vae"), "bfloat16"), tile, _hash(parts, asdict(precision.for_t5()), length))
+    return Keys(
+        _hash(fingerprint(model, "vae"), "bfloat16"), tile, _hash(parts, without_products(precision.for_t5()), length)
+    )
 
 
 def _transform(view: View) -> tuple[object, ...]:

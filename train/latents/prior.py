@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from infer.checkpoint.load import PARTS, Model, fingerprint, load_scheduler, load_transformer, load_vae
 from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, without_products
 from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from train.data.dataset import Data, sources_of
@@ -34,7 +33,16 @@ def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
     """Where the class pictures of this prompt, base and precision lie."""
     prior, side = data.prior, data.resolutions[0]
     prints = [fingerprint(model, part) for part in PARTS]
-    how = [prior.prompt, data.text_length, prior.steps, prior.guidance, prior.seed, side, prints, asdict(precision)]
+    how = [
+        prior.prompt,
+        data.text_length,
+        prior.steps,
+        prior.guidance,
+        prior.seed,
+        side,
+        prints,
+        without_products(precision),
+    ]
     return Path(data.cache) / "prior" / hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
 
 
