@@ -439,6 +439,7 @@ def test_a_run_is_claimed_once(tmp_path: Path) -> None:
     for override, was, now in (
         ("seed=1", "seed was 0", "is 1"),
         ("precision=fp4", "precision.kind was 'nf4'", "is 'fp4'"),
+        ("precision.products=fp8", "precision.products was 'bf16'", "is 'fp8'"),
         ("optim.lr=1.8e-9", "optim.lr was 1.7e-09", "is 1.8e-09"),
         ("data.trigger=x", "data.trigger was 'ß: {a}'", "is 'x'"),
         ("ema=0.9", "ema was None", "is 0.9"),

@@ -25,6 +25,7 @@ from infer.quantize.layer import quantized_layer
 from infer.quantize.precision import Precision, check_card, without_products
 from infer.rounding.settings import Recover, check_recover
 from infer.save import Save, save
+from train.gap import Gap
 from train.objective.flow_matching import predict
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -227,6 +228,12 @@ def test_commands_that_multiply_by_no_fast_path_refuse_products(tiny: Model, tmp
     recovery = Recover(tiny, eight, prompts=["a"], held_out=["b"], device="cpu")
     with pytest.raises(ValueError, match=r"products=int8 has no effect on a recovery adapter"):
         check_recover(recovery)
+
+
+def test_what_others_are_compared_with_multiplies_in_bf16() -> None:
+    assert Precision("bf16").exact and not Precision("bf16", products="fp8").exact and not Precision("nf4").exact
+    precisions = {"a": Precision("bf16", products="int8"), "b": Precision("bf16"), "c": Precision("nf4")}
+    assert Gap(precisions=precisions).order() == ["b", "a", "c"]
 
 
 def test_encodings_and_class_pictures_do_not_depend_on_products() -> None:
