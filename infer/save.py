@@ -19,7 +19,7 @@ from infer.device.device import check_device_name, pick_device
 from infer.program.command import run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, refuse_products
 
 
 @dataclass
@@ -44,6 +44,7 @@ def save(options: Save) -> Path:
         ValueError: `out` is empty or exists, the precision is a mixture, or the checkpoint is quantized otherwise.
     """
     refuse_mixture(options.precision, "load the unquantized checkpoint with the same precision, or save one kind")
+    refuse_products(options.precision, "what is saved: it is how a loaded model multiplies")
     if not options.out or Path(options.out).exists():
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     check_device_name(options.device)

@@ -64,6 +64,8 @@ VARIANTS = {
     "guide-int8": Variant(Precision("int8", compute_dtype="fp16", llm_int8=True), guide=True, steps=10),
     "nf4": Variant(Precision("nf4")),
     "nf4-adapter": Variant(Precision("nf4"), adapted=True),
+    "nf4-fp8": Variant(Precision("nf4", products="fp8")),
+    "nf4-fp8-adapter": Variant(Precision("nf4", products="fp8"), adapted=True),
     "int8": Variant(Precision("int8")),
     "int8-adapter": Variant(Precision("int8"), adapted=True),
     "bf16": Variant(Precision("bf16")),
@@ -71,7 +73,12 @@ VARIANTS = {
     "nf4-6gib": Variant(Precision("nf4"), budget_gib=6.0),
 }
 FASTER = [("nf4", "guide-nf4", ">= 1.4"), ("int8", "guide-int8", ">= 2.8")]
-SLOWER = [("nf4-adapter", "nf4", "<= 1.05"), ("int8-adapter", "int8", "<= 1.05")]
+SLOWER = [
+    ("nf4-fp8", "nf4", "<= 0.77"),
+    ("nf4-fp8-adapter", "nf4-fp8", "<= 1.03"),
+    ("nf4-adapter", "nf4", "<= 1.05"),
+    ("int8-adapter", "int8", "<= 1.05"),
+]
 MEMORY = {"nf4-8gib": "<= 8.0", "nf4-6gib": "<= 6.0"}
 
 

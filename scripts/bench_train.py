@@ -32,7 +32,7 @@ from infer.device import allocator
 from infer.device.device import release
 from infer.family.flux1_sizes import DEV
 from infer.fast.install import choose_path, hold_of, uninstall
-from infer.quantize.precision import stored_bytes
+from infer.quantize.precision import stored_bytes, without_products
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
@@ -103,7 +103,7 @@ class Held:
         self.device, self.key, self.transformer = device, "", None
 
     def get(self, job: Train) -> tuple[Any, list[nn.Parameter]]:
-        key = f"{job.precision} {hold_of(job.memory)}"
+        key = f"{without_products(job.precision)} {hold_of(job.memory)}"
         if self.transformer is None or key != self.key or job.memory.budget_gib is not None:
             self.transformer = None
             release(self.device)
@@ -120,7 +120,7 @@ class Held:
 KERNELS = {  # the first that a kernel's name holds
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
     "dequantize": ("unpack", "kdequant", "dequantize"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
+    "matrix products": ("gemm", "with_copies", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
     "copies": ("memcpy", "memset"),
     "fused": ("triton",),
     "optimizer": ("multi_tensor", "optimizer", "adam"),
@@ -247,7 +247,7 @@ def groups(names: list[str]) -> list[list[str]]:
             found[name] = [name]
             continue
         variant = VARIANTS[name]
-        key = name if variant.memory.budget_gib is not None else str(variant.precision)
+        key = name if variant.memory.budget_gib is not None else str(without_products(variant.precision))
         found.setdefault(key, []).append(name)
     return list(found.values())
 

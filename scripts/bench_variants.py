@@ -42,6 +42,7 @@ class Variant:
 LEAN, BALANCED = Memory("nothing"), Memory("attention")
 FAST, PRODUCTS, PLAIN = Memory("everything"), Memory("products"), Memory("nothing", fused=False)
 NF4, INT8, BF16 = Precision("nf4"), Precision("int8"), Precision("bf16")
+FP8, EIGHT = Precision("nf4", products="fp8"), Precision("nf4", products="int8")
 NESTED, LLM = Precision("nf4", double_quant=True), Precision("int8", llm_int8=True)
 
 
@@ -53,6 +54,10 @@ def _variants() -> dict[str, Variant]:
             f"nf4-{size}-balanced": Variant(NF4, size, BALANCED),
             f"nf4-{size}-lean": Variant(NF4, size, LEAN),
             f"nf4-{size}-fast": Variant(NF4, size, FAST),
+            f"nf4-{size}-balanced-fp8": Variant(FP8, size, BALANCED),
+            f"nf4-{size}-fast-fp8": Variant(FP8, size, FAST),
+            f"nf4-{size}-lean-fp8": Variant(FP8, size, LEAN),
+            f"nf4-{size}-balanced-int8": Variant(EIGHT, size, BALANCED),
             f"nf4-{size}-products": Variant(NF4, size, PRODUCTS),
             f"nested-{size}-lean": Variant(NESTED, size, LEAN),
             f"nf4-{size}-dora": Variant(NF4, size, BALANCED, Adapter(rank=4, alpha=4.0, dora=True)),
@@ -94,12 +99,26 @@ RATIOS: list[tuple[str, str, str | None]] = [
 SLOWER: list[tuple[str, str, str | None]] = [
     ("int8-1024-balanced", "nf4-1024-balanced", "<= 1.15"),
     ("int8-512-balanced", "nf4-512-balanced", "<= 1.15"),
+    ("nf4-1024-balanced-fp8", "nf4-1024-balanced", "<= 0.84"),
+    ("nf4-1024-fast-fp8", "nf4-1024-fast", "<= 0.87"),
+    ("nf4-512-balanced-fp8", "nf4-512-balanced", "<= 0.86"),
+    ("nf4-512-fast-fp8", "nf4-512-fast", None),
+    ("nf4-1024-lean-fp8", "nf4-1024-lean", None),
+    ("nf4-1024-balanced-int8", "nf4-1024-balanced", None),
+    ("nf4-512-balanced-int8", "nf4-512-balanced", None),
     ("llm_int8-1024", "reference-nf4-1024", None),
     ("nf4-1024-deterministic", "nf4-1024-balanced", None),
     ("nf4-512-deterministic", "nf4-512-balanced", None),
 ]
 SECONDS = {"nf4-1024-streamed": "<= 0.60", "nf4-512-streamed": "<= 0.38"}
-PROFILED = ("nf4-1024-balanced", "nf4-512-balanced", "nf4-1024-fast", "int8-1024-balanced", "reference-nf4-1024")
+PROFILED = (
+    "nf4-1024-balanced",
+    "nf4-1024-balanced-fp8",
+    "nf4-512-balanced",
+    "nf4-1024-fast",
+    "int8-1024-balanced",
+    "reference-nf4-1024",
+)
 MEMORY = {
     "nf4-1024-balanced": "<= 10.8",
     "nf4-512-balanced": "<= 7.9",

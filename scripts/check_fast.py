@@ -3,15 +3,20 @@
     python scripts/check_fast.py --gradients     # full size, NF4, 512x512: relative error of all adapter gradients
     python scripts/check_fast.py --curves        # the bundled model: LoRA, rsLoRA and DoRA, plain and fast; CPUs too
     python scripts/check_fast.py --shapes        # full size: several resolutions in turn compile and capture once each
+    python scripts/check_fast.py --products      # the bundled model: products in bf16, fp8 and int8, five seeds each
 
 Both paths round to bf16 in places of their own, so each is also held against the same gradients in fp32.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -53,6 +58,7 @@ KINDS = {
 }
 
 
+SEEDS, PRODUCTS = range(5), ("bf16", "fp8", "int8")
 SHAPES = (1024, 1024), (832, 1216), (512, 512)  # heights and widths
 
 
@@ -90,15 +96,19 @@ def gradients(out: Path) -> None:
         ("compiled", Memory("nothing", graph=False)),
         ("compiled and captured", LEAN),
         ("compiled and captured, attention kept", Memory("attention")),
+        ("with products in fp8", Memory("attention")),
+        ("with products in int8", Memory("attention")),
     ):
+        eight = next((products for products in ("fp8", "int8") if name.endswith(f"in {products}")), "bf16")
         job = replace(variant.job, memory=memory)
-        choose_path(transformer, memory, NF4, device, print)
+        choose_path(transformer, memory, replace(NF4, products=eight), device, print)
         torch.backends.cuda.enable_cudnn_sdp(True)
         learn = make_learner(job, accelerator, transformer, parameters, None)
         for _ in range(3):
             learn(batch)
             found = taken()
-        row = make_row(f"gradients, fast path {name} against plain", "", relative(found, plain), "<= 0.01", seen)
+        target = "<= 0.01" if eight == "bf16" else None
+        row = make_row(f"gradients, fast path {name} against plain", "", relative(found, plain), target, seen)
         bench_rows.append(out, row)
         print(bench_rows.table([row]).splitlines()[-1], flush=True)
 
@@ -138,6 +148,57 @@ def shapes(out: Path) -> None:
     row = make_row(name, "", float(sum(again)), "<= 0", seen, seen=more)
     bench_rows.append(out, row)
     print(bench_rows.table([row]).splitlines()[-1], more, flush=True)
+
+
+def product_job(products: str, seed: int, steps: int) -> Train:
+    return Train(
+        model=Model(str(ROOT / "scripts" / "tiny" / "model")),
+        precision=Precision("nf4", products=products),
+        adapter=KINDS["lora"],
+        data=Data(path="runs/check-fast-pictures", resolution=128, batch_size=4),
+        optim=Optim(lr=1e-3),
+        steps=steps,
+        seed=seed,
+        validate_every=0,
+        save_every=0,
+        run=f"check-fast-{products}-{seed}",
+    )
+
+
+def products(out: Path, steps: int) -> None:
+    """Losses of the bundled model by how its frozen weights are multiplied, each run in a process of its own."""
+    pictures = Path("runs/check-fast-pictures")
+    if not (pictures / "metadata.jsonl").is_file():
+        make_style(pictures, 36, 0)
+    seen = bench_rows.circumstances(Accelerator(mixed_precision="no").device)
+    jobs = [product_job(name, seed, steps) for seed in SEEDS for name in PRODUCTS]
+    command = [sys.executable, str(Path(__file__).resolve()), "--steps", str(steps), "--one"]
+
+    def trained(job: Train) -> None:
+        subprocess.run([*command, job.precision.products, str(job.seed)], check=True, stdout=subprocess.DEVNULL)
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        list(pool.map(trained, jobs))
+    last: dict[str, list[float]] = {name: [] for name in PRODUCTS}
+    series: dict[str, list[float]] = {}
+    for job in jobs:
+        lines = read_events(Path("runs", job.run, "metrics.jsonl"))
+        series[f"{job.precision.products} {job.seed}"] = [line["loss"] for line in lines if "loss" in line]
+        last[job.precision.products].append([x["validation_loss"] for x in lines if "validation_loss" in x][-1])
+    for name in PRODUCTS[1:]:
+        ratios = [100 * (a / b - 1) for a, b in zip(last[name], last["bf16"], strict=True)]
+        pairs = [(series[f"{name} {seed}"], series[f"bf16 {seed}"]) for seed in SEEDS]
+        curve = mean(abs(a / b - 1) for pair in pairs for a, b in zip(*pair, strict=True))
+        spread = stdev(ratios) / len(ratios) ** 0.5 * 2.776  # Student's t of five seeds, 95 %
+        more = {"by_seed": ratios, "limits": [mean(ratios) - spread, mean(ratios) + spread], "validation": last}
+        told = f"products in {name}, {steps} steps, {len(SEEDS)} seeds"
+        rows = [
+            make_row(f"{told}: validation loss above bf16's, mean", "%", mean(ratios), "<= 0.5", seen, seen=more),
+            make_row(f"{told}: distance of losses from bf16's, mean", "%", 100 * curve, None, seen),
+        ]
+        for row in rows:
+            bench_rows.append(out, row)
+        print(bench_rows.table(rows), more, flush=True)
 
 
 def curves(out: Path, steps: int, kinds: list[str]) -> None:
@@ -184,21 +245,28 @@ def main() -> None:
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--shapes", action="store_true")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # products and seed
+    parser.add_argument("--steps", type=int, help="of --curves (200) and of --products (500)")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="adapters for --curves")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/check.jsonl"))
     options = parser.parse_args()
-    if not (options.gradients or options.curves or options.shapes):
-        parser.error("give --gradients, --curves or --shapes")
+    if options.one:
+        train(product_job(options.one[0], int(options.one[1]), options.steps))
+        return
+    if not (options.gradients or options.curves or options.shapes or options.products):
+        parser.error("give --gradients, --curves, --shapes or --products")
     if (options.gradients or options.shapes) and not torch.cuda.is_available():
         sys.exit("error: --gradients and --shapes check a GPU, and torch sees none")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.gradients:
         gradients(options.out)
     if options.curves:
-        curves(options.out, options.steps, options.kinds)
+        curves(options.out, options.steps or 200, options.kinds)
     if options.shapes:
         shapes(options.out)
+    if options.products:
+        products(options.out, options.steps or 500)
 
 
 if __name__ == "__main__":

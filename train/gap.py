@@ -94,9 +94,11 @@ class Gap:
         """
         names = [name for name in self.precisions if self.only is None or name in self.only]
         plain = [name for name in names if self.precisions[name].kind in ("bf16", "fp32")]
-        plain = [name for name in plain if not self.precisions[name].layers]
+        plain = [name for name in plain if self.precisions[name].exact]
         if not plain:
-            raise ValueError(f"{', '.join(names)} are all quantized; add bf16, which they are compared with")
+            raise ValueError(
+                f"{', '.join(names)} are all quantized or multiply in 8 bits; add bf16, which they are compared with"
+            )
         return [plain[0], *(name for name in names if name != plain[0])]
 
 

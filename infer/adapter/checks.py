@@ -5,7 +5,7 @@ What loading itself finds (a layer stored otherwise than asked, a shape that doe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,11 +17,14 @@ from infer.adapter.targets import match_targets
 from infer.checkpoint.checks import check_stored
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import Model, family_of, load_scheduler, read_config, unguided
+from infer.family.family import Linear
 from infer.fast.memory import Memory, refuse_plain
-from infer.quantize.precision import Precision, check_layer_names, kind_asked
+from infer.quantize.precision import Precision, check_card, check_layer_names, kind_asked
 
 if TYPE_CHECKING:
     import torch
+
+SIDE = 128  # infer/fast/unpack_8bit.py
 
 
 def check_precision(model: Model, precision: Precision, layers: Collection[str]) -> None:
@@ -83,7 +86,7 @@ def shift_of(model: Model) -> float | None:
 
 
 def check_path(
-    memory: Memory, precision: Precision, device: torch.device, layers: Iterable[str], reason: str | None = None
+    memory: Memory, precision: Precision, device: torch.device, layers: Mapping[str, Linear], reason: str | None = None
 ) -> Memory:
     """The memory settings as they can be met; `reason`: why the adapters cannot run on the fast path, if so.
 
@@ -100,7 +103,24 @@ def check_path(
         from infer.fast.weights import split_kinds
 
         reason = reason or split_kinds({layer: kind_asked(precision, layer) for layer in layers})
-    return refuse_plain(memory, device, reason)
+    check_card(precision.products, device)
+    if precision.products != "bf16":
+        check_sides(precision.products, layers)
+    return refuse_plain(memory, device, reason, precision.products)
+
+
+def check_sides(products: str, layers: Mapping[str, Linear]) -> None:
+    """See that the blocks' layers can be cut into the tiles of products in 8 bits.
+
+    Raises:
+        ValueError: a layer cannot.
+    """
+    for name, layer in layers.items():
+        if "blocks." in name and (layer.rows % SIDE or layer.columns % SIDE):
+            raise ValueError(
+                f"precision.products={products} needs layers whose sides are multiples of {SIDE}, and {name} is "
+                f"{layer.rows} x {layer.columns}; set precision.products=bf16"
+            )
 
 
 def undecided(precision: Precision) -> Precision | None:

@@ -194,7 +194,7 @@ def draw_all(options: Compare, device: torch.device) -> Path:
                     rows += draw_precision(options, name, adapter, unfinished, device, bar, latents, memory[name])
                 except NotFiniteError as error:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
-        plain = (n for n in names if options.precisions[n].kind == "bf16" and not options.precisions[n].layers)
+        plain = (n for n in names if options.precisions[n].kind == "bf16" and options.precisions[n].exact)
         reference = next(plain, None)
         rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
         drawn = rows, drift, unfinished, latents, reference, scores

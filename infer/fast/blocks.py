@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from infer.fast.add_product import add_product
 from infer.fast.attention import repeatable_attention
+from infer.fast.eight_bit import product
 from infer.fast.half import attend, scaled_product
 from infer.fast.weights import Linear, Lora, Stack, dequantize
 
@@ -28,14 +29,15 @@ class _Product(torch.autograd.Function):
         """weights: W; None: dequantized here and for the gradient, and not kept between. thin: what the adapters' A
         give; up: their B, of the outputs from `first` on."""
         bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-        whole = dequantize(frozen, _dtype(frozen, x)) if weights is None else weights
-        if frozen.half:
-            y = scaled_product(x, whole.T)
-            y = y if bias is None else y + bias
+        if frozen.eight is not None:
+            y = product(x, frozen, across=False)
         else:
-            y = functional.linear(x, whole, bias)
+            whole = dequantize(frozen, _dtype(frozen, x)) if weights is None else weights
+            y = scaled_product(x, whole.T) if frozen.half else functional.linear(x, whole, bias)
         if thin is not None and up is not None:
             add_product(y[..., first : first + up.shape[0]], thin, up)
+        if bias is not None and (frozen.half or frozen.eight is not None):
+            y = y + bias  # compiled, it is a part of what reads y
         ctx.save_for_backward(weights, thin, up)
         ctx.frozen, ctx.first = frozen, first
         return y
@@ -44,7 +46,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, thin, up = ctx.saved_tensors
         passed = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.frozen.eight is not None:
+            passed = product(gradient, ctx.frozen, across=True)
+        elif ctx.needs_input_grad[0]:
             if weights is None:
                 # a turn of its own: merged with the recomputation's, every layer's weights would wait for this moment
                 weights = dequantize(ctx.frozen, _dtype(ctx.frozen, gradient), turn=1)
@@ -73,8 +77,8 @@ def linear(x: Tensor, layers: Linear) -> list[Tensor]:
         whole: Tensor = _Product.apply(x, frozen, weights, thin, up.to(x.dtype), first)
         return list(whole.split(frozen.widths, dim=-1))
     bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
-    if weights is None or frozen.half:
-        y = _Product.apply(x, frozen, weights, None, None, 0)
+    if weights is None or frozen.half or frozen.eight is not None:
+        y = _Product.apply(x, frozen, weights if frozen.eight is None else None, None, None, 0)
     else:
         y = functional.linear(x, weights, bias)
     outputs = list(y.split(frozen.widths, dim=-1))
@@ -129,7 +133,8 @@ def _padded_rank(thin: Tensor, dimension: int) -> Tensor:
 
 
 def modulation(x: Tensor, layers: Linear) -> Tensor:
-    """One layer's output [batch, out] for x [batch, in] of few rows: weights are read as they are stored."""
+    """One layer's output [batch, out] for x [batch, in] of few rows: weights are read as they are stored, and never
+    rounded to 8 bits."""
     frozen = layers.frozen
     if (
         x.requires_grad
@@ -137,7 +142,7 @@ def modulation(x: Tensor, layers: Linear) -> Tensor:
         or len(x) > 8
         or any(lora.magnitude is not None for lora in layers.adapters[0])
     ):
-        return linear(x, layers)[0]
+        return linear(x, layers._replace(frozen=frozen._replace(eight=None)))[0]
     assert frozen.scale is not None
     if frozen.kind == "int8":
         rows = [(frozen.stored.float() * row.float()).sum(1) for row in x]

@@ -63,7 +63,7 @@ def _(
 
 
 @lru_cache
-def _values(kind: str, device: torch.device) -> Tensor:
+def four_bit_values(kind: str, device: torch.device) -> Tensor:
     """The 16 values of a format."""
     from bitsandbytes.functional import get_4bit_type
 
@@ -123,7 +123,7 @@ def _on_cuda(
     count, size = stored.numel(), 2048
     assert 2 * count == out.numel() and len(ends) <= 4, "the weights are not as their layers say"
     far = [*ends[:-1], *[count] * 4][:3]  # the last end bounds nothing
-    values = _values(kind, stored.device)
+    values = four_bit_values(kind, stored.device)
     nested = outer is not None
     with torch.cuda.device(stored.device):
         _kernel()[(-(-count // size),)](

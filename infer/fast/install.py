@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from infer.fast import flux1_blocks, flux2_blocks
 from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
+from infer.fast.eight_bit import eight_of
 from infer.fast.form import Form
 from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
@@ -36,7 +37,12 @@ ATTENTION = [
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.flux_lora.attention.default,  # infer/fast/attention.py, which infer/fast/blocks.py imports
 ]
-PRODUCTS = [aten.mm.default, aten.addmm.default]
+PRODUCTS = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_mm.default,
+    torch.ops.flux_lora.multiply_int8.default,  # infer/fast/int8_kernels.py
+]
 
 
 def _policy(keep: str, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -64,10 +70,12 @@ def install(
     device: torch.device,
     keep: str | None = None,
     repeatable: bool = False,
+    products: str = "bf16",
 ) -> Offload | None:
     """Replace every block's forward; returns the offload of its blocks where a budget asks for one.
 
-    repeatable: with an attention whose gradient is the same every time (infer/fast/attention.py).
+    repeatable: with an attention whose gradient is the same every time (infer/fast/attention.py); products: bf16, or
+    fp8 or int8 for products of frozen weights in 8 bits (infer/fast/eight_bit.py).
 
     Raises:
         ValueError: the layers cannot be stacked.
@@ -90,11 +98,13 @@ def install(
     torch._dynamo.config.accumulated_recompile_limit = max(4 * limit, 256)
     half = in_half(transformer)
     for group in (group for groups, _ in built for group in groups):
+        eight = None if products == "bf16" else eight_of(group.frozen, products, device)
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
         shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
+        shared = shared and eight is None  # the gradient takes another layout
         # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
         in_place = keep != "products" and memory.compiles(device) and not half
-        group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half)
+        group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half, eight=eight)
     offload = None
     if memory.budget_gib is not None:
         offload = Offload([groups for groups, _ in built], device)
@@ -181,9 +191,11 @@ def choose_path(
     reason = obstacle(transformer) if memory.fused else "memory.fused is false"
     if precision.llm_int8:
         reason = "LLM.int8 multiplies by its own kernels"
-    plain = refuse_plain(memory, device, reason)
+    plain = refuse_plain(memory, device, reason, precision.products)
     if plain.fused:
-        return memory, install(transformer, memory, device, repeatable=repeatable)
+        if precision.products != "bf16" and device.type == "cpu":
+            say(f"note: precision.products={precision.products} rounds on a CPU as on a GPU, and saves no time there")
+        return memory, install(transformer, memory, device, repeatable=repeatable, products=precision.products)
     if memory.fused:
         say(f"note: the fast path is off: {reason}")
     if plain.keep == "nothing":

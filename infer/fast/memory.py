@@ -55,8 +55,10 @@ class Memory:
         return self.fused and device.type == "cuda" and self.graph is not False
 
 
-def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Memory:
+def refuse_plain(memory: Memory, device: torch.device, reason: str | None, products: str = "bf16") -> Memory:
     """The settings as they are, or, where there is a `reason` against the fast path, those of the plain one.
+
+    products: precision.products, of which the plain path knows bf16 alone.
 
     Raises:
         ValueError: a setting needs the fast path, or a GPU.
@@ -65,6 +67,10 @@ def refuse_plain(memory: Memory, device: torch.device, reason: str | None) -> Me
         raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
     if reason is None:
         return memory
+    if products != "bf16":
+        raise ValueError(
+            f"precision.products={products} needs the fast path, but {reason}; set precision.products=bf16"
+        )
     for name in NEEDS_FUSED:
         if getattr(memory, name):
             raise ValueError(

@@ -21,6 +21,15 @@ TOGETHER = (
 )
 
 
+class Eight(NamedTuple):
+    """How a stack is rounded to 8 bits for its products (infer/fast/eight_bit.py)."""
+
+    products: str  # fp8 or int8
+    rows: Tensor  # [out]: what an 8-bit value of each row is multiplied by, where products sum over in
+    columns: Tensor  # [in]: likewise of each column, where the gradient's products sum over out
+    one: Tensor  # [], a one
+
+
 class Stack(NamedTuple):
     """The frozen weights of layers that read one input, as they are stored, behind each other: [out, in] in all."""
 
@@ -38,6 +47,7 @@ class Stack(NamedTuple):
     shared: bool = True  # 4-bit: one dequantized copy for a block's recomputation and its gradient
     in_place: bool = True  # adapters' updates are added to the product in place
     half: bool = False  # products in fp16 of rows that are scaled into its range (infer/fast/half.py)
+    eight: Eight | None = None  # products in 8 bits
 
 
 class Lora(NamedTuple):
@@ -64,11 +74,16 @@ def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
     if stack.kind == "int8":
         return int8_values(stack.stored, stack.scale, dtype)
     outer, code, offsets = stack.nested or (None, None, None)
-    ends = [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
+    ends, shape = four_bit_ends(stack), list(stack.shape)
     weights: Tensor = dequantize_4bit(
-        stack.stored, stack.scale, outer, code, offsets, ends, stack.kind, list(stack.shape), dtype, turn
+        stack.stored, stack.scale, outer, code, offsets, ends, stack.kind, shape, dtype, turn
     )
     return weights
+
+
+def four_bit_ends(stack: Stack) -> list[int]:
+    """The block of 64 values at which each layer ends."""
+    return [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
 
 
 def stack(layers: list[Any]) -> Stack:
@@ -127,9 +142,12 @@ def rows_of(layers: Linear, start: int, end: int) -> Linear:
         if nested is not None:
             assert can_cut(frozen, start)
             nested = nested[0][first // 256 : -(-last // 256)], *nested[1:]
+    # a column's scale is that of its largest value, which holds for some of its rows too
+    eight = None if frozen.eight is None else frozen.eight._replace(rows=frozen.eight.rows[start:end])
     part = frozen._replace(
-        shape=(end - start, frozen.shape[1]), widths=(end - start,), stored=stored, scale=scale, nested=nested
-    )
+        shape=(end - start, frozen.shape[1]), widths=(end - start,), stored=stored, scale=scale, nested=nested,
+        eight=eight,
+    )  # fmt: skip
     cut = (
         lora._replace(up=lora.up[start:end], magnitude=None if lora.magnitude is None else lora.magnitude[start:end])
         for lora in adapters

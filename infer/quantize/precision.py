@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ KINDS = ("fp32", "bf16", "int8", "fp4", "nf4")
 QUANTIZED = ("int8", "fp4", "nf4")
 FOUR_BIT = ("fp4", "nf4", "auto")
 MIXED = ("bf16", *QUANTIZED)  # what layers of one transformer may be beside each other
+PRODUCTS = ("bf16", "fp8", "int8")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 
 
@@ -30,7 +31,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's n
 class Precision:
     """How the transformer's linear layers, and those of T5, are stored and multiplied.
 
-    4-bit weights, and int8 ones of the transformer, are dequantized for each product, which runs in `compute_dtype`.
+    4-bit weights, and int8 ones of the transformer, are dequantized for each product, which runs in `compute_dtype`
+    or, of the transformer's blocks, in 8 bits (`products`).
     """
 
     kind: str = "nf4"
@@ -42,6 +44,10 @@ class Precision:
     fp16: infer/fast/half.py, by itself where a card has no bf16."""
     double_quant: bool = False
     """4-bit only: quantize the absmax of every block too, 0.4 bits a weight less."""
+    products: str = "bf16"
+    """How the blocks' frozen weights are multiplied, whatever they are stored as, forward and for the gradient: bf16,
+    or rounded to fp8 (cards from RTX 40, L40S and H100 on) or int8 (from RTX 30 and A100 on) for the time of a product
+    (infer/fast/eight_bit.py). Adapters, norms, attention and the residual stream stay as they are, and T5 too."""
     llm_int8: bool = False
     """int8 only: quantize the activations too and multiply in int8, as bitsandbytes does by itself (T5 always does)."""
     outlier_threshold: float = 6.0
@@ -70,6 +76,7 @@ class Precision:
         if self.llm_int8 and "int8" not in (self.kind, *self.layers.values()):
             raise ValueError(f"precision.llm_int8 is a way to multiply int8 weights, not {self.kind}; set it to false")
         self._check_layers()
+        self._check_products()
         if self.kind == "auto" and self.budget_gib is None:
             raise ValueError("precision.budget_gib is null; kind auto needs the transformer's bytes, such as 8")
         if self.kind != "auto" and self.budget_gib is not None:
@@ -95,6 +102,22 @@ class Precision:
             reason = f"nothing is quantized, and precision.kind={self.kind} is its own compute dtype"
             refuse_idle(self, "precision.", ("compute_dtype",), reason)
 
+    def _check_products(self) -> None:
+        if self.products not in PRODUCTS:
+            raise ValueError(f"precision.products is {self.products!r}; choose one of {', '.join(PRODUCTS)}")
+        if self.products == "bf16":
+            return
+        if self.llm_int8:
+            raise ValueError(
+                f"precision.products={self.products} and precision.llm_int8=true are two ways to multiply; set "
+                "precision.llm_int8=false, or precision.products=bf16"
+            )
+        if self.dtype_name != "bf16":
+            raise ValueError(
+                f"precision.products={self.products} takes the place of products in bf16, not of those in "
+                f"{self.dtype_name}; set precision.products=bf16, or a kind and compute_dtype that multiply in bf16"
+            )
+
     def _check_layers(self) -> None:
         for pattern, kind in self.layers.items():
             if kind not in MIXED:
@@ -111,6 +134,11 @@ class Precision:
     @property
     def quantized(self) -> bool:
         return any(kind in (*QUANTIZED, "auto") for kind in (self.kind, *self.layers.values()))
+
+    @property
+    def exact(self) -> bool:
+        """Whether no weight is rounded below `compute_dtype`, neither stored nor for its product."""
+        return not self.quantized and self.products == "bf16"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +172,45 @@ class Precision:
 
     def _t5_kind(self) -> str:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
+
+
+def without_products(precision: Precision) -> dict[str, Any]:
+    """The settings but `products`: what the text encoders, and whatever runs on diffusers' own layers, depend on."""
+    return {name: value for name, value in asdict(precision).items() if name != "products"}
+
+
+def check_card(products: str, device: torch.device) -> None:
+    """See that a device multiplies in 8 bits.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if products == "bf16" or device.type == "cpu":
+        return
+    least, cards = {"fp8": ((8, 9), "RTX 40, L40S, H100 or later"), "int8": ((8, 0), "RTX 30, A100 or later")}[products]
+    if device.type != "cuda":
+        raise ValueError(
+            f"precision.products={products} needs a CUDA device, not {device}; set precision.products=bf16"
+        )
+    import torch
+
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        mend = "int8 or bf16" if products == "fp8" and found >= (8, 0) else "bf16"
+        raise ValueError(
+            f"precision.products={products} needs {cards} (compute capability {least[0]}.{least[1]}), and "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; set precision.products={mend}"
+        )
+
+
+def refuse_products(precision: Precision, command: str) -> None:
+    """Raises:
+    ValueError: products are in 8 bits, and the command multiplies by no fast path.
+    """
+    if precision.products != "bf16":
+        raise ValueError(
+            f"precision.products={precision.products} has no effect on {command}; leave precision.products at bf16"
+        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -14,7 +14,7 @@ from infer.program.bounds import GIB, MANY, SEED, STEPS, check_most
 from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, refuse_products
 from infer.rounding.budget import HEADER
 from infer.sample.generate import Sampling
 
@@ -128,6 +128,7 @@ def check_recover(options: Recover) -> torch.device:
     """
     if not options.precision.quantized:
         raise ValueError(f"precision is {options.precision.kind}, which loses nothing; choose nf4, fp4 or int8")
+    refuse_products(options.precision, "a recovery adapter, which makes up for what is stored")
     check_device_name(options.device)
     folder = check_run_name(options.run)
     if (folder / "adapter").exists():

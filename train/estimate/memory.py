@@ -18,6 +18,9 @@ from train.estimate.flop import tokens_of
 from train.objective.optim import state_bytes
 from train.run.config import Train
 
+# measured (tests/plan_grid.jsonl): activations that are rounded to 8 bits for a product beside its weights;
+# memory=lean's products are more and smaller
+ROUNDED, ROUNDED_LEAN = 3.0, 5.5
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # CUDA's own memory, outside torch's allocator: H100, torch 2.11
 # GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; most where the products of
@@ -147,7 +150,9 @@ def footprint(job: Train) -> Footprint:
     if not job.memory.fused:
         four = job.precision.kind in ("nf4", "fp4")
         work = int((units.plain_4bit if four else units.plain) * activation)
-    if job.precision.quantized:
+    if job.precision.products != "bf16":
+        work += largest + int((ROUNDED_LEAN if keep == "nothing" else ROUNDED) * activation)
+    elif job.precision.quantized:
         work += 2 * largest  # dequantized to bf16
         if job.memory.fused and keep in ("attention", "products"):
             work += largest  # the dequantized copy is kept from the recomputation to the gradient

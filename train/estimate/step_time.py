@@ -40,6 +40,9 @@ CARDS = {
 RATE = 0.8  # share of the datasheet's operations that a large product of random matrices reaches
 PRODUCTS = 0.88  # share of that rate that a step's products reach
 HOST = 0.006  # seconds a step in which the device waits for the host
+EIGHT = {"bf16": 1.0, "fp8": 1.88, "int8": 1.6}  # how much faster products in 8 bits are than in bf16
+ROUNDING = {"bf16": 1.0, "fp8": 1.33, "int8": 1.9}  # rounding rows takes passes too
+UNPACKING = {"bf16": 1.0, "fp8": 1.7, "int8": 5.6}  # bytes a second of dequantizing, over those of making 8-bit values
 PASSES = 105  # how often a block's fused kernels read or write an activation
 COPY = 0.9  # share of the bandwidth that they reach
 
@@ -55,12 +58,16 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
     attention = attention_flop(config, tokens) * (3.5 if kept else 4.5)
     reached = 0.83 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
     rate = card.flops * RATE
-    time = batch * (linear / (PRODUCTS * rate) + attention / (reached * rate))
-    time += batch * tokens * width * 2 * PASSES * blocks / (COPY * card.bandwidth)
-    if job.precision.quantized:
+    products = job.precision.products
+    time = batch * (linear / (PRODUCTS * rate * EIGHT[products]) + attention / (reached * rate))
+    time += batch * tokens * width * 2 * PASSES * ROUNDING[products] * blocks / (COPY * card.bandwidth)
+    if job.precision.quantized or products != "bf16":
         weights = token_weights(config)
-        stored = {"int8": 1.0}.get(job.precision.kind, 0.56)
+        stored = {"int8": 1.0, "bf16": 2.0}.get(job.precision.kind, 0.56)
         times = 2 if job.memory.keep != "nothing" else 3
-        time += times * weights * (stored + 2) / (COPY * card.bandwidth)
+        made = 2
+        if products != "bf16":  # forward, again where it is computed again, and the gradient's layout
+            times, made = 3 if recomputed else 2, 1
+        time += times * weights * (stored + made) * UNPACKING[products] / (COPY * card.bandwidth)
     offloaded = taken.host * (1 - taken.resident / taken.blocks)
     return (max(time, 2 * offloaded / card.host) + HOST) * job.accumulation

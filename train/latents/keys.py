@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from infer.checkpoint.load import Model, family_of, fingerprint
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, without_products
 from train.data.buckets import View
 
 
@@ -38,7 +38,8 @@ def make_keys(model: Model, precision: Precision, length: int | None, tile: int)
     encoders = family_of(model).ENCODERS
     names = [encoder.part for encoder in encoders] + [encoder.tokenizer for encoder in encoders]
     parts = [fingerprint(model, part) for part in names]
-    return Keys(_hash(fingerprint(model, "vae"), "bfloat16"), tile, _hash(parts, asdict(precision.for_t5()), length))
+    text = _hash(parts, without_products(precision.for_t5()), length)
+    return Keys(_hash(fingerprint(model, "vae"), "bfloat16"), tile, text)
 
 
 def _transform(view: View) -> tuple[object, ...]:

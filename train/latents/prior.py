@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from infer.checkpoint.load import Model, family_of, fingerprint, load_scheduler, load_transformer, load_vae
 from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, without_products
 from infer.sample.encode import decode, drawn_texts, text_encoder
 from infer.sample.generate import Sampling, draw, settled
 from train.data.dataset import Data, sources_of
@@ -36,7 +35,7 @@ def prior_folder(data: Data, model: Model, precision: Precision) -> Path:
     prints = [fingerprint(model, part) for part in family_of(model).PARTS]
     sampling = prior_sampling(data, model)
     drawn = prior.prompt, data.text_length, sampling.steps, sampling.guidance, prior.seed, side
-    how = [*drawn, prints, asdict(precision)]
+    how = [*drawn, prints, without_products(precision)]
     return Path(data.cache) / "prior" / hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
 
 

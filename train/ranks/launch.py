@@ -111,6 +111,11 @@ def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> Non
         )
     if job.adapter.recovery is not None or job.adapter.init in FROM_ERROR:
         raise ValueError("adapter.recovery and adapter.init=residual or loftq need whole layers; launch without FSDP")
+    if job.precision.products != "bf16":
+        raise ValueError(
+            f"precision.products={job.precision.products} needs the fast path, which holds a block's weights in one "
+            "piece, and FSDP cuts them apart; set precision.products=bf16, or use configs/accelerate/ddp.yaml"
+        )
     for name in NEEDS_FUSED:
         if getattr(job.memory, name):
             raise ValueError(

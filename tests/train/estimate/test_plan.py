@@ -49,6 +49,22 @@ def test_within_5_percent_of_what_a_gpu_allocated_and_held(seen: dict[str, Any])
         assert taken.resident == seen["resident_blocks"]
 
 
+def rows_in_8_bits() -> list[dict[str, Any]]:
+    """What was measured of products in 8 bits: seconds a step, and the peak beside them."""
+    lines = (ROOT / "docs" / "benchmarks" / "train.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "seen" in row and "s/step" in row["unit"]]
+    return [row["seen"] for row in rows if VARIANTS[row["seen"]["variant"]].precision.products != "bf16"]
+
+
+@pytest.mark.parametrize("seen", rows_in_8_bits(), ids=lambda seen: seen["variant"])
+def test_products_in_8_bits_are_planned_as_they_were_measured(seen: dict[str, Any]) -> None:
+    job = VARIANTS[seen["variant"]].job
+    taken = footprint(job)
+    assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.03)
+    assert (taken.allocated + taken.allocator) / GIB == pytest.approx(seen["reserved_gib"], rel=0.06)
+    assert seconds(job, taken, CARDS["H100"]) == pytest.approx(seen["seconds"], rel=0.06)
+
+
 def test_the_grid_is_wide_and_most_of_it_was_not_fitted_to() -> None:
     configs = [seen["config"] for seen in SEEN]
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(SEEN) >= 24

@@ -207,6 +207,7 @@ FSDP = launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 ZERO = launched(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
 REFUSED = [
     (Train(precision=Precision("int8")), FSDP, "precision.kind=int8 cannot be shared by FSDP: .*scales.*precision=nf4"),
+    (Train(precision=Precision("nf4", products="fp8")), FSDP, "products=fp8 needs the fast path, .*FSDP .*ddp.yaml"),
     (Train(precision=Precision("auto", budget_gib=8)), FSDP, "a mixture of precisions with int8 layers cannot"),
     (Train(precision=Precision("nf4", layers={"proj_out": "int8"})), FSDP, "a mixture .*which loses their scales"),
     (Train(adapter=Adapter(recovery="a")), FSDP, "adapter.recovery and .*need whole layers; launch without FSDP"),
