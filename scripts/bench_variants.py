@@ -10,7 +10,7 @@ from train.data.dataset import Data
 from train.objective.optim import Optim
 from train.run.config import Train
 
-TEXT = 512  # T5 tokens
+TEXT = 512  # text tokens
 
 
 @dataclass

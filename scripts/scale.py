@@ -95,7 +95,7 @@ def steps() -> list[dict[str, Any]]:
 
 def storage() -> None:
     print("\nthe cache of a million pictures with a caption each\n")
-    print("| pictures | T5 tokens | latents TB | texts TB | 64 MiB shards |")
+    print("| pictures | text tokens | latents TB | texts TB | 64 MiB shards |")
     print("|---|---|---|---|---|")
     for side, tokens in ((1024, 512), (1024, 256), (512, 512), (512, 77)):
         latents, texts = MILLION * latent_bytes(side), MILLION * text_bytes(tokens)

@@ -64,7 +64,7 @@ def summary(cache: Cache) -> list[str]:
         if hits + misses:
             took = f" in {cache.seconds[kind]:.1f} s" if kind in cache.seconds else ""
             lines.append(f"{what}: {hits:,} were there, {misses:,} encoded{took}")
-    lines.append(f"texts of which T5 does not see the end: {len(cache.truncated):,}")
+    lines.append(f"texts of which the text encoder does not see the end: {len(cache.truncated):,}")
     return lines
 
 
@@ -120,7 +120,7 @@ def fill(options: Fill) -> dict[str, int]:
         for one in skipped:
             print(f"skipped: {one.name} {one.reason}")
         for text in cache.truncated:
-            print(f"T5 does not see the end of {text!r}")
+            print(f"the text encoder does not see the end of {text!r}")
         for line in summary(cache):
             print(line)
         print(json.dumps(figures))

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, check_model, part_folder
+from infer.checkpoint.load import Model, check_model, family_of, part_folder
 from infer.program.atomic import replace_file
 from infer.program.bounds import PIXELS, check_most
 from infer.program.command import check_run_name, run_command
@@ -42,7 +42,7 @@ class Look:
     """What to look at."""
 
     model: Model = field(default_factory=Model)
-    """Its T5 tokenizer counts the captions' tokens; nothing else of it is needed."""
+    """Its tokenizer counts the captions' tokens; nothing else of it is needed."""
     data: Data = field(default_factory=Data)
     run: str = "train"
     """The page is runs/<run>/data.html."""
@@ -63,7 +63,7 @@ class Look:
 
 
 def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
-    """What counts the T5 tokens of texts, the end mark included, and the checkpoint's own length.
+    """What counts the text tokens of texts, the end mark included, and the checkpoint's own length.
 
     Raises:
         ValueError: the tokenizer is not here and cannot be downloaded.
@@ -71,17 +71,19 @@ def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
     check_model(model)
     from transformers import AutoTokenizer
 
-    folder = part_folder(model, "tokenizer_2")
+    family = family_of(model)
+    (part,) = (encoder.tokenizer for encoder in family.ENCODERS if encoder.large)
+    folder = part_folder(model, part)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        parts: dict[str, Any] = {part: AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
 
     def count(texts: list[str]) -> list[int]:
         chunks = (texts[first : first + CHUNK] for first in range(0, len(texts), CHUNK))
-        return [len(ids) for chunk in chunks for ids in tokenizer(chunk, verbose=False)["input_ids"]]
+        return [tokens for chunk in chunks for tokens in family.count_tokens(parts, chunk)]
 
-    return count, int(tokenizer.model_max_length)
+    return count, family.text_length(parts)
 
 
 def refusal(found: Survey, data: Data) -> str | None:
@@ -171,7 +173,7 @@ def summary(found: Survey, numbers: dict[str, Any]) -> str:
         lines.append(f"{numbers['shared_captions']:,} captions stand for several pictures")
     if found.lengths:
         most = max(found.lengths.values())
-        lines.append(f"{numbers['texts']:,} texts of up to {most:,} T5 tokens, of which {found.length:,} are seen")
+        lines.append(f"{numbers['texts']:,} texts of up to {most:,} text tokens, of which {found.length:,} are seen")
         listed("truncated:", [f"{found.lengths[text]:,} tokens: {text}" for text in found.truncated])
     return "\n".join(lines)
 
@@ -191,7 +193,7 @@ def look(options: Look) -> None:
         count_tokens, length = token_counter(options.model)
         length = data.text_length or length
     except ValueError as error:
-        absent = f"T5 tokens are not counted: {error}"
+        absent = f"text tokens are not counted: {error}"
     workers, room = options.workers or own_cores(), make_room(options.decode_pixels)
     with tqdm(total=len(samples), desc="reading pictures", unit="picture") as bar:
         found = survey(data, samples, skipped, count_tokens, length, workers, room, bar.update)
@@ -200,7 +202,7 @@ def look(options: Look) -> None:
         "data": ", ".join(source.path for source in sources_of(data) if source.path),
         "pictures": f"{numbers['samples']:,} to train with, {numbers['skipped']:,} left out",
         "resolution": ", ".join(map(str, data.resolutions)),
-        "T5 tokens": absent or f"{length} are seen of each text, by the tokenizer of {options.model.path}",
+        "text tokens": absent or f"{length} are seen of each text, by the tokenizer of {options.model.path}",
     }
     if data.prior.count:
         facts["prior preservation"] = f"{data.prior.count} pictures that the base draws are not here yet"

@@ -303,7 +303,14 @@ def family_of(model: Model) -> Family:
     Raises:
         ValueError: no family has it.
     """
-    return of_config(read_config(model, "transformer"))
+    return of_config(_transformer_config(model))
+
+
+def _transformer_config(model: Model) -> dict[str, Any]:
+    """The transformer's config.json. Of a published checkpoint that is not here, what is known of it: no network."""
+    if model.local is None and model.path in SIZES:
+        return SIZES[model.path]["transformer"]
+    return read_config(model, "transformer")
 
 
 def _family_index(model: Model) -> dict[str, Any]:
@@ -314,22 +321,22 @@ def _family_index(model: Model) -> dict[str, Any]:
 
 def own_drawing(model: Model) -> Drawing:
     """Steps and guidance that the checkpoint is drawn with if nothing else is said."""
-    return family_of(model).drawing(model.path, _family_index(model), read_config(model, "transformer"))
+    return family_of(model).drawing(model.path, _family_index(model), _transformer_config(model))
 
 
 def unguided(model: Model) -> str | None:
     """Why guidance has no effect on what the checkpoint draws; None if it has."""
-    return family_of(model).unguided(_family_index(model), read_config(model, "transformer"))
+    return family_of(model).unguided(_family_index(model), _transformer_config(model))
 
 
 def distilled_from(model: Model) -> str | None:
     """The checkpoint to train on in place of a few-step distilled one; None if this one is none."""
-    return family_of(model).distilled_from(model.path, _family_index(model), read_config(model, "transformer"))
+    return family_of(model).distilled_from(model.path, _family_index(model), _transformer_config(model))
 
 
 def distilled_to(model: Model) -> str | None:
     """The few-step checkpoint that adapters of this one are drawn on too; None if there is none."""
-    return family_of(model).distilled_to(_family_index(model), read_config(model, "transformer"))
+    return family_of(model).distilled_to(_family_index(model), _transformer_config(model))
 
 
 def pipeline_of(model: Model) -> str:
@@ -383,4 +390,4 @@ def fingerprint(model: Model, part: str) -> str:
 
 def guided_by_two_calls(model: Model) -> bool:
     """Whether guidance takes two calls of the transformer, the second one with the empty prompt."""
-    return family_of(model).two_calls(_family_index(model), read_config(model, "transformer"))
+    return family_of(model).two_calls(_family_index(model), _transformer_config(model))

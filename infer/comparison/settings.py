@@ -47,7 +47,7 @@ class Compare:
     sampling: Sampling = field(default_factory=Sampling)
     memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
-    """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
     unrelated: list[str] = field(default_factory=list)
     """Prompts that the adapter has nothing to do with: what it changes there is its drift. None draws none."""
     references: str | None = None

@@ -219,8 +219,8 @@ class Family(Protocol):
     def make_encoder(self, parts: Mapping[str, Any], length: int) -> Callable[[str], Text]:
         """A function from a prompt to its embeddings, by the loaded text parts, on their device; length: in tokens."""
 
-    def count_tokens(self, parts: Mapping[str, Any], prompt: str) -> int:
-        """Tokens that the whole prompt has; `parts`: loaded tokenizers."""
+    def count_tokens(self, parts: Mapping[str, Any], prompts: list[str]) -> list[int]:
+        """Tokens that each whole prompt has; `parts`: loaded tokenizers."""
 
     def latent_map(self, config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:
         """An autoencoder's map, from its config.json and its weights by name.

@@ -221,8 +221,8 @@ def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]
     return encode
 
 
-def count_tokens(parts: Mapping[str, Any], prompt: str) -> int:
-    return len(parts["tokenizer_2"](prompt, verbose=False).input_ids)
+def count_tokens(parts: Mapping[str, Any], prompts: list[str]) -> list[int]:
+    return [len(ids) for ids in parts["tokenizer_2"](prompts, verbose=False).input_ids]
 
 
 def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:

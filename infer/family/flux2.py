@@ -213,18 +213,20 @@ def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]
     return encode
 
 
-def count_tokens(parts: Mapping[str, Any], prompt: str) -> int:
+def count_tokens(parts: Mapping[str, Any], prompts: list[str]) -> list[int]:
+    """With what the chat template puts around them."""
     from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 
     tokenizer = parts["tokenizer"]
     if "thinking" in str(getattr(tokenizer, "chat_template", "")):  # Qwen3's
-        messages: Any = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return len(tokenizer(text, verbose=False).input_ids)
-    messages = format_input([prompt], SYSTEM_MESSAGE)[0]
-    return len(tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)["input_ids"])
+        asked: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
+    else:
+        asked, how = format_input(prompts, SYSTEM_MESSAGE), {"add_generation_prompt": False}
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False, **how) for messages in asked]
+    # a template writes the mark of a text's beginning itself
+    own = "thinking" in str(getattr(tokenizer, "chat_template", ""))
+    return [len(ids) for ids in tokenizer(texts, verbose=False, add_special_tokens=own).input_ids]
 
 
 def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:

@@ -61,7 +61,7 @@ class Precision:
     """Kind auto only: the transformer's bytes. Within them the layers that suffer most from NF4 are int8 or bf16
     (infer/sensitivity.py)."""
     t5: str = "same"
-    """T5's kind; `same` follows `kind` with these settings."""
+    """The text encoder's kind (T5's, or Qwen3's and Mistral's of FLUX.2); `same` follows `kind` with these settings."""
 
     def __post_init__(self) -> None:
         check_most(self, "precision.", outlier_threshold=10**6, budget_gib=GIB)

@@ -64,7 +64,7 @@ def text_encoder(model: Model, precision: Precision, device: torch.device, lengt
     weights = sum(stored_bytes(parts[part]) for part, _, _ in family.ENCODERS)
     tokens = family.text_length(parts) if length is None else length
     encoder = TextEncoder(
-        family.make_encoder(parts, tokens), lambda prompt: family.count_tokens(words, prompt), tokens, weights
+        family.make_encoder(parts, tokens), lambda prompt: family.count_tokens(words, [prompt])[0], tokens, weights
     )
     try:
         yield encoder

@@ -116,7 +116,7 @@ class Data:
     caption_dropout: float = 0.0
     """Share of the samples that are trained with an empty caption."""
     text_length: int | None = None
-    """T5 tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
     on_error: str = field(default="raise", metadata={"may_change": True})
     """What a broken picture or a missing caption does: raise stops, skip leaves it out and names it."""
     least: float = field(default=0.5, metadata={"may_change": True})

@@ -7,7 +7,7 @@ since is compared by its content later (train/state/progress.py). More `steps` g
 
 import hashlib
 import re
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 
 from infer.adapter.read import FILE, find_adapter, read_notes
 from infer.program.atomic import replace_file
+from train.data.dataset import Prior
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints
 
@@ -65,7 +66,7 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
             "to start over"
         ) from error
     config["processes"] = began_with  # the batches stay as they were, whoever computes them
-    _forget_free(recorded, job)  # what an older version recorded
+    _bring_up_to_date(recorded, job)
     changes = _changes(recorded | {"steps": job.steps}, config)
     if changes:
         raise ValueError(
@@ -75,18 +76,23 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
     return began_with
 
 
-def _forget_free(recorded: Any, config: Any) -> None:
-    """Take settings that may change out of a recorded config."""
+def _bring_up_to_date(recorded: Any, config: Any) -> None:
+    """Make what an older version recorded a config of this one: settings that may change go, and those that it did not
+    have yet get the value that they had in effect, their default."""
     if isinstance(recorded, list) and isinstance(config, list):
         for entry, own in zip(recorded, config, strict=False):
-            _forget_free(entry, own)
+            _bring_up_to_date(entry, own)
     if not isinstance(recorded, dict) or not is_dataclass(config):
         return
     for each in fields(config):
         if may_change(each):
             recorded.pop(each.name, None)
+        elif each.name not in recorded and each.default is not MISSING:
+            recorded[each.name] = each.default
         else:
-            _forget_free(recorded.get(each.name), getattr(config, each.name))
+            _bring_up_to_date(recorded.get(each.name), getattr(config, each.name))
+    if isinstance(config, Prior) and recorded.get("count") == 0:
+        recorded |= {"steps": config.steps, "guidance": config.guidance}  # of no effect, and no longer 28 and 3.5
 
 
 def recorded_steps(folder: Path) -> Any:

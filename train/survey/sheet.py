@@ -170,7 +170,7 @@ def _duplicates(found: Survey, data: Data, shown: int, workers: int, room: Room)
 def _captions(found: Survey, data: Data) -> str:
     parts = []
     if found.lengths is None:
-        parts.append("<p>T5 tokens were not counted: the model's tokenizer is not here.</p>")
+        parts.append("<p>text tokens were not counted: the model's tokenizer is not here.</p>")
     elif found.lengths:
         counts = np.array(list(found.lengths.values()))
         assert found.length is not None
@@ -181,8 +181,8 @@ def _captions(found: Survey, data: Data) -> str:
             [text_cell(label), (f"{n:,}", int(n), n / max(1, *bins))] for label, n in zip(labels, bins, strict=True)
         ]
         parts.append(
-            f"<p>{len(counts):,} texts of {counts.min()} to {counts.max()} T5 tokens (median {np.median(counts):g}); "
-            f"T5 sees {found.length}.</p>{table(['T5 tokens', 'texts'], cells, [0])}"
+            f"<p>{len(counts):,} texts of {counts.min()} to {counts.max()} text tokens (median {np.median(counts):g}); "
+            f"the text encoder sees {found.length}.</p>{table(['text tokens', 'texts'], cells, [0])}"
         )
     if found.truncated:
         assert found.lengths is not None
@@ -243,7 +243,7 @@ def _all(found: Survey) -> str:
         )
     if not cells:
         return ""
-    titles = ["name", "captions", "size", "bucket", "cut", "scale", "T5 tokens", "notes"]
+    titles = ["name", "captions", "size", "bucket", "cut", "scale", "text tokens", "notes"]
     body = table(titles, cells, [0, 1, 7]).replace('class="summary"', 'class="summary all"', 1)
     return f"<details{' open' if len(cells) <= 200 else ''}><summary>{len(cells):,} pictures</summary>{body}</details>"
 

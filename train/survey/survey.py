@@ -66,9 +66,9 @@ class Survey:
     texts: list[list[str]]
     """Of each sample: every text that it is trained with."""
     lengths: dict[str, int] | None
-    """T5 tokens of each text, its end mark included; None without a tokenizer."""
+    """text tokens of each text, its end mark included; None without a tokenizer."""
     length: int | None
-    """T5 tokens that are seen; None without a tokenizer."""
+    """text tokens that are seen; None without a tokenizer."""
     untriggered: list[int]
     """Samples with a caption that lacks the trigger."""
     shared: list[list[int]]
@@ -82,7 +82,7 @@ class Survey:
 
     @property
     def truncated(self) -> list[str]:
-        """Texts whose end T5 does not see."""
+        """Texts whose end the text encoder does not see."""
         if self.lengths is None or self.length is None:
             return []
         return [text for text, tokens in self.lengths.items() if tokens > self.length]
@@ -108,7 +108,7 @@ def survey(
 ) -> Survey:
     """Decode every picture once, some at a time, and compare.
 
-    skipped: what the reader refused already. length: T5 tokens that are seen. room: bounds what is decoded at once.
+    skipped: what the reader refused already. length: text tokens that are seen. room: bounds what is decoded at once.
     progress: called once a sample.
     """
     pictures: list[Picture | None] = []

@@ -142,6 +142,22 @@ def test_what_an_older_version_recorded_of_settings_that_are_free_now(home: Path
     assert record_config(job, folder, 1) == 1
 
 
+def test_settings_that_an_older_version_had_not_are_at_their_default(home: Path) -> None:
+    folder = home / "runs" / "mine"
+    job = begun(folder)
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    del recorded["precision"]["products"], recorded["distilled"]
+    recorded["data"]["prior"] |= {"steps": 28, "guidance": 3.5}  # the defaults of then, and no picture is drawn
+    text = yaml.safe_dump(recorded)
+    (folder / "config.yaml").write_text(text)
+    assert record_config(job, folder, 1) == 1
+    with pytest.raises(ValueError, match=r"precision\.products was 'bf16', is 'fp8'"):
+        record_config(replace(job, precision=replace(job.precision, products="fp8")), folder, 1)
+    (folder / "config.yaml").write_text(text.replace("count: 0", "count: 2"))
+    with pytest.raises(ValueError, match=r"data\.prior\.steps was 28, is None"):
+        record_config(job, folder, 1)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("identity")

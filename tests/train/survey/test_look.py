@@ -170,8 +170,8 @@ def test_without_a_tokenizer_the_rest_is_counted(messy: Path, capsys: Any) -> No
     data = Data(str(messy), resolution=64, on_error="skip")
     code, counts, output, page = run(capsys, Look(Model("/nowhere/at all"), data))
     assert code == 0 and counts["truncated"] is None and counts["samples"] == 5
-    assert "T5 tokens are not counted" in output and "check the spelling" in output
-    assert any("T5 tokens are not counted" in text for text in page.texts("dd"))
+    assert "text tokens are not counted" in output and "check the spelling" in output
+    assert any("text tokens are not counted" in text for text in page.texts("dd"))
 
 
 def test_page_is_inert_and_self_contained(messy: Path, tiny: Model, capsys: Any) -> None:
