@@ -1,11 +1,12 @@
-"""Training at full size: seconds a step and peak memory of FLUX.1-dev with random weights, against the plain recipe.
+"""Training at full size: seconds a step and peak memory with random weights, against the plain recipe.
 
     python scripts/bench_train.py                                # every variant; a table, and one JSON line a row
     python scripts/bench_train.py --only nf4-1024-balanced reference-nf4-1024 --out rows.jsonl
 
-Batch 1, 512 text tokens, LoRA of rank 4 on attention. The reference is the recipe of diffusers' example built from the
-libraries' own parts: NF4 base, PEFT, full checkpointing, bf16 autocast, AdamW8bit, nothing compiled. The matrix limit
-is the time of the step's matrix products at the rate that a large bf16 product reaches in the same run.
+Batch 1, 512 text tokens, LoRA on attention: FLUX.1-dev with rank 4, FLUX.2's klein and dev with rank 16. The reference
+is the recipe of diffusers' example built from the libraries' own parts: NF4 base, PEFT, full checkpointing, bf16
+autocast, AdamW8bit, nothing compiled. The matrix limit is the time of the step's matrix products at the rate that a
+large bf16 product reaches in the same run.
 """
 
 import sys
@@ -76,9 +77,10 @@ def make_batch(variant: Variant, config: Any, device: torch.device, size: tuple[
         return torch.randn(shape, generator=noise, device=device)
 
     x0, other = (normal(b, config.in_channels // 4, height // 8, width // 8) for _ in range(2))
-    t5, pooled = normal(b, TEXT, config.joint_attention_dim), normal(b, config.pooled_projection_dim)
+    embeds = normal(b, TEXT, config.joint_attention_dim)
+    pooled = normal(b, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
     return Batch(
-        x0, other, torch.full((b,), 0.5, device=device), t5, pooled, None, torch.full((b,), 1 / b, device=device)
+        x0, other, torch.full((b,), 0.5, device=device), embeds, pooled, None, torch.full((b,), 1 / b, device=device)
     )
 
 
@@ -103,7 +105,7 @@ class Held:
         self.device, self.key, self.transformer = device, "", None
 
     def get(self, job: Train) -> tuple[Any, list[nn.Parameter]]:
-        key = f"{without_products(job.precision)} {hold_of(job.memory)}"
+        key = f"{job.model.path} {without_products(job.precision)} {hold_of(job.memory)}"
         if self.transformer is None or key != self.key or job.memory.budget_gib is not None:
             self.transformer = None
             release(self.device)
@@ -247,7 +249,8 @@ def groups(names: list[str]) -> list[list[str]]:
             found[name] = [name]
             continue
         variant = VARIANTS[name]
-        key = name if variant.memory.budget_gib is not None else str(without_products(variant.precision))
+        shared = f"{variant.model} {without_products(variant.precision)}"
+        key = name if variant.memory.budget_gib is not None else shared
         found.setdefault(key, []).append(name)
     return list(found.values())
 

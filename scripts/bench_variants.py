@@ -25,11 +25,12 @@ class Variant:
     batch: int = 1
     reference: bool = False
     deterministic: bool = False
+    model: str = "FLUX.1-dev"
 
     @property
     def job(self) -> Train:
         return Train(
-            model=Model("black-forest-labs/FLUX.1-dev", weights="random"),
+            model=Model(f"black-forest-labs/{self.model}", weights="random"),
             precision=self.precision,
             adapter=self.adapter,
             memory=self.memory,
@@ -44,6 +45,10 @@ FAST, PRODUCTS, PLAIN = Memory("everything"), Memory("products"), Memory("nothin
 NF4, INT8, BF16 = Precision("nf4"), Precision("int8"), Precision("bf16")
 FP8, EIGHT = Precision("nf4", products="fp8"), Precision("nf4", products="int8")
 NESTED, LLM = Precision("nf4", double_quant=True), Precision("int8", llm_int8=True)
+
+
+FLUX2 = {"klein4b": "FLUX.2-klein-base-4B", "klein9b": "FLUX.2-klein-base-9B", "flux2_dev": "FLUX.2-dev"}
+SCALE = {FLUX2["klein4b"]: 0.35, FLUX2["klein9b"]: 0.8, FLUX2["flux2_dev"]: 2.8}  # of FLUX.1-dev's weights
 
 
 def _variants() -> dict[str, Variant]:
@@ -75,13 +80,36 @@ def _variants() -> dict[str, Variant]:
         "nf4-512-streamed": Variant(NF4, 512, Memory("nothing", budget_gib=2.4)),
         "nf4-1024-budget8": Variant(NF4, 1024, Memory("attention", budget_gib=8.0)),
     }
+    rank16 = Adapter(rank=16, alpha=16.0)
+    for name, model in FLUX2.items():
+        for size in (1024, 512):
+            found |= {
+                f"{name}-reference-{size}": Variant(
+                    NF4, size, PLAIN, rank16, optim="adamw8bit", reference=True, model=model
+                ),
+                f"{name}-nf4-{size}-balanced": Variant(NF4, size, BALANCED, rank16, model=model),
+                f"{name}-nf4-{size}-lean": Variant(NF4, size, LEAN, rank16, model=model),
+                f"{name}-nf4-{size}-fast": Variant(NF4, size, FAST, rank16, model=model),
+                f"{name}-int8-{size}-balanced": Variant(INT8, size, BALANCED, rank16, model=model),
+                f"{name}-nf4-{size}-balanced-fp8": Variant(FP8, size, BALANCED, rank16, model=model),
+            }
+    del found["flux2_dev-nf4-1024-fast"]  # 95 GiB
+    found |= {
+        "klein4b-nf4-1024-budget4": Variant(
+            NF4, 1024, Memory("nothing", budget_gib=4.0), rank16, model=FLUX2["klein4b"]
+        ),
+        "flux2_dev-nf4-1024-budget20": Variant(
+            NF4, 1024, Memory("nothing", budget_gib=20.0), rank16, model=FLUX2["flux2_dev"]
+        ),
+    }
     return found
 
 
 def need(variant: Variant) -> float:
     """GiB that a config may take, generously: what keeps configs from sharing a card that is too small for them."""
-    weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind]
-    tokens = ((variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608
+    size = SCALE.get(variant.model, 1.0)
+    weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind] * size
+    tokens = ((variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608 * max(size, 1.0)
     work = {"nothing": 4.0, "attention": 5.0, "products": 20.0, "everything": 27.0}[variant.memory.keep]
     if variant.memory.budget_gib is not None:
         return variant.memory.budget_gib + 1
@@ -95,6 +123,7 @@ RATIOS: list[tuple[str, str, str | None]] = [
     ("nf4-512-balanced", "reference-nf4-512", ">= 4.0"),
     ("nf4-1024-fast", "reference-nf4-1024", ">= 2.6"),
     ("nf4-1024-products", "reference-nf4-1024", None),
+    *((f"{name}-nf4-{size}-balanced", f"{name}-reference-{size}", None) for name in FLUX2 for size in (1024, 512)),
 ]
 SLOWER: list[tuple[str, str, str | None]] = [
     ("int8-1024-balanced", "nf4-1024-balanced", "<= 1.15"),
@@ -110,7 +139,13 @@ SLOWER: list[tuple[str, str, str | None]] = [
     ("nf4-1024-deterministic", "nf4-1024-balanced", None),
     ("nf4-512-deterministic", "nf4-512-balanced", None),
 ]
-SECONDS = {"nf4-1024-streamed": "<= 0.60", "nf4-512-streamed": "<= 0.38"}
+SECONDS = {
+    "nf4-1024-streamed": "<= 0.60",
+    "nf4-512-streamed": "<= 0.38",
+    "klein4b-nf4-1024-balanced": "<= 0.19",
+    "klein4b-nf4-512-balanced": "<= 0.07",
+    "klein9b-nf4-1024-balanced": "<= 0.40",
+}
 PROFILED = (
     "nf4-1024-balanced",
     "nf4-1024-balanced-fp8",
@@ -127,4 +162,7 @@ MEMORY = {
     "nf4-1024-streamed": "<= 4.0",
     "nf4-512-streamed": "<= 2.4",
     "nf4-1024-budget8": "<= 8.0",
+    "klein4b-nf4-1024-budget4": "<= 4.0",
+    "flux2_dev-nf4-1024-budget20": "<= 20.0",
+    "flux2_dev-nf4-1024-balanced": "<= 78",
 }
