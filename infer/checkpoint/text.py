@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def load_text_parts(model: Model, precision: Precision, device: torch.device, whole: bool = False) -> dict[str, Any]:
     """The text encoders with their tokenizers, by their names in the pipeline; the large one at the precision's `t5`.
 
-    whole: with the layers that nothing reads, as they are saved.
+    whole: with what nothing reads, as it is saved.
 
     Raises:
         ValueError: an encoder is not one that the family reads.
@@ -35,7 +35,8 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device, wh
         except ValueError as error:
             raise ValueError(f"the {part} of {model.path} {error}") from error
         wanted = large if quantized else small
-        parts[part] = family.text_body(load_part(model, part, cls, transformers, wanted, device, config=config))
+        loaded = load_part(model, part, cls, transformers, wanted, device, config=config)
+        parts[part] = loaded if whole else family.text_body(loaded)
     for part, name, _ in family.ENCODERS:
         if model.random:
             parts[name] = shape_tokenizer(model.path, name)
