@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import termios
 import time
@@ -46,6 +47,8 @@ def watch(command: Sequence[str], folder: Path, interrupt_after: str | None = No
         os.chdir(folder)
         for name in QUIET:
             os.environ.pop(name, None)
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored where tests run in the background
+            signal.signal(number, signal.SIG_DFL)
         os.execvp(command[0], list(command))
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     seen, until = b"", time.monotonic() + seconds
