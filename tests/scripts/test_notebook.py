@@ -69,7 +69,7 @@ def test_the_notebook_goes_from_installation_to_picture(tmp_path: Path, monkeypa
             shown.append(value)
     assert (tmp_path / "installed").read_text().split() == ["install", "-q", "-e", "."]
     preview, comparison = shown
-    assert preview.width == 2 * 128 and comparison.width > 0
+    assert preview.width == 2 * 256 and comparison.width > 0
     assert (copy / "runs/notebook/adapter/pytorch_lora_weights.safetensors").is_file()
     rows = json.loads((copy / "runs/notebook/compare/results.json").read_text())["rows"]
     assert [(row["precision"], row["adapter"]) for row in rows] == [("nf4", None), ("nf4", "notebook")]

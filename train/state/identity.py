@@ -91,8 +91,8 @@ def _bring_up_to_date(recorded: Any, config: Any) -> None:
             recorded[each.name] = each.default
         else:
             _bring_up_to_date(recorded.get(each.name), getattr(config, each.name))
-    if isinstance(config, Prior) and recorded.get("count") == 0:
-        recorded |= {"steps": config.steps, "guidance": config.guidance}  # of no effect, and no longer 28 and 3.5
+    if isinstance(config, Prior) and [recorded.get(name) for name in ("count", "steps", "guidance")] == [0, 28, 3.5]:
+        recorded |= {"steps": None, "guidance": None}  # the defaults of then, of no effect
 
 
 def recorded_steps(folder: Path) -> Any:

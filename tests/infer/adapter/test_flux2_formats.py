@@ -45,7 +45,8 @@ REST = {
     "single_stream_modulation.lin": (384, 128), "final_layer.adaLN_modulation.1": (256, 128),
     "final_layer.linear": (64, 128),
 }  # fmt: skip
-LAYERS = 2 * 12 + 2 * 2 + len(REST)
+COUNTS = {"double_blocks": 2, "single_blocks": 4}
+LAYERS = 2 * 12 + 4 * 2 + len(REST)
 NORMS = {
     "double_blocks": [f"{kind}_attn.norm.{qk}_norm.scale" for kind in ("img", "txt") for qk in ("query", "key")],
     "single_blocks": ["norm.query_norm.scale", "norm.key_norm.scale"],
@@ -57,9 +58,9 @@ def checkpoint() -> dict[str, Tensor]:
     """A random klein of the tiny one's size under Black Forest Labs' names."""
     draw, state, shapes = small(0), {}, dict(REST)
     for kind, layers in BLOCKS.items():
-        for i in range(2):
+        for i in range(COUNTS[kind]):
             shapes |= {f"{kind}.{i}.{name}": (a * WIDTH, b * WIDTH) for name, (a, b) in layers.items()}
-            state |= {f"{kind}.{i}.{name}": torch.ones(64) for name in NORMS[kind]}
+            state |= {f"{kind}.{i}.{name}": torch.ones(32) for name in NORMS[kind]}
     return state | {f"{name}.weight": draw(*shape) for name, shape in shapes.items()}
 
 
