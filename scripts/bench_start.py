@@ -36,6 +36,7 @@ MISTAKES = {
     "train/transfer.py": "data.path=/nowhere",
     "train/track.py": "run=nowhere",
     "train/sweep_report.py": "/nowhere",
+    "infer/draw.py": "adapter.path=/nowhere",
     "infer/compare.py": "adapter.path=/nowhere",
     "infer/save.py": "model.path=/nowhere",
     "infer/merge.py": "adapter.path=/nowhere",

@@ -20,6 +20,7 @@ from infer.adapter.lora import Adapter
 from infer.checkpoint.load import Model
 from infer.comparison.settings import Compare
 from infer.convert import Convert
+from infer.drawing.settings import Draw
 from infer.fast.install import Memory
 from infer.merging.settings import Merge
 from infer.program.command import check_run_name
@@ -51,6 +52,7 @@ ROOTS: dict[str, Any] = {
     "cache": Fill,
     "look": Look,
     "compare": Compare,
+    "draw": Draw,
     "save": Save,
     "convert": Convert,
     "merge": Merge,
@@ -165,7 +167,7 @@ def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
     recovery = made("recover")
     others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
     assert differences(recovery, others) == {"model.path"}
-    for root in ("cache", "look", "plan", "save", "merge", "sensitivity"):
+    for root in ("cache", "draw", "look", "plan", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == SendComparison(Track("wandb"))
     precisions = {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
@@ -363,6 +365,15 @@ WRONG = [
     ("plan", "fit_gib=-1", "fit_gib is -1.0; it must be above 0, or null"),
     ("compare", "prompts=[]", "compare needs at least one of prompts.*as in 'prompts="),
     ("compare", "seeds=[]", "compare needs at least one of prompts and of seeds"),
+    ("draw", "seeds=[]", r"seeds is \[\]; give at least one"),
+    ("draw", "seeds=[1,1]", "seeds has 1 twice; give each once"),
+    ("draw", "prompt=a prompts=[b]", "prompt and prompts are both given"),
+    ("draw", "weights=[0,1]", "weights is .*, which has no effect: adapter.path is null"),
+    ("draw", "adapter.path=a weights=[0,1] adapter.weight=0.5", "adapter.weight is 0.5, .*weights says the strengths"),
+    ("draw", "adapter.path=a weights=[nan]", "weights has nan; give numbers"),
+    ("draw", "adapter.path=a adapter.name=b", "adapter.name is b, .*pictures are named by their prompts"),
+    ("draw", "text_length=0", "text_length is 0; it must be 1 or more"),
+    ("draw", "out=''", "out is empty; give a folder"),
     ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),
     ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
     ("convert", "to=a1111", "to is 'a1111'; choose one of diffusers, peft, kohya, comfyui"),

@@ -39,6 +39,7 @@ from infer.comparison.settings import Compare
 from infer.program.literal import literal_arguments
 from infer.program.paths import CONFIGS
 from infer.quantize.precision import Precision
+from infer.sample import sheet as sheets
 from infer.sample.generate import Sampling
 from train.data.dataset import Data
 from train.data.source import Sample
@@ -197,9 +198,9 @@ def test_samples_are_the_adapters_pictures_pixel_for_pixel(
 
 @pytest.mark.parametrize("room", [40, 248, 2000])
 def test_prompts_stand_whole_above_their_pictures(room: int) -> None:
-    font = ImageFont.load_default(previews.LETTERS)
+    font = ImageFont.load_default(sheets.LETTERS)
     for text in ("a cup", "sks, a very small cup on a table beside an extraordinarilylongwordindeed", "", "ü" * 300):
-        lines = previews.wrapped(text, room)
+        lines = sheets.wrapped(text, room)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(font.getlength(line) <= room or len(line) == 1 for line in lines)
 

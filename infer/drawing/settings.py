@@ -1,0 +1,163 @@
+"""The settings of a drawing, and what can be checked of them before torch is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infer.adapter.selection import Trained, Weighted
+from infer.checkpoint.load import Model, check_model
+from infer.device.device import check_device_name, pick_device
+from infer.fast.memory import Memory
+from infer.program.bounds import SEED, TOKENS, check_most
+from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand
+from infer.quantize.precision import Precision
+from infer.sample.generate import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+WORDS = 40  # letters of a prompt in its pictures' names
+
+
+@dataclass
+class Draw:
+    """Pictures from prompts: each prompt with each seed, at each strength of the adapter."""
+
+    model: Model = field(default_factory=Model)
+    precision: Precision = field(default_factory=Precision)
+    adapter: Trained = field(default_factory=Trained)
+    weights: list[float] = field(default_factory=list)
+    """Strengths of adapter.path, drawn side by side, as in `weights=[0,0.5,1]`; none takes adapter.weight."""
+    prompt: str | None = None
+    """What is drawn."""
+    prompts: list[str] = field(default_factory=list)
+    """In the place of `prompt`: several, or `prompts=@FILE` with one a line."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Of the noise: each prompt is drawn once with each."""
+    sampling: Sampling = field(default_factory=Sampling)
+    memory: Memory = field(default_factory=Memory)
+    text_length: int | None = None
+    """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    like: str | None = None
+    """A PNG that this command drew: its settings are taken, but for those that stand on the command line."""
+    out: str = "pictures"
+    """The pictures' folder, in which none of their names may exist."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+
+    def __post_init__(self) -> None:
+        check_most(self, "", text_length=TOKENS, seeds=SEED, weights=10**6)
+        expand(self, "out")
+        if self.text_length is not None and self.text_length < 1:
+            raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
+        if self.prompt is not None and self.prompts:
+            raise ValueError("prompt and prompts are both given; put the one among the others, prompts=[...]")
+        for what in ("prompts", "seeds", "weights"):
+            twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
+            if twice:
+                raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
+        if not self.seeds:
+            raise ValueError("seeds is []; give at least one, as in seeds=[0]")
+        if not self.out:
+            raise ValueError("out is empty; give a folder")
+        if bad := [weight for weight in self.weights if not math.isfinite(weight)]:
+            raise ValueError(f"weights has {bad[0]}; give numbers")
+        if self.adapter.path is None:
+            refuse_idle(self, "", ("weights",), "adapter.path is null")
+        if self.weights:
+            refuse_idle(self.adapter, "adapter.", ("weight",), "weights says the strengths")
+        refuse_idle(self.adapter, "adapter.", ("name",), "pictures are named by their prompts")
+
+    def all_prompts(self) -> list[str]:
+        return self.prompts if self.prompt is None else [self.prompt]
+
+    def strengths(self) -> list[float | None]:
+        """Those of the adapter that are drawn; without an adapter None alone."""
+        if self.adapter.path is None:
+            return [None]
+        return [*(self.weights or [self.adapter.weight])]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One picture: what it shows, and its file."""
+
+    prompt: str
+    seed: int
+    strength: float | None
+    file: Path
+
+    @property
+    def row(self) -> str:
+        """Its row in the contact sheet."""
+        return f"{self.prompt} [seed {self.seed}]"
+
+    @property
+    def column(self) -> str:
+        return column(self.strength)
+
+
+def column(strength: float | None) -> str:
+    """The name of a strength in the contact sheet."""
+    return "base" if strength is None else f"weight {strength:g}"
+
+
+def adapters_at(chosen: Trained, strength: float | None) -> Trained:
+    """The adapters that are on at a strength of the first; one of weight 0 is none at all."""
+    if strength is None or chosen.path is None:
+        return Trained()
+    on = [one for one in (Weighted(chosen.path, strength), *chosen.also) if one.weight]
+    return Trained(on[0].path, None, on[0].weight, on[1:]) if on else Trained()
+
+
+def places(options: Draw) -> list[Place]:
+    """Every picture in the order of the contact sheet, named by its prompt's first words, its seed and its strength."""
+    found, taken = [], set[str]()
+    for prompt in options.all_prompts():
+        words = re.sub(r"[^\w]+", "-", prompt)[:WORDS].strip("-").lower() or "empty"
+        words = words.encode()[: 4 * WORDS].decode(errors="ignore")
+        name, number = words, 2
+        while name in taken:
+            name, number = f"{words}-{number}", number + 1
+        taken.add(name)
+        for seed in options.seeds:
+            for strength in options.strengths():
+                # repr, not :g, of which two strengths may have one
+                end = "" if len(options.strengths()) == 1 else f"-w{strength!r}"
+                found.append(Place(prompt, seed, strength, Path(options.out) / f"{name}-{seed}{end}.png"))
+    return found
+
+
+def sheet_file(options: Draw) -> Path | None:
+    """The contact sheet's file; None for a single picture."""
+    return Path(options.out) / "sheet.png" if len(places(options)) > 1 else None
+
+
+def check_draw(options: Draw) -> torch.device:
+    """See that everything that a drawing names is there and none of its files is; returns the device.
+
+    Raises:
+        ValueError: something is not.
+    """
+    if options.like is not None:
+        raise ValueError(f"like is {options.like!r}; it is read on the command line of infer/draw.py alone")
+    if not options.all_prompts():
+        raise ValueError('there is no prompt; give prompt="a cup on a table", or prompts=@FILE with one a line')
+    check_device_name(options.device)
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {options.out!r}, which is a file; give a folder")
+    files = [place.file for place in places(options)]
+    sheet = sheet_file(options)
+    if there := [file for file in (*files, *([] if sheet is None else [sheet])) if file.exists()]:
+        free = next(name for n in range(2, 10**6) if not Path(name := f"{options.out.rstrip('/')}-{n}").exists())
+        raise ValueError(f"{there[0]} exists; choose another folder, such as out={free}")
+    check_model(options.model)
+    options.adapter.all()
+    return pick_device(options.device)
