@@ -61,6 +61,9 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "train/transfer.py": [SETTING, RUN, MODEL, DEVICE, DATA, TYPED],
     "train/track.py": [SETTING, (["run=../x", "track=tensorboard"], "run is"), (["track=none"], "track is none")],
     "train/sweep_report.py": [([], "give the sweep's folder"), (["/nowhere"], "/nowhere holds no points")],
+    "infer/draw.py": [
+        SETTING, MODEL, DEVICE, ADAPTER, (["seeds=[]"], "seeds is []"), (["like=/nowhere.png"], "/nowhere.png"),
+    ],
     "infer/compare.py": [
         SETTING, RUN, MODEL, DEVICE, ADAPTER,
         (["seeds=[]"], "at least one of prompts and of seeds"),
@@ -82,6 +85,7 @@ RIGHT = {  # what each entry needs beside, so that the mistake alone is left
     "train/look.py": ["data.path={root}/docs"],
     "train/gap.py": ["data.path={root}/docs"],
     "train/transfer.py": ["data.path={root}/docs"],
+    "infer/draw.py": ["prompt=a star"],
     "infer/compare.py": ["prompts=[a star]"],
     "infer/save.py": ["out=runs/no-such-folder"],
     "infer/merge.py": ["out=runs/no-such-folder"],
