@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from infer.family.family import Activations, Drawing, Encoder, LatentMap, Linear, Names, Text, TextSize
 from infer.family.flux1_sizes import SIZES as SIZES
+from infer.family.stacks import in_stacks
+from infer.family.stacks import norm_sizes as norm_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -126,23 +128,7 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Linear]:
         "proj_mlp": Linear(4 * width, width),
         "proj_out": Linear(width, 5 * width),
     }
-    for i in range(config["num_layers"]):
-        layers |= {f"transformer_blocks.{i}.{name}": layer for name, layer in double.items()}
-    for i in range(config["num_single_layers"]):
-        layers |= {f"single_transformer_blocks.{i}.{name}": layer for name, layer in single.items()}
-    return layers
-
-
-def norm_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """Those of queries and keys."""
-    sizes: dict[str, int] = {}
-    for stack, count, names in (
-        ("transformer_blocks", config["num_layers"], ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
-        ("single_transformer_blocks", config["num_single_layers"], ("norm_q", "norm_k")),
-    ):
-        for i in range(count):
-            sizes |= {f"{stack}.{i}.attn.{name}": config["attention_head_dim"] for name in names}
-    return sizes
+    return layers | in_stacks(config, double, single)
 
 
 def drawing(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> Drawing:
