@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a quantized FLUX.1 transformer.
+"""Train a LoRA adapter on a quantized FLUX transformer.
 
     python train/train.py model=dev precision=nf4 data.path=my_pictures data.resolution=512 run=mine
 

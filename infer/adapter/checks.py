@@ -82,6 +82,11 @@ def shift_of(model: Model) -> float | None:
             f"{', '.join(f'{name}={value}' for name, value in zip(names, values, strict=True))}; "
             "set flow.density=logit_normal and flow.logit_mean"
         )
+    if abs(family_of(model).mu(config, 4096, 28) - 1.15) > 1e-6:
+        raise ValueError(
+            f"flow.density=shifted follows FLUX.1-dev's sampler, and that of {model.path} shifts by another rule; set "
+            "flow.density=logit_normal and flow.logit_mean"
+        )
     return None
 
 
@@ -201,6 +206,11 @@ def check_running(
         first = False
         if start.init == "loftq":
             check_unquantized(model)
+            if precision.products != "bf16":
+                raise ValueError(
+                    f"{one.path} is of adapter.init=loftq, around which layers are rounded again, and the scales of "
+                    f"precision.products={precision.products} are found before; set precision.products=bf16"
+                )
             if memory.budget_gib is not None:
                 raise ValueError(
                     f"{one.path} is of adapter.init=loftq, around which layers are rounded again, and "

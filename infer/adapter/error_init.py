@@ -64,16 +64,23 @@ def start_from_error(transformer: Any, model: Model, init: str, name: str = "def
         down, up = best(exact - stored, rank)
         if init == "loftq":
             for _ in range(TURNS - 1):
-                requantize(module.base_layer, exact - up @ down, transformer.dtype)
+                requantize(module.base_layer, exact - up @ down, stored_dtype(transformer))
                 down, up = best(exact - dequantized(module.base_layer), rank)
             # the last Q, around what start.safetensors holds: so it is found again
-            requantize(module.base_layer, exact - up @ down, transformer.dtype)
+            requantize(module.base_layer, exact - up @ down, stored_dtype(transformer))
         module.lora_A[name].weight.data.copy_(down)
         module.lora_B[name].weight.data.copy_(up / strength)
         pairs[layer] = Pair(down.float().cpu(), up.float().cpu(), 1.0)
     if not pairs:
         raise ValueError(nothing_quantized(init))
     return Start(init, pairs, {})
+
+
+def stored_dtype(transformer: nn.Module) -> torch.dtype:
+    """What a quantized transformer's other weights are stored in. diffusers' `dtype` may name an adapter's, in a model
+    without biases."""
+    stored = (p.dtype for name, p in transformer.named_parameters() if p.is_floating_point() and ".lora_" not in name)
+    return next(stored)
 
 
 def nothing_quantized(init: str) -> str:
@@ -168,7 +175,7 @@ def settled(
         layers, originals = base_layers(transformer), Originals(model)
         for layer, pair in start.here.items():
             exact = originals.weight(layer).to(layers[layer].weight.device)
-            requantize(layers[layer], exact - (pair.up @ pair.down).to(exact.device), transformer.dtype)
+            requantize(layers[layer], exact - (pair.up @ pair.down).to(exact.device), stored_dtype(transformer))
     return minus(pairs, start.elsewhere), start if start.here else None
 
 
@@ -176,7 +183,7 @@ def round_again(transformer: Any, start: Start, model: Model) -> None:
     """Undo what `settled` did to the layers of an adapter of loftq: they are as they were loaded."""
     layers, originals = base_layers(transformer), Originals(model)
     for layer in start.here if start.init == "loftq" else ():
-        requantize(layers[layer], originals.weight(layer).to(layers[layer].weight.device), transformer.dtype)
+        requantize(layers[layer], originals.weight(layer).to(layers[layer].weight.device), stored_dtype(transformer))
 
 
 def save_start(pairs: Pairs, folder: Path) -> None:

@@ -108,7 +108,7 @@ def check_words(path: str, name: str, tokenizer: Any, encoder: Any) -> None:
     Raises:
         ValueError: it has less than half of those that the encoder embeds.
     """
-    words, wanted = len(tokenizer), encoder.config.vocab_size
+    words, wanted = len(tokenizer), encoder.config.get_text_config().vocab_size
     if words < wanted / 2:
         raise ValueError(
             f"the {name} of {path} knows {words} of its encoder's {wanted} words; copy the checkpoint again"

@@ -1,7 +1,6 @@
 """A FLUX checkpoint in the diffusers folder format, on disk or on the Hub, loaded part by part.
 
-Parts are loaded one at a time so that text encoders, autoencoder and transformer need not sit in memory together. The
-bundled model and FLUX.1-dev differ by their path alone.
+Parts are loaded one at a time so that text encoders, autoencoder and transformer need not sit in memory together.
 """
 
 from __future__ import annotations
@@ -275,7 +274,7 @@ def latent_map(model: Model) -> LatentMap:
         ValueError: its config or its weights do not say.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     config = read_config(model, "vae")
 
@@ -291,6 +290,8 @@ def latent_map(model: Model) -> LatentMap:
         return of_config(config).latent_map(config, tensor)
     except ValueError as error:
         raise ValueError(_no_number(model, str(error))) from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot load the vae of {model.path}: {error}; copy the checkpoint again") from error
 
 
 def _no_number(model: Model, said: str) -> str:
@@ -315,8 +316,9 @@ def _transformer_config(model: Model) -> dict[str, Any]:
 
 def _family_index(model: Model) -> dict[str, Any]:
     """What a family is told of model_index.json: {} where it can do without and the Hub would have to be asked."""
-    known = model.local is not None or model.path in SIZES
-    return pipeline_index(model) if known or family_of(model).INDEXED else {}
+    if model.local is None and model.path in SIZES:
+        return SIZES[model.path]["index"]
+    return pipeline_index(model) if model.local is not None or family_of(model).INDEXED else {}
 
 
 def own_drawing(model: Model) -> Drawing:
@@ -353,9 +355,7 @@ def part_folder(model: Model, part: str) -> Path:
 
 
 def pipeline_index(model: Model) -> dict[str, Any]:
-    """model_index.json: the classes of the parts. Of a published checkpoint that is not here, what is known of it."""
-    if model.local is None and model.path in SIZES:
-        return SIZES[model.path]["index"]
+    """model_index.json: the classes of the parts."""
     with loading(model.path, model.local is not None, "index"):
         if model.local is not None:
             file = model.local / "model_index.json"
@@ -376,7 +376,7 @@ def fingerprint(model: Model, part: str) -> str:
     folder = part_folder(model, part)
     digest, remembered = hashlib.sha256(), Remembered(MEMORY)
     for file in sorted(folder.iterdir()):
-        if file.suffix not in (".safetensors", ".json", ".model", ".txt"):
+        if file.suffix not in (".safetensors", ".json", ".model", ".txt", ".jinja"):
             continue
         blob = file.resolve().name
         digest.update(file.name.encode())

@@ -38,9 +38,8 @@ def save_beside(model: Model, precision: Precision, device: torch.device, folder
     for part in family.PARTS:
         if part not in ("transformer", *large):
             shutil.copytree(part_folder(model, part), folder / part)
-    index = pipeline_index(model)
     # without the head of a language model: plain diffusers would make one, in 4 bits without their scales
-    index |= {part: ["transformers", type(parts[part]).__name__] for part in large}
+    index = pipeline_index(model) | {part: ["transformers", type(parts[part]).__name__] for part in large}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

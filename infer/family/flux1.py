@@ -133,7 +133,8 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Linear]:
 
 def drawing(path: str, index: Mapping[str, Any], config: Mapping[str, Any]) -> Drawing:
     guidance = GUIDANCE["black-forest-labs/FLUX.1-Kontext-dev"] if "Kontext" in index.get("_class_name", "") else 3.5
-    return Drawing(28, GUIDANCE.get(path, guidance))
+    steps = 28 if config.get("guidance_embeds") else 4
+    return Drawing(steps, GUIDANCE.get(path, guidance))
 
 
 def unguided(index: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from infer.device.device import check_device_name, pick_device
 from infer.program.bounds import SEED, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, refuse_products
 from infer.sample.generate import Sampling
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def check_merge(options: Merge) -> torch.device:
     Raises:
         ValueError: `out` is empty or exists, the adapter or the checkpoint is absent, or a setting has no effect.
     """
+    refuse_products(options.precision, "what is merged")
     refuse_mixture(options.precision, "merge with precision=bf16, and load the result with the same precision")
     if not options.prompts:
         reason = "nothing is drawn, since prompts is empty"

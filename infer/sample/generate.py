@@ -21,7 +21,7 @@ class Sampling:
     """How pictures are drawn."""
 
     steps: int | None = None
-    """Calls of the transformer for a picture, of two each where guidance takes two; null takes the checkpoint's own."""
+    """Denoising steps of a picture, each of two calls where guidance takes two; null takes the checkpoint's own."""
     guidance: float | None = None
     """How closely a prompt is followed; null takes the checkpoint's own. An embedding in FLUX.1-dev and FLUX.2-dev, the
     weight between calls with and without the prompt in klein's base; without effect on schnell and distilled klein."""

@@ -32,6 +32,8 @@ def check_names(job: Train) -> Path:
             f"pictures; train on its base (model.path={base}) and draw with either, or set distilled=true to train on "
             "it all the same"
         )
+    if base is None and job.distilled:
+        raise ValueError(f"distilled is true, but {job.model.path} is not distilled; leave it at false")
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)

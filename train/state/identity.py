@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from infer.adapter.read import FILE, find_adapter, read_notes
+from infer.checkpoint.load import own_drawing
 from infer.program.atomic import replace_file
-from train.data.dataset import Prior
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints
 
@@ -67,6 +67,7 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
         ) from error
     config["processes"] = began_with  # the batches stay as they were, whoever computes them
     _bring_up_to_date(recorded, job)
+    _forget_own_drawing(recorded, job)
     changes = _changes(recorded | {"steps": job.steps}, config)
     if changes:
         raise ValueError(
@@ -91,8 +92,18 @@ def _bring_up_to_date(recorded: Any, config: Any) -> None:
             recorded[each.name] = each.default
         else:
             _bring_up_to_date(recorded.get(each.name), getattr(config, each.name))
-    if isinstance(config, Prior) and [recorded.get(name) for name in ("count", "steps", "guidance")] == [0, 28, 3.5]:
-        recorded |= {"steps": None, "guidance": None}  # the defaults of then, of no effect
+
+
+def _forget_own_drawing(recorded: dict[str, Any], job: Train) -> None:
+    """An older version recorded 28 steps and guidance 3.5 of class pictures where nothing was said: it is null now, and
+    the checkpoint's own, which is the same for FLUX.1-dev."""
+    prior = recorded.get("data", {}).get("prior")
+    if not isinstance(prior, dict) or [prior.get("steps"), prior.get("guidance")] != [28, 3.5]:
+        return
+    if (job.data.prior.steps, job.data.prior.guidance) != (None, None):
+        return
+    if not job.data.prior.count or tuple(own_drawing(job.model)) == (28, 3.5):
+        prior |= {"steps": None, "guidance": None}
 
 
 def recorded_steps(folder: Path) -> Any:

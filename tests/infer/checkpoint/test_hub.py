@@ -151,11 +151,12 @@ def test_a_cache_that_lacks_something_is_refused(cache: Path, sharded: Path, tmp
         load_scheduler(Model("owner/flux", "another-branch"))
 
 
+@pytest.mark.parametrize("name", ["owner/flux", "black-forest-labs/FLUX.1-dev"])
 def test_a_checkpoint_in_the_cache_is_saved_quantized(
-    cache: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, cache: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(cache, "owner/flux", sharded)
-    out = save(Save(Model("owner/flux"), Precision("nf4"), str(tmp_path / "out"), "cpu"))
+    fill(cache, name, sharded)
+    out = save(Save(Model(name), Precision("nf4"), str(tmp_path / "out"), "cpu"))
     for config in out.rglob("*config.json"):
         text: Any = config.read_text()
         assert str(cache) not in text and not config.is_symlink()
@@ -163,3 +164,5 @@ def test_a_checkpoint_in_the_cache_is_saved_quantized(
         load_transformer(Model(str(out)), Precision("nf4"), CPU).config["num_layers"]
         == read_config(Model(str(sharded)), "transformer")["num_layers"]
     )
+    index = json.loads((out / "model_index.json").read_text())
+    assert index == json.loads((sharded / "model_index.json").read_text())

@@ -157,6 +157,7 @@ def test_what_a_checkpoint_draws_with(klein: Model, tmp_path_factory: pytest.Tem
     ("path", "drawing"),
     [
         ("black-forest-labs/FLUX.1-dev", (28, 3.5)),
+        ("black-forest-labs/FLUX.1-schnell", (4, 3.5)),
         ("black-forest-labs/FLUX.1-Kontext-dev", (28, 2.5)),
         ("black-forest-labs/FLUX.1-Krea-dev", (28, 4.5)),
         ("black-forest-labs/FLUX.2-klein-base-9B", (28, 4.0)),

@@ -9,22 +9,29 @@ import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file
 
+from infer.adapter.attach import attach, load_adapter
+from infer.adapter.checks import check_running
+from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
 from infer.adapter.selection import Trained
+from infer.adapter.targets import base_layers
 from infer.checkpoint.load import Model, load_transformer
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.family import find, flux2_sizes
+from infer.fast.memory import Memory
 from infer.merge import merge
-from infer.merging.settings import Merge
-from infer.quantize.precision import Precision, stored_bytes
+from infer.merging.settings import Merge, check_merge
+from infer.quantize.precision import Precision, dequantized, stored_bytes
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling
 from infer.save import Save, save
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data
 from train.estimate.memory import text_bytes, weights_by_module
+from train.loop.supported import check_flow
+from train.objective.flow_matching import Flow
 from train.run.config import Train
 from train.run.names import check_names
 from train.train import train
@@ -112,3 +119,27 @@ def test_random_weights_are_what_the_plan_counts(path: str, kind: str, monkeypat
     transformer = load_transformer(model, precision, CPU)
     planned = sum(weights_by_module(changed["transformer"], precision).values())
     assert stored_bytes(transformer) == pytest.approx(planned, rel=1e-6)
+
+
+def test_options_that_do_not_hold_for_it_are_refused(job: Train, klein: Model) -> None:
+    with pytest.raises(ValueError, match=r"flow\.density=shifted follows FLUX\.1-dev's sampler.*another rule"):
+        check_flow(klein, Flow(density="shifted"))
+    with pytest.raises(ValueError, match=r"distilled is true, but .* is not distilled"):
+        check_names(replace(job, distilled=True))
+    with pytest.raises(ValueError, match=r"precision\.products=fp8 has no effect on what is merged"):
+        check_merge(Merge(klein, Precision("nf4", products="fp8"), Trained("a"), "merged", device="cpu"))
+
+
+def test_a_layer_that_an_adapter_was_rounded_around_is_found_again(job: Train, klein: Model) -> None:
+    """init=loftq: the weights that a loaded adapter stands on are those of its training, bit for bit."""
+    job = replace(job, adapter=Adapter(rank=4, init="loftq"), steps=1, previews=[])
+    transformer = load_transformer(klein, job.precision, CPU)
+    attach(transformer, job.adapter, 0, model=klein)
+    start_from_error(transformer, klein, "loftq")
+    again = load_transformer(klein, job.precision, CPU)
+    load_adapter(again, str(train(job)), "mine", klein)
+    for name, layer in base_layers(transformer).items():
+        assert torch.equal(dequantized(layer), dequantized(base_layers(again)[name])), name
+    options = Trained("runs/straight/adapter")
+    with pytest.raises(ValueError, match="init=loftq, around which layers are rounded again, and the scales"):
+        check_running(klein, Precision("nf4", products="int8"), options, None, Memory(), CPU)

@@ -27,6 +27,7 @@ from train.run.config import Train
 from train.state.identity import record_config, recorded_steps
 from train.train import train
 
+TINY = Model(str(ROOT / "scripts/tiny/model"))
 FIT = importlib.import_module("train.loop.fit")
 
 
@@ -153,9 +154,15 @@ def test_settings_that_an_older_version_had_not_are_at_their_default(home: Path)
     assert record_config(job, folder, 1) == 1
     with pytest.raises(ValueError, match=r"precision\.products was 'bf16', is 'fp8'"):
         record_config(replace(job, precision=replace(job.precision, products="fp8")), folder, 1)
-    (folder / "config.yaml").write_text(text.replace("count: 0", "count: 2"))
-    with pytest.raises(ValueError, match=r"data\.prior\.steps was 28, is None"):
-        record_config(job, folder, 1)
+    drawing = replace(job, data=replace(job.data, prior=Prior(prompt="a dog", count=2)), model=TINY)
+    recorded["data"]["prior"] |= {"count": 2, "prompt": "a dog"}
+    recorded["model"]["path"] = TINY.path
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert record_config(drawing, folder, 1) == 1  # 28 steps are the checkpoint's own
+    recorded["data"]["prior"]["steps"] = 20
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    with pytest.raises(ValueError, match=r"data\.prior\.steps was 20, is None"):
+        record_config(drawing, folder, 1)
 
 
 @pytest.fixture(scope="module")
