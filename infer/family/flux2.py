@@ -204,15 +204,15 @@ def count_tokens(parts: Mapping[str, Any], prompts: list[str]) -> list[int]:
     from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 
     tokenizer = parts["tokenizer"]
-    if "thinking" in str(getattr(tokenizer, "chat_template", "")):  # Qwen3's
+    qwen = "thinking" in str(getattr(tokenizer, "chat_template", ""))
+    if qwen:
         asked: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
         how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
     else:
         asked, how = format_input(prompts, SYSTEM_MESSAGE), {"add_generation_prompt": False}
     texts = [tokenizer.apply_chat_template(messages, tokenize=False, **how) for messages in asked]
-    # a template writes the mark of a text's beginning itself
-    own = "thinking" in str(getattr(tokenizer, "chat_template", ""))
-    return [len(ids) for ids in tokenizer(texts, verbose=False, add_special_tokens=own).input_ids]
+    # Mistral's template writes the mark of a text's beginning itself
+    return [len(ids) for ids in tokenizer(texts, verbose=False, add_special_tokens=qwen).input_ids]
 
 
 def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> LatentMap:
