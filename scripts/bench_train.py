@@ -79,9 +79,9 @@ def make_batch(variant: Variant, config: Any, device: torch.device, size: tuple[
     x0, other = (normal(b, config.in_channels // 4, height // 8, width // 8) for _ in range(2))
     embeds = normal(b, TEXT, config.joint_attention_dim)
     pooled = normal(b, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
-    return Batch(
-        x0, other, torch.full((b,), 0.5, device=device), embeds, pooled, None, torch.full((b,), 1 / b, device=device)
-    )
+    sigma, weight = torch.full((b,), 0.5, device=device), torch.full((b,), 1 / b, device=device)
+    references = tuple(normal(*x0.shape) for _ in range(variant.references))
+    return Batch(x0, other, sigma, embeds, pooled, None, weight, references)
 
 
 def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], Tensor]:

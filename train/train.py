@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from infer.program.command import run_command
 from infer.program.quiet import ready
-from train.data.dataset import check_left, read_samples
+from train.data.dataset import check_left, check_taught, read_samples
 from train.run.config import Train
 from train.run.names import check_names
 from train.state.signals import StopSignals
@@ -33,6 +33,7 @@ def train(job: Train) -> Path:
         folder = check_names(job)
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
+        check_taught(job.model, job.data, samples)
         ready()
         from train.loop.repeat import repeating
         from train.loop.run import run

@@ -1,9 +1,10 @@
 """The endless stream of batches: which samples are trained together, at which place, at which resolution.
 
-An epoch shuffles its samples and takes them in that order into queues, one a size; a queue that is full is a batch, and
-what is left in the queues at the end goes out as short batches. So each sample is seen once an epoch (times its
-repeats), in a batch of one size, and everything follows from (seed, epoch): the number of ranks changes nothing but who
-takes which part of a batch, and a run that resumes needs no history.
+An epoch shuffles its samples and takes them in that order into queues, one a form, which is the size of the picture and
+those of its references; a queue that is full is a batch, and what is left in the queues at the end goes out as short
+batches. So each sample is seen once an epoch (times its repeats), in a batch of one form, and everything follows from
+(seed, epoch): the number of ranks changes nothing but who takes which part of a batch, and a run that resumes needs no
+history.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from train.data.seeds import generator
 
 Size = tuple[int, int]  # height, width
+Form = tuple[Size, ...]
+"""What samples of a batch have in common: the picture's size, and those of its references."""
 
 
 class Place(NamedTuple):
@@ -26,6 +29,8 @@ class Place(NamedTuple):
     sample: int
     resolution: int
     """Index into the resolutions."""
+    references: bool = True
+    """Whether it is trained with its references, if it has some."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,16 @@ class Stream:
     group: int
     """Samples a batch, on all ranks together."""
     samples: list[int]
-    sizes: list[list[Size]]
+    forms: list[list[Form]]
     """Of each sample, at each resolution."""
     repeats: list[float]
     """Of each sample: times an epoch; fractions take turns."""
+    reference_dropout: float = 0.0
+    """Share of the places at which a sample's references are left out."""
 
     def __post_init__(self) -> None:
         assert self.group >= 1 and self.samples and all(repeat > 0 for repeat in self.repeats)
-        assert len(self.samples) == len(self.sizes) == len(self.repeats)
+        assert len(self.samples) == len(self.forms) == len(self.repeats)
 
 
 def epoch_places(stream: Stream, epoch: int) -> list[Place]:
@@ -59,23 +66,28 @@ def epoch_places(stream: Stream, epoch: int) -> list[Place]:
     entries = torch.arange(len(repeats)).repeat_interleave(counts.long())
     order = torch.randperm(len(entries), generator=generator(stream.seed, "epoch", epoch))
     resolutions = torch.zeros(len(entries), dtype=torch.long)
-    several = len(stream.sizes[0])
+    several = len(stream.forms[0])
     if several > 1:
         resolutions = torch.randint(several, (len(entries),), generator=generator(stream.seed, "resolution", epoch))
-    taken = zip(entries[order].tolist(), resolutions.tolist(), strict=True)
-    return [Place(epoch, position, entry, resolution) for position, (entry, resolution) in enumerate(taken)]
+    shown = torch.ones(len(entries), dtype=torch.bool)
+    if stream.reference_dropout > 0:
+        numbers = torch.rand(len(entries), generator=generator(stream.seed, "references", epoch), dtype=torch.float64)
+        shown = numbers >= stream.reference_dropout
+    taken = zip(entries[order].tolist(), resolutions.tolist(), shown.tolist(), strict=True)
+    return [Place(epoch, position, *each) for position, each in enumerate(taken)]
 
 
 def epoch_batches(stream: Stream, epoch: int) -> list[list[Place]]:
     """An epoch's batches; `sample` is what `stream.samples` says."""
-    queues: dict[Size, list[Place]] = {}
+    queues: dict[Form, list[Place]] = {}
     batches = []
     for place in epoch_places(stream, epoch):
-        size = stream.sizes[place.sample][place.resolution]
-        queue = queues.setdefault(size, [])
+        form = stream.forms[place.sample][place.resolution]
+        form = form if place.references else form[:1]
+        queue = queues.setdefault(form, [])
         queue.append(place._replace(sample=stream.samples[place.sample]))
         if len(queue) == stream.group:
-            batches.append(queues.pop(size))
+            batches.append(queues.pop(form))
     return batches + list(queues.values())
 
 

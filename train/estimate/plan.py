@@ -12,7 +12,7 @@ from infer.fast.memory import Memory
 from infer.program import bounds
 from infer.program.atomic import replace_file
 from infer.program.paths import expand
-from train.estimate.memory import Footprint, footprint
+from train.estimate.memory import Footprint, footprint, references_of
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
 
@@ -78,6 +78,10 @@ def describe(job: Train) -> str:
     if job.precision.double_quant:
         memory += ", precision.double_quant=true"
     pixels = "x".join([str(max(job.data.resolutions))] * 2)
+    count = references_of(job)
+    if count:
+        side = job.data.reference_resolution or max(job.data.resolutions)
+        pixels += f" with {count} reference{'s' * (count > 1)} of {side}x{side}"
     return f"{job.precision.kind}, {job.data.batch_size} of {pixels} a step, rank {job.adapter.rank}, {memory}"
 
 

@@ -32,7 +32,7 @@ def finish(session: Session, training: TrainingState) -> Path:
         save_adapters(session, training)
     session.tracker.finish()
     run.say(summary(run.job, norm, progress, run.folder, averaged=training.average is not None))
-    run.say(next_steps(run.job, run.folder, list(session.data.previews)))
+    run.say(next_steps(run.job, run.folder, list(session.data.previews), session.data.edits))
     run.accelerator.wait_for_everyone()
     release(run.device)
     run.accelerator.end_training()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from infer.fast.cuda_graph import Replay
 from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
-from train.loop.batch import Batch
+from train.loop.batch import Batch, batch_of, tensors_of
 from train.objective.flow_matching import losses, noised, predict
 from train.objective.optim import state_bytes
 from train.run.config import Train
@@ -25,7 +25,8 @@ def batch_velocity(transformer: Any, batch: Batch, job: Train) -> Tensor:
     # the fast path casts by itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
-        return predict(transformer, x, batch.embeds, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+        text = batch.embeds, batch.pooled
+        return predict(transformer, x, *text, batch.sigma, job.flow.guidance, dtype, batch.references)
 
 
 def batch_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
@@ -77,7 +78,7 @@ def make_learner(
         for parameter in parameters:
             parameter.grad = None
         try:
-            values = backward(Batch(*tensors))  # type: ignore[arg-type]
+            values = backward(batch_of(tensors))
             gradients = [parameter.grad for parameter in parameters]
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -85,25 +86,28 @@ def make_learner(
         return values, gradients
 
     replay = Replay(isolated, offload) if graphs(job, accelerator) else None
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[torch.Size, ...]] = set()
 
     def learn(batch: Batch) -> Tensor:
-        start, shape = time.perf_counter(), tuple(batch.x0.shape)
+        start, shape = time.perf_counter(), batch.x0.shape
+        form = shape, *(each.shape for each in batch.references)
         if replay is None:
             values = backward(batch)
         else:
-            replayed, gradients = replay(*vars(batch).values())
+            replayed, gradients = replay(*tensors_of(batch))
             values = replayed.clone()  # the next replay overwrites them
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
                     parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
                 else:
                     parameter.grad += gradient
-        if shape not in seen:
-            seen.add(shape)
+        if form not in seen:
+            seen.add(form)
             values.tolist()  # waits for the device
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
                 pixels = f"{shape[0]} of {shape[3] * 8}x{shape[2] * 8} pixels"
+                behind = [f"{each.shape[3] * 8}x{each.shape[2] * 8}" for each in batch.references]
+                pixels += f" with references of {', '.join(behind)}" if behind else ""
                 tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
         return values
 

@@ -2,10 +2,13 @@
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 from infer.adapter.read import FILE
+from infer.program.literal import quote
 from infer.program.paths import CONFIGS, SHIPPED
+from infer.sample.edit import Edit
 from train.run.config import Train
 
 
@@ -18,26 +21,40 @@ def model_words(job: Train) -> list[str]:
     return [f"model.path={job.model.path}"]
 
 
-def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
-    """infer/compare.py at the training's precision, without and with the adapter."""
+def compare_command(job: Train, folder: Path, prompts: list[str], edits: dict[str, Edit] | None = None) -> str:
+    """infer/compare.py at the training's precision, without and with the adapter; edits: by prompt, where it has
+    references."""
     words = ["python", "infer/compare.py", *model_words(job), f"run={job.run}", f"adapter.path={folder / 'adapter'}"]
     kind = job.precision.kind
     words += [f"only=[{kind}]"] if kind in ("bf16", "int8", "fp4", "nf4") else []
     if job.adapter.recovery is not None:
         words.append(f"+recovery.{kind}={job.adapter.recovery}")
-    if prompts:
+    edit = (edits or {}).get(prompts[0]) if prompts else None
+    if edit is not None:
+        side = job.data.reference_resolution or max(job.data.resolutions)
+        words += ["prompts=[]", f"edits=[{_typed(asdict(edit))}]", f"reference_resolution={side}"]
+    elif prompts:
         words.append(f"prompts={json.dumps(prompts[:1], ensure_ascii=False)}")
     return shlex.join(words)
 
 
-def next_steps(job: Train, folder: Path, prompts: list[str]) -> str:
-    """Lines for the end of a run; prompts: of its previews."""
+def _typed(value: object) -> str:
+    """Names, texts and lists as Hydra reads them on a command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_typed(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_typed, value))}]"
+    return quote(str(value), True)
+
+
+def next_steps(job: Train, folder: Path, prompts: list[str], edits: dict[str, Edit] | None = None) -> str:
+    """Lines for the end of a run; prompts: of its previews; edits: those with references."""
     sheet = folder / "previews" / f"step-{job.steps:06d}.png"
     look = f"{sheet} and {folder / 'loss.png'}" if sheet.is_file() else str(folder / "loss.png")
     adapter = shlex.quote(str(folder / "adapter"))
     lines = {
         "look": look,
-        "draw": compare_command(job, folder, prompts),
+        "draw": compare_command(job, folder, prompts, edits),
         "ComfyUI": f"python infer/convert.py adapter.path={adapter} to=comfyui out={shlex.quote(Path(job.run).name)}"
         ".safetensors, and move that file into ComfyUI/models/loras",
         "diffusers": f'pipeline.load_lora_weights("{folder / "adapter"}", weight_name="{FILE}")',

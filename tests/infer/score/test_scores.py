@@ -219,7 +219,7 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
     rows, latents = drawn(tmp_path / "run")
     rows, drift = ([row for row in rows if (row.prompt == "p2") is apart] for apart in (False, True))
     arguments = drift, tmp_path / "run", latents, "bf16", {"own": lambda picture, prompt: 1.0 + (prompt == "p1")}
-    result = score_all(rows, *arguments, networks, str(references), CPU)
+    result = score_all(rows, *arguments, networks, str(references), {}, CPU)
     assert result.absent == {"image_reward": "networks.image_reward is null"}
     for row in rows:
         assert (row.scores["psnr_bf16"] is None) == (row.precision == "bf16")

@@ -18,7 +18,7 @@ SIZES = [(64, 64), (48, 80), (80, 48)]
 def streams(draw: st.DrawFn, whole: bool = False) -> Stream:
     count = draw(st.integers(1, 30))
     resolutions = draw(st.integers(1, 3))
-    size = st.lists(st.sampled_from(SIZES), min_size=resolutions, max_size=resolutions)
+    size = st.lists(st.sampled_from([(size,) for size in SIZES]), min_size=resolutions, max_size=resolutions)
     repeat = st.sampled_from([1.0, 2.0] if whole else [0.25, 1 / 3, 0.7, 1.0, 1.5, 3.0])
     return Stream(
         draw(st.integers(0, 5)),
@@ -43,7 +43,7 @@ def test_an_epoch_has_each_sample_once_times_its_repeats(stream: Stream, epoch: 
 def test_batches_are_of_one_size_and_full_but_the_last_of_each(stream: Stream, epoch: int) -> None:
     short = []
     for batch in epoch_batches(stream, epoch):
-        found = {stream.sizes[stream.samples.index(place.sample)][place.resolution] for place in batch}
+        found = {stream.forms[stream.samples.index(place.sample)][place.resolution] for place in batch}
         assert len(found) == 1 and 1 <= len(batch) <= stream.group
         positions = [place.position for place in batch]
         assert positions == sorted(positions)  # the order of the epoch
@@ -76,7 +76,7 @@ def test_resuming_needs_no_history(stream: Stream, first: int, count: int) -> No
 @given(streams(), st.integers(1, 4), st.integers(1, 4))
 def test_ranks_share_a_batch(stream: Stream, ranks: int, batch_size: int) -> None:
     """What the ranks take is the batch, and the mean over ranks of their weighted sums is the mean over the batch."""
-    stream = Stream(stream.seed, ranks * batch_size, stream.samples, stream.sizes, stream.repeats)
+    stream = Stream(stream.seed, ranks * batch_size, stream.samples, stream.forms, stream.repeats)
     for batch in islice(batches_from(stream, 0), 20):
         taken, mean = [], 0.0
         for rank in range(ranks):
@@ -103,5 +103,5 @@ def test_resolutions_and_seeds_differ() -> None:
     stream = Stream(0, 2, list(range(40)), [[(64, 64), (128, 128)]] * 40, [1.0] * 40)
     drawn = [[place.resolution for place in epoch_places(stream, epoch)] for epoch in range(4)]
     assert all(8 < sum(epoch) < 32 for epoch in drawn) and len(set(map(tuple, drawn))) == 4
-    other = Stream(1, 2, stream.samples, stream.sizes, stream.repeats)
+    other = Stream(1, 2, stream.samples, stream.forms, stream.repeats)
     assert epoch_places(other, 0) != epoch_places(stream, 0)
