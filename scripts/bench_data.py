@@ -60,7 +60,7 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     """Read the samples and have everything encoded; seconds, the phases' seconds, peaks and counts."""
     import torch
 
-    from infer.checkpoint.load import Model
+    from infer.checkpoint.model import Model
     from infer.device.device import pick_device
     from infer.quantize.precision import Precision
     from train.data.caption import all_texts
@@ -87,7 +87,8 @@ def cold(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, Any
     """From nothing; and how fast the autoencoder is if it has never to wait for pictures."""
     import torch
 
-    from infer.checkpoint.load import Model, load_vae
+    from infer.checkpoint.load import load_vae
+    from infer.checkpoint.model import Model
     from infer.device.device import pick_device
     from infer.sample.encode import to_posterior
     from train.latents.settings import Encode
