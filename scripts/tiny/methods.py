@@ -27,7 +27,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from infer.adapter.attach import load_adapter, without_adapter
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import pick_device
 from infer.family.family import Text
 from infer.family.find import of_model

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.fast.install import install
 from infer.fast.memory import Memory
 from infer.quantize.precision import Precision
