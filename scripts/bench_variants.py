@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision
 from train.data.dataset import Data
@@ -38,7 +38,12 @@ class Variant:
             memory=self.memory,
             deterministic=self.deterministic,
             optim=Optim(name=self.optim),
-            data=Data(resolution=self.resolution, batch_size=self.batch),
+            data=Data(
+                "pictures" if self.references else "",
+                self.resolution,
+                self.batch,
+                references=[f"references-{i}" for i in range(self.references)],
+            ),
         )
 
 
@@ -155,8 +160,6 @@ SECONDS = {
     "klein4b-nf4-1024-balanced": "<= 0.19",
     "klein4b-nf4-512-balanced": "<= 0.07",
     "klein9b-nf4-1024-balanced": "<= 0.40",
-    "kontext-nf4-1024-balanced-1": "<= 0.66",
-    "klein4b-nf4-1024-balanced-1": "<= 0.31",
 }
 PROFILED = (
     "nf4-1024-balanced",

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
-from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure
@@ -91,10 +92,9 @@ def draw_precision(
         if name in options.recovery:
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
-        latents_of = encode_files(
-            vae, (file for _, edit in listed(asked) for file in edit), options.reference_resolution
-        )
         path, offload = choose_path(transformer, memory, precision, device, bar.write)
+    references = [file for _, files in listed(asked) for file in files]
+    latents_of = encode_files(vae, references, options.reference_resolution)
     texts = [
         replace(of_prompt[prompt], references=tuple(latents_of[file] for file in files))
         for prompt, files in listed(asked)
@@ -166,8 +166,10 @@ def draw_precision(
 
 
 def all_prompts(options: Compare) -> list[Edit | str]:
-    """What is drawn: the prompts, those with references, then with an adapter those that it has nothing to do with."""
-    return [*options.prompts, *options.edits, *(options.unrelated if options.adapter.path is not None else [])]
+    """What is drawn: the prompts, those with references, then with an adapter those that it has nothing to do with and
+    those of its class."""
+    apart = [*options.unrelated, *options.class_prompts] if options.adapter.path is not None else []
+    return [*options.prompts, *options.edits, *apart]
 
 
 def listed(asked: Sequence[Edit | str]) -> list[tuple[str, list[str]]]:
@@ -213,7 +215,7 @@ def draw_all(options: Compare, device: torch.device) -> Path:
     size = options.sampling.size(own_size(options.model))
     check_scored(options.edits, size[::-1])
     for name, score in scores.items():  # before an hour of drawing, not after it
-        for prompt, _ in listed([*options.prompts, *options.edits]):
+        for prompt, _ in listed(all_prompts(options)):
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
             except Exception as error:  # whatever the user's function raises
@@ -239,8 +241,11 @@ def draw_all(options: Compare, device: torch.device) -> Path:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and options.precisions[n].exact)
         reference = next(plain, None)
-        rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
-        drawn = rows, drift, unfinished, latents, reference, scores
+        drift, bleed = (
+            [row for row in rows if row.prompt in prompts] for prompts in (options.unrelated, options.class_prompts)
+        )
+        rows = [row for row in rows if row.prompt not in {*options.unrelated, *options.class_prompts}]
+        drawn = rows, drift, bleed, unfinished, latents, reference, scores
         scored = score_all(*drawn, options.networks, options.references, edits, device)
         height, width = size
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
@@ -256,6 +261,7 @@ def draw_all(options: Compare, device: torch.device) -> Path:
             },
             rows=rows,
             drift=drift,
+            bleed=bleed,
             summary=scored.summary,
             references=scored.references,
             absent=scored.absent,

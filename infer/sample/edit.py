@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infer.checkpoint.load import Model, takes_references
+from infer.checkpoint.family import takes_references
+from infer.checkpoint.model import Model
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded
 from infer.sample.picture import SUFFIXES

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from infer.checkpoint.load import Model, takes_references
+from infer.checkpoint.family import takes_references
+from infer.checkpoint.model import Model
 from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded

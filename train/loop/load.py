@@ -8,7 +8,8 @@ from accelerate.utils import gather_object
 from infer.adapter.attach import attach, began, load_recovery, strengths
 from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
-from infer.checkpoint.load import guided_by_two_calls, load_transformer
+from infer.checkpoint.family import guided_by_two_calls
+from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.buckets import is_smaller
 from train.data.caption import all_texts
@@ -22,6 +23,7 @@ from train.latents.users import record_use
 from train.loop.batch import split_samples
 from train.loop.preview import texts_of_previews
 from train.loop.session import EncodedData, LoadedModel, Run
+from train.objective.preservation import preserved_text
 from train.ranks.launch import shard_weights, uses_fsdp
 
 
@@ -38,8 +40,13 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
     empty = [""] if (job.previews != [] or job.edits) and guided_by_two_calls(job.model) else []
+    learned = all_texts(samples, job.data)
+    kept = []
+    if job.preserve.kind != "none":
+        kept = [preserved_text(text, job.preserve, job.data.trigger) for text in learned]
+        run.say(f"output preservation: {learned[0]!r} is learned, {kept[0]!r} stays as the base draws it")
     asked = [*(job.previews or []), *(edit.prompt for edit in job.edits)]
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *asked, *empty]))
+    texts = list(dict.fromkeys([*learned, *kept, *asked, *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")

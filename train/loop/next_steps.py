@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
 from infer.adapter.read import FILE
@@ -32,7 +31,8 @@ def compare_command(job: Train, folder: Path, prompts: list[str], edits: dict[st
     edit = (edits or {}).get(prompts[0]) if prompts else None
     if edit is not None:
         side = job.data.reference_resolution or max(job.data.resolutions)
-        words += ["prompts=[]", f"edits=[{_typed(asdict(edit))}]", f"reference_resolution={side}"]
+        asked = _typed({"prompt": edit.prompt, "references": edit.references})
+        words += ["prompts=[]", f"edits=[{asked}]", f"reference_resolution={side}"]
     elif prompts:
         words.append(f"prompts={json.dumps(prompts[:1], ensure_ascii=False)}")
     return shlex.join(words)

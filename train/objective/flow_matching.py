@@ -113,13 +113,19 @@ def losses(
     mask: how much the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None: all count fully. The
     mean is over all latents, so a sample counts less if its mask leaves less of it.
     """
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
-
     from infer.family.packing import pack
 
-    error = (velocity - pack(noise - x0)).square()
+    counts = None if mask is None else pack(mask.expand_as(x0))
+    return distances(velocity, pack(noise - x0), sigma, weighting, counts)
+
+
+def distances(velocity: Tensor, target: Tensor, sigma: Tensor, weighting: str, mask: Tensor | None = None) -> Tensor:
+    """The weighted squared error of each sample, [batch]; velocity, target and mask are packed."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    error = (velocity - target).square()
     if mask is not None:
-        error = error * pack(mask.expand_as(x0))
+        error = error * mask
     weight = compute_loss_weighting_for_sd3(weighting, sigma)
     weighted: Tensor = error.flatten(1).mean(1) * weight
     return weighted

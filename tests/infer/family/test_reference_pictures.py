@@ -12,7 +12,9 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import Tensor
 
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae, takes_references
+from infer.checkpoint.family import takes_references
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.family import flux1, flux2
 from infer.family.family import Text
 from infer.family.packing import pack

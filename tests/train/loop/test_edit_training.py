@@ -1,6 +1,7 @@
 """Edit training: what is trained beside what, against pictures that are encoded by themselves, and runs of it."""
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
-from infer.checkpoint.load import Model, latent_map, load_vae
+from infer.checkpoint.family import latent_map
+from infer.checkpoint.load import load_vae
+from infer.checkpoint.model import Model
+from infer.comparison.settings import Compare
+from infer.program.literal import literal_arguments
+from infer.program.paths import CONFIGS
 from infer.quantize.precision import Precision
 from infer.sample.edit import Edit
 from infer.sample.encode import to_posterior
@@ -27,8 +36,8 @@ from train.latents.settings import Encode
 from train.latents.store import Cache
 from train.loop.batch import (
     Samples,
+    batch_sampler,
     largest_batch,
-    make_order,
     split_samples,
     training_batch,
     validation_batch,
@@ -133,7 +142,7 @@ def test_a_reference_of_many_is_encoded_once(made: Made) -> None:
 
 def test_batches_are_of_one_form_and_dropout_leaves_all_of_a_sample_out(made: Made) -> None:
     job, cache, samples = made
-    stream = make_order(samples, cache, job.data, 0, 1)
+    stream = batch_sampler(samples, cache, job.data, 0, 1)
     shown = Counter[bool]()
     for epoch in range(40):
         batches = epoch_batches(stream, epoch)
@@ -184,12 +193,17 @@ def job_of(folder: Path, model: Model, **changes: object) -> Train:
 
 @pytest.mark.parametrize("family", ["tiny", "klein"])
 def test_a_run_is_drawn_and_resumed_bit_for_bit(
-    family: str, folder: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    folder: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model: Model = request.getfixturevalue(family)
     monkeypatch.chdir(tmp_path)
-    edit = Edit("make it pink", [str(folder / "before/red.png")])
-    job = job_of(folder, model, edits=[edit])
+    edit = Edit("make it 'pink', now", [str(folder / "before/red.png")])
+    job = job_of(folder, model, previews=["a fox"] if family == "klein" else [], edits=[edit])
     if family == "klein":
         job = replace(job, steps=2)
     whole = load_file(train(job) / FILE)
@@ -197,9 +211,16 @@ def test_a_run_is_drawn_and_resumed_bit_for_bit(
     with Image.open(f"runs/straight/previews/step-{job.steps:06d}.png") as sheet:
         said = json.loads(sheet.text["flux_lora_sheet"])  # type: ignore[attr-defined]
     assert said["columns"] == ["reference", "base", "adapter"]
-    assert said["prompts"][-1] == f"make it pink [{folder / 'before/red.png'}]"
+    assert said["prompts"][-1] == f"make it 'pink', now [{folder / 'before/red.png'}]"
     if family == "klein":
         return
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  draw:"))
+    ConfigStore.instance().store(name="compare_schema", node=Compare)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        words = literal_arguments(shlex.split(line)[3:], Compare)
+        options = OmegaConf.to_object(compose("compare", words))
+    assert isinstance(options, Compare)
+    assert options.edits == [edit] and options.reference_resolution == 32 and options.prompts == []
     train(replace(job, run="again", steps=2, previews=[], edits=[]))
     again = load_file(train(replace(job, run="again", previews=[], edits=[])) / FILE)
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
