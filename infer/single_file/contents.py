@@ -13,7 +13,7 @@ from infer.single_file.header import Header, check_stored_kinds, read_header
 from infer.single_file.transformer import Found, file_config, find_transformer, other_model
 
 OPTIONS = {"text_encoder": "model.text", "text_encoder_2": "model.text_2", "vae": "model.vae"}
-"""The settings that name a file of a part."""
+"""The settings that name a file of a part, for messages."""
 
 
 def part_prefix(header: Header, family: Family, part: str) -> str | None:
@@ -57,8 +57,8 @@ def base_in(file: Path) -> Found:
     if packed is not None:
         check_stored_kinds(file, header, [packed])
     raise ValueError(
-        f"model.path {file} holds no transformer of {_families()} (its tensors are {', '.join(list(header.tensors)[:3])}, "
-        "...); give a file with Black Forest Labs' or diffusers' names"
+        f"model.path {file} holds no transformer of {_families()} (its tensors are "
+        f"{', '.join(list(header.tensors)[:3])}, ...); give a file with Black Forest Labs' or diffusers' names"
     )
 
 
@@ -126,5 +126,7 @@ def _mend(held: list[tuple[Family, str]], family: Family, header: Header) -> str
         return "it holds a transformer: give it as model.path"
     if header.architecture is not None:
         read = sorted({name for each in FAMILIES for name in each.GGUF_TEXT})
-        return f"it is a GGUF of {header.architecture}, where {' and '.join(read)} are read: give the part as safetensors"
+        return (
+            f"it is a GGUF of {header.architecture}, where {' and '.join(read)} are read: give the part as safetensors"
+        )
     return "give a file with the names of transformers, ComfyUI or Black Forest Labs"

@@ -1,8 +1,8 @@
 """What a single file of weights holds, by its header alone: names, sizes and how each tensor is stored. No torch.
 
 Safetensors as ComfyUI and Black Forest Labs write them, and GGUF. In fp8 files a weight may have a scale beside it
-(`scale_weight` of older files, `weight_scale` of newer ones: ComfyUI's QUANTIZATION.md); scales of activations and marks
-are passed over.
+(`scale_weight` of older files, `weight_scale` of newer ones: ComfyUI's QUANTIZATION.md); scales of activations and
+marks are passed over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ GGUF_KINDS = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q
 """What diffusers dequantizes (quantizers/gguf/utils.py)."""
 SCALES = ("scale_weight", "weight_scale")
 """Beside a `weight` in fp8: what its values are multiplied by."""
-PASSED_OVER = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 MEND = "give the bf16, fp8 or GGUF file of the model: it is quantized while it is loaded"
 
 

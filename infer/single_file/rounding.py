@@ -13,11 +13,11 @@ from math import hypot
 
 from infer.quantize.precision import Precision
 
-ROUNDED = {"e4m3": 2.7, "e5m2": 5.3, "Q8_0": 0.6, "Q5_1": 3.7, "Q5_0": 4.4, "Q4_1": 7.6, "Q4_0": 8.9}
+ROUNDED = {"e4m3": 2.7, "e5m2": 5.3, "Q8_0": 0.55, "Q5_1": 3.7, "Q5_0": 4.4, "Q4_1": 7.6, "Q4_0": 8.9}
 """Relative error of the weights in percent (root of the mean square), by the kind in which they are stored."""
 LIKE = {"Q5_K": "Q5_1", "Q4_K": "Q4_1"}
 """Kinds with as many bits and as long blocks, for which the gguf package has no quantizer to measure."""
-TO = {"nf4": 9.2, "fp4": 11.8, "int8": 1.1}
+TO = {"nf4": 9.2, "fp4": 11.8, "int8": 0.75}
 """The same of what is made here of bf16 weights."""
 UNROUNDED = ("bf16", "fp16", "fp32")
 

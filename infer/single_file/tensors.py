@@ -34,13 +34,13 @@ class Tensors:
         if not self.header.tensors[name].shape:
             whole: Tensor = self.file.get_tensor(name)
             return whole.to(self.device)
-        value = self.file.get_slice(name)[start:end].to(self.device)
+        value: Tensor = self.file.get_slice(name)[start:end].to(self.device)
         if value.dtype not in FP8:
             return value
         value = value.float()
         scale = self.header.scale_of(name)
         if scale is not None:
-            factor = self.file.get_tensor(scale).to(self.device).float().flatten()
+            factor: Tensor = self.file.get_tensor(scale).to(self.device).float().flatten()
             value *= factor if factor.numel() == 1 else factor[start:end, None]
         return value
 

@@ -180,7 +180,9 @@ def place_tensors(file: Path, header: Header, found: Found, config: Mapping[str,
         pieces = {name: Piece(name) for name in wanted if name in within}
     missing = sorted(wanted.keys() - pieces.keys())
     if missing:
-        raise ValueError(f"{file} lacks {len(missing)} of the transformer's tensors ({missing[0]}, ...); download it again")
+        raise ValueError(
+            f"{file} lacks {len(missing)} of the transformer's tensors ({missing[0]}, ...); download it again"
+        )
     together: dict[str, int] = {}
     for name, size in wanted.items():
         together[pieces[name].name] = together.get(pieces[name].name, 0) + size[0]

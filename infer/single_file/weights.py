@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+    def rank(self, name: str) -> int:
+        """How many dimensions a tensor has."""
+        return len(self.tensors.header.tensors[self.pieces[name].name].shape)
+
+    def numel(self, name: str) -> int:
+        """Values of a tensor; of one that is rows of another in the file, those of the whole."""
+        return math.prod(self.tensors.header.tensors[self.pieces[name].name].shape)
 
     def kind(self, name: str) -> str:
         """How a tensor is stored."""

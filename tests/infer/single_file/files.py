@@ -61,9 +61,11 @@ def original(weights: Weights) -> Weights:
             "attn.to_out": "linear2", "attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm",
         },
     }  # fmt: skip
-    groups = [("transformer_blocks", "img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+    groups = [
+              ("transformer_blocks", "img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
               ("transformer_blocks", "txt_attn.qkv", ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]),
-              ("single_transformer_blocks", "linear1", ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"])]  # fmt: skip
+              ("single_transformer_blocks", "linear1", ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
+    ]  # fmt: skip
     for name, value in weights.items():
         layer, end = name.rsplit(".", 1)
         block = re.match(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)", layer)
@@ -139,3 +141,51 @@ def prefixed(weights: Weights, prefix: str) -> Weights:
 def saved(file: Path, weights: Weights) -> Path:
     save_file({name: value.contiguous() for name, value in weights.items()}, file)
     return file
+
+
+def original_autoencoder(weights: Weights) -> Weights:
+    """An autoencoder with Black Forest Labs' names: its decoder's blocks are counted from the other end, and what
+    attends are convolutions of one pixel."""
+    found: Weights = {}
+    for name, value in weights.items():
+        if name.startswith("bn."):
+            found[name] = value
+            continue
+        own = name.replace("post_quant_conv", "decoder.post_quant_conv") if name.startswith("post") else name
+        own = own.replace("quant_conv", "encoder.quant_conv") if name.startswith("quant") else own
+        own = own.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        own = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", own)
+        own = own.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm")
+        for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            own = own.replace(f"attn_1.{theirs}", f"attn_1.{ours}")
+        own = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", own)
+        own = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", own)
+        own = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{3 - int(m[1])}.block", own)
+        own = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", own)
+        found[own] = value[:, :, None, None] if "attn_1" in own and value.ndim == 2 else value
+    return found
+
+
+def llama_cpp(weights: Weights) -> Weights:
+    """T5's or Qwen3's encoder with the names that llama.cpp gives them."""
+    t5 = [
+        ("shared.", "token_embd."), ("encoder.final_layer_norm", "enc.output_norm"), ("encoder.block.", "enc.blk."),
+        (".layer.0.SelfAttention.relative_attention_bias", ".attn_rel_b"), (".layer.0.SelfAttention.", ".attn_"),
+        (".layer.0.layer_norm", ".attn_norm"), (".layer.1.layer_norm", ".ffn_norm"),
+        (".layer.1.DenseReluDense.wi_0", ".ffn_gate"), (".layer.1.DenseReluDense.wi_1", ".ffn_up"),
+        (".layer.1.DenseReluDense.wo", ".ffn_down"),
+    ]  # fmt: skip
+    qwen = [
+        ("model.", ""), ("embed_tokens", "token_embd"), ("layers.", "blk."), ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"), ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"), ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+    ]  # fmt: skip
+    found: Weights = {}
+    for name, value in weights.items():
+        own = name
+        for theirs, ours in t5 if "shared.weight" in weights else qwen:
+            own = own.replace(theirs, ours)
+        found["output_norm.weight" if own == "norm.weight" else own] = value
+    return found
