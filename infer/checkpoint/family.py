@@ -69,6 +69,13 @@ def distilled_to(model: Model) -> str | None:
     return family_of(model).distilled_to(_family_index(model), _transformer_config(model))
 
 
+def takes_references(model: Model) -> bool:
+    """Whether the checkpoint was trained with reference pictures."""
+    known = model.local is None and model.path in SIZES
+    index = SIZES[model.path]["index"] if known else pipeline_index(model)
+    return family_of(model).takes_references(index)
+
+
 def pipeline_of(model: Model) -> str:
     """diffusers' class of the pipeline; the family's first one where the Hub would have to be asked."""
     return str(_family_index(model).get("_class_name", next(iter(family_of(model).PIPELINES))))

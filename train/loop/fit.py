@@ -134,21 +134,23 @@ def measure(loop: Loop) -> None:
     """Validate the adapter, and its average if there is one."""
     session, progress, average = loop.session, loop.training.progress, loop.training.average
     job, data = session.job, session.data
-    weights: list[Any] = [("validation_loss", progress.validation, nullcontext())]
+    weights: list[Any] = [("", progress.validation, nullcontext())]
     if average:
-        weights.append(("validation_loss_ema", progress.validation_ema, average.applied()))
+        weights.append(("_ema", progress.validation_ema, average.applied()))
     if data.samples.validation:
         release_blocks(session)
-    for name, losses, applied in weights:
+    for whose, losses, applied in weights:
         with applied:
-            value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
-        if value is None:
+            means = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
+        if not means:
             continue
-        losses[str(loop.step)] = value
+        losses[str(loop.step)] = means["validation_loss"]
+        figures = {f"{name}{whose}": value for name, value in means.items()}
         if session.run.main:
-            loop.bar.write(f"step {loop.step}: {name.replace('_', ' ')} {value:.4f}")
-        loop.metrics.log(loop.step, {name: value})
-        session.tracker.log(loop.step, {name: value})
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+            loop.bar.write(f"step {loop.step}: {said}")
+        loop.metrics.log(loop.step, figures)
+        session.tracker.log(loop.step, figures)
     if session.run.main:
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
 
