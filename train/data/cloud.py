@@ -52,15 +52,15 @@ def _update(address: str, folder: Path, option: str) -> Path:
     record = folder / LIST
     known: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"whole": False, "files": {}}
     try:
-        system, root = _open(address, option)
+        system, root = open_address(address, option)
         there = _list(system, root)
     except (OSError, RuntimeError, PermissionError) as error:  # each file system raises its own kinds
         if not known["whole"]:
             raise ValueError(
-                f"{option} {address} cannot be listed ({_said(error)}); check address and access"
+                f"{option} {address} cannot be listed ({said_of(error)}); check address and access"
             ) from error
-        print(f"note: {address} cannot be reached ({_said(error)}); its copy in {folder} is used", file=sys.stderr)
-        return folder / known["path"]
+        print(f"note: {address} cannot be reached ({said_of(error)}); its copy in {folder} is used", file=sys.stderr)
+        return folder / str(known["path"])
     if not there:
         raise ValueError(f"{option} {address} holds no files, or is not there; check the spelling")
     files, single = folder / "files", "" in there
@@ -94,7 +94,7 @@ def _update(address: str, folder: Path, option: str) -> Path:
                 _save(record, known)
                 pool.shutdown(cancel_futures=True)
                 raise ValueError(
-                    f"{option} {address}: {name} cannot be downloaded ({_said(error)}); the same command goes on there"
+                    f"{option} {address}: {name} cannot be downloaded ({said_of(error)}); run it again to go on"
                 ) from error
             kept[name] = there[name]
             if i % SAVED_EVERY == SAVED_EVERY - 1:
@@ -104,7 +104,7 @@ def _update(address: str, folder: Path, option: str) -> Path:
     return folder / str(known["path"])
 
 
-def _open(address: str, option: str) -> tuple[Any, str]:
+def open_address(address: str, option: str) -> tuple[Any, str]:
     """The file system and the path in it.
 
     Raises:
@@ -123,7 +123,7 @@ def _open(address: str, option: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{option} {address} is of no file system that fsspec knows ({_said(error)}); check it"
+            f"{option} {address} is of no file system that fsspec knows ({said_of(error)}); check it"
         ) from error
     system.invalidate_cache()
     return system, str(root)
@@ -157,5 +157,5 @@ def _save(record: Path, known: dict[str, Any]) -> None:
     replace_file(record, lambda path: path.write_text(content))
 
 
-def _said(error: Exception) -> str:
+def said_of(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -228,11 +228,13 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
 
 def _here(source: Source, data: Data) -> Source:
     """A source with local copies of what it names in the cloud."""
-    for name in ("path", "masks"):
-        value = getattr(source, name)
-        if value is not None and is_cloud(value):
-            option = f"data.{name}" if value == getattr(data, name) else f"a source's {name}"
-            source = replace(source, **{name: str(local_copy(value, Path(data.cache), option))})
+    cache = Path(data.cache)
+    if is_cloud(source.path):
+        option = "data.path" if source.path == data.path else "a source's path"
+        source = replace(source, path=str(local_copy(source.path, cache, option)))
+    if source.masks is not None and is_cloud(source.masks):
+        option = "data.masks" if source.masks == data.masks else "a source's masks"
+        source = replace(source, masks=str(local_copy(source.masks, cache, option)))
     return source
 
 
