@@ -5,17 +5,20 @@ import shlex
 from pathlib import Path
 
 from infer.adapter.read import FILE
+from infer.checkpoint.model import OPTIONS
 from infer.program.paths import CONFIGS, SHIPPED
 from train.run.config import Train
 
 
 def model_words(job: Train) -> list[str]:
     """How the command line names the run's model."""
+    given = {name: getattr(job.model, name) for name in ("parts", *OPTIONS.values())}
+    files = [f"model.{name}={value}" for name, value in given.items() if value is not None]
     for file in sorted((CONFIGS / "model").glob("*.yaml")):
         named = [line.removeprefix("path: ") for line in file.read_text().splitlines() if line.startswith("path: ")]
         if job.model.path in (name.replace("${root:}", str(SHIPPED)) for name in named):
-            return [f"model={file.stem}"]
-    return [f"model.path={job.model.path}"]
+            return [f"model={file.stem}", *files]
+    return [f"model.path={job.model.path}", *files]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
