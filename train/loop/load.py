@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from infer.adapter.attach import attach, began, load_recovery, strengths
 from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
-from infer.checkpoint.load import guided_by_two_calls, load_transformer
+from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.buckets import is_smaller
 from train.data.caption import all_texts
@@ -20,6 +20,7 @@ from train.latents.prune import folders_used
 from train.latents.users import record_use
 from train.loop.batch import split_samples
 from train.loop.preview import default_prompts
+from train.loop.second import empty_text
 from train.loop.session import EncodedData, LoadedModel, Run
 from train.ranks.launch import shard_weights, uses_fsdp
 
@@ -36,7 +37,7 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    empty = [""] if job.previews != [] and guided_by_two_calls(job.model) else []
+    empty = [""] if job.previews != [] and empty_text(job) else []
     texts = list(dict.fromkeys([*all_texts(samples, job.data), *(job.previews or []), *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
