@@ -7,8 +7,11 @@ from pathlib import Path
 
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.read import find_adapter, read_notes
+from infer.checkpoint.family import distilled_to, family_of
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, check_model, distilled_to, family_of, read_config
+from infer.checkpoint.model import Model
 from infer.program.paths import CONFIGS, SHIPPED
 
 DISTILLED = "distilled"

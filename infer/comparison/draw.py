@@ -20,7 +20,8 @@ from tqdm import tqdm
 from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
-from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure
@@ -149,8 +150,8 @@ def draw_precision(
 
 
 def all_prompts(options: Compare) -> list[str]:
-    """What is drawn: the prompts, then with an adapter those that it has nothing to do with."""
-    return options.prompts + (options.unrelated if options.adapter.path is not None else [])
+    """What is drawn: the prompts, then with an adapter those that it has nothing to do with and those of its class."""
+    return options.prompts + (options.unrelated + options.class_prompts if options.adapter.path is not None else [])
 
 
 def memory_of(options: Compare, name: str, device: torch.device) -> Memory:
@@ -185,7 +186,7 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in scores.items():  # before an hour of drawing, not after it
-        for prompt in options.prompts:
+        for prompt in all_prompts(options):
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
             except Exception as error:  # whatever the user's function raises
@@ -210,8 +211,11 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and options.precisions[n].exact)
         reference = next(plain, None)
-        rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
-        drawn = rows, drift, unfinished, latents, reference, scores
+        drift, bleed = (
+            [row for row in rows if row.prompt in prompts] for prompts in (options.unrelated, options.class_prompts)
+        )
+        rows = [row for row in rows if row.prompt in options.prompts]
+        drawn = rows, drift, bleed, unfinished, latents, reference, scores
         scored = score_all(*drawn, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
@@ -227,6 +231,7 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             },
             rows=rows,
             drift=drift,
+            bleed=bleed,
             summary=scored.summary,
             references=scored.references,
             absent=scored.absent,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision

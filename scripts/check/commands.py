@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.merge import merge
 from infer.merging.settings import Merge
 from infer.program.paths import ROOT

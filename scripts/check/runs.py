@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.fast.memory import Memory

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.sample.generate import Sampling
 from scripts.check.case import DISTILLED, KLEIN, LORA, NF4, STEPS, Case, training
 from scripts.check.figures import PICTURE, Figures, nearness

@@ -69,5 +69,9 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
         if products != "bf16":  # forward, again where it is computed again, and the gradient's layout
             times, made = 3 if recomputed else 2, 1
         time += times * weights * (stored + made) * UNPACKING[products] / (COPY * card.bandwidth)
+    passes = 2.0
+    if job.preserve.kind != "none":  # a forward pass of the base's and a training pass more
+        time *= 2 + 1 / (3 if recomputed else 2)
+        passes = 5
     offloaded = taken.host * (1 - taken.resident / taken.blocks)
-    return (max(time, 2 * offloaded / card.host) + HOST) * job.accumulation
+    return (max(time, passes * offloaded / card.host) + HOST) * job.accumulation

@@ -1,4 +1,4 @@
-"""Places in the order of the samples -> batches of encoded samples with noise, for training and validation."""
+"""What the sampler names -> batches of encoded samples with noise, for training and validation."""
 
 import hashlib
 import json
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from infer.family.family import Text
-from train.data.batches import Place, Stream
+from train.data.batches import BatchSampler, SampleIndex
 from train.data.buckets import View
 from train.data.caption import draw_text, texts_of
 from train.data.dataset import Data, Sample, sources_of, split
 from train.data.seeds import generator
 from train.latents.store import Cache
 from train.objective.flow_matching import sample_sigma
+from train.objective.preservation import preserved_text
 from train.run.config import Train
 
 
@@ -45,8 +46,8 @@ def split_samples(samples: list[Sample], cache: Cache, data: Data, seed: int) ->
     return Samples(samples, [subject[i] for i in train] + prior, [subject[i] for i in held_out])
 
 
-def make_order(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int) -> Stream:
-    """The endless order in which the samples are trained on; ranks: of the process count that the run began with."""
+def batch_sampler(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int) -> BatchSampler:
+    """The order in which the samples are trained on; ranks: the process count that the run began with."""
     sources = sources_of(data)
     source_of = [samples.all[i].source for i in samples.train]
     repeats = [sources[source].repeats for source in source_of]
@@ -56,7 +57,7 @@ def make_order(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int
         each = data.prior.ratio * others / max(1, source_of.count(prior))
         repeats = [each if source == prior else repeat for repeat, source in zip(repeats, source_of, strict=True)]
     sizes = [[(views[0].height, views[0].width) for views in cache.views(i)] for i in samples.train]
-    return Stream(seed, data.batch_size * ranks, samples.train, sizes, repeats)
+    return BatchSampler(seed, data.batch_size * ranks, samples.train, sizes, repeats)
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Batch:
     pooled: Tensor | None  # [b, width], where the transformer takes a pooled text
     mask: Tensor | None  # how much each latent counts, [b, 1, height, width]; None: all count fully
     weight: Tensor  # of each sample in the loss, [b]
+    kept_embeds: Tensor | None = None  # of the texts that are preserved, like embeds and pooled
+    kept_pooled: Tensor | None = None
 
 
 @dataclass
@@ -82,6 +85,7 @@ class _Item:
     text: Text
     mask: Tensor | None
     weight: float
+    kept: Text | None = None
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -91,45 +95,62 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _stack(items: list[_Item], device: torch.device) -> Batch:
     mask = None
-    pooled = [item.text.pooled for item in items if item.text.pooled is not None]
+    texts, kept = [item.text for item in items], [item.kept for item in items if item.kept is not None]
     if any(item.mask is not None for item in items):
         ones = torch.ones(items[0].x0.shape[1:])
         mask = _send(torch.stack([ones if item.mask is None else item.mask for item in items])[:, None], device)
+    pooled, kept_pooled = (_stacked([text.pooled for text in each], device) for each in (texts, kept))
     return Batch(
         _send(torch.stack([item.x0 for item in items]), device),
         _send(torch.stack([item.noise for item in items]), device),
         _send(torch.stack([item.sigma for item in items]), device),
-        _send(torch.stack([item.text.embeds for item in items]), device),
-        _send(torch.stack(pooled), device) if pooled else None,
+        _send(torch.stack([text.embeds for text in texts]), device),
+        pooled,
         mask,
         _send(torch.tensor([item.weight for item in items]), device),
+        _stacked([text.embeds for text in kept], device),
+        kept_pooled,
     )
 
 
-def draw_view_and_text(job: Train, cache: Cache, samples: Samples, place: Place) -> tuple[View, str]:
-    """The view and the text with which the sample at a place is trained."""
-    numbers = generator(job.seed, "choice", place.epoch, place.position)
-    views = cache.views(place.sample)[place.resolution]
+def _stacked(tensors: list[Tensor | None], device: torch.device) -> Tensor | None:
+    """None where there are none."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return _send(torch.stack(there), device) if there else None
+
+
+def kept_text(job: Train, cache: Cache, text: str) -> Text | None:
+    """What is preserved while a text is learned, encoded; None where nothing is."""
+    if job.preserve.kind == "none":
+        return None
+    return cache.text(preserved_text(text, job.preserve, job.data.trigger))
+
+
+def draw_view_and_text(job: Train, cache: Cache, samples: Samples, index: SampleIndex) -> tuple[View, str]:
+    """The view and the text with which the sample is trained."""
+    numbers = generator(job.seed, "choice", index.epoch, index.position)
+    views = cache.views(index.sample)[index.resolution]
     view = views[int(torch.randint(len(views), (), generator=numbers))]
-    return view, draw_text(samples.all[place.sample], job.data, numbers)
+    return view, draw_text(samples.all[index.sample], job.data, numbers)
 
 
 def training_batch(
-    job: Train, cache: Cache, samples: Samples, places: list[Place], weight: float, device: torch.device
+    job: Train, cache: Cache, samples: Samples, indices: list[SampleIndex], weight: float, device: torch.device
 ) -> Batch:
-    """The samples at these places; each counts `weight` times its source's weight."""
+    """These samples; each counts `weight` times its source's weight."""
     sources = sources_of(job.data)
     parts = []
-    for place in places:
-        view, text = draw_view_and_text(job, cache, samples, place)
-        mean, deviation = cache.picture(place.sample, view)
-        numbers = generator(job.seed, "sample", place.epoch, place.position)
+    for index in indices:
+        view, text = draw_view_and_text(job, cache, samples, index)
+        mean, deviation = cache.picture(index.sample, view)
+        numbers = generator(job.seed, "sample", index.epoch, index.position)
         x0 = mean if deviation is None else mean + deviation * torch.randn(mean.shape, generator=numbers)
         noise = torch.randn(mean.shape, generator=numbers)
         tokens = mean.shape[1] * mean.shape[2] // 4
         sigma = sample_sigma(job.flow, 1, tokens, numbers)[0]
-        counts = weight * sources[samples.all[place.sample].source].weight
-        parts.append(_Item(x0, noise, sigma, cache.text(text), cache.mask(place.sample, view), counts))
+        counts = weight * sources[samples.all[index.sample].source].weight
+        mask, kept = cache.mask(index.sample, view), kept_text(job, cache, text)
+        parts.append(_Item(x0, noise, sigma, cache.text(text), mask, counts, kept))
     return _stack(parts, device)
 
 
@@ -156,8 +177,9 @@ def validation_batch(job: Train, cache: Cache, samples: Samples, items: list[Hel
         numbers = generator(job.seed, "validation", cache.identity(index), level)
         noise = torch.randn(mean.shape, generator=numbers)
         sigma = torch.tensor((level + 0.5) / job.validation_levels)
-        text = cache.text(texts_of(samples.all[index], job.data)[0][0])
-        parts.append(_Item(mean, noise, sigma, text, cache.mask(index, view), 1.0))
+        text = texts_of(samples.all[index], job.data)[0][0]
+        kept = kept_text(job, cache, text)
+        parts.append(_Item(mean, noise, sigma, cache.text(text), cache.mask(index, view), 1.0, kept))
     return _stack(parts, device)
 
 
@@ -166,7 +188,7 @@ def largest_batch(job: Train, cache: Cache, samples: Samples, device: torch.devi
     views = [(view, i) for i in samples.train for views in cache.views(i) for view in views[:1]]
     view, index = max(views, key=lambda pair: pair[0].height * pair[0].width)
     mean, _ = cache.picture(index, view)
-    text = cache.text(texts_of(samples.all[index], job.data)[0][0])
-    mask = cache.mask(index, view)
-    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), text, mask, 1.0)
+    text = texts_of(samples.all[index], job.data)[0][0]
+    mask, kept = cache.mask(index, view), kept_text(job, cache, text)
+    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), cache.text(text), mask, 1.0, kept)
     return _stack([part] * job.data.batch_size, device)

@@ -22,6 +22,7 @@ from train.loop.batch import split_samples
 from train.loop.preview import default_prompts
 from train.loop.second import empty_text
 from train.loop.session import EncodedData, LoadedModel, Run
+from train.objective.preservation import preserved_text
 from train.ranks.launch import shard_weights, uses_fsdp
 
 
@@ -38,7 +39,12 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
     empty = [""] if job.previews != [] and empty_text(job) else []
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *(job.previews or []), *empty]))
+    learned = all_texts(samples, job.data)
+    kept = []
+    if job.preserve.kind != "none":
+        kept = [preserved_text(text, job.preserve, job.data.trigger) for text in learned]
+        run.say(f"output preservation: {learned[0]!r} is learned, {kept[0]!r} stays as the base draws it")
+    texts = list(dict.fromkeys([*learned, *kept, *(job.previews or []), *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")

@@ -2,8 +2,7 @@
 the averaged weights if there are any."""
 
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from infer.adapter.attach import switch
+from infer.adapter.attach import without_adapter
 from infer.adapter.attached import adapter_state
-from infer.checkpoint.load import Model, load_scheduler, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.family.family import Text
 from infer.program.atomic import replace_file
@@ -41,15 +42,6 @@ def default_prompts(samples: Samples, data: Data) -> list[str]:
 def preview_size(job: Train) -> tuple[int, int]:
     """Height and width of the previews: of sampling, else the training's resolution, at most the checkpoint's own."""
     return job.sampling.size(min(own_size(job.model), max(16, max(job.data.resolutions) // 16 * 16)))
-
-
-@contextmanager
-def without_adapter(transformer: Any) -> Iterator[None]:
-    switch(transformer, False)
-    try:
-        yield
-    finally:
-        switch(transformer, True)
 
 
 def preview(

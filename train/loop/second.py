@@ -15,7 +15,9 @@ from torch import Tensor
 from infer.adapter.attach import attach, switch
 from infer.adapter.attached import set_adapter_state
 from infer.adapter.second import second_model, short_name
-from infer.checkpoint.load import Model, guided_by_two_calls, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.family import guided_by_two_calls
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.family.family import Text
 from infer.fast.install import choose_path, hold_of

@@ -8,22 +8,27 @@ from accelerate import Accelerator
 
 from train.latents.store import Cache
 from train.loop.batch import Samples, validation_batch, validation_items
-from train.loop.micro_step import batch_losses
+from train.loop.micro_step import batch_losses, preserved_losses
 from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
 
-def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean objective over the held-out pictures, with their masks but without weights; None if none is held out.
+def validate(
+    job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
+) -> dict[str, float]:
+    """The mean objective over the held-out pictures, with their masks but without weights, as `validation_loss`; under
+    output preservation the mean distance from the base's prediction as `validation_preservation`, too. Empty if none is
+    held out.
 
     Raises:
         ValueError: it is not finite.
     """
     if not samples.validation:
-        return None
+        return {}
     rank, ranks = accelerator.process_index, accelerator.num_processes
     transformer.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    names = ["validation_loss", *(["validation_preservation"] if job.preserve.kind != "none" else [])]
+    total = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator.device)
     by_rank = [validation_items(job, cache, samples, each, ranks) for each in range(ranks)]
     mine = by_rank[rank]
     with torch.no_grad():
@@ -31,15 +36,18 @@ def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cach
         for turn in range(max(map(len, by_rank)) if uses_fsdp() else len(mine)):
             counts = turn < len(mine)
             batch = validation_batch(job, cache, samples, mine[turn] if counts else by_rank[0][0], accelerator.device)
-            values = batch_losses(transformer, batch, job, "none")
+            found = [batch_losses(transformer, batch, job, "none")]
+            if len(names) > 1:
+                found.append(preserved_losses(transformer, batch, job, "none"))
             if counts:
-                total += total.new_tensor([values.double().sum().item(), len(values)])
+                total += total.new_tensor([*(values.double().sum().item() for values in found), len(found[0])])
     transformer.train()
     summed: Any = accelerator.reduce(total, "sum")
-    value = float(summed[0] / summed[1])
+    means: dict[str, float] = dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
+    value = means["validation_loss"]
     if not math.isfinite(value):
         raise ValueError(
             f"the validation loss is {value}: the adapter's weights are ruined; lower optim.lr or raise optim.warmup "
             "and start over, or go on from an older checkpoint with resume=step-..."
         )
-    return value
+    return means

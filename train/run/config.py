@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
 from infer.program.bounds import MANY, SEED, STEPS, check_most
 from infer.quantize.precision import Precision
@@ -13,6 +13,7 @@ from train.data.dataset import Data
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
+from train.objective.preservation import Preserve
 from train.run.sweep import Sweep
 from train.trackers.options import Track
 
@@ -36,6 +37,7 @@ class Train:
     """Of the previews."""
     track: Track = field(default_factory=Track, metadata=MAY_CHANGE)
     sweep: Sweep = field(default_factory=Sweep, metadata=MAY_CHANGE)
+    preserve: Preserve = field(default_factory=Preserve)
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0

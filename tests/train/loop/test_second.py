@@ -16,7 +16,7 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
 from infer.adapter.second import second_model
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare, check_compare
 from infer.merging.settings import Merge
