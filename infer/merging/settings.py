@@ -45,6 +45,7 @@ class Merge:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", seed=SEED)
         expand(self, "out")
 
