@@ -180,7 +180,13 @@ def embeds_width(config: Mapping[str, Any]) -> int:
 
 
 def text_body(encoder: Any) -> Any:
-    return getattr(encoder, "language_model", encoder)
+    """What encodes. Without the final norm where its layers were cut: transformers 5.17 knows no such setting."""
+    from torch import nn
+
+    body = getattr(encoder, "language_model", encoder)
+    if getattr(body.config, "tie_last_hidden_states", None) is False:
+        body.norm = nn.Identity()
+    return body
 
 
 def text_length(parts: Mapping[str, Any]) -> int:
