@@ -46,12 +46,14 @@ from train.state.identity import record_config
 from train.trackers.options import Track
 from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
+from train.write_captions import WriteCaptions
 
 CONFIGS = ROOT / "configs"
 ROOTS: dict[str, Any] = {
     "train": Train,
     "cache": Fill,
     "look": Look,
+    "write_captions": WriteCaptions,
     "compare": Compare,
     "draw": Draw,
     "save": Save,
