@@ -6,6 +6,7 @@ x_sigma = (1 - sigma) x_0 + sigma noise, and the transformer predicts the veloci
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,19 +115,21 @@ def predict(
     sigma: Tensor,
     guidance: float,
     dtype: torch.dtype,
+    references: Sequence[Tensor] = (),
 ) -> Tensor:
     """Velocity [batch, tokens, channels * 4] in fp32 for latents x [batch, channels, height, width].
 
-    embeds [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own.
+    embeds [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own;
+    references: latents [batch, channels, height, width] without noise, of which no velocity is given.
     """
     from infer.family.find import of_model
     from infer.family.packing import pack
 
     config = getattr(transformer, "module", transformer).config  # DistributedDataParallel wraps it
     height, width = x.shape[-2:]
-    given = of_model(transformer).inputs(config, pack(x), height, width, embeds, pooled, guidance, dtype)
+    given = of_model(transformer).inputs(config, pack(x), height, width, embeds, pooled, guidance, dtype, references)
     velocity: Tensor = transformer(**given, timestep=sigma, return_dict=False)[0]
-    return velocity.float()
+    return (velocity[:, : height * width // 4] if references else velocity).float()
 
 
 def losses(
