@@ -43,6 +43,8 @@ def as_lora(file: Path, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor
     except RuntimeError as error:
         raise ValueError(f"{file}: the parts of {name} do not fit each other; copy or train it again") from error
     rank = down.shape[0]
+    if up.shape[1] != rank:
+        raise ValueError(f"{file}: the parts of {name} do not fit each other; copy or train it again")
     if rank > MOST:
         raise ValueError(
             f"{file} adds an update of rank {rank} to {name}, and {MOST} is the most that is read; merge it into the "

@@ -157,7 +157,8 @@ TEXTS = ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "lora_te
          "text_encoders.clip_l.transformer.text_model.lora_up.weight")  # fmt: skip
 B = "double_blocks.0.img_attn.proj"
 REASONS = {
-    f"lycoris_{flat('', Q)}.lokr_w1": "has no lokr_w2_a", f"lycoris_{flat('', Q)}.hada_w1_a": "has no hada_w1_b",
+    f"lycoris_{flat('', Q)}.hada_t1": "three factors", f"lycoris_{flat('', Q)}.lokr_w1": "has no lokr_w2_a",
+    f"lycoris_{flat('', Q)}.hada_w1_a": "has no hada_w1_b",
     f"{flat('lora_unet_', B)}.oft_blocks": "OFT", f"transformer.{Q}.vera_lambda_b": "VeRA",
     f"{flat('lora_unet_', B)}.on_input": "IA3", f"{flat('lora_unet_', B)}.a1.weight": "GLoRA",
     f"{flat('lora_unet_', B)}.lora_mid.weight": "three factors",
