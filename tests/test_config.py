@@ -203,6 +203,16 @@ def test_experiments(name: str) -> None:
     assert made(root, f"experiment={name}", "run=x").run == "x"
 
 
+@pytest.mark.parametrize("subject", ["person", "style", "object", "concept"])
+def test_a_subject_goes_with_a_card(subject: str) -> None:
+    alone, card = made("train", f"experiment={subject}"), made("train", "experiment=dev_12gb")
+    for both in (made("train", f"experiment=[{names}]") for names in (f"{subject},dev_12gb", f"dev_12gb,{subject}")):
+        assert (both.preserve, both.steps, both.ema) == (alone.preserve, alone.steps, alone.ema)
+        for name in ("model", "precision", "memory", "accumulation"):
+            assert getattr(both, name) == getattr(card, name)
+        assert (both.optim.name, both.data.resolution) == (card.optim.name, card.data.resolution)
+
+
 @pytest.mark.parametrize("file", PLUGINS, ids=lambda file: file.stem)
 def test_launchers_and_sweepers_are_made(file: Path) -> None:
     if file.stem == "ray":
@@ -309,6 +319,13 @@ WRONG = [
     ("compare", "class_prompts=[a]", "class_prompts is .*adapter.path is null"),
     ("compare", "adapter.path=x class_prompts=[a] unrelated=[a]", "'a' is among unrelated and among class_prompts"),
     ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
+    ("train", "flow.density=mode flow.logit_std=2", "flow.logit_std is 2.0, which has no effect"),
+    ("train", "flow.loss=l3", "flow.loss is 'l3'; choose one of mse, huber"),
+    ("train", "flow.loss=huber flow.loss_schedule=linear", "flow.loss_schedule is 'linear'; choose one of constant"),
+    ("train", "flow.loss=huber flow.loss_scale=0", "flow.loss_scale is 0.0; it must be above 0"),
+    ("train", "flow.loss=huber flow.loss_scale=2 flow.loss_schedule=exponential", "flow.loss_scale is 2.0; with"),
+    ("train", "flow.loss_scale=0.2", "flow.loss_scale is 0.2, which has no effect: flow.loss=mse has no scale"),
+    ("train", "flow.min_snr_gamma=3", "flow.min_snr_gamma is 3.0, which has no effect: flow.weighting=none"),
     ("train", "flow.weighting=all", "flow.weighting is 'all'; choose one of none"),
     ("train", "flow.logit_std=0", "flow.logit_std is 0.0; it must be above 0"),
     ("train", "optim.name=sgd", "optim.name is 'sgd'; choose one of adamw"),

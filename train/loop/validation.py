@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from train.latents.store import Cache
 from train.loop.batch import Samples, validation_batch, validation_items
 from train.loop.micro_step import batch_losses, preserved_losses
+from train.objective.flow_matching import Flow
 from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
@@ -16,9 +17,9 @@ from train.run.config import Train
 def validate(
     job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
 ) -> dict[str, float]:
-    """The mean objective over the held-out pictures, with their masks but without weights, as `validation_loss`; under
-    output preservation the mean distance from the base's prediction as `validation_preservation`, too. Empty if none is
-    held out.
+    """The mean squared error over the held-out pictures, with their masks but without weights, as `validation_loss`;
+    under output preservation the mean distance from the base's prediction as `validation_preservation`, too. Empty if
+    none is held out.
 
     Raises:
         ValueError: it is not finite.
@@ -36,9 +37,9 @@ def validate(
         for turn in range(max(map(len, by_rank)) if uses_fsdp() else len(mine)):
             counts = turn < len(mine)
             batch = validation_batch(job, cache, samples, mine[turn] if counts else by_rank[0][0], accelerator.device)
-            found = [batch_losses(transformer, batch, job, "none")]
+            found = [batch_losses(transformer, batch, job, Flow())]
             if len(names) > 1:
-                found.append(preserved_losses(transformer, batch, job, "none"))
+                found.append(preserved_losses(transformer, batch, job, Flow()))
             if counts:
                 total += total.new_tensor([*(values.double().sum().item() for values in found), len(found[0])])
     transformer.train()
