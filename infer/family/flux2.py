@@ -196,8 +196,15 @@ def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]
 
     layers = list(LAYERS["qwen3" if qwen else "mistral3"])
 
+    import torch
+
+    # by itself they are rounded to what is stored, and hidden states may be larger than fp16 goes
+    dtype = torch.float32 if encoder.dtype == torch.float16 else None
+
     def encode(prompt: str) -> Text:
-        found = embed(encoder, tokenizer, [prompt], max_sequence_length=length, hidden_states_layers=layers)
+        found = embed(
+            encoder, tokenizer, [prompt], dtype=dtype, max_sequence_length=length, hidden_states_layers=layers
+        )
         return Text(found[0], None)
 
     return encode
