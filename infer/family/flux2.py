@@ -75,7 +75,7 @@ _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = {
     path: (("apache-2.0", None) if path.endswith("4B") else _OWN) for path in SIZES
 }
-ACTIVATIONS = Activations(25.5, 48.0, 103.0, 9.0, 16.1)
+ACTIVATIONS = Activations(25.5, 48.0, 103.0, 9.0, 16.1, 0.4)
 BASES = {
     "black-forest-labs/FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
     "black-forest-labs/FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
