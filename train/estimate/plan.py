@@ -15,6 +15,7 @@ from infer.program.paths import expand
 from train.estimate.memory import Footprint, footprint
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
+from train.run.names import check_distilled
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +191,7 @@ def plan(options: Plan) -> dict[str, Any]:
             "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
             "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
         )
+    check_distilled(options)
     job: Train = options
     if options.fit_gib is not None:
         room = seen_gib(options.fit_gib) - MARGIN

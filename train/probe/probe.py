@@ -38,7 +38,7 @@ class Probe:
 
 
 def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, Samples]:
-    """Encodings at a job's precision of T5, and the pictures that are held out; where none are, all pictures.
+    """Encodings at a job's precision, and the pictures that are held out; where none are, all pictures.
 
     most: of these pictures at most so many are taken, evenly spread; None takes all.
     """
