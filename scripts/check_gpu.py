@@ -39,7 +39,7 @@ from infer.program.errors import DIFFERS
 from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.check.bounds import limited, streamed
-from scripts.check.case import KLEIN
+from scripts.check.case import DISTILLED, KLEIN
 from scripts.check.rows import ALONE, SECONDS, WORK, groups, possible
 from scripts.check.table import row_of, table, tell
 from scripts.tiny.make_style import make_style
@@ -96,6 +96,7 @@ def main() -> None:
     make_style(folder / "pictures", 12, 0)
     if any(name.startswith(KLEIN) for name in names):
         make_klein(folder / KLEIN)
+        make_klein(folder / DISTILLED, distilled=True)
     os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4", "HF_HUB_OFFLINE": "1"}
     flags = ["--cpu"] if options.cpu else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was seen is still told

@@ -401,6 +401,7 @@ WRONG = [
     ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
     ("convert", "to=a1111", "to is 'a1111'; choose one of diffusers, peft, kohya, comfyui"),
     ("train", "push=mine", "push is 'mine'; write owner/name"),
+    ("train", "mirror=mine", "mirror is 'mine', no address; write s3://"),
     ("compare", "+recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
     ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
     ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),

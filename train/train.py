@@ -25,6 +25,7 @@ from train.data.dataset import check_left, read_samples, sources_of
 from train.objective.preservation import check_preserved
 from train.run.config import Train
 from train.run.names import check_names
+from train.state.mirror import mirrored
 from train.state.signals import StopSignals
 
 
@@ -36,12 +37,13 @@ def train(job: Train) -> Path:
         check_left(job.data, samples, skipped)
         own = (sample for sample in samples if not sources_of(job.data)[sample.source].prior)
         check_preserved(job.preserve, job.data.trigger, (text for sample in own for text in sample.captions))
-        ready()
-        from train.loop.repeat import repeating
-        from train.loop.run import run
+        with mirrored(job.mirror, job.run, folder):
+            ready()
+            from train.loop.repeat import repeating
+            from train.loop.run import run
 
-        with repeating(job.deterministic):
-            return run(job, folder, samples, skipped, stop)
+            with repeating(job.deterministic):
+                return run(job, folder, samples, skipped, stop)
 
 
 if __name__ == "__main__":

@@ -154,21 +154,35 @@ def all_prompts(options: Compare) -> list[str]:
     return options.prompts + (options.unrelated + options.class_prompts if options.adapter.path is not None else [])
 
 
-def draw_all(options: Compare, device: torch.device) -> Path:
+def memory_of(options: Compare, name: str, device: torch.device) -> Memory:
+    """The memory settings with which all of a precision's pictures can be drawn.
+
+    Raises:
+        ValueError: the checkpoint or the device cannot do what is asked for.
+    """
+    how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+    return check_running(options.model, *how, device)
+
+
+def names_of(options: Compare) -> list[str]:
+    """The precisions that are drawn."""
+    return [name for name in options.precisions if options.only is None or name in options.only]
+
+
+def draw_all(options: Compare, device: torch.device, folder: str = "compare") -> Path:
     """Run the comparison; returns its folder within the run's, which appears whole or not at all."""
     run, scores = check_run_name(options.run), find_scores(options.scores)
     check_networks(options.networks)
     adapter = None
     if options.adapter.path is not None:
         adapter = options.adapter.name or Path(options.run).name, options.adapter.path
-    names = [name for name in options.precisions if options.only is None or name in options.only]
+    names = names_of(options)
     check_guidance(options.model, options.sampling.guidance)
     options.sampling = settled(options.sampling, options.model)
     memory: dict[str, Memory] = {}
     for turn in range(2):  # before anything is measured, and with the mixtures that came of it
         for name in names:
-            how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
-            memory[name] = check_running(options.model, *how, device)
+            memory[name] = memory_of(options, name, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in scores.items():  # before an hour of drawing, not after it
@@ -182,8 +196,8 @@ def draw_all(options: Compare, device: torch.device) -> Path:
                 ) from error
             if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
-    target, unfinished = run / "compare", partial_of(run / "compare")
-    clear_partials(run, "compare")
+    target, unfinished = run / folder, partial_of(run / folder)
+    clear_partials(run, folder)
     (unfinished / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from infer.adapter.read import find_adapter
+from infer.adapter.second import check_same_start, second_model, short_name
 from infer.adapter.selection import Trained
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.model import Model
@@ -110,6 +111,16 @@ class Compare:
             refuse_idle(self, "", ("unrelated", "class_prompts"), reason)
 
 
+def on_second(options: Compare) -> tuple[str, Compare] | None:
+    """The name of the report of what is drawn on sampling.model, and its comparison; None where there is none."""
+    if options.sampling.model is None:
+        return None
+    second = second_model(options.model, options.sampling.model)
+    # steps and guidance are the second's own
+    sampling = Sampling(height=options.sampling.height, width=options.sampling.width)
+    return f"compare-{short_name(second)}", replace(options, model=second, sampling=sampling)
+
+
 def check_compare(options: Compare) -> torch.device:
     """See that everything that a comparison names is there; returns the device.
 
@@ -123,6 +134,9 @@ def check_compare(options: Compare) -> torch.device:
     if options.references is not None:
         list_pictures(options.references)
     options.adapter.all()
+    if options.sampling.model is not None:
+        second_model(options.model, options.sampling.model)
+        check_same_start([one.path for one in options.adapter.all()], bool(options.recovery))
     for path in options.recovery.values():
         find_adapter(path)
     find_scores(options.scores)

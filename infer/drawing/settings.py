@@ -60,6 +60,7 @@ class Draw:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", text_length=TOKENS, seeds=SEED, weights=10**6)
         expand(self, "out")
         if self.text_length is not None and self.text_length < 1:

@@ -162,6 +162,11 @@ class Family(Protocol):
     MLP: str
     """One for the blocks' other layers that read tokens."""
     NAMES: Names
+    FILE_MARKS: Mapping[str, str]
+    """A tensor by which the text encoders and the autoencoder are known in a single file, by part; its second size is
+    the part's width, or the autoencoder's channels."""
+    GGUF_TEXT: Mapping[str, str]
+    """Text encoders that a GGUF may hold: general.architecture, and the part."""
     SIZES: Mapping[str, Sizes]
     """Of published checkpoints, by their Hub id."""
     TOKENS: Mapping[str, int]

@@ -91,6 +91,12 @@ NAMES = Names(
         "processor.proj_lora": ("proj_out",),
     },
 )
+FILE_MARKS: Mapping[str, str] = {
+    "text_encoder": "embeddings.token_embedding.weight",
+    "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "vae": "decoder.conv_in.weight",
+}
+GGUF_TEXT: Mapping[str, str] = {"t5encoder": "text_encoder_2", "t5": "text_encoder_2"}
 TOKENS: Mapping[str, int] = {"black-forest-labs/FLUX.1-schnell": 256} | {
     path: 512 for path in SIZES if not path.endswith("schnell")
 }

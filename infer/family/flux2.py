@@ -68,6 +68,8 @@ NAMES = Names(
     double_also={},
     single_also={},
 )
+FILE_MARKS: Mapping[str, str] = {"text_encoder": "layers.0.mlp.gate_proj.weight", "vae": "decoder.conv_in.weight"}
+GGUF_TEXT: Mapping[str, str] = {"qwen3": "text_encoder"}  # Mistral's comes with permuted rows, as llama's
 TOKENS: Mapping[str, int] = dict.fromkeys(SIZES, 512)
 _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = {

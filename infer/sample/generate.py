@@ -29,6 +29,9 @@ class Sampling:
     """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
     width: int | None = None
     """Pixels, as height."""
+    model: str | None = None
+    """A second checkpoint on which the adapter is drawn too, with its own steps and guidance, by train.py's previews
+    and by compare.py: `distilled` (klein's own, of its base), a name that model=... takes, a folder or a Hub id."""
 
     def __post_init__(self) -> None:
         check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)

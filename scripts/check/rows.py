@@ -14,6 +14,7 @@ from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
 from scripts.check.memory import check_budget, check_short, check_spill, check_stays
 from scripts.check.recovery import check_recovery
+from scripts.check.second import check_second
 from train.objective.optim import NAMES
 
 SECONDS = 240  # after which a row is given up
@@ -27,6 +28,7 @@ WORK |= {
     "resolutions": partial(check_resolutions, ""),
     f"{KLEIN}-merge": partial(check_merge, KLEIN),
     f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
+    f"{KLEIN}-second": check_second,
     "all-stay": check_stays,
     **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
     "short-of-memory": check_short,

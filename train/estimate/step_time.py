@@ -6,8 +6,9 @@ reach the same shares of theirs.
 
 from dataclasses import dataclass
 
+from infer.checkpoint.files import known_config
 from train.estimate.flop import attention_flop, linear_flop, token_weights, tokens_of, width_of
-from train.estimate.memory import Footprint, part_config, text_tokens
+from train.estimate.memory import Footprint, text_tokens
 from train.run.config import Train
 
 
@@ -49,7 +50,7 @@ COPY = 0.9  # share of the bandwidth that they reach
 
 def seconds(job: Train, taken: Footprint, card: Card) -> float:
     """Seconds of one optimizer update on the fast path. The plain path is slower by an amount that the host decides."""
-    config = part_config(job.model, "transformer")
+    config = known_config(job.model, "transformer")
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
     recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"

@@ -23,6 +23,7 @@ from train.loop.loss_picture import draw_loss
 from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
 from train.loop.preview import preview, preview_size
+from train.loop.second import second_of
 from train.loop.session import Loop, Session
 from train.loop.spill import Spill
 from train.loop.step import take_step
@@ -98,7 +99,10 @@ def start_loop(session: Session) -> Loop:
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
-    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed)
+    return Loop(
+        session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed,
+        second_of(job),
+    )  # fmt: skip
 
 
 def resume(session: Session, training: TrainingState) -> bool:
@@ -177,6 +181,7 @@ def draw_previews(loop: Loop) -> None:
                 run.main,
                 average.applied() if average else None,
                 loop.base_latents,
+                loop.second,
             )
         except torch.OutOfMemoryError:
             if uses_fsdp():  # the other ranks are drawing

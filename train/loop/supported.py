@@ -4,9 +4,12 @@ What a config names (files, layers, device) is looked up earlier, before torch i
 
 from accelerate import Accelerator
 
-from infer.adapter.checks import check_guidance, check_trained_guidance, check_training, shift_of
+from infer.adapter.checks import check_guidance, check_precision, check_trained_guidance, check_training, shift_of
 from infer.adapter.error_init import read_start
 from infer.adapter.lora import FROM_ERROR
+from infer.adapter.second import second_model
+from infer.checkpoint.files import read_config
+from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
@@ -67,6 +70,14 @@ def check_supported(job: Train, accelerator: Accelerator) -> None:
     check_guidance(job.model, job.sampling.guidance)
     if job.data.prior.count:
         check_guidance(job.model, job.data.prior.guidance, "data.prior.guidance")
+    if job.sampling.model is not None:
+        second = second_model(job.model, job.sampling.model)
+        check_precision(second, job.precision, linear_shapes(read_config(second, "transformer")))
+        if uses_fsdp():
+            raise ValueError(
+                "sampling.model loads a second checkpoint on one rank, and FSDP draws with all of them; set "
+                "sampling.model=null"
+            )
     graphs(job, accelerator)
     check_preserving(job)
     check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
