@@ -1,7 +1,9 @@
 """Every shipped YAML file through Hydra, and every wrong value through the message that it gives."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
@@ -103,8 +107,19 @@ def hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
+@cache
+def composed(root: str, *choices: str) -> DictConfig:
+    return compose(root, list(choices))
+
+
 def made(root: str, *overrides: str) -> Any:
-    options = OmegaConf.to_object(compose(root, list(overrides)))
+    """The settings of a command line. Composing costs most: values are put into what was composed for these files, as
+    Hydra itself does after composing."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [one for one in parsed if one.package or (CONFIGS / one.key_or_group).is_dir()]
+    config = deepcopy(composed(root, *(str(one.input_line) for one in choices)))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in choices], config)
+    options = OmegaConf.to_object(config)
     assert type(options) is ROOTS[root]
     return options
 
