@@ -45,6 +45,7 @@ from train.state.identity import record_config
 from train.trackers.options import Track
 from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
+from train.watch.settings import Page
 
 CONFIGS = ROOT / "configs"
 ROOTS: dict[str, Any] = {
@@ -57,6 +58,7 @@ ROOTS: dict[str, Any] = {
     "convert": Convert,
     "merge": Merge,
     "recover": Recover,
+    "page": Page,
     "plan": Plan,
     "track": SendComparison,
     "gap": Gap,

@@ -22,6 +22,7 @@ from train.loop.batch import largest_batch, make_order
 from train.loop.loss_picture import draw_loss
 from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
+from train.loop.picture_losses import NAME, PictureLosses
 from train.loop.preview import preview, preview_size
 from train.loop.session import Loop, Session
 from train.loop.spill import Spill
@@ -54,7 +55,7 @@ def fit(session: Session) -> TrainingState | None:
             break
         if validation_due:
             measure(loop)
-        if loop.step > 0 and loop.due(job.preview_every):
+        if loop.step > 0 and (loop.due(job.preview_every) or loop.sample_requested):
             draw_previews(loop)
             draw_loss(session.run)
         if loop.step == job.steps:
@@ -96,9 +97,12 @@ def start_loop(session: Session) -> Loop:
         run.say(f"{resident} of {len(model.offload.blocks)} blocks stay on the device, the others are streamed")
     start_memory(run.device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
+    pictures = PictureLosses(run.folder / NAME, resumed)
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
-    return Loop(session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed)
+    return Loop(
+        session, training, optimizer, first, learn, batches, metrics, events, bar, pictures, spill, saved_at, resumed
+    )
 
 
 def resume(session: Session, training: TrainingState) -> bool:
@@ -126,6 +130,7 @@ def save_state(loop: Loop) -> None:
         loop.events.sync()
         save(loop.training, optimizer)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
+        loop.pictures.write(loop.step)
     loop.saved_at, loop.saved = time.monotonic(), True
     run.accelerator.wait_for_everyone()
 
@@ -144,12 +149,14 @@ def measure(loop: Loop) -> None:
             value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
         if value is None:
             continue
-        losses[str(loop.step)] = value
+        mean, by_level = value
+        losses[str(loop.step)] = mean
         if session.run.main:
-            loop.bar.write(f"step {loop.step}: {name.replace('_', ' ')} {value:.4f}")
-        loop.metrics.log(loop.step, {name: value})
-        session.tracker.log(loop.step, {name: value})
+            loop.bar.write(f"step {loop.step}: {name.replace('_', ' ')} {mean:.4f}")
+        loop.metrics.log(loop.step, {name: mean, f"{name}_by_level": by_level})
+        session.tracker.log(loop.step, {name: mean})
     if session.run.main:
+        loop.pictures.write(loop.step)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
 
 

@@ -9,18 +9,19 @@ from infer.program.paths import CONFIGS, SHIPPED
 from train.run.config import Train
 
 
-def model_words(job: Train) -> list[str]:
-    """How the command line names the run's model."""
+def model_words(path: str) -> list[str]:
+    """How the command line names a model."""
     for file in sorted((CONFIGS / "model").glob("*.yaml")):
         named = [line.removeprefix("path: ") for line in file.read_text().splitlines() if line.startswith("path: ")]
-        if job.model.path in (name.replace("${root:}", str(SHIPPED)) for name in named):
+        if path in (name.replace("${root:}", str(SHIPPED)) for name in named):
             return [f"model={file.stem}"]
-    return [f"model.path={job.model.path}"]
+    return [f"model.path={path}"]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
     """infer/compare.py at the training's precision, without and with the adapter."""
-    words = ["python", "infer/compare.py", *model_words(job), f"run={job.run}", f"adapter.path={folder / 'adapter'}"]
+    words = ["python", "infer/compare.py", *model_words(job.model.path), f"run={job.run}"]
+    words.append(f"adapter.path={folder / 'adapter'}")
     kind = job.precision.kind
     words += [f"only=[{kind}]"] if kind in ("bf16", "int8", "fp4", "nf4") else []
     if job.adapter.recovery is not None:

@@ -1,7 +1,7 @@
 """The objective on held-out pictures, with fixed noise."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,18 @@ from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
 
-def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples) -> float | None:
-    """The mean objective over the held-out pictures, with their masks but without weights; None if none is held out.
+class Validation(NamedTuple):
+    """The objective of the held-out pictures."""
+
+    mean: float
+    by_level: list[float]
+    """At each noise level, the lowest first."""
+
+
+def validate(
+    job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
+) -> Validation | None:
+    """The objective of the held-out pictures, with their masks but without weights; None if none is held out.
 
     Raises:
         ValueError: it is not finite.
@@ -24,6 +34,7 @@ def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cach
     rank, ranks = accelerator.process_index, accelerator.num_processes
     transformer.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    by_level = torch.zeros(job.validation_levels, 2, dtype=torch.float64, device=accelerator.device)
     by_rank = [validation_items(job, cache, samples, each, ranks) for each in range(ranks)]
     mine = by_rank[rank]
     with torch.no_grad():
@@ -34,12 +45,15 @@ def validate(job: Train, accelerator: Accelerator, transformer: Any, cache: Cach
             values = batch_losses(transformer, batch, job, "none")
             if counts:
                 total += total.new_tensor([values.double().sum().item(), len(values)])
+                levels = torch.tensor([level for _, level, _ in mine[turn]], device=accelerator.device)
+                by_level.index_add_(0, levels, torch.stack([values.double(), torch.ones_like(values.double())], 1))
     transformer.train()
-    summed: Any = accelerator.reduce(total, "sum")
+    summed: Any = accelerator.reduce(torch.cat([total, by_level.flatten()]), "sum")
     value = float(summed[0] / summed[1])
+    sums = summed[2:].view(-1, 2)
     if not math.isfinite(value):
         raise ValueError(
             f"the validation loss is {value}: the adapter's weights are ruined; lower optim.lr or raise optim.warmup "
             "and start over, or go on from an older checkpoint with resume=step-..."
         )
-    return value
+    return Validation(value, [round(each, 6) for each in (sums[:, 0] / sums[:, 1]).tolist()])
