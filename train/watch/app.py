@@ -50,6 +50,7 @@ def make_app(options: Page, token: str) -> Guard:
         Route("/api/curves", answer(lambda request: curves(_one(request, "name")))),
         Route("/api/losses", answer(lambda request: picture_losses(_one(request, "name")))),
         Route("/api/diff", answer(lambda request: difference(_one(request, "name"), _one(request, "other")))),
+        Route("/api/jobs", answer(lambda request: jobs_of(_one(request, "run")))),
         Route("/api/job", answer(lambda request: one_job(_one(request, "id")))),
         Route("/api/record", answer(lambda request: recorded(_one(request, "name")))),
         Route("/api/form", answer(lambda request: form(options))),
@@ -192,6 +193,11 @@ def overview() -> dict[str, Any]:
     waiting = any(job["queued"] and job["state"] == "waiting" for job in listed)
     working = any(job["queued"] and job["state"] == "running" for job in listed)
     return {"runs": runs, "jobs": listed, "notes": notes, "standstill": waiting and not working}
+
+
+def jobs_of(run: str) -> dict[str, Any]:
+    """The jobs that are about a run."""
+    return {"jobs": [job for job in jobs.list_jobs() if job["run"] == run]}
 
 
 def one_job(job: str) -> dict[str, Any]:
