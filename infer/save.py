@@ -12,8 +12,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.adapter.checks import check_precision
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, check_model, read_config
+from infer.checkpoint.model import Model
 from infer.checkpoint.save import refuse_mixture, save_checkpoint
 from infer.device.device import check_device_name, pick_device
 from infer.program.command import run_command

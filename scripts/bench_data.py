@@ -60,7 +60,7 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     """Read the samples and have everything encoded; seconds, the phases' seconds, peaks and counts."""
     import torch
 
-    from infer.checkpoint.load import Model
+    from infer.checkpoint.model import Model
     from infer.device.device import pick_device
     from infer.quantize.precision import Precision
     from train.data.caption import all_texts
@@ -87,7 +87,8 @@ def cold(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, Any
     """From nothing; and how fast the autoencoder is if it has never to wait for pictures."""
     import torch
 
-    from infer.checkpoint.load import Model, load_vae
+    from infer.checkpoint.load import load_vae
+    from infer.checkpoint.model import Model
     from infer.device.device import pick_device
     from infer.sample.encode import to_posterior
     from train.latents.settings import Encode
@@ -140,7 +141,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     from train.latents.settings import Encode
     from train.latents.store import Cache
     from train.latents.workers import work_ahead
-    from train.loop.batch import Samples, make_order
+    from train.loop.batch import Samples, batch_sampler
 
     data, encode = Data(str(pictures), resolution=SMALL, batch_size=4, cache=str(cache)), Encode()
     before, start = resident(), time.perf_counter()
@@ -158,7 +159,7 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
         admit(store, samples, {one.sample: one.found for one in prepared})
     del prepared, new, known
     every = Samples(samples, list(range(len(samples))), [])
-    batches = epoch_batches(make_order(every, store, data, 0, 1), 0)
+    batches = epoch_batches(batch_sampler(every, store, data, 0, 1), 0)
     assert sum(map(len, batches)) == len(samples) and len(texts) == min(CAPTIONS, len(samples))
     return {"seconds": time.perf_counter() - start, "before": before, "peak": resident()}
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.device.allocator import prepare
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision

@@ -28,7 +28,8 @@ from torch import nn
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import random_part
 from infer.checkpoint.text import load_text_parts
 from infer.device import allocator

@@ -40,7 +40,7 @@ from infer.quantize.precision import Precision
 from scripts.bench_rows import Row, attempt, make_row, read_lines, write_rows
 from scripts.bench_train import make_batch
 from scripts.bench_variants import BALANCED, BF16, NF4, Variant
-from train.data.batches import Place
+from train.data.batches import SampleIndex
 from train.loop.micro_step import make_learner
 from train.objective.optim import make_optimizer, step_if
 from train.ranks.launch import average_gradients, broadcast_adapter, shard_weights
@@ -109,13 +109,13 @@ def measure(way: Way, accelerator: Accelerator) -> Row:
     def step(among: Any) -> float:
         """As train/loop/step.py does."""
         count = among.num_processes
-        places = [[Place(0, i, i, 0) for i in range(count)]]
+        indices = [[SampleIndex(0, i, i, 0) for i in range(count)]]
         losses = learn(batch)
         average_gradients(parameters, among)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         reduced = reduce_update(among, 1, [losses], norm, False, False)
         step_if(optimizer, reduced.isfinite().all(), norm, 1.0)  # type: ignore[arg-type]
-        update = read_update(reduced, count, places, 1, count)
+        update = read_update(reduced, count, indices, 1, count)
         optimizer.zero_grad()
         return sum(loss * share for _, loss, share in update.losses)
 

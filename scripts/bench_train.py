@@ -37,7 +37,7 @@ from infer.quantize.precision import stored_bytes, without_products
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
-from train.data.batches import Place
+from train.data.batches import SampleIndex
 from train.estimate.flop import step_flop
 from train.loop.batch import Batch
 from train.loop.micro_step import fit_budget, make_learner
@@ -170,7 +170,7 @@ def measure(
         result["resident_blocks"] = fit_budget(job, learn, parameters, optimizer, stream, batch)
         result["host_gib"] = stream.host_bytes / GIB
 
-    places = [[Place(0, i, i, 0) for i in range(variant.batch)]]
+    indices = [[SampleIndex(0, i, i, 0) for i in range(variant.batch)]]
 
     def step() -> float:
         losses = learn(batch)
@@ -185,7 +185,7 @@ def measure(
         ahead = isinstance(optimizer, torch.optim.AdamW)
         if ahead:
             step_if(optimizer, reduced.isfinite().all(), norm, 1.0)
-        update = read_update(reduced, 1, places, variant.batch, 1)
+        update = read_update(reduced, 1, indices, variant.batch, 1)
         if not ahead:
             nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
             optimizer.step()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast.install import Memory
 from infer.quantize.precision import Precision
 from train.data.dataset import Data

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.device import allocator
 from infer.device.allocator import prepare
 from infer.fast.cuda_graph import Replay

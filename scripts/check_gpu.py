@@ -48,7 +48,8 @@ from infer.adapter.attach import attach, load_recovery
 from infer.adapter.attached import adapter_state, set_adapter_state
 from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.device.allocator import prepare

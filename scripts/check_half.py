@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.device import allocator
 from infer.device.allocator import prepare
 from infer.device.device import release

@@ -80,7 +80,7 @@ def checks(cpu: bool) -> dict[str, Check]:
 def job_of(name: str, processes: int, cpu: bool) -> Any:
     """The run of one check."""
     from infer.adapter.lora import Adapter
-    from infer.checkpoint.load import Model
+    from infer.checkpoint.model import Model
     from infer.fast.install import Memory
     from infer.quantize.precision import Precision
     from infer.sample.generate import Sampling

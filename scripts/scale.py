@@ -26,7 +26,7 @@ sys.path[0] = str(ROOT)
 import numpy as np
 import torch
 
-from train.data.batches import Stream, epoch_batches
+from train.data.batches import BatchSampler, epoch_batches
 from train.data.source import Sample
 from train.latents.identities import Picture, known_identities, write_identities
 from train.latents.shards import ShardIndex, read_item, verify, write_shard
@@ -136,8 +136,8 @@ def start(samples: int) -> list[dict[str, Any]]:
         return index
 
     keep: list[Any] = [note("samples with captions", made)]
-    stream = Stream(0, 8, list(range(samples)), sizes, [1.0] * samples)
-    keep.append(note("an epoch's batches", lambda: epoch_batches(stream, 0)))
+    sampler = BatchSampler(0, 8, list(range(samples)), sizes, [1.0] * samples)
+    keep.append(note("an epoch's batches", lambda: epoch_batches(sampler, 0)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = rng.bytes(64 * samples)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.family import find
 from infer.family import flux1_sizes as shapes
 from infer.program.paths import ROOT

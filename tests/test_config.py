@@ -17,7 +17,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.drawing.settings import Draw

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.checkpoint.load import MEMORY, Model, check_model
+from infer.checkpoint.fingerprint import MEMORY
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.program.command import run_command
 from infer.program.no_effect import refuse_idle

@@ -22,7 +22,8 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, check_model
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file

@@ -21,7 +21,10 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, check_model, family_of, part_folder
+from infer.checkpoint.family import family_of
+from infer.checkpoint.files import part_folder
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.program.atomic import replace_file
 from infer.program.bounds import PIXELS, check_most
 from infer.program.command import check_run_name, run_command

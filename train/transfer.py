@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_scheduler, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file

@@ -17,7 +17,8 @@ from infer.adapter.lora import INITS, RECOVERY, Adapter
 from infer.adapter.read import Pairs, find_adapter, read_notes
 from infer.adapter.targets import base_layers, match_targets
 from infer.adapter.write import lora_config
-from infer.checkpoint.load import Model, fingerprint
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision, kind_asked

@@ -15,8 +15,11 @@ from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
 from infer.adapter.targets import match_targets
 from infer.checkpoint.checks import check_stored
+from infer.checkpoint.family import family_of, unguided
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, family_of, load_scheduler, read_config, unguided
+from infer.checkpoint.load import load_scheduler
+from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.fast.memory import Memory, refuse_plain
 from infer.quantize.precision import Precision, check_card, check_layer_names, kind_asked

@@ -20,7 +20,7 @@ from infer.adapter.lora import FROM_ERROR
 from infer.adapter.read import Pair, Pairs, find_adapter, read_notes, read_pairs
 from infer.adapter.targets import base_layers
 from infer.adapter.write import scaled, write_pairs
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.quantize.compute import NAMES
 from infer.quantize.layer import quantized_layer

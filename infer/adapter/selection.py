@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from infer.adapter.read import find_adapter, read_notes
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.bounds import check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand

@@ -1,4 +1,4 @@
-"""What a transformer's files hold, by their headers alone: seen in milliseconds, before anything is loaded."""
+"""What a checkpoint's files hold, by their configs and headers alone: seen in milliseconds, before anything loads."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,49 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from infer.checkpoint.checks import check_axes, check_whole
+from infer.checkpoint.checks import check_axes, check_channels, check_embeds, check_whole
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
+from infer.checkpoint.model import Model
 from infer.family.family import Linear
-from infer.family.find import of_config
+from infer.family.find import of_config, of_pipeline
+from infer.program.paths import is_hub_id, no_hub_id, no_index, not_a_model
 
 SINGLE = "diffusion_pytorch_model.safetensors"
+
+
+def check_model(model: Model) -> None:
+    """Look at a local checkpoint before anything is loaded.
+
+    Raises:
+        ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX model.
+    """
+    folder = model.local
+    if model.random:
+        return
+    if folder is None:
+        if Path(model.path).exists():
+            raise ValueError(not_a_model(Path(model.path)))
+        if not is_hub_id(model.path):
+            raise ValueError(
+                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {no_hub_id(model.path)}"
+            )
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(no_index(folder))
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} names no pipeline ({error!r}); copy the checkpoint again") from error
+    family = of_pipeline(name, str(index))
+    absent = [part for part in family.PARTS if not (folder / part).is_dir()]
+    if absent:
+        raise ValueError(f"{folder} lacks the folders {', '.join(absent)}; copy the whole checkpoint")
+    check_channels(model.path, read_config(model, "transformer"), read_config(model, "vae"))
+    (large,) = (encoder.part for encoder in family.ENCODERS if encoder.large)
+    check_embeds(model.path, large, family.embeds_width, read_config(model, large), read_config(model, "transformer"))
+    check_transformer(model.path, folder / "transformer", read_config(model, "transformer"))
 
 
 def shards_of(folder: Path) -> list[Path]:

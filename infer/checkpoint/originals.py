@@ -11,8 +11,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor
 
+from infer.checkpoint.family import family_of
+from infer.checkpoint.files import part_folder, read_config
 from infer.checkpoint.headers import SINGLE
-from infer.checkpoint.load import Model, family_of, part_folder, read_config
+from infer.checkpoint.model import Model
 
 
 def check_unquantized(model: Model) -> None:

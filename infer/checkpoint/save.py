@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infer.checkpoint.load import Model, family_of, load_transformer, part_folder, pipeline_index
+from infer.checkpoint.family import family_of
+from infer.checkpoint.files import part_folder, pipeline_index
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.quantize.precision import Precision

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from infer.checkpoint.checks import check_words
-from infer.checkpoint.load import Model, family_of, load_part, part_folder, read_config
+from infer.checkpoint.family import family_of
+from infer.checkpoint.files import part_folder, read_config
+from infer.checkpoint.load import load_part
 from infer.checkpoint.load_errors import loading
+from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_tokenizer
 from infer.quantize.precision import Precision
 

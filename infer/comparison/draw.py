@@ -20,7 +20,8 @@ from tqdm import tqdm
 from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
-from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, check_model
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import TOKENS, check_most

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from infer.adapter.attach import remove_adapter
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
-from infer.checkpoint.load import load_scheduler, load_transformer, load_vae, own_size, unguided
+from infer.checkpoint.family import own_size, unguided
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.device.device import describe_device, release
 from infer.drawing.record import KEY, digests, record, versions
 from infer.drawing.settings import Draw, Place, adapters_at, column, places, sheet_file

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infer.adapter.selection import Trained, Weighted
-from infer.checkpoint.load import Model, check_model
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import SEED, TOKENS, check_most

@@ -10,8 +10,9 @@ from accelerate import init_empty_weights
 
 from infer.adapter.error_init import settled
 from infer.adapter.fit import fitting_pairs
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import load_transformer, read_config
+from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals
 from infer.checkpoint.save import save_beside
 from infer.family.find import of_config

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.targets import base_layers
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.merging.update import Part, merged
 from infer.quantize.layer import rounded

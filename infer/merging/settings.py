@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from infer.adapter.checks import check_guidance, check_precision
 from infer.adapter.selection import Trained
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, check_model, read_config
+from infer.checkpoint.model import Model
 from infer.checkpoint.save import refuse_mixture
 from infer.device.device import check_device_name, pick_device
 from infer.program.bounds import SEED, check_most

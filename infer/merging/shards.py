@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, read_config
+from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.merging.report import Kept, kept_of
 from infer.merging.update import Part, merged

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, fingerprint, load_transformer, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.fast.install import choose_path
 from infer.fast.memory import Memory

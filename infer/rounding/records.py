@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, load_scheduler
+from infer.checkpoint.load import load_scheduler
+from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling, draw, mend_of, settled

@@ -15,8 +15,11 @@ from infer.adapter.attached import save_adapter
 from infer.adapter.lora import RECOVERY
 from infer.adapter.read import Pair, Pairs
 from infer.adapter.targets import base_layers
+from infer.checkpoint.family import own_size
+from infer.checkpoint.files import read_config
+from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import fingerprint, load_transformer, own_size, read_config
+from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, transformer_from_shards
 from infer.device.device import release
 from infer.program.atomic import replace_file

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infer.adapter.checks import check_guidance, check_precision, undecided
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, check_model, read_config
+from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.program.bounds import GIB, MANY, SEED, STEPS, check_most
 from infer.program.command import check_run_name

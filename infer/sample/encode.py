@@ -10,7 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from infer.checkpoint.load import Model, family_of, guided_by_two_calls
+from infer.checkpoint.family import family_of, guided_by_two_calls
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.device.device import release
 from infer.family.family import Text

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from torch import Tensor
 
-    from infer.checkpoint.load import Model
+    from infer.checkpoint.model import Model
     from infer.family.family import Text
 
 
@@ -47,7 +47,7 @@ class Sampling:
 
 def settled(sampling: Sampling, model: Model) -> Sampling:
     """The settings with the checkpoint's own steps and guidance in place of what is null."""
-    from infer.checkpoint.load import own_drawing
+    from infer.checkpoint.family import own_drawing
 
     own = own_drawing(model)
     return replace(

@@ -17,7 +17,9 @@ from infer.adapter.error_init import save_start
 from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, latent_map, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.family import latent_map
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.device.measure import measure

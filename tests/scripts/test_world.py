@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.sample.picture import decode
 from scripts.tiny import check, world
 from scripts.tiny.make_style import make_style

@@ -1,4 +1,4 @@
-"""The endless stream of batches: which samples are trained together, at which place, at which resolution.
+"""The batch sampler: which samples are trained together, in which order, at which resolution, without an end.
 
 An epoch shuffles its samples and takes them in that order into queues, one a size; a queue that is full is a batch, and
 what is left in the queues at the end goes out as short batches. So each sample is seen once an epoch (times its
@@ -17,8 +17,8 @@ from train.data.seeds import generator
 Size = tuple[int, int]  # height, width
 
 
-class Place(NamedTuple):
-    """A sample's place in the stream, from which everything random about it is drawn."""
+class SampleIndex(NamedTuple):
+    """A sample as the sampler names it: everything random about it is drawn from its epoch and position."""
 
     epoch: int
     position: int
@@ -29,8 +29,8 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stream:
-    """What the stream is made of."""
+class BatchSampler:
+    """What the batches of every epoch follow from."""
 
     seed: int
     group: int
@@ -46,51 +46,51 @@ class Stream:
         assert len(self.samples) == len(self.sizes) == len(self.repeats)
 
 
-def epoch_places(stream: Stream, epoch: int) -> list[Place]:
-    """An epoch's samples in the order in which they are taken."""
-    repeats = torch.tensor(stream.repeats, dtype=torch.float64)
+def epoch_indices(sampler: BatchSampler, epoch: int) -> list[SampleIndex]:
+    """An epoch's samples in the order in which they are taken; `sample` is an index into `sampler.samples`."""
+    repeats = torch.tensor(sampler.repeats, dtype=torch.float64)
     turns = torch.empty_like(repeats)
-    for repeat in set(stream.repeats):
-        # spread evenly, so that each epoch has the same number within one, in an order that is no file's name's
+    for repeat in set(sampler.repeats):
+        # spread evenly, so that each epoch has the same number within one, whatever the order of the files' names
         alike = (repeats == repeat).nonzero()[:, 0]
-        scattered = torch.randperm(len(alike), generator=generator(stream.seed, "turns"))
+        scattered = torch.randperm(len(alike), generator=generator(sampler.seed, "turns"))
         turns[alike] = (scattered.double() + 0.5) / len(alike)
     counts = (repeats * (epoch + 1) + turns).floor() - (repeats * epoch + turns).floor()
     entries = torch.arange(len(repeats)).repeat_interleave(counts.long())
-    order = torch.randperm(len(entries), generator=generator(stream.seed, "epoch", epoch))
+    order = torch.randperm(len(entries), generator=generator(sampler.seed, "epoch", epoch))
     resolutions = torch.zeros(len(entries), dtype=torch.long)
-    several = len(stream.sizes[0])
+    several = len(sampler.sizes[0])
     if several > 1:
-        resolutions = torch.randint(several, (len(entries),), generator=generator(stream.seed, "resolution", epoch))
+        resolutions = torch.randint(several, (len(entries),), generator=generator(sampler.seed, "resolution", epoch))
     taken = zip(entries[order].tolist(), resolutions.tolist(), strict=True)
-    return [Place(epoch, position, entry, resolution) for position, (entry, resolution) in enumerate(taken)]
+    return [SampleIndex(epoch, position, entry, resolution) for position, (entry, resolution) in enumerate(taken)]
 
 
-def epoch_batches(stream: Stream, epoch: int) -> list[list[Place]]:
-    """An epoch's batches; `sample` is what `stream.samples` says."""
-    queues: dict[Size, list[Place]] = {}
+def epoch_batches(sampler: BatchSampler, epoch: int) -> list[list[SampleIndex]]:
+    """An epoch's batches; `sample` is what `sampler.samples` holds."""
+    queues: dict[Size, list[SampleIndex]] = {}
     batches = []
-    for place in epoch_places(stream, epoch):
-        size = stream.sizes[place.sample][place.resolution]
+    for index in epoch_indices(sampler, epoch):
+        size = sampler.sizes[index.sample][index.resolution]
         queue = queues.setdefault(size, [])
-        queue.append(place._replace(sample=stream.samples[place.sample]))
-        if len(queue) == stream.group:
+        queue.append(index._replace(sample=sampler.samples[index.sample]))
+        if len(queue) == sampler.group:
             batches.append(queues.pop(size))
     return batches + list(queues.values())
 
 
-def batches_from(stream: Stream, first: int) -> Iterator[list[Place]]:
-    """The endless stream, from its batch number `first` on."""
+def batches_from(sampler: BatchSampler, first: int) -> Iterator[list[SampleIndex]]:
+    """The batches of all epochs, without an end, from number `first` on."""
     epoch = 0
     while True:
-        batches = epoch_batches(stream, epoch)
+        batches = epoch_batches(sampler, epoch)
         yield from batches[first:]
         first = max(0, first - len(batches))
         epoch += 1
 
 
-def share(batch: list[Place], rank: int, ranks: int, batch_size: int) -> tuple[list[Place], float]:
+def share(batch: list[SampleIndex], rank: int, ranks: int, batch_size: int) -> tuple[list[SampleIndex], float]:
     """A rank's part of a batch, and what each of its samples counts, so that the mean over the ranks of the sums is the
     mean over the batch. A rank for which nothing is left takes the first sample and counts it 0."""
-    own = batch[rank * batch_size : (rank + 1) * batch_size]
-    return (own, ranks / len(batch)) if own else (batch[:1], 0.0)
+    part = batch[rank * batch_size : (rank + 1) * batch_size]
+    return (part, ranks / len(batch)) if part else (batch[:1], 0.0)

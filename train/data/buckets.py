@@ -45,9 +45,9 @@ def bucket_of(width: int, height: int, resolution: int, step: int, aspect: float
     """
     area = resolution**2
 
-    def longest(other: int, own: int) -> int:
-        """The longest side that goes with the other one, for a picture whose own side is `own`."""
-        limits = [area // other, int(other * aspect), *([] if upscale else [own])]
+    def longest(other: int, side: int) -> int:
+        """The longest side that goes with the other one, for a picture whose side is `side`."""
+        limits = [area // other, int(other * aspect), *([] if upscale else [side])]
         return min(limits) // step * step
 
     best = None
@@ -91,8 +91,8 @@ def views_of(width: int, height: int, data: Data) -> list[list[View]]:
         crops = min(data.crops, 1 + int(slack))  # none less than a pixel from the next
         boxes = []
         for crop in range(crops):
-            place = crop / (crops - 1) if crops > 1 else 0.5
-            left, top = (width - across) * place, (height - down) * place
+            fraction = crop / (crops - 1) if crops > 1 else 0.5
+            left, top = (width - across) * fraction, (height - down) * fraction
             boxes.append((left, top, min(left + across, float(width)), min(top + down, float(height))))
         flips = (False, True) if data.flip else (False,)
         views.append([View(h, w, box, flip) for box in boxes for flip in flips])

@@ -1,7 +1,7 @@
 """A sample's captions -> the texts that it is trained with.
 
 Trigger, prefix, suffix and orders of tags make a small number of texts of each caption, so that each is encoded once;
-which of them a sample gets at a place is drawn for that place.
+which of them a sample gets is drawn for its position in the epoch.
 """
 
 import re
@@ -28,9 +28,9 @@ def all_texts(samples: Iterable[Sample], data: Data) -> list[str]:
     return list(dict.fromkeys([*texts, *([""] if data.caption_dropout > 0 else [])]))
 
 
-def draw_text(sample: Sample, data: Data, own: torch.Generator) -> str:
-    """The text of a sample at the place of `own`: none at all, or any of its captions, in any of its orders."""
-    dropped, caption, order = torch.rand(3, generator=own, dtype=torch.float64).tolist()
+def draw_text(sample: Sample, data: Data, numbers: torch.Generator) -> str:
+    """A text of a sample, drawn by `numbers`: none at all, or any of its captions, in any of its orders."""
+    dropped, caption, order = torch.rand(3, generator=numbers, dtype=torch.float64).tolist()
     if dropped < data.caption_dropout:
         return ""
     texts = texts_of(sample, data)

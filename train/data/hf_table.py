@@ -15,12 +15,12 @@ from train.data.source import Faults, Sample, Source, clean
 KINDS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
-def is_table(path: str) -> bool:
+def is_table(name: str) -> bool:
     """Whether a source's path is for `datasets`: a file or a folder of its kinds, or a name such as owner/name."""
-    place = Path(path)
-    if place.is_dir():
-        return _saved(place) or any(_kind(file) == "table" for file in _walk(place))
-    return place.suffix.lower() in KINDS or is_hub_id(path)
+    path = Path(name)
+    if path.is_dir():
+        return _saved(path) or any(_kind(file) == "table" for file in _walk(path))
+    return path.suffix.lower() in KINDS or is_hub_id(name)
 
 
 def unpacked(source: Source, cache: Path) -> Path | None:
@@ -28,12 +28,12 @@ def unpacked(source: Source, cache: Path) -> Path | None:
 
     By content: datasets itself takes a file of the same name and time for the same.
     """
-    place = Path(source.path)
-    if not place.exists() or _saved(place):
+    path = Path(source.path)
+    if not path.exists() or _saved(path):
         return None
     digest, remembered = hashlib.sha256(repr(source.subset).encode()), Remembered(cache)
-    for file in _tables(place):
-        digest.update(f"/{file.relative_to(place)}/".encode())
+    for file in _tables(path):
+        digest.update(f"/{file.relative_to(path)}/".encode())
         digest.update(remembered.sha256(file))
     remembered.save()
     return cache / "tables" / digest.hexdigest()[:32]
@@ -78,7 +78,7 @@ def read_table(
             raise ValueError(f"{name} cannot be read as a picture (there is none); take it out")
         try:
             file = (roots[0] / stored["path"]).resolve()
-            if not any(file.is_relative_to(place) for root in roots for place in roots_of(root)):
+            if not any(file.is_relative_to(allowed) for root in roots for allowed in roots_of(root)):
                 raise ValueError(f"{name} names {stored['path']!r}, outside its folder; put the bytes in the table")
             content = file.read_bytes()
         except OSError as error:
@@ -95,11 +95,11 @@ def read_table(
             faults.add(name, f"has {found!r} as {caption_column}, not text; mend it, or set data.caption_column")
             continue
         try:
-            own = clean(None if missing else texts, source.caption, "no caption; write one, or take the picture out")
+            kept = clean(None if missing else texts, source.caption, "no caption; write one, or take the picture out")
         except ValueError as error:
             faults.add(name, str(error))
         else:
-            samples.append(Sample(name, own, index, partial(read, row)))
+            samples.append(Sample(name, kept, index, partial(read, row)))
     return samples
 
 
@@ -121,17 +121,17 @@ def _kind(file: Path) -> str:
     return "picture" if file.suffix.lower() in SUFFIXES else "table" if file.suffix.lower() in KINDS else ""
 
 
-def _tables(place: Path) -> list[Path]:
+def _tables(path: Path) -> list[Path]:
     """The files of a local table."""
-    return [place] if place.is_file() else [file for file in _walk(place) if _kind(file) == "table"]
+    return [path] if path.is_file() else [file for file in _walk(path) if _kind(file) == "table"]
 
 
 def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
     """The table, and the folders that its pictures may be in where it holds paths; relative ones are in the first."""
-    place = Path(source.path)
-    if place.suffix in KINDS and not place.exists():
+    path = Path(source.path)
+    if path.suffix in KINDS and not path.exists():
         raise ValueError(
-            f"{source.path!r} does not exist; give a {place.suffix} file that does, or a folder of pictures"
+            f"{source.path!r} does not exist; give a {path.suffix} file that does, or a folder of pictures"
         )
     try:
         import datasets
@@ -139,14 +139,14 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         raise ValueError(
             f"{source.path!r} is read by `datasets`, which is not installed here: pip install datasets"
         ) from error
-    saved = place.is_dir() and _saved(place)
-    if place.is_dir() and not saved:
-        tables = _tables(place)
-        if any(_kind(file) == "picture" for file in _walk(place)):
-            raise ValueError(f"{place} holds pictures beside tables ({tables[0]}); put them in folders of their own")
+    saved = path.is_dir() and _saved(path)
+    if path.is_dir() and not saved:
+        tables = _tables(path)
+        if any(_kind(file) == "picture" for file in _walk(path)):
+            raise ValueError(f"{path} holds pictures beside tables ({tables[0]}); put them in folders of their own")
         if len({file.suffix.lower() for file in tables}) > 1:
-            raise ValueError(f"{place} holds both parquet and arrow files; put them in folders of their own")
-    if source.subset is not None and (saved or place.is_file()):
+            raise ValueError(f"{path} holds both parquet and arrow files; put them in folders of their own")
+    if source.subset is not None and (saved or path.is_file()):
         raise ValueError(f"subset of {source.path} is {source.subset!r}, but that has none; leave it out")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken we say ourselves
@@ -154,18 +154,16 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
         if saved:
             loaded = datasets.load_from_disk(source.path)
             if isinstance(loaded, datasets.DatasetDict):
-                return loaded[source.split], [place]
+                return loaded[source.split], [path]
             if source.split != "train":
                 raise ValueError(f"it has no splits, but split is {source.split!r}; leave that out")
-            return loaded, [place]
-        if place.exists():
+            return loaded, [path]
+        if path.exists():
             given: dict[str, Any] = {"split": source.split, "cache_dir": str(unpacked(source, cache))}
-            if place.is_file():
-                return datasets.load_dataset(KINDS[place.suffix.lower()], data_files=[str(place)], **given), [
-                    place.parent
-                ]
+            if path.is_file():
+                return datasets.load_dataset(KINDS[path.suffix.lower()], data_files=[str(path)], **given), [path.parent]
             # as a data set's own folder: splits by the names of its files, subsets by its README
-            return datasets.load_dataset(str(place), source.subset, **given), [place]
+            return datasets.load_dataset(str(path), source.subset, **given), [path]
         table = datasets.load_dataset(source.path, source.subset, split=source.split)
         return table, [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
     except Exception as error:  # datasets raises many kinds, for absent names, broken files and no network alike

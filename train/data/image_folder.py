@@ -109,8 +109,8 @@ def _captions(
                 f"has no line in {folder / metadata}, but a caption in {folder / beside[0]}; add the line, or take one "
                 "of the two files out"
             )
-        own = PurePosixPath(name).relative_to(PurePosixPath(metadata).parent)
-        return None, f'no line in {folder / metadata}; add one with "file_name": {json.dumps(str(own))}'
+        relative = PurePosixPath(name).relative_to(PurePosixPath(metadata).parent)
+        return None, f'no line in {folder / metadata}; add one with "file_name": {json.dumps(str(relative))}'
     said = {caption.strip() for caption in line.captions}
     for each in beside:
         texts = _read_sidecars(folder, [each], lines)
@@ -131,12 +131,12 @@ def _sidecars_of(name: str, sidecars: Names) -> list[str]:
     stem, found = str(PurePosixPath(name).with_suffix("")), []
     there = sidecars.by_stem.get(stem_of(name), [])
     for kind in SIDECARS:
-        own = [each for each in there if _suffix(each) == kind]
-        exact = [each for each in own if str(PurePosixPath(each).with_suffix("")) == stem]
-        own = exact or own
-        if len(own) > 1:
-            raise ValueError(f"could have its caption from any of {', '.join(map(repr, own))}; keep one of them")
-        found += own
+        alike = [each for each in there if _suffix(each) == kind]
+        exact = [each for each in alike if str(PurePosixPath(each).with_suffix("")) == stem]
+        chosen = exact or alike
+        if len(chosen) > 1:
+            raise ValueError(f"could have its caption from any of {', '.join(map(repr, chosen))}; keep one of them")
+        found += chosen
     return found
 
 

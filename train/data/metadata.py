@@ -47,12 +47,12 @@ def read_metadata(
     file, within = folder / metadata, PurePosixPath(metadata).parent
     for number, entry in _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file):
         try:
-            own, captions = _check_line(entry, column)
-            name = str(within / own)
+            file_name, captions = _check_line(entry, column)
+            name = str(within / file_name)
             name = names.find(name) or name
             if name in listed:
                 where = "" if listed[name].file == metadata else f", after {folder / listed[name].file}"
-                raise ValueError(f"names {own!r} a second time{where}; keep one line a picture")
+                raise ValueError(f"names {file_name!r} a second time{where}; keep one line a picture")
         except ValueError as error:
             faults.add(f"{file} line {number}", str(error))
             continue

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from infer.adapter.targets import match_targets
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
-from infer.checkpoint.load import Model, read_config
+from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_config
 from infer.family.find import SIZES, of_config
 from infer.fast.memory import device_bytes, residents

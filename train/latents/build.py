@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, family_of, latent_map, load_vae
+from infer.checkpoint.family import family_of, latent_map
+from infer.checkpoint.load import load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.program.remembered import Remembered
 from infer.quantize.precision import Precision

@@ -4,7 +4,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from infer.checkpoint.load import Model, family_of, fingerprint
+from infer.checkpoint.family import family_of
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision, without_products
 from train.data.buckets import View
 

@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model, family_of, fingerprint, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.family import family_of
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.program.atomic import replace_file
 from infer.quantize.precision import Precision, without_products

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision
 from train.data.dataset import Data, sources_of
 from train.data.hf_table import is_table, unpacked

@@ -37,22 +37,22 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def describe(session: Session, update: Update) -> list[dict[str, Any]]:
-    """The samples of an update, those that are not finite first, then by falling loss: name, text as drawn, place in
-    the order of the samples, noise level and loss."""
+    """The samples of an update, those that are not finite first, then by falling loss: name, text as drawn,
+    epoch and position, noise level and loss."""
     job, cache, samples = session.job, session.data.cache, session.data.samples
     found = []
     ordered = sorted(update.losses, key=lambda one: one[1] if math.isfinite(one[1]) else math.inf, reverse=True)
-    for place, loss, _ in ordered[:NAMED]:
-        view, text = draw_view_and_text(job, cache, samples, place)
-        sigma = training_batch(job, cache, samples, [place], 1.0, torch.device("cpu")).sigma
+    for index, loss, _ in ordered[:NAMED]:
+        view, text = draw_view_and_text(job, cache, samples, index)
+        sigma = training_batch(job, cache, samples, [index], 1.0, torch.device("cpu")).sigma
         found.append(
             {
-                "sample": samples.all[place.sample].name,
+                "sample": samples.all[index.sample].name,
                 "text": text,
                 "height": view.height,
                 "width": view.width,
-                "epoch": place.epoch,
-                "position": place.position,
+                "epoch": index.epoch,
+                "position": index.position,
                 "sigma": float(sigma),
                 "loss": _number(loss),
             }
@@ -68,7 +68,7 @@ def dump(session: Session, parts: list[RankBatch], step: int, report: dict[str, 
     job, data, transformer = session.job, session.data, session.model.transformer
     folder = session.run.folder / "skipped" / f"step-{step:06d}"
     for part in parts:
-        batch = training_batch(job, data.cache, data.samples, part.places, part.weight, torch.device("cpu"))
+        batch = training_batch(job, data.cache, data.samples, part.indices, part.weight, torch.device("cpu"))
         tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
         content = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
         _write(folder / f"batch-{part.micro}-{part.slot}.safetensors", content)
@@ -127,7 +127,7 @@ def stop_after_too_many(session: Session, update: Update, progress: Progress) ->
     if progress.skipped_in_a_row < session.job.stop_after_bad:
         return
     folder, samples = session.run.folder, session.data.samples
-    names = ", ".join(dict.fromkeys(samples.all[place.sample].name for place, _, _ in update.losses))
+    names = ", ".join(dict.fromkeys(samples.all[index.sample].name for index, _, _ in update.losses))
     raise ValueError(
         f"the loss or its gradient was not finite {progress.skipped_in_a_row} times in a row, up to step "
         f"{progress.step}, where the samples were {names}: training stopped, the last checkpoint is in "

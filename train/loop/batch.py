@@ -1,4 +1,4 @@
-"""Places in the order of the samples -> batches of encoded samples with noise, for training and validation."""
+"""What the sampler names -> batches of encoded samples with noise, for training and validation."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer.family.family import Text
-from train.data.batches import Place, Stream
+from train.data.batches import BatchSampler, SampleIndex
 from train.data.buckets import View
 from train.data.caption import draw_text, texts_of
 from train.data.dataset import Data, Sample, sources_of, split
@@ -45,8 +45,8 @@ def split_samples(samples: list[Sample], cache: Cache, data: Data, seed: int) ->
     return Samples(samples, [subject[i] for i in train] + prior, [subject[i] for i in held_out])
 
 
-def make_order(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int) -> Stream:
-    """The endless order in which the samples are trained on; ranks: of the process count that the run began with."""
+def batch_sampler(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int) -> BatchSampler:
+    """The order in which the samples are trained on; ranks: the process count that the run began with."""
     sources = sources_of(data)
     source_of = [samples.all[i].source for i in samples.train]
     repeats = [sources[source].repeats for source in source_of]
@@ -56,7 +56,7 @@ def make_order(samples: Samples, cache: Cache, data: Data, seed: int, ranks: int
         each = data.prior.ratio * others / max(1, source_of.count(prior))
         repeats = [each if source == prior else repeat for repeat, source in zip(repeats, source_of, strict=True)]
     sizes = [[(views[0].height, views[0].width) for views in cache.views(i)] for i in samples.train]
-    return Stream(seed, data.batch_size * ranks, samples.train, sizes, repeats)
+    return BatchSampler(seed, data.batch_size * ranks, samples.train, sizes, repeats)
 
 
 @dataclass
@@ -106,30 +106,30 @@ def _stack(items: list[_Item], device: torch.device) -> Batch:
     )
 
 
-def draw_view_and_text(job: Train, cache: Cache, samples: Samples, place: Place) -> tuple[View, str]:
-    """The view and the text with which the sample at a place is trained."""
-    numbers = generator(job.seed, "choice", place.epoch, place.position)
-    views = cache.views(place.sample)[place.resolution]
+def draw_view_and_text(job: Train, cache: Cache, samples: Samples, index: SampleIndex) -> tuple[View, str]:
+    """The view and the text with which the sample is trained."""
+    numbers = generator(job.seed, "choice", index.epoch, index.position)
+    views = cache.views(index.sample)[index.resolution]
     view = views[int(torch.randint(len(views), (), generator=numbers))]
-    return view, draw_text(samples.all[place.sample], job.data, numbers)
+    return view, draw_text(samples.all[index.sample], job.data, numbers)
 
 
 def training_batch(
-    job: Train, cache: Cache, samples: Samples, places: list[Place], weight: float, device: torch.device
+    job: Train, cache: Cache, samples: Samples, indices: list[SampleIndex], weight: float, device: torch.device
 ) -> Batch:
-    """The samples at these places; each counts `weight` times its source's weight."""
+    """These samples; each counts `weight` times its source's weight."""
     sources = sources_of(job.data)
     parts = []
-    for place in places:
-        view, text = draw_view_and_text(job, cache, samples, place)
-        mean, deviation = cache.picture(place.sample, view)
-        numbers = generator(job.seed, "sample", place.epoch, place.position)
+    for index in indices:
+        view, text = draw_view_and_text(job, cache, samples, index)
+        mean, deviation = cache.picture(index.sample, view)
+        numbers = generator(job.seed, "sample", index.epoch, index.position)
         x0 = mean if deviation is None else mean + deviation * torch.randn(mean.shape, generator=numbers)
         noise = torch.randn(mean.shape, generator=numbers)
         tokens = mean.shape[1] * mean.shape[2] // 4
         sigma = sample_sigma(job.flow, 1, tokens, numbers)[0]
-        counts = weight * sources[samples.all[place.sample].source].weight
-        parts.append(_Item(x0, noise, sigma, cache.text(text), cache.mask(place.sample, view), counts))
+        counts = weight * sources[samples.all[index.sample].source].weight
+        parts.append(_Item(x0, noise, sigma, cache.text(text), cache.mask(index.sample, view), counts))
     return _stack(parts, device)
 
 

@@ -7,8 +7,9 @@ import torch
 
 from infer.adapter.model_card import push
 from infer.adapter.read import FILE, read_notes
+from infer.checkpoint.files import part_folder, read_config
+from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.headers import check_transformer
-from infer.checkpoint.load import fingerprint, part_folder, read_config
 from infer.family.find import of_config
 from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on

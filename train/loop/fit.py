@@ -1,6 +1,6 @@
 """The training loop: save, stop, validate, draw previews, step, log.
 
-Every random number belongs to a place (train/data/seeds.py): a sample's noise to its position in the endless shuffled
+Every random number has a key (train/data/seeds.py): a sample's noise to its position in the endless shuffled
 order of the samples (train/data/batches.py), whatever the number of ranks. So a run that resumes at step k goes on as
 if it had never stopped. A checkpoint is the state right after an update; whatever else is due at its step comes after
 it, and is repeated if the run resumes there.
@@ -18,7 +18,7 @@ from infer.sample.encode import NotFiniteError
 from infer.sample.generate import settled
 from train.data.batches import batches_from
 from train.loop.bad_updates import stop_after_too_many
-from train.loop.batch import largest_batch, make_order
+from train.loop.batch import batch_sampler, largest_batch
 from train.loop.loss_picture import draw_loss
 from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
@@ -87,8 +87,8 @@ def start_loop(session: Session) -> Loop:
     metrics = Journal(run.folder / "metrics.jsonl", keep_lines, run.main)
     events = Journal(run.folder / "events.jsonl", keep_lines, run.main)
     original_ranks = session.resumption.original_ranks
-    order = make_order(data.samples, data.cache, job.data, job.seed, original_ranks)
-    batches = batches_from(order, first * job.accumulation)
+    sampler = batch_sampler(data.samples, data.cache, job.data, job.seed, original_ranks)
+    batches = batches_from(sampler, first * job.accumulation)
     turns = -(-original_ranks // run.ranks)
     learn = make_learner(job, run.accelerator, model.transformer, model.parameters, model.offload, turns)
     if model.offload is not None:

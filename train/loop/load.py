@@ -8,7 +8,8 @@ from accelerate.utils import gather_object
 from infer.adapter.attach import attach, began, load_recovery, strengths
 from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
-from infer.checkpoint.load import guided_by_two_calls, load_transformer
+from infer.checkpoint.family import guided_by_two_calls
+from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.buckets import is_smaller
 from train.data.caption import all_texts

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.model_card import Card
-from infer.checkpoint.load import distilled_to, pipeline_of
+from infer.checkpoint.family import distilled_to, pipeline_of
 from train.loop.preview import samples_of
 from train.run.config import Train
 

@@ -13,7 +13,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from infer.adapter.attach import switch
-from infer.checkpoint.load import Model, load_scheduler, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.load import load_scheduler, load_vae
+from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.family.family import Text
 from infer.program.atomic import replace_file

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from infer.adapter.error_init import Start
 from infer.family.family import Text
 from infer.fast.offload import Offload
-from train.data.batches import Place
+from train.data.batches import SampleIndex
 from train.latents.store import Cache
 from train.loop.batch import Batch, Samples
 from train.loop.picture_losses import PictureLosses
@@ -128,7 +128,7 @@ class Loop:
     """The step at which this process began."""
     learn: Callable[[Batch], Tensor]
     """Adds a batch's gradient to the parameters' and returns the loss of each sample, [b]."""
-    batches: Iterator[list[Place]]
+    batches: Iterator[list[SampleIndex]]
     metrics: Journal
     events: Journal
     bar: tqdm

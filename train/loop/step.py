@@ -73,7 +73,7 @@ def learn_from(loop: Loop, part: RankBatch) -> tuple[Tensor, Tensor]:
     """Add the gradient of a part of a batch; returns the loss and the noise level of each sample, [b] each, without
     waiting for the device."""
     session, job, data = loop.session, loop.session.job, loop.session.data
-    batch = training_batch(job, data.cache, data.samples, part.places, part.weight, session.run.device)
+    batch = training_batch(job, data.cache, data.samples, part.indices, part.weight, session.run.device)
     torch.manual_seed(derive(job.seed, "dropout", loop.step, part.micro, part.slot))
     return loop.learn(batch), batch.sigma
 
@@ -93,7 +93,7 @@ def loss_of(loop: Loop, update: Update) -> float:
     """The update's loss: of all samples, with their sources' weights."""
     samples = loop.session.data.samples
     weights = [source.weight for source in sources_of(loop.session.job.data)]
-    return sum(share * weights[samples.all[place.sample].source] * loss for place, loss, share in update.losses)
+    return sum(share * weights[samples.all[index.sample].source] * loss for index, loss, share in update.losses)
 
 
 def save_overdue(loop: Loop) -> bool:

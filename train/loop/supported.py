@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from infer.adapter.checks import check_guidance, check_trained_guidance, check_training, shift_of
 from infer.adapter.error_init import read_start
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
 from train.objective.flow_matching import Flow

@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from train.data.batches import Place, share
+from train.data.batches import SampleIndex, share
 
 
 @dataclass
 class RankBatch:
     """A rank's part of one batch, which it learns from at once: samples of one size."""
 
-    places: list[Place]
+    indices: list[SampleIndex]
     weight: float
     """Of each sample in the loss, before its source's weight."""
     micro: int
@@ -30,7 +30,7 @@ class RankBatch:
 
 
 def batches_of_rank(
-    batches: list[list[Place]], rank: int, ranks: int, batch_size: int, original_ranks: int
+    batches: list[list[SampleIndex]], rank: int, ranks: int, batch_size: int, original_ranks: int
 ) -> list[RankBatch]:
     """A rank's parts of an update's batches, which were made for `original_ranks` ranks; every rank gets equally many.
 
@@ -46,8 +46,8 @@ def batches_of_rank(
 class Update:
     """One update, of all ranks together."""
 
-    losses: list[tuple[Place, float, float]]
-    """Every sample that counts: its place in the order of the samples, its loss, and its share of the update's loss
+    losses: list[tuple[SampleIndex, float, float]]
+    """Every sample that counts: as the sampler names it, its loss, and its share of the update's loss
     before its source's weight."""
     norm: float
     """Of the gradient before clipping."""
@@ -88,7 +88,7 @@ def reduce_update(
 
 
 def read_update(
-    reduced: Tensor, ranks: int, batches: list[list[Place]], batch_size: int, original_ranks: int
+    reduced: Tensor, ranks: int, batches: list[list[SampleIndex]], batch_size: int, original_ranks: int
 ) -> Update:
     """Wait for the device, and read the result of `reduce_update`."""
     every = [batches_of_rank(batches, other, ranks, batch_size, original_ranks) for other in range(ranks)]
@@ -96,10 +96,10 @@ def read_update(
     *flat, stops, saves, asked, norms = values
     losses: Any = torch.tensor(flat, dtype=torch.float64).view(ranks, -1, batch_size).tolist()
     found = [
-        (place, losses[other][number][i], part.weight / ranks / len(batches))
+        (index, losses[other][number][i], part.weight / ranks / len(batches))
         for other, parts in enumerate(every)
         for number, part in enumerate(parts)
         if part.weight > 0
-        for i, place in enumerate(part.places)
+        for i, index in enumerate(part.indices)
     ]
     return Update(found, norms / ranks, stops > 0, saves > 0, asked > 0, all(map(math.isfinite, values)))

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
 from infer.program.bounds import MANY, SEED, STEPS, check_most
 from infer.quantize.precision import Precision

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from infer.adapter.read import find_adapter, read_notes
 from infer.adapter.targets import match_targets
+from infer.checkpoint.family import distilled_from
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import check_model, distilled_from, read_config
 from infer.device.device import check_device_name
 from infer.program.command import check_run_name
 from infer.quantize.precision import check_layer_names

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from infer.adapter.read import FILE, find_adapter, read_notes
-from infer.checkpoint.load import own_drawing
+from infer.checkpoint.family import own_drawing
 from infer.program.atomic import replace_file
 from train.run.config import Train
 from train.state.checkpoint import list_checkpoints

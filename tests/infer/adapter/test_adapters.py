@@ -14,7 +14,8 @@ from infer.adapter.attached import adapter_state, save_adapter, strengths, updat
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE, read_notes
 from infer.adapter.targets import PRESETS, match_targets
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision, dequantized, linear_layers
 
 CPU = torch.device("cpu")

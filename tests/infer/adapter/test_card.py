@@ -33,7 +33,8 @@ from infer.adapter.lora import Adapter as LoRA
 from infer.adapter.model_card import Card, push, write_card
 from infer.adapter.read import FILE
 from infer.checkpoint import hub
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_config
 from infer.comparison.settings import Compare
 from infer.program.literal import literal_arguments

@@ -20,8 +20,10 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import PEFT_FILE, read_pairs
 from infer.adapter.strengths import PEFT_CONFIG
 from infer.adapter.write import FORMATS
+from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
-from infer.checkpoint.load import Model, load_transformer, read_config
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.convert import Convert, Source, convert
 from infer.family import flux1, flux2
 from infer.family.family import Linear

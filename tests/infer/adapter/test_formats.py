@@ -19,7 +19,8 @@ from infer.adapter.attached import adapter_state, save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.read import read_notes, read_pairs
 from infer.adapter.write import FORMATS
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.convert import Convert, Source, convert
 from infer.family import flux1
 from infer.family.find import of_model

@@ -28,7 +28,9 @@ from infer.adapter.read import FILE, Pairs, read_pairs
 from infer.adapter.selection import Trained
 from infer.adapter.targets import base_layers
 from infer.adapter.write import FORMATS
-from infer.checkpoint.load import Model, fingerprint, load_transformer
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.compare import compare
 from infer.comparison.settings import Compare

@@ -11,7 +11,11 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from infer.checkpoint.load import Model, check_model, fingerprint, load_transformer, load_vae, own_size
+from infer.checkpoint.family import own_size
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.load import load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.family import flux1
 from infer.quantize.precision import Precision
 

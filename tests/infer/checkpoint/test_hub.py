@@ -14,15 +14,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from infer.checkpoint import hub
-from infer.checkpoint.load import (
-    Model,
-    fingerprint,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    pipeline_index,
-    read_config,
-)
+from infer.checkpoint.files import pipeline_index, read_config
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.quantize.precision import Precision
 from infer.save import Save, save

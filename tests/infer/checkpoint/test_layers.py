@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from infer.checkpoint.headers import SINGLE, shards_of
+from infer.checkpoint.files import read_config
+from infer.checkpoint.headers import SINGLE, check_model, shards_of
 from infer.checkpoint.layers import linear_shapes, norm_sizes
-from infer.checkpoint.load import Model, check_model, read_config
+from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_config
 from infer.family.find import SIZES, of_config
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.fast.install import Memory

@@ -9,16 +9,9 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from torch import Tensor
 
-from infer.checkpoint.load import (
-    Model,
-    family_of,
-    guided_by_two_calls,
-    latent_map,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    own_drawing,
-)
+from infer.checkpoint.family import family_of, guided_by_two_calls, latent_map, own_drawing
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.family import flux1, flux2
 from infer.family.family import Text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 
 
 @pytest.fixture(params=["flux1", "flux2"])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision
 from train.objective.flow_matching import predict
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.adapter.attach import own_random
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast import install as fast
 from infer.fast.attention import attention_forward, attention_gradient, repeatable_attention
 from infer.fast.install import Memory, install

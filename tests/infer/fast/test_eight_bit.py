@@ -11,7 +11,7 @@ from torch import Tensor
 from infer.adapter.checks import check_path, check_sides
 from infer.adapter.lora import Adapter
 from infer.checkpoint.layers import Linear as Shape
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast import install as fast
 from infer.fast.eight_bit import eight_of, product
 from infer.fast.install import install

@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from infer.adapter.attach import attach, put_pairs, set_adapters
 from infer.adapter.attached import adapter_pairs
 from infer.adapter.lora import RECOVERY, Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.fast import install as fast
 from infer.fast.cuda_graph import Sampler
 from infer.fast.group import Group

@@ -13,7 +13,8 @@ from torch import Tensor
 from infer.adapter.attach import attach, put_pairs, switch
 from infer.adapter.attached import adapter_pairs, adapter_state
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_scheduler, load_transformer, load_vae
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.family import flux1_sizes as shapes
 from infer.fast import install as fast
 from infer.fast.add_product import add_product

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint import load as flux
 from infer.checkpoint.checks import check_stored
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.family.packing import pack
 from infer.fast import install as fast
 from infer.fast.half import attend, scaled_product
@@ -231,7 +231,7 @@ def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None
 
 
 def test_the_autoencoder_of_such_a_card_decodes_in_tiles(tiny: Model) -> None:
-    vae = flux.load_vae(tiny, CPU, torch.float32)
+    vae = load_vae(tiny, CPU, torch.float32)
     config, noise = vae.config, torch.Generator().manual_seed(0)
     smooth = torch.randn(1, config.latent_channels, 17, 2, generator=noise)
     packed = pack(functional.interpolate(smooth, (68, 8), mode="bicubic"))

@@ -14,7 +14,8 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained, Weighted
 from infer.adapter.targets import base_layers
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.fast import install as fast
 from infer.merge import merge

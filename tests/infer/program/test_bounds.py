@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from infer.adapter.attach import shapes_of
 from infer.adapter.targets import match_targets
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.program.bounds import check_most
 from infer.program.command import run_command
 from infer.program.literal import required

@@ -15,7 +15,8 @@ from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
 from infer.adapter.selection import Trained, Weighted, load_chosen
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.program.command import check_run_name

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from infer.adapter.lora import Adapter
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained, Weighted
-from infer.checkpoint.load import Model, check_model
+from infer.checkpoint.headers import check_model
+from infer.checkpoint.model import Model
 from infer.comparison.settings import Compare
 from infer.convert import Convert, Source
 from infer.merging.settings import Merge

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from infer.checkpoint import load as flux
-from infer.checkpoint.load import Model, fingerprint
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.model import Model
 from infer.family import flux1
 from infer.program.remembered import NAME, Remembered, forget
 
@@ -152,7 +152,7 @@ def test_what_is_gone_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flux, "MEMORY", tmp_path)
+    monkeypatch.setattr("infer.checkpoint.fingerprint.MEMORY", tmp_path)
     tiny = Model("scripts/tiny/model")
     first = [fingerprint(tiny, part) for part in flux1.PARTS]
     monkeypatch.setattr(hashlib, "file_digest", never)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.errors import fail
 from infer.program.paths import ROOT
 from infer.program.secrets import check_values, hide

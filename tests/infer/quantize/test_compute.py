@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_transformer, load_vae
+from infer.checkpoint.load import load_transformer, load_vae
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.fast.install import install
 from infer.fast.memory import Memory

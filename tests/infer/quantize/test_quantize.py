@@ -10,7 +10,8 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import nn
 
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.quantize.precision import (
     KINDS,

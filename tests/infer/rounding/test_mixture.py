@@ -15,7 +15,8 @@ from diffusers import FluxTransformer2DModel
 from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter, strengths
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model, load_scheduler, load_transformer
+from infer.checkpoint.load import load_scheduler, load_transformer
+from infer.checkpoint.model import Model
 from infer.fast.install import Memory, choose_path, uninstall
 from infer.fast.weights import groups, obstacle
 from infer.quantize import compute

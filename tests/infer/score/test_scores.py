@@ -22,7 +22,8 @@ from infer.adapter.attach import attach
 from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.quantize.precision import Precision

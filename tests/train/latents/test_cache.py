@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.family.family import LatentMap
 from infer.program.paths import ROOT
 from infer.program.remembered import NAME

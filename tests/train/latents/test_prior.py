@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.generate import noise

@@ -13,7 +13,7 @@ from train.data.batches import batches_from, epoch_batches, share
 from train.data.buckets import View, views_of
 from train.data.caption import texts_of
 from train.data.dataset import Data, Prior, Sample, Source
-from train.loop.batch import Samples, make_order, split_samples, training_batch, validation_batch, validation_items
+from train.loop.batch import Samples, batch_sampler, split_samples, training_batch, validation_batch, validation_items
 from train.run.config import Train
 
 CPU = torch.device("cpu")
@@ -59,17 +59,17 @@ def set_up(data: Data, sources: tuple[int, ...], masked: set[int] | None = None)
 def test_each_latent_has_a_text_of_its_own_sample() -> None:
     data = Data("a", [32, 64], 3, trigger="sks", flip=True, crops=2, tag_orders=4, caption_dropout=0.2, validation=0.3)
     job, cache, samples = set_up(data, (0,) * 12)
-    stream = make_order(samples, cache, data, 0, 1)
+    sampler = batch_sampler(samples, cache, data, 0, 1)
     seen, texts = set(), set()
-    for places in islice(batches_from(stream, 0), 120):
-        batch = training_batch(job, cache, samples, places, 1.0, CPU)
-        for i, place in enumerate(places):
-            index = int(batch.x0[i].mean())
-            assert index == place.sample and index in samples.train
-            allowed = ["", *(text for orders in texts_of(samples.all[index], data) for text in orders)]
+    for indices in islice(batches_from(sampler, 0), 120):
+        batch = training_batch(job, cache, samples, indices, 1.0, CPU)
+        for i, index in enumerate(indices):
+            sample = int(batch.x0[i].mean())
+            assert sample == index.sample and sample in samples.train
+            allowed = ["", *(text for orders in texts_of(samples.all[sample], data) for text in orders)]
             numbers = {(float(len(text)), float(sum(text.encode()))): text for text in allowed}
             texts.add(numbers[float(batch.embeds[i]), float(batch.pooled[i])])
-            seen.add(cache.asked[i - len(places)])
+            seen.add(cache.asked[i - len(indices)])
     # every view and every text has its turn
     assert {index for index, _ in seen} == set(samples.train)
     assert seen == {(i, view) for i in samples.train for alike in cache.views(i) for view in alike}
@@ -80,14 +80,14 @@ def test_a_place_says_all() -> None:
     """The same numbers alone and in company, on any rank."""
     data = Data("a", 64, 4, validation=0)
     job, cache, samples = set_up(data, (0, 0, 0, 0))
-    places = next(batches_from(make_order(samples, cache, data, 0, 1), 0))
-    whole = training_batch(job, cache, samples, places, 1.0, CPU)
-    for i, place in enumerate(places):
-        alone = training_batch(job, cache, samples, [place], 1.0, CPU)
+    indices = next(batches_from(batch_sampler(samples, cache, data, 0, 1), 0))
+    whole = training_batch(job, cache, samples, indices, 1.0, CPU)
+    for i, index in enumerate(indices):
+        alone = training_batch(job, cache, samples, [index], 1.0, CPU)
         for name in ("x0", "noise", "sigma", "embeds", "pooled"):
             assert torch.equal(getattr(alone, name)[0], getattr(whole, name)[i])
-    assert len(set(whole.sigma.tolist())) == len(places)
-    other = training_batch(job, cache, samples, [places[0]._replace(epoch=1)], 1.0, CPU)
+    assert len(set(whole.sigma.tolist())) == len(indices)
+    other = training_batch(job, cache, samples, [indices[0]._replace(epoch=1)], 1.0, CPU)
     assert not torch.equal(other.noise[0], whole.noise[0])
 
 
@@ -96,13 +96,13 @@ def test_masks_and_weights() -> None:
         resolution=64, batch_size=8, validation=0, sources=[Source("a", weight=0.5), Source("b", weight=2.0)], aspect=1
     )
     job, cache, samples = set_up(data, (0, 1, 1, 0), masked={1})
-    for places in islice(batches_from(make_order(samples, cache, data, 0, 2), 0), 6):
-        own, weight = share(places, 0, 2, 8)
-        batch = training_batch(job, cache, samples, own, weight, CPU)
-        held = [place.sample for place in own]
+    for indices in islice(batches_from(batch_sampler(samples, cache, data, 0, 2), 0), 6):
+        part, weight = share(indices, 0, 2, 8)
+        batch = training_batch(job, cache, samples, part, weight, CPU)
+        held = [index.sample for index in part]
         assert batch.weight.tolist() == [weight * (0.5, 2.0, 2.0, 0.5)[index] for index in held]
         if 1 in held:
-            assert batch.mask is not None and batch.mask.shape == (len(own), 1, *batch.x0.shape[2:])
+            assert batch.mask is not None and batch.mask.shape == (len(part), 1, *batch.x0.shape[2:])
             assert batch.mask.flatten(1).mean(1).tolist() == [0.25 if index == 1 else 1.0 for index in held]
         else:
             assert batch.mask is None
@@ -112,17 +112,17 @@ def test_class_pictures_are_as_many_as_asked_and_never_held_out() -> None:
     data = Data("a", 64, 2, validation=0.4, aspect=1, prior=Prior("dogs", "a dog", ratio=0.5, weight=0.1))
     _, cache, samples = set_up(data, (0,) * 5 + (1,) * 20)
     assert len(samples.train) == 3 + 20 and all(i < 5 for i in samples.validation)
-    stream = make_order(samples, cache, data, 0, 1)
-    own = [i < 5 for epoch in range(40) for batch in batches_of(stream, epoch) for i in batch]
+    sampler = batch_sampler(samples, cache, data, 0, 1)
+    own = [i < 5 for epoch in range(40) for batch in batches_of(sampler, epoch) for i in batch]
     assert sum(own) == 40 * 3
     assert len(own) - sum(own) == pytest.approx(40 * 1.5, abs=1)
     by_hand = Data(sources=[Source("a"), Source("b", prior=True, repeats=2)], resolution=64)
     _, cache, samples = set_up(by_hand, (0,) * 5 + (1,) * 3)
-    assert make_order(samples, cache, by_hand, 0, 1).repeats == [1.0] * 4 + [2.0] * 3
+    assert batch_sampler(samples, cache, by_hand, 0, 1).repeats == [1.0] * 4 + [2.0] * 3
 
 
-def batches_of(stream: Any, epoch: int) -> list[list[int]]:
-    return [[place.sample for place in batch] for batch in epoch_batches(stream, epoch)]
+def batches_of(sampler: Any, epoch: int) -> list[list[int]]:
+    return [[index.sample for index in batch] for batch in epoch_batches(sampler, epoch)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

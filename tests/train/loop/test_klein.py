@@ -16,7 +16,8 @@ from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
 from infer.adapter.selection import Trained
 from infer.adapter.targets import base_layers
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.family import find, flux2_sizes

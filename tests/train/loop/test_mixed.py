@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageOps
 
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
-from infer.checkpoint.load import Model, fingerprint
+from infer.checkpoint.fingerprint import fingerprint
+from infer.checkpoint.model import Model
 from infer.fast import blocks as fused
 from infer.fast.memory import KEEP, Memory
 from infer.program.paths import ROOT

@@ -16,7 +16,8 @@ from infer.adapter.attach import attach
 from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
-from infer.checkpoint.load import Model, load_transformer
+from infer.checkpoint.load import load_transformer
+from infer.checkpoint.model import Model
 from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision

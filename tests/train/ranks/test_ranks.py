@@ -52,7 +52,7 @@ from infer.program.quiet import quieten
 quieten()
 from infer.adapter.attach import Adapter
 from infer.fast.install import Memory
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from train.run.config import Train
 from train.data.dataset import Data
 from train.train import train

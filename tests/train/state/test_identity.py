@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE, read_notes
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
 from infer.sample.encode import NotFiniteError
 from infer.sample.generate import Sampling

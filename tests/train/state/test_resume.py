@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.errors import DIFFERS, MEND, STOPPED
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision

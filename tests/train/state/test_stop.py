@@ -22,7 +22,7 @@ from scipy.stats import median_abs_deviation
 
 from infer.program.errors import STOPPED
 from infer.program.paths import ROOT
-from train.data.batches import Place
+from train.data.batches import SampleIndex
 from train.objective.spikes import LEAST, WINDOW, remember, threshold
 from train.ranks.update import batches_of_rank
 from train.state import run_lock as lock
@@ -249,19 +249,19 @@ def test_any_number_of_ranks_learns_from_the_same(
 ) -> None:
     """Each sample of each batch once, at the weight that makes the mean over the ranks the mean over the batch."""
     batches = [
-        [Place(0, 100 * i + j, j, 0) for j in range(data.draw(st.integers(1, size * original_ranks)))]
+        [SampleIndex(0, 100 * i + j, j, 0) for j in range(data.draw(st.integers(1, size * original_ranks)))]
         for i in range(accumulation)
     ]
     every = [batches_of_rank(batches, rank, ranks, size, original_ranks) for rank in range(ranks)]
     assert len({len(parts) for parts in every}) == 1  # gradients are exchanged after the last
-    counted: dict[Place, float] = {}
+    counted: dict[SampleIndex, float] = {}
     for part in (part for parts in every for part in parts):
-        assert 1 <= len(part.places) <= size
-        for place in part.places:
+        assert 1 <= len(part.indices) <= size
+        for index in part.indices:
             if part.weight:
-                assert place not in counted
-                counted[place] = part.weight / ranks
-    assert counted == {place: pytest.approx(1 / len(batch)) for batch in batches for place in batch}
+                assert index not in counted
+                counted[index] = part.weight / ranks
+    assert counted == {index: pytest.approx(1 / len(batch)) for batch in batches for index in batch}
     used = [(part.micro, part.slot) for parts in every for part in parts]
     assert len(set(used)) == len(used)  # dropout of their own
     if ranks == original_ranks:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from infer.checkpoint.load import Model
+from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
 from train.data.dataset import Data, Prior
 from train.data.source import Source

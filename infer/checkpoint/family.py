@@ -1,0 +1,115 @@
+"""What a checkpoint's family says of it: steps, guidance, related checkpoints, size, the map of its latents.
+
+The families (infer/family) take configs. Here the checkpoint's own are read for them, from the known sizes of published
+checkpoints where the network would be asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from infer.checkpoint.files import part_folder, pipeline_index, read_config
+from infer.checkpoint.model import Model
+from infer.family.family import Drawing, Family, LatentMap
+from infer.family.find import SIZES, of_config
+
+if TYPE_CHECKING:
+    import torch
+
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def family_of(model: Model) -> Family:
+    """The family of a checkpoint, by its transformer's class.
+
+    Raises:
+        ValueError: no family has it.
+    """
+    return of_config(_transformer_config(model))
+
+
+def _transformer_config(model: Model) -> dict[str, Any]:
+    """The transformer's config.json. Of a published checkpoint that is not here, what is known of it: no network."""
+    if model.local is None and model.path in SIZES:
+        return SIZES[model.path]["transformer"]
+    return read_config(model, "transformer")
+
+
+def _family_index(model: Model) -> dict[str, Any]:
+    """What a family is told of model_index.json: {} where it can do without and the Hub would have to be asked."""
+    if model.local is None and model.path in SIZES:
+        return SIZES[model.path]["index"]
+    return pipeline_index(model) if model.local is not None or family_of(model).INDEXED else {}
+
+
+def own_drawing(model: Model) -> Drawing:
+    """Steps and guidance that the checkpoint is drawn with if nothing else is said."""
+    return family_of(model).drawing(model.path, _family_index(model), _transformer_config(model))
+
+
+def unguided(model: Model) -> str | None:
+    """Why guidance has no effect on what the checkpoint draws; None if it has."""
+    return family_of(model).unguided(_family_index(model), _transformer_config(model))
+
+
+def guided_by_two_calls(model: Model) -> bool:
+    """Whether guidance takes two calls of the transformer, the second one with the empty prompt."""
+    return family_of(model).two_calls(_family_index(model), _transformer_config(model))
+
+
+def distilled_from(model: Model) -> str | None:
+    """The checkpoint to train on in place of a few-step distilled one; None if this one is none."""
+    return family_of(model).distilled_from(model.path, _family_index(model), _transformer_config(model))
+
+
+def distilled_to(model: Model) -> str | None:
+    """The few-step checkpoint that adapters of this one are drawn on too; None if there is none."""
+    return family_of(model).distilled_to(_family_index(model), _transformer_config(model))
+
+
+def pipeline_of(model: Model) -> str:
+    """diffusers' class of the pipeline; the family's first one where the Hub would have to be asked."""
+    return str(_family_index(model).get("_class_name", next(iter(family_of(model).PIPELINES))))
+
+
+def own_size(model: Model) -> int:
+    """Pixels a side that the checkpoint was made for: what its autoencoder's config says (1024 for FLUX.1-dev).
+
+    Raises:
+        ValueError: it says none.
+    """
+    value = read_config(model, "vae").get("sample_size")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(_no_number(model, f"has sample_size={value!r} where a number belongs"))
+    return int(value)
+
+
+def latent_map(model: Model) -> LatentMap:
+    """How the autoencoder's latents become those that the transformer expects; reads single tensors of it at most.
+
+    Raises:
+        ValueError: its config or its weights do not say.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    config = read_config(model, "vae")
+
+    def tensor(name: str) -> torch.Tensor:
+        if model.random:
+            size = (config["latent_channels"] * 4,)
+            return torch.full(size, 1.0 if name.endswith("var") else 0.0)
+        with safe_open(part_folder(model, "vae") / VAE_FILE, framework="pt") as reader:
+            found: torch.Tensor = reader.get_tensor(name)
+            return found
+
+    try:
+        return of_config(config).latent_map(config, tensor)
+    except ValueError as error:
+        raise ValueError(_no_number(model, str(error))) from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot load the vae of {model.path}: {error}; copy the checkpoint again") from error
+
+
+def _no_number(model: Model, said: str) -> str:
+    return f"config.json of the vae of {model.path} {said}; copy the checkpoint again"
