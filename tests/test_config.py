@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
+from infer.choosing.settings import Choose
 from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.drawing.settings import Draw
@@ -52,6 +53,7 @@ ROOTS: dict[str, Any] = {
     "train": Train,
     "cache": Fill,
     "look": Look,
+    "choose": Choose,
     "compare": Compare,
     "draw": Draw,
     "save": Save,

@@ -85,7 +85,7 @@ def note_pictures(loop: Loop, mine: list[RankBatch], learned: list[tuple[Tensor,
     samples = loop.session.data.samples.all
     for part, (losses, sigmas) in zip(mine, learned, strict=True):
         if part.weight > 0:
-            names = [samples[place.sample].name for place in part.places]
+            names = [samples[index.sample].name for index in part.indices]
             loop.pictures.note(names, sigmas.tolist()[: len(names)], losses.tolist()[: len(names)])
 
 

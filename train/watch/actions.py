@@ -11,7 +11,7 @@ from train.watch import jobs
 from train.watch.captions import undo, write_caption
 from train.watch.commands import shown, text_of, train_words
 from train.watch.places import RefusedError, data_folder, run_folder
-from train.watch.run_commands import draw_words, go_on_words, look_words
+from train.watch.run_commands import choose_words, draw_words, go_on_words, look_words
 from train.watch.states import holder
 
 Form = dict[str, Any]
@@ -26,9 +26,11 @@ def words_of(form: Form, named: list[str]) -> tuple[list[str], str]:
         return look_words(train_words(form, named)), run
     if what == "draw":
         return draw_words(form), run
+    if what == "choose":
+        return choose_words(form), run
     if what == "go on":
         return go_on_words(run), run
-    raise RefusedError(f"{what!a} is nothing that can be started; choose train, look, draw or go on")
+    raise RefusedError(f"{what!a} is nothing that can be started; choose train, look, draw, choose or go on")
 
 
 def command(form: Form, named: list[str]) -> dict[str, Any]:

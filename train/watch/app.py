@@ -46,7 +46,7 @@ def make_app(options: Page, token: str) -> Guard:
         Route("/files/{name:path}", run_file),
         Route("/picture", picture),
         Route("/api/runs", answer(lambda request: overview())),
-        Route("/api/run", answer(lambda request: describe(_one(request, "name")))),
+        Route("/api/run", answer(lambda request: run_of(_one(request, "name")))),
         Route("/api/curves", answer(lambda request: curves(_one(request, "name")))),
         Route("/api/losses", answer(lambda request: picture_losses(_one(request, "name")))),
         Route("/api/diff", answer(lambda request: difference(_one(request, "name"), _one(request, "other")))),
@@ -193,6 +193,13 @@ def overview() -> dict[str, Any]:
     waiting = any(job["queued"] and job["state"] == "waiting" for job in listed)
     working = any(job["queued"] and job["state"] == "running" for job in listed)
     return {"runs": runs, "jobs": listed, "notes": notes, "standstill": waiting and not working}
+
+
+def run_of(name: str) -> dict[str, Any]:
+    """A run, which may wait in the queue or be starting."""
+    training = (job for job in jobs.list_jobs() if job["run"] == name and job["words"][0] == "train/train.py")
+    begun = next((job["state"] for job in training if job["state"] in ("waiting", "running")), None)
+    return describe(name, begun)
 
 
 def jobs_of(run: str) -> dict[str, Any]:

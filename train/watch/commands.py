@@ -98,11 +98,11 @@ def train_words(form: dict[str, Any], named: list[str]) -> list[str]:
         check_run_name(run)
     except ValueError as error:
         raise RefusedError(str(error)) from error
-    words.append(f"run={quote(run)}")
+    words.append(f"run={typed_text(run)}")
     folder = text_of(form, "data")
     if folder:
         data_folder(named, folder)
-        words.append(f"data.path={quote(folder)}")
+        words.append(f"data.path={typed_text(folder)}")
     kind = text_of(form, "kind", 100)
     if kind:
         if kind not in KINDS:
@@ -110,7 +110,7 @@ def train_words(form: dict[str, Any], named: list[str]) -> list[str]:
         words += KINDS[kind][1]
     trigger = text_of(form, "trigger", 200)
     if trigger:
-        words.append(f"data.trigger={quote(trigger)}")
+        words.append(f"data.trigger={typed_text(trigger)}")
     for field, name in (("resolution", "data.resolution"), ("steps", "steps")):
         value = text_of(form, field, 12)
         if value:
@@ -194,6 +194,11 @@ def numbers(form: dict[str, Any], name: str, kind: Callable[[Any], Any], low: fl
     if len(found) > 64:
         raise RefusedError(f"{name} has {len(found)} numbers; give at most 64")
     return list(dict.fromkeys(found))
+
+
+def typed_text(value: str) -> str:
+    """Text as the value of a text setting: commands take it as it is typed, but for null and what is quoted already."""
+    return quote(value, always=True) if value.lower() == "null" or value[:1] in "'\"" else value
 
 
 def shown(words: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.watch.places import run_folder
+from train.watch.places import run_place
 from train.watch.states import METRICS
 
 POINTS = 800  # of a curve, each the mean of its steps
@@ -114,7 +114,7 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 
 def curves(name: str) -> dict[str, Any]:
     """The curves of a run: of the training in bins, and each validation with its loss by noise level."""
-    found = read_figures(run_folder(name) / METRICS)
+    found = read_figures(run_place(name) / METRICS)
     validations: list[dict[str, Any]] = []
     for entry in found.validations:
         levels = entry.get("validation_loss_by_level")

@@ -41,17 +41,26 @@ def within(folder: Path, name: str) -> Path:
     return path
 
 
+def run_place(name: str) -> Path:
+    """Where a run's folder is, or will be.
+
+    Raises:
+        RefusedError: the name is no run's.
+    """
+    try:
+        check_run_name(name)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    return within(runs_folder(), name)
+
+
 def run_folder(name: str) -> Path:
     """The folder of a run that is there.
 
     Raises:
         RefusedError: there is none of that name.
     """
-    try:
-        check_run_name(name)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
-    folder = within(runs_folder(), name)
+    folder = run_place(name)
     if not folder.is_dir():
         raise RefusedError(f"there is no run {name!a}: it was deleted or renamed meanwhile")
     return folder

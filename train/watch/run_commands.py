@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from infer.choosing.settings import Choose
 from infer.drawing.settings import Draw
-from infer.program.literal import quote
 from infer.program.paths import CONFIGS
 from train.loop.next_steps import model_words
+from train.state.checkpoint_names import checkpoint_steps
 from train.state.latest import NAME as LATEST
-from train.watch.commands import LINE, check, lines_of, numbers, text_of, typed
+from train.watch.commands import LINE, check, lines_of, numbers, text_of, typed, typed_text
 from train.watch.places import RefusedError, run_folder
 from train.watch.runs import read_config
 from train.watch.states import read_json
@@ -55,7 +56,7 @@ def _model(run: str) -> tuple[list[str], dict[str, Any]]:
         )
     (word,) = model_words(path)
     name, _, value = word.partition("=")
-    words = [f"{name}={quote(value)}"]
+    words = [f"{name}={typed_text(value)}"]
     if isinstance(model, dict) and model.get("weights") == "random":
         words.append("model.weights=random")
     kind = precision.get("kind") if isinstance(precision, dict) else None
@@ -92,7 +93,7 @@ def draw_words(form: dict[str, Any]) -> list[str]:
     if which == "base":
         given = []
     elif which in known:
-        given = [f"adapter.path={quote(str(folder / which))}"]
+        given = [f"adapter.path={typed_text(str(folder / which))}"]
     else:
         raise RefusedError(f"run {run!a} has no {which!a}; it has {', '.join(known) or 'no adapter yet'}")
     prompts = lines_of(form, "prompts", 50)
@@ -106,7 +107,7 @@ def draw_words(form: dict[str, Any]) -> list[str]:
     seeds = numbers(form, "seeds", int, 0, 2**63 - 1)
     words += [*given, f"prompts={json.dumps(prompts, ensure_ascii=False)}"]
     words += [f"seeds=[{','.join(map(str, seeds))}]"] if seeds else []
-    words += [*_sampling(form), f"out={quote(str(free_folder(folder / 'drawn')))}"]
+    words += [*_sampling(form), f"out={typed_text(str(free_folder(folder / 'drawn')))}"]
     words = ["infer/draw.py", *words]
     check(words, "draw", Draw)
     return words
@@ -116,6 +117,38 @@ def free_folder(parent: Path) -> Path:
     """A folder of a number that is not there yet."""
     taken = [int(each.name) for each in parent.glob("*") if each.name.isdecimal()] if parent.is_dir() else []
     return parent / f"{max(taken, default=0) + 1:03d}"
+
+
+def choose_words(form: dict[str, Any]) -> list[str]:
+    """infer/choose.py for a run: the grid and the scores, or `take` a checkpoint.
+
+    Raises:
+        RefusedError: a field is wrong.
+    """
+    run = text_of(form, "run", 200)
+    folder = run_folder(run)
+    there = checkpoint_steps(folder / "checkpoints")
+    words = ["infer/choose.py", f"run={typed_text(run)}"]
+    take = text_of(form, "take", 40)
+    steps = numbers(form, "checkpoints", int, 0, 10**9)
+    for step in [*steps, *([typed(take, int, "take", 0, 10**9)] if take else [])]:
+        if step not in there:
+            raise RefusedError(
+                f"run {run!a} has no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}"
+            )
+    if take:
+        words.append(f"take=step-{int(take):06d}")
+    else:
+        words += [f"checkpoints=[{','.join(f'step-{step:06d}' for step in steps)}]"] if steps else []
+        prompts = lines_of(form, "prompts", 20)
+        words += [f"prompts={json.dumps(prompts, ensure_ascii=False)}"] if prompts else []
+        weights = numbers(form, "weights", float, -100, 100)
+        words += [f"weights=[{','.join(f'{each:g}' for each in weights)}]"] if weights else []
+        seed = text_of(form, "seed", 20)
+        words += [f"seed={typed(seed, int, 'seed', 0, 2**63 - 1)}"] if seed else []
+        words += _sampling(form)
+    check(words, "choose", Choose)
+    return words
 
 
 def look_words(train: list[str]) -> list[str]:

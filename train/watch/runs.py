@@ -16,7 +16,7 @@ from train.state.checkpoint_names import checkpoint_steps
 from train.state.latest import NAME as LATEST
 from train.sweeps.point import RECORD
 from train.trackers.metrics import read_events
-from train.watch.places import run_folder, runs_folder
+from train.watch.places import run_folder, run_place, runs_folder
 from train.watch.states import CONFIG, METRICS, MOST, read_json, state_of
 
 DEPTH = 3  # folders within runs/ that a run's name may have
@@ -103,9 +103,9 @@ def difference(name: str, other: str) -> list[dict[str, str | None]]:
     ]
 
 
-def describe(name: str) -> dict[str, Any]:
-    """What a run's page shows."""
-    folder = run_folder(name)
+def describe(name: str, begun: str | None = None) -> dict[str, Any]:
+    """What a run's page shows; begun: the state of a job that trains it, and whose folder may not be there yet."""
+    folder = run_place(name) if begun else run_folder(name)
     latest, config = read_json(folder / LATEST), read_config(folder)
     plan = read_json(folder / "plan.json")
     events = [
@@ -114,9 +114,12 @@ def describe(name: str) -> dict[str, Any]:
     ]
     files = ("report.html", "compare/report.html", "gap/report.html", "data.html", "compare/comparison.png", "loss.png")
     choice = read_json(folder / "choose" / "choice.json")
+    state = state_of(folder)
+    if begun == "waiting" or (begun == "running" and state["state"] not in ("training", "encoding")):
+        state |= {"state": "waiting" if begun == "waiting" else "encoding", "reason": None}
     return {
         "name": name,
-        **state_of(folder),
+        **state,
         "settings": flat(config) if config else {},
         "words": latest.get("words"),
         "ranks": latest.get("ranks"),
@@ -148,7 +151,7 @@ def drawings(folder: Path) -> list[dict[str, Any]]:
 
 def picture_losses(name: str) -> list[dict[str, Any]]:
     """How the loss of each training picture stands, those that stand out most first."""
-    said = read_json_large(run_folder(name) / "pictures.json")
+    said = read_json_large(run_place(name) / "pictures.json")
     found = []
     pictures = said.get("pictures")
     for picture, values in pictures.items() if isinstance(pictures, dict) else ():

@@ -45,7 +45,8 @@ export function chart(series, options) {
   let kept = log ? all.filter((value) => value > 0) : all;
   if (options.clip && kept.length > 20) kept = kept.filter((v) => v >= quantile(kept, .01) && v <= quantile(kept, .98));
   let low = kept.reduce((a, b) => Math.min(a, b)), high = kept.reduce((a, b) => Math.max(a, b));
-  const pad = log ? 1.06 : (high - low || Math.abs(high) || 1) * .04;
+  const span = high - low > 1e-6 * Math.abs(high) ? high - low : Math.abs(high) || 1;  // a sum's rounding is no range
+  const pad = log ? 1.06 : span * .04;
   [low, high] = log ? [low / pad, high * pad] : [low - pad, high + pad];
   const xs = lines.flatMap((one) => [one.step[0], one.step.at(-1)]);
   const first = Math.min(...xs), last = Math.max(options.steps ?? 0, ...xs, first + 1);

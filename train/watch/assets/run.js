@@ -43,7 +43,7 @@ function steering(name, of, again) {
   });
   const draw = () => {
     const run = of(), going = run.state === "training" || run.state === "encoding";
-    const waits = run.jobs.some((job) => job.words[0] === "train/train.py" && (job.state === "waiting" || (job.state === "running" && !going)));
+    const waits = run.state === "waiting";
     const focused = box.contains(document.activeElement) ? document.activeElement.textContent : null;
     box.replaceChildren(...(going ? [
       run.state === "training" ? button("Sample now", ask("sample", "previews are drawn after this step")) : null,
@@ -184,7 +184,7 @@ async function settingsTab(place, name, run) {
   const others = (await get("runs")).runs.map((one) => one.name).filter((other) => other !== name);
   const against = select("other", [["", "another run …"], ...others.map((other) => [other, other])], "");
   const body = h("div", {});
-  const rows = (heads, lines) => h("div", {className: "scroll"}, h("table", {className: "plain"}, h("thead", {}, h("tr", {}, heads.map((text) => h("th", {}, text)))),
+  const rows = (heads, lines) => h("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Table"}, h("table", {className: "plain"}, h("thead", {}, h("tr", {}, heads.map((text) => h("th", {}, text)))),
     h("tbody", {}, lines.map((line) => h("tr", {}, line.map((text, i) => i ? h("td", {}, text ?? "absent") : h("th", {scope: "row"}, text)))))));
   const draw = () => tried(async () => {
     if (!against.value) { body.replaceChildren(rows(["setting", "value"], Object.entries(run.settings))); return; }

@@ -24,7 +24,7 @@ async function show(focus) {
   let made;
   try { made = await VIEWS[view](place, words.slice(1)); } catch (error) {
     if (!(error instanceof Failed)) throw error;
-    place.append(h("h1", {}, "Not there"), note(error.message, "bad"), h("p", {}, h("a", {href: "#/runs"}, "To all runs")));
+    place.replaceChildren(h("h1", {}, "Not there"), note(error.message, "bad"), h("p", {}, h("a", {href: "#/runs"}, "To all runs")));
   }
   if (mine !== turn) { made?.stop?.(); return; }
   shown = made ?? null;
