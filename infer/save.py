@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from infer.adapter.checks import check_precision
+from infer.checkpoint.file_checks import check_written
 from infer.checkpoint.files import read_config
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
@@ -51,6 +52,7 @@ def save(options: Save) -> Path:
         raise ValueError(f"out is {options.out!r}; give a folder that does not exist yet")
     check_device_name(options.device)
     check_model(options.model)
+    check_written(options.model)
     device = pick_device(options.device)
     check_precision(options.model, options.precision, linear_shapes(read_config(options.model, "transformer")))
     ready()

@@ -30,7 +30,7 @@ from infer.quantize.precision import Precision
 from scripts import bench_rows
 from scripts.bench_rows import Row
 from scripts.bench_train import Held, measure
-from scripts.bench_variants import BF16, INT8, NESTED, NF4, Variant, need
+from scripts.bench_variants import BF16, FLUX2, INT8, NESTED, NF4, Variant, need
 from train.data.dataset import Data
 from train.objective.optim import Optim
 from train.run.config import Train
@@ -50,9 +50,11 @@ def _config(
     budget: float | None = None,
     fused: bool = True,
     dora: bool = False,
+    model: str = "FLUX.1-dev",
 ) -> Variant:
     memory = Memory(keep, fused=fused, budget_gib=budget)
-    return Variant(precision, resolution, memory, Adapter(rank=rank, targets=targets, dora=dora), optim, batch)
+    adapter = Adapter(rank=rank, targets=targets, dora=dora)
+    return Variant(precision, resolution, memory, adapter, optim, batch, model=model)
 
 
 _number = count()
@@ -98,6 +100,21 @@ CONFIGS: dict[str, Variant] = {
         _config(BF16, 512, budget=12.0),
         _config(NF4, 1024, keep="products", rank=4),
         _config(NF4, 512, keep="everything", batch=2),
+        *(
+            _config(NF4, size, keep=keep, model=FLUX2["klein4b"])
+            for keep in ("attention", "nothing", "everything")
+            for size in (1024, 512)
+        ),
+        _config(INT8, 1024, model=FLUX2["klein4b"]),
+        _config(BF16, 512, model=FLUX2["klein4b"]),
+        _config(NF4, 1024, keep="nothing", budget=4.0, model=FLUX2["klein4b"]),
+        _config(NESTED, 512, keep="nothing", rank=64, targets=MLP, model=FLUX2["klein4b"]),
+        _config(NF4, 1024, model=FLUX2["klein9b"]),
+        _config(NF4, 512, keep="nothing", model=FLUX2["klein9b"]),
+        _config(NF4, 512, keep="everything", model=FLUX2["klein9b"]),
+        _config(NF4, 1024, model=FLUX2["flux2_dev"]),
+        _config(NF4, 512, keep="nothing", model=FLUX2["flux2_dev"]),
+        _config(NF4, 1024, keep="nothing", budget=20.0, model=FLUX2["flux2_dev"]),
     )
 }
 
@@ -111,6 +128,7 @@ def groups(names: list[str], most: int) -> list[list[str]]:
             group
             for group in found
             if CONFIGS[group[0]].precision == variant.precision
+            and CONFIGS[group[0]].model == variant.model
             and CONFIGS[group[0]].memory.budget_gib is None
             and variant.memory.budget_gib is None
             and len(group) < most
@@ -124,14 +142,15 @@ def groups(names: list[str], most: int) -> list[list[str]]:
 
 def describe(variant: Variant) -> Row:
     job = variant.job
-    parts = {name: asdict(getattr(job, name)) for name in ("precision", "adapter", "memory")}
+    parts: Row = {name: asdict(getattr(job, name)) for name in ("precision", "adapter", "memory")}
+    parts["model"] = job.model.path
     return {**parts, "optim": job.optim.name, "resolution": variant.resolution, "batch_size": variant.batch}
 
 
 def job_of(config: Row) -> Train:
     """What `describe` described."""
     return Train(
-        model=Model("black-forest-labs/FLUX.1-dev", weights="random"),
+        model=Model(config.get("model", "black-forest-labs/FLUX.1-dev"), weights="random"),
         precision=Precision(**config["precision"]),
         adapter=Adapter(**config["adapter"]),
         memory=Memory(**config["memory"]),

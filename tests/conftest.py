@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 settings.register_profile("untimed", deadline=None)  # seconds are no property, and other work may run here
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every garbage collection: the trainer asks for them, and each would look
+    through all objects of torch and of the tests again, for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROWS, COLUMNS = 40, 110
+# OpenMP's threads wait asleep: beside other work they would else burn three times the time that they compute
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 QUIET = ("TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "PYTHONWARNINGS")  # what tests set and a newcomer does not
 ALARMING = re.compile(r"Traceback|Warning\b|warnings?\.warn|\bWARN(ING)?\b|deprecat|KeyboardInterrupt|^W\d{4} ", re.I)
 
@@ -47,6 +49,7 @@ def watch(command: Sequence[str], folder: Path, interrupt_after: str | None = No
         os.chdir(folder)
         for name in QUIET:
             os.environ.pop(name, None)
+        os.environ |= PASSIVE
         for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored where tests run in the background
             signal.signal(number, signal.SIG_DFL)
         os.execvp(command[0], list(command))

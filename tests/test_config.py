@@ -40,6 +40,7 @@ from train.latents.encoding import Encode
 from train.look import Look
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
+from train.objective.preservation import Preserve
 from train.run.config import Train
 from train.run.sweep import Sweep
 from train.state.identity import record_config
@@ -78,6 +79,7 @@ GROUPS: dict[str, Any] = {
     "networks": Networks,
     "optim": Optim,
     "precision": Precision,
+    "preserve": Preserve,
     "sampling": Sampling,
     "sweep": Sweep,
     "track": Track,
@@ -302,6 +304,12 @@ WRONG = [
     ("compare", "adapter.name=mine", "adapter.name is mine, which has no effect"),
     ("compare", "+recovery.nf4=x only=[bf16]", "recovery names 'nf4', which only=.* leaves out"),
     ("recover", "rate=1e-3", "rate is 0.001, .*polish, which is 0 steps; leave it at 0.0001"),
+    ("train", "preserve.kind=klass", "preserve.kind is 'klass'; choose one of none, class, empty"),
+    ("train", "preserve=class preserve.weight=0", "preserve.weight is 0.0; it must be above 0"),
+    ("train", "preserve.weight=2", "preserve.weight is 2.0, which has no effect: preserve.kind=none preserves nothing"),
+    ("train", "preserve=empty preserve.word=dog", "preserve.word is dog, which has no effect: preserve.kind=empty"),
+    ("compare", "class_prompts=[a]", "class_prompts is .*adapter.path is null"),
+    ("compare", "adapter.path=x class_prompts=[a] unrelated=[a]", "'a' is among unrelated and among class_prompts"),
     ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
     ("train", "flow.weighting=all", "flow.weighting is 'all'; choose one of none"),
     ("train", "flow.logit_std=0", "flow.logit_std is 0.0; it must be above 0"),
@@ -382,6 +390,7 @@ WRONG = [
     ("compare", "precisions.nf4.kind=nf5", "precision.kind is 'nf5'; choose one of"),
     ("convert", "to=a1111", "to is 'a1111'; choose one of diffusers, peft, kohya, comfyui"),
     ("train", "push=mine", "push is 'mine'; write owner/name"),
+    ("train", "mirror=mine", "mirror is 'mine', no address; write s3://"),
     ("compare", "+recovery.nf5=x", "recovery names 'nf5', which is none of bf16"),
     ("compare", "adapter.also=[{path:b}]", "adapter.also is given without adapter.path"),
     ("compare", "adapter.path=a adapter.weight=nan", "the weight of adapter a is nan; give a number"),

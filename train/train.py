@@ -21,9 +21,11 @@ if __name__ == "__main__":
 
 from infer.program.command import run_command
 from infer.program.quiet import ready
-from train.data.dataset import check_left, read_samples
+from train.data.dataset import check_left, read_samples, sources_of
+from train.objective.preservation import check_preserved
 from train.run.config import Train
 from train.run.names import check_names
+from train.state.mirror import mirrored
 from train.state.signals import StopSignals
 
 
@@ -33,12 +35,15 @@ def train(job: Train) -> Path:
         folder = check_names(job)
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
-        ready()
-        from train.loop.repeat import repeating
-        from train.loop.run import run
+        own = (sample for sample in samples if not sources_of(job.data)[sample.source].prior)
+        check_preserved(job.preserve, job.data.trigger, (text for sample in own for text in sample.captions))
+        with mirrored(job.mirror, job.run, folder):
+            ready()
+            from train.loop.repeat import repeating
+            from train.loop.run import run
 
-        with repeating(job.deterministic):
-            return run(job, folder, samples, skipped, stop)
+            with repeating(job.deterministic):
+                return run(job, folder, samples, skipped, stop)
 
 
 if __name__ == "__main__":

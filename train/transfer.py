@@ -34,6 +34,7 @@ from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.bounds import SEED, STEPS, check_most
 from infer.program.command import check_file_names, check_run_name, run_command
+from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.quantize.precision import Precision
 from infer.report.cells import text_table
@@ -88,6 +89,7 @@ class Transfer:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", seeds=SEED, steps=STEPS, accumulation=10**4, levels=10**4)
         for name in ("steps", "accumulation", "levels"):
             if getattr(self, name) < 1:

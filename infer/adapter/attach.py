@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Container, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -278,3 +278,14 @@ def switch(transformer: Any, on: bool) -> None:
     """All adapters on at weight 1, or all but the recovery adapter off, which without one restores the base bit for
     bit."""
     set_adapters(transformer, dict.fromkeys(transformer.peft_config, 1.0) if on else {})
+
+
+@contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """The base, with the recovery adapter if there is one, for a with-block; afterwards all adapters are on at weight
+    1."""
+    switch(transformer, False)
+    try:
+        yield
+    finally:
+        switch(transformer, True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.checkpoint.files import part_folder, pipeline_index, read_config
 from infer.checkpoint.model import Model
+from infer.checkpoint.sources import file_of, rest_of
 from infer.family.family import Drawing, Family, LatentMap
 from infer.family.find import SIZES, of_config
 
@@ -30,21 +31,22 @@ def family_of(model: Model) -> Family:
 
 def _transformer_config(model: Model) -> dict[str, Any]:
     """The transformer's config.json. Of a published checkpoint that is not here, what is known of it: no network."""
-    if model.local is None and model.path in SIZES:
+    if model.file is None and model.local is None and model.path in SIZES:
         return SIZES[model.path]["transformer"]
     return read_config(model, "transformer")
 
 
 def _family_index(model: Model) -> dict[str, Any]:
     """What a family is told of model_index.json: {} where it can do without and the Hub would have to be asked."""
-    if model.local is None and model.path in SIZES:
-        return SIZES[model.path]["index"]
-    return pipeline_index(model) if model.local is not None or family_of(model).INDEXED else {}
+    rest = rest_of(model)
+    if rest.local is None and rest.path in SIZES:
+        return SIZES[rest.path]["index"]
+    return pipeline_index(rest) if rest.local is not None or family_of(model).INDEXED else {}
 
 
 def own_drawing(model: Model) -> Drawing:
     """Steps and guidance that the checkpoint is drawn with if nothing else is said."""
-    return family_of(model).drawing(model.path, _family_index(model), _transformer_config(model))
+    return family_of(model).drawing(rest_of(model).path, _family_index(model), _transformer_config(model))
 
 
 def unguided(model: Model) -> str | None:
@@ -59,12 +61,19 @@ def guided_by_two_calls(model: Model) -> bool:
 
 def distilled_from(model: Model) -> str | None:
     """The checkpoint to train on in place of a few-step distilled one; None if this one is none."""
-    return family_of(model).distilled_from(model.path, _family_index(model), _transformer_config(model))
+    return family_of(model).distilled_from(rest_of(model).path, _family_index(model), _transformer_config(model))
 
 
 def distilled_to(model: Model) -> str | None:
     """The few-step checkpoint that adapters of this one are drawn on too; None if there is none."""
     return family_of(model).distilled_to(_family_index(model), _transformer_config(model))
+
+
+def takes_references(model: Model) -> bool:
+    """Whether the checkpoint was trained with reference pictures."""
+    known = model.local is None and model.path in SIZES
+    index = SIZES[model.path]["index"] if known else pipeline_index(model)
+    return family_of(model).takes_references(index)
 
 
 def pipeline_of(model: Model) -> str:
@@ -93,12 +102,16 @@ def latent_map(model: Model) -> LatentMap:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    config = read_config(model, "vae")
+    from infer.single_file.weights import autoencoder_weights
+
+    config, file = read_config(model, "vae"), file_of(model, "vae")
 
     def tensor(name: str) -> torch.Tensor:
         if model.random:
             size = (config["latent_channels"] * 4,)
             return torch.full(size, 1.0 if name.endswith("var") else 0.0)
+        if file is not None:
+            return autoencoder_weights(file, of_config(config), config)[name]
         with safe_open(part_folder(model, "vae") / VAE_FILE, framework="pt") as reader:
             found: torch.Tensor = reader.get_tensor(name)
             return found

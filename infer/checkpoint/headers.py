@@ -7,12 +7,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from infer.checkpoint.checks import check_axes, check_channels, check_embeds, check_whole
+from infer.checkpoint.file_checks import check_part_files, check_single
 from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.family.find import of_config, of_pipeline
-from infer.program.paths import is_hub_id, no_hub_id, no_index, not_a_model
+from infer.program.paths import is_hub_id, no_hub_id, no_index
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 
@@ -21,14 +22,21 @@ def check_model(model: Model) -> None:
     """Look at a local checkpoint before anything is loaded.
 
     Raises:
-        ValueError: it is neither a Hub id nor a complete diffusers folder of a FLUX model.
+        ValueError: it is neither a Hub id, a complete diffusers folder nor a single file of a FLUX model, or a single
+            file does not fit the other parts.
     """
-    folder = model.local
     if model.random:
         return
+    if model.file is not None:
+        check_single(model, model.file)
+    else:
+        _check_folder(model)
+    check_part_files(model)
+
+
+def _check_folder(model: Model) -> None:
+    folder = model.local
     if folder is None:
-        if Path(model.path).exists():
-            raise ValueError(not_a_model(Path(model.path)))
         if not is_hub_id(model.path):
             raise ValueError(
                 f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {no_hub_id(model.path)}"

@@ -15,6 +15,7 @@ from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load_errors import loading
 from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import random_part, shape_scheduler
+from infer.checkpoint.sources import file_of, rest_of
 from infer.family.find import of_config
 from infer.quantize.precision import (
     Precision,
@@ -48,6 +49,16 @@ def load_part(
     if model.random:
         loaded = random_part(model.path, part, precision, device, hold)
         return checked(loaded, precision, device)
+    file = file_of(model, part)
+    if file is not None:
+        from infer.checkpoint.from_file import text_from_file, transformer_from_file
+
+        with loading(str(file), True, part):
+            if part == "transformer":
+                loaded = transformer_from_file(model, file, precision, device, hold)
+            else:
+                loaded = text_from_file(model, part, file, cls, config, precision, device, hold)
+        return checked(loaded, precision, device)
     from infer.quantize.quantizer import quantization_config
 
     stored = read_config(model, part).get("quantization_config")
@@ -56,7 +67,10 @@ def load_part(
     if stored:
         check_stored(model.path, stored, precision, part)
     folder = part_folder(model, part)
-    with loading(model.path, model.local is not None, part), _quantizing(quantization or stored, device, hold):
+    with (
+        loading(rest_of(model).path, rest_of(model).local is not None, part),
+        _quantizing(quantization or stored, device, hold),
+    ):
         loaded, found = cls.from_pretrained(
             str(folder),
             quantization_config=quantization,
@@ -127,7 +141,15 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
         vae = random_part(model.path, "vae", Precision(NAMES[dtype]), device)
         compute_in(vae, compute_dtype(dtype, device))
         return _tiled(vae, device).eval().requires_grad_(False)
-    with loading(model.path, model.local is not None, "vae"):
+    file = file_of(model, "vae")
+    if file is not None:
+        from infer.checkpoint.from_file import autoencoder_from_file
+
+        with loading(str(file), True, "vae"):
+            vae = autoencoder_from_file(model, file, dtype)
+        compute_in(vae, compute_dtype(dtype, device))
+        return _tiled(vae, device).to(device).eval().requires_grad_(False)
+    with loading(rest_of(model).path, rest_of(model).local is not None, "vae"):
         vae, found = getattr(diffusers, of_config(read_config(model, "vae")).AUTOENCODER).from_pretrained(
             str(part_folder(model, "vae")),
             torch_dtype=dtype,
@@ -157,5 +179,5 @@ def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
 
     if model.random:
         return shape_scheduler(model.path)
-    with loading(model.path, model.local is not None, "scheduler"):
+    with loading(rest_of(model).path, rest_of(model).local is not None, "scheduler"):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(str(part_folder(model, "scheduler")))

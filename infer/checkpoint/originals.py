@@ -1,6 +1,7 @@
 """A checkpoint's own unquantized weights, read from its shards when they are needed: never all of them at once."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from infer.checkpoint.family import family_of
 from infer.checkpoint.files import part_folder, read_config
 from infer.checkpoint.headers import SINGLE
 from infer.checkpoint.model import Model
+from infer.checkpoint.sources import file_of
+from infer.single_file.weights import Weights, transformer_weights
+
+SHARD = 4 * 2**30  # bytes in bf16
 
 
 def check_unquantized(model: Model) -> None:
@@ -36,10 +41,15 @@ class Originals:
         ValueError: the checkpoint holds no unquantized weights.
         """
         check_unquantized(model)
+        file = file_of(model, "transformer")
+        if file is not None:
+            weights = transformer_weights(file, read_config(model, "transformer"), torch.device("cpu"))
+            self.tensors: Mapping[str, Tensor] = weights
+            self.shards: dict[str, list[str]] = _shards(weights)
+            return
         folder = part_folder(model, "transformer")
         index = folder / f"{SINGLE}.index.json"
-        self.shards: dict[str, list[str]] = {}
-        """Names by shard, in the checkpoint's order."""
+        self.shards = {}  # names by shard, in the checkpoint's order
         if index.is_file():
             for name, file in json.loads(index.read_text())["weight_map"].items():
                 self.shards.setdefault(file, []).append(name)
@@ -59,6 +69,23 @@ class Originals:
         """A linear layer's weight [out, in] in fp32."""
         value: Tensor = self.tensors[f"{layer}.weight"]
         return value.float()
+
+
+def _shards(weights: Weights) -> dict[str, list[str]]:
+    """A single file's tensors in shards of about 4 GiB, with the names that diffusers gives them."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in weights:
+        count = 2 * weights.numel(name)
+        if groups[-1] and size + count > SHARD:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    stem = SINGLE.removesuffix(".safetensors")
+    return {f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
 def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> Any:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from infer.checkpoint.family import family_of
 from infer.checkpoint.files import part_folder, pipeline_index
-from infer.checkpoint.load import load_transformer
+from infer.checkpoint.load import load_transformer, load_vae
 from infer.checkpoint.model import Model
+from infer.checkpoint.sources import file_of
 from infer.checkpoint.text import load_text_parts
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
 from infer.quantize.precision import Precision
@@ -33,14 +34,22 @@ def refuse_mixture(precision: Precision, mend: str) -> None:
 
 def save_beside(model: Model, precision: Precision, device: torch.device, folder: Path) -> None:
     """All of a checkpoint but its transformer: the large text encoder at the precision, the other parts as they are."""
+    import torch
+
     family = family_of(model)
     parts = load_text_parts(model, precision, device, whole=True)
     large = [encoder.part for encoder in family.ENCODERS if encoder.large]
     for part in large:
         parts[part].save_pretrained(folder / part)
     for part in family.PARTS:
-        if part not in ("transformer", *large):
+        if part in ("transformer", *large):
+            continue
+        if file_of(model, part) is None:
             shutil.copytree(part_folder(model, part), folder / part)
+        elif part == "vae":
+            load_vae(model, torch.device("cpu"), torch.float32).save_pretrained(folder / part)
+        else:
+            parts[part].save_pretrained(folder / part)
     # without the head of a language model: plain diffusers would make one, in 4 bits without their scales
     index = pipeline_index(model) | {part: ["transformers", type(parts[part]).__name__] for part in large}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

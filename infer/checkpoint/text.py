@@ -11,6 +11,7 @@ from infer.checkpoint.load import load_part
 from infer.checkpoint.load_errors import loading
 from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_tokenizer
+from infer.checkpoint.sources import rest_of
 from infer.quantize.precision import Precision
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device, wh
         if model.random:
             parts[name] = shape_tokenizer(model.path, name)
             continue
-        with loading(model.path, model.local is not None, name):
+        rest = rest_of(model)
+        with loading(rest.path, rest.local is not None, name):
             folder = part_folder(model, name)
             parts[name] = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         check_words(model.path, name, parts[name], parts[part])

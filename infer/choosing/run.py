@@ -49,7 +49,7 @@ class RunFiles:
         return self.validation[max(before)] if before else None
 
 
-def _known(kind: Any, values: Any) -> Any:
+def known_settings(kind: Any, values: Any) -> Any:
     """A dataclass of the recorded values that it has; others are of another version."""
     there = {each.name for each in fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in there})
@@ -65,7 +65,7 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
         raise ValueError(f"there is no run {folder}; name one that was trained")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
-        model, precision = _known(Model, config["model"]), _known(Precision, config["precision"])
+        model, precision = known_settings(Model, config["model"]), known_settings(Precision, config["precision"])
         adapter, data = dict(config["adapter"]), config["data"]
         trigger, path = data.get("trigger"), data.get("path")
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -150,29 +150,43 @@ def draw_precision(
 
 
 def all_prompts(options: Compare) -> list[str]:
-    """What is drawn: the prompts, then with an adapter those that it has nothing to do with."""
-    return options.prompts + (options.unrelated if options.adapter.path is not None else [])
+    """What is drawn: the prompts, then with an adapter those that it has nothing to do with and those of its class."""
+    return options.prompts + (options.unrelated + options.class_prompts if options.adapter.path is not None else [])
 
 
-def draw_all(options: Compare, device: torch.device) -> Path:
+def memory_of(options: Compare, name: str, device: torch.device) -> Memory:
+    """The memory settings with which all of a precision's pictures can be drawn.
+
+    Raises:
+        ValueError: the checkpoint or the device cannot do what is asked for.
+    """
+    how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
+    return check_running(options.model, *how, device)
+
+
+def names_of(options: Compare) -> list[str]:
+    """The precisions that are drawn."""
+    return [name for name in options.precisions if options.only is None or name in options.only]
+
+
+def draw_all(options: Compare, device: torch.device, folder: str = "compare") -> Path:
     """Run the comparison; returns its folder within the run's, which appears whole or not at all."""
     run, scores = check_run_name(options.run), find_scores(options.scores)
     check_networks(options.networks)
     adapter = None
     if options.adapter.path is not None:
         adapter = options.adapter.name or Path(options.run).name, options.adapter.path
-    names = [name for name in options.precisions if options.only is None or name in options.only]
+    names = names_of(options)
     check_guidance(options.model, options.sampling.guidance)
     options.sampling = settled(options.sampling, options.model)
     memory: dict[str, Memory] = {}
     for turn in range(2):  # before anything is measured, and with the mixtures that came of it
         for name in names:
-            how = options.precisions[name], options.adapter, options.recovery.get(name), options.memory
-            memory[name] = check_running(options.model, *how, device)
+            memory[name] = memory_of(options, name, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     for name, score in scores.items():  # before an hour of drawing, not after it
-        for prompt in options.prompts:
+        for prompt in all_prompts(options):
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
             except Exception as error:  # whatever the user's function raises
@@ -182,8 +196,8 @@ def draw_all(options: Compare, device: torch.device) -> Path:
                 ) from error
             if not math.isfinite(given):
                 raise ValueError(f"scores.{name} gives no number for a black picture of {prompt!r}; let it give one")
-    target, unfinished = run / "compare", partial_of(run / "compare")
-    clear_partials(run, "compare")
+    target, unfinished = run / folder, partial_of(run / folder)
+    clear_partials(run, folder)
     (unfinished / "images").mkdir(parents=True)
     try:
         rows: list[Row] = []
@@ -197,8 +211,11 @@ def draw_all(options: Compare, device: torch.device) -> Path:
                     raise ValueError(f"at precision {name} {error}; only=[...] compares the others") from error
         plain = (n for n in names if options.precisions[n].kind == "bf16" and options.precisions[n].exact)
         reference = next(plain, None)
-        rows, drift = ([r for r in rows if (r.prompt in options.unrelated) is apart] for apart in (False, True))
-        drawn = rows, drift, unfinished, latents, reference, scores
+        drift, bleed = (
+            [row for row in rows if row.prompt in prompts] for prompts in (options.unrelated, options.class_prompts)
+        )
+        rows = [row for row in rows if row.prompt in options.prompts]
+        drawn = rows, drift, bleed, unfinished, latents, reference, scores
         scored = score_all(*drawn, options.networks, options.references, device)
         height, width = options.sampling.size(own_size(options.model))
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
@@ -214,6 +231,7 @@ def draw_all(options: Compare, device: torch.device) -> Path:
             },
             rows=rows,
             drift=drift,
+            bleed=bleed,
             summary=scored.summary,
             references=scored.references,
             absent=scored.absent,

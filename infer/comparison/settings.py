@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from infer.adapter.read import find_adapter
+from infer.adapter.second import check_same_start, second_model, short_name
 from infer.adapter.selection import Trained
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.model import Model
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 TAKEN_SCORES = re.compile(
-    r"(psnr|ssim|latents|lpips|drift)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
+    r"(psnr|ssim|latents|lpips|drift|bleed)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
 )
 
 
@@ -51,6 +53,9 @@ class Compare:
     """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
     unrelated: list[str] = field(default_factory=list)
     """Prompts that the adapter has nothing to do with: what it changes there is its drift. None draws none."""
+    class_prompts: list[str] = field(default_factory=list)
+    """Prompts of the class without the trigger, as 'a dog' beside 'sks dog': what the adapter changes there has bled
+    into the class. None draws none."""
     references: str | None = None
     """The folder of the training pictures, to see how like them the pictures are, and whether any was learned by heart;
     null leaves these scores out."""
@@ -85,7 +90,7 @@ class Compare:
         for name in self.scores:
             if TAKEN_SCORES.fullmatch(name):
                 raise ValueError(f"scores.{name} has the name of a score that is measured anyway; choose another one")
-        for what in ("prompts", "seeds", "unrelated"):
+        for what in ("prompts", "seeds", "unrelated", "class_prompts"):
             twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
             if twice:
                 raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
@@ -97,12 +102,23 @@ class Compare:
                 raise ValueError(f"recovery names {name!r}, which is none of {', '.join(self.precisions)}")
             if self.only is not None and name not in self.only:
                 raise ValueError(f"recovery names {name!r}, which only={self.only} leaves out; name it in both or none")
-        both = [prompt for prompt in self.prompts if prompt in self.unrelated]
-        if both:
-            raise ValueError(f"{both[0]!r} is among prompts and among unrelated; a prompt is one or the other")
+        named = {name: set(getattr(self, name)) for name in ("prompts", "unrelated", "class_prompts")}
+        for one, other in combinations(named, 2):
+            if both := sorted(named[one] & named[other]):
+                raise ValueError(f"{both[0]!r} is among {one} and among {other}; a prompt is one or the other")
         if self.adapter.path is None:
             reason = "they show what an adapter changes, and adapter.path is null"
-            refuse_idle(self, "", ("unrelated",), reason)
+            refuse_idle(self, "", ("unrelated", "class_prompts"), reason)
+
+
+def on_second(options: Compare) -> tuple[str, Compare] | None:
+    """The name of the report of what is drawn on sampling.model, and its comparison; None where there is none."""
+    if options.sampling.model is None:
+        return None
+    second = second_model(options.model, options.sampling.model)
+    # steps and guidance are the second's own
+    sampling = Sampling(height=options.sampling.height, width=options.sampling.width)
+    return f"compare-{short_name(second)}", replace(options, model=second, sampling=sampling)
 
 
 def check_compare(options: Compare) -> torch.device:
@@ -118,6 +134,9 @@ def check_compare(options: Compare) -> torch.device:
     if options.references is not None:
         list_pictures(options.references)
     options.adapter.all()
+    if options.sampling.model is not None:
+        second_model(options.model, options.sampling.model)
+        check_same_start([one.path for one in options.adapter.all()], bool(options.recovery))
     for path in options.recovery.values():
         find_adapter(path)
     find_scores(options.scores)

@@ -21,6 +21,7 @@ from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.device.device import describe_device, release
 from infer.drawing.record import KEY, digests, record, versions
 from infer.drawing.settings import Draw, Place, adapters_at, column, places, sheet_file
+from infer.family.family import Text
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.weights import obstacle
@@ -29,6 +30,7 @@ from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encoder
 from infer.sample.generate import draw, settled
+from infer.sample.references import encode_files, latents_behind
 from infer.sample.sheet import Layout, sheet_of
 
 
@@ -112,7 +114,8 @@ def _draw_all(
 
     options: with what the device made of precision, memory and sampling.
     """
-    model, precision, memory, prompts = options.model, options.precision, options.memory, options.all_prompts()
+    model, precision, memory = options.model, options.precision, options.memory
+    prompts = list(dict.fromkeys(place.prompt for place in planned))
     bar.set_postfix_str("prompts")
     with text_encoder(model, precision, device, options.text_length) as encoder:
         texts = dict(zip(prompts, drawn_texts(model, encoder, prompts), strict=True))
@@ -121,12 +124,20 @@ def _draw_all(
     bar.set_postfix_str("loading")
     transformer = load_transformer(model, precision, device, hold_of(memory))
     vae, scheduler = load_vae(model, device), load_scheduler(model)
+    latents_of = encode_files(
+        vae, (file for place in planned for file in place.references), options.reference_resolution
+    )
+
+    def text_of(place: Place) -> Text:
+        return replace(texts[place.prompt], references=tuple(latents_of[file] for file in place.references))
+
     path, offload = choose_path(transformer, memory, precision, device, bar.write)
     if path.graphs(device):
         Sampler(transformer, offload)
 
     one_step = replace(options.sampling, steps=1)
-    warm_up = partial(_draw_one, vae, transformer, scheduler, texts[prompts[0]], 0, one_step, size, device)
+    largest = max(map(text_of, planned), key=latents_behind)
+    warm_up = partial(_draw_one, vae, transformer, scheduler, largest, 0, one_step, size, device)
     first: float | None = None
     on: list[str] = []
     # those without any adapter first: nothing of one has touched the model then
@@ -146,9 +157,8 @@ def _draw_all(
                 continue
             started = time.perf_counter()
             first = started if first is None else first
-            text = texts[place.prompt]
             try:
-                latents = draw(transformer, scheduler, text, place.seed, options.sampling, size, device)
+                latents = draw(transformer, scheduler, text_of(place), place.seed, options.sampling, size, device)
                 picture = decode(vae, latents, *size)  # on the CPU: the device has finished
             except NotFiniteError as error:
                 broken[place.file] = error

@@ -20,7 +20,17 @@ from infer.program.settings import settings
 
 KEY = "flux_lora_draw"
 LAYOUT = 1
-TAKEN = ("model", "precision", "adapter", "sampling", "text_length", "prompt", "seeds")
+TAKEN = (
+    "model",
+    "precision",
+    "adapter",
+    "sampling",
+    "text_length",
+    "prompt",
+    "edits",
+    "reference_resolution",
+    "seeds",
+)
 """What is read back; memory, device and out belong to the machine, not to the picture."""
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
 
@@ -31,11 +41,13 @@ def versions() -> dict[str, str]:
 
 def digests(adapter: Trained) -> dict[str, str]:
     """SHA-256 of the adapters' files by their paths, as they were given."""
-    found = {}
-    for one in adapter.all():
-        with find_adapter(one.path).open("rb") as stream:
-            found[one.path] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return {one.path: file_digest(find_adapter(one.path)) for one in adapter.all()}
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def record(options: Draw, place: Place, digest: dict[str, str], size: tuple[int, int], facts: dict[str, Any]) -> str:
@@ -43,13 +55,20 @@ def record(options: Draw, place: Place, digest: dict[str, str], size: tuple[int,
 
     size: height and width in pixels.
     """
-    values: dict[str, Any] = {"prompt": place.prompt, "seeds": [place.seed], "text_length": options.text_length}
+    values: dict[str, Any] = {"seeds": [place.seed], "text_length": options.text_length}
+    if place.references:
+        values["edits"] = [{"prompt": place.prompt, "references": [*place.references]}]
+        values["reference_resolution"] = options.reference_resolution
+    else:
+        values["prompt"] = place.prompt
     for group in ("model", "precision", "adapter", "sampling"):
         values |= {f"{group}.{name}": value for name, value in asdict(getattr(options, group)).items()}
     if place.strength is not None:
         values["adapter.weight"] = place.strength
     values["sampling.height"], values["sampling.width"] = size
-    return json.dumps({"layout": LAYOUT, "settings": values, "adapters": digest, **facts}, ensure_ascii=False)
+    shown = {"references": {path: file_digest(Path(path)) for path in place.references}} if place.references else {}
+    said = {"layout": LAYOUT, "settings": values, "adapters": digest, **shown, **facts}
+    return json.dumps(said, ensure_ascii=False)
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -97,11 +116,14 @@ def like_arguments(arguments: list[str]) -> list[str]:
     given = {argument.partition("=")[0].lstrip("+") for argument in others}
     replaced = given & {name for name in TAKEN if is_dataclass(kind_of(Draw, name))}
     replaced |= {"adapter"} if "adapter.path" in given else set()
-    replaced |= {"prompt"} if given & {"prompt", "prompts"} else set()
+    if given & {"prompt", "prompts", "edits"}:
+        replaced |= {"prompt", "edits", "reference_resolution"}
     kept = {name: value for name, value in values.items() if name.partition(".")[0] not in replaced}
     kept = {name: value for name, value in kept.items() if name not in given}
     if "weights" in given:
         kept.pop("adapter.weight", None)
+    if "edits" in kept:
+        _check_references(file, found.get("references"))
     if "adapter.path" in kept and kept["adapter.path"] is not None:
         _check_adapters(file, found.get("adapters"))
     written = [_argument(name, value) for name, value in kept.items() if value != {}]
@@ -114,6 +136,15 @@ def _check_adapters(file: Path, digest: Any) -> None:
             raise ValueError(
                 f"like: {file} was drawn with another adapter than {path} is now; give adapter.path={path} to draw "
                 "with what is there, or the path of the old one"
+            )
+
+
+def _check_references(file: Path, digest: Any) -> None:
+    for path, was in digest.items() if isinstance(digest, dict) else ():
+        if not Path(path).is_file() or file_digest(Path(path)) != was:
+            raise ValueError(
+                f"like: {file} was drawn with the reference {path}, which is not there as it was; put it back, or give "
+                "edits=... anew"
             )
 
 

@@ -18,6 +18,7 @@ from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from infer.quantize.precision import Precision
+from infer.sample.edit import Edit, check_edits, check_once, check_resolution
 from infer.sample.generate import Sampling
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class Draw:
     memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
     """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    edits: list[Edit] = field(default_factory=list)
+    """Prompts with reference pictures, as in `edits=[{prompt: make it blue, references: [before.png]}]`; drawn after
+    those without."""
+    reference_resolution: int | None = None
+    """Pixels a side of the square that a reference has about as many pixels as; null takes the size that the family's
+    pipeline in diffusers gives it: about 1024 for FLUX.1 Kontext, its own up to 1024 for FLUX.2."""
     like: str | None = None
     """A PNG that this command drew: its settings are taken, but for those that stand on the command line."""
     out: str = "pictures"
@@ -53,16 +60,21 @@ class Draw:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", text_length=TOKENS, seeds=SEED, weights=10**6)
         expand(self, "out")
         if self.text_length is not None and self.text_length < 1:
             raise ValueError(f"text_length is {self.text_length}; it must be 1 or more, or null")
+        check_resolution("reference_resolution", self.reference_resolution)
+        if not self.edits:
+            refuse_idle(self, "", ("reference_resolution",), "edits gives no references")
         if self.prompt is not None and self.prompts:
             raise ValueError("prompt and prompts are both given; put the one among the others, prompts=[...]")
         for what in ("prompts", "seeds", "weights"):
             twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
             if twice:
                 raise ValueError(f"{what} has {twice[0]!r} twice; give each once")
+        check_once(self.edits)
         if not self.seeds:
             raise ValueError("seeds is []; give at least one, as in seeds=[0]")
         if not self.out:
@@ -75,8 +87,9 @@ class Draw:
             refuse_idle(self.adapter, "adapter.", ("weight",), "weights says the strengths")
         refuse_idle(self.adapter, "adapter.", ("name",), "pictures are named by their prompts")
 
-    def all_prompts(self) -> list[str]:
-        return self.prompts if self.prompt is None else [self.prompt]
+    def all_prompts(self) -> list[Edit | str]:
+        """What is drawn: those without references first."""
+        return [*(self.prompts if self.prompt is None else [self.prompt]), *self.edits]
 
     def strengths(self) -> list[float | None]:
         """Those of the adapter that are drawn; without an adapter None alone."""
@@ -93,11 +106,12 @@ class Place:
     seed: int
     strength: float | None
     file: Path
+    references: tuple[str, ...] = ()
 
     @property
     def row(self) -> str:
         """Its row in the contact sheet."""
-        return f"{self.prompt} [seed {self.seed}]"
+        return f"{self.prompt}{''.join(f' [{file}]' for file in self.references)} [seed {self.seed}]"
 
     @property
     def column(self) -> str:
@@ -120,7 +134,8 @@ def adapters_at(chosen: Trained, strength: float | None) -> Trained:
 def places(options: Draw) -> list[Place]:
     """Every picture in the order of the contact sheet, named by its prompt's first words, its seed and its strength."""
     found, taken = [], set[str]()
-    for prompt in options.all_prompts():
+    for asked in options.all_prompts():
+        prompt, references = (asked, ()) if isinstance(asked, str) else (asked.prompt, tuple(asked.references))
         words = re.sub(r"[^\w]+", "-", prompt)[:WORDS].strip("-").lower() or "empty"
         words = words.encode()[: 4 * WORDS].decode(errors="ignore")
         name, number = words, 2
@@ -131,7 +146,7 @@ def places(options: Draw) -> list[Place]:
             for strength in options.strengths():
                 # repr, not :g, of which two strengths may have one
                 end = "" if len(options.strengths()) == 1 else f"-w{strength!r}"
-                found.append(Place(prompt, seed, strength, Path(options.out) / f"{name}-{seed}{end}.png"))
+                found.append(Place(prompt, seed, strength, Path(options.out) / f"{name}-{seed}{end}.png", references))
     return found
 
 
@@ -160,5 +175,6 @@ def check_draw(options: Draw) -> torch.device:
         free = next(name for n in range(2, 10**6) if not Path(name := f"{options.out.rstrip('/')}-{n}").exists())
         raise ValueError(f"{there[0]} exists; choose another folder, such as out={free}")
     check_model(options.model)
+    check_edits(options.edits, options.model, options.adapter.path is not None)
     options.adapter.all()
     return pick_device(options.device)

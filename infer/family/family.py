@@ -6,12 +6,13 @@ a checkpoint, a config or a model is of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
 Table = dict[str, tuple[str, ...]]
@@ -94,11 +95,12 @@ class Names(NamedTuple):
 
 @dataclass
 class Text:
-    """One prompt's embeddings."""
+    """One prompt's embeddings, and the latents of the reference pictures that go with it."""
 
     embeds: Tensor  # [tokens, joint_attention_dim]
     pooled: Tensor | None  # [pooled_projection_dim], where the transformer takes one
     empty: Text | None = None  # the empty prompt's, where guidance is by two calls
+    references: tuple[Tensor, ...] = ()  # normalised latents [channels, height, width], each of a size of its own
 
 
 @dataclass
@@ -160,6 +162,11 @@ class Family(Protocol):
     MLP: str
     """One for the blocks' other layers that read tokens."""
     NAMES: Names
+    FILE_MARKS: Mapping[str, str]
+    """A tensor by which the text encoders and the autoencoder are known in a single file, by part; its second size is
+    the part's width, or the autoencoder's channels."""
+    GGUF_TEXT: Mapping[str, str]
+    """Text encoders that a GGUF may hold: general.architecture, and the part."""
     SIZES: Mapping[str, Sizes]
     """Of published checkpoints, by their Hub id."""
     TOKENS: Mapping[str, int]
@@ -229,6 +236,16 @@ class Family(Protocol):
             ValueError: the config lacks it.
         """
 
+    def takes_references(self, index: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint was trained with reference pictures, by its model_index.json."""
+
+    def reference_pixels(self, picture: Image.Image, resolution: int | None) -> Tensor:
+        """A reference picture as the family's pipelines scale it, [1, 3, height, width] in [-1, 1], sides multiples of
+        16.
+
+        resolution: pixels a side of the square that it has about as many pixels as; None: the pipelines' own.
+        """
+
     def inputs(
         self,
         config: Mapping[str, Any],
@@ -239,14 +256,17 @@ class Family(Protocol):
         pooled: Tensor | None,
         guidance: float,
         dtype: torch.dtype,
+        references: Sequence[Tensor] = (),
     ) -> dict[str, Any]:
-        """Keyword arguments of the transformer, but for `timestep`.
+        """Keyword arguments of the transformer, but for `timestep`. The references' tokens stand behind the picture's,
+        so that the picture's velocity is the first `packed.shape[1]` tokens of the output.
 
         Args:
             packed: latents [batch, height / 2 * width / 2, channels * 4], height and width in latents.
             embeds: [batch, text tokens, joint_attention_dim].
             pooled: [batch, pooled_projection_dim].
             dtype: the transformer's own.
+            references: normalised latents [batch, channels, height, width] of reference pictures, without noise.
         """
 
     def mu(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:

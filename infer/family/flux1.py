@@ -6,17 +6,19 @@ Sources of the names: black-forest-labs/flux `model.py`, XLabs-AI/x-flux `layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from infer.family.family import Activations, Drawing, Encoder, LatentMap, Linear, Names, Text, TextSize
 from infer.family.flux1_sizes import SIZES as SIZES
+from infer.family.packing import pack
 from infer.family.stacks import in_stacks
 from infer.family.stacks import norm_sizes as norm_sizes
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
 NAME, TAG = "FLUX.1", "flux"
@@ -89,6 +91,12 @@ NAMES = Names(
         "processor.proj_lora": ("proj_out",),
     },
 )
+FILE_MARKS: Mapping[str, str] = {
+    "text_encoder": "embeddings.token_embedding.weight",
+    "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "vae": "decoder.conv_in.weight",
+}
+GGUF_TEXT: Mapping[str, str] = {"t5encoder": "text_encoder_2", "t5": "text_encoder_2"}
 TOKENS: Mapping[str, int] = {"black-forest-labs/FLUX.1-schnell": 256} | {
     path: 512 for path in SIZES if not path.endswith("schnell")
 }
@@ -220,12 +228,34 @@ def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> La
     return LatentMap(*map(float, values))  # type: ignore[arg-type]
 
 
+def takes_references(index: Mapping[str, Any]) -> bool:
+    return index.get("_class_name") == "FluxKontextPipeline"
+
+
+def reference_pixels(picture: Image.Image, resolution: int | None) -> Tensor:
+    """Of FluxKontextPipeline's sizes the one whose shape is nearest; at another resolution these sizes scaled."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    processor = VaeImageProcessor(vae_scale_factor=16)
+    rows, columns = processor.get_default_height_width(picture)  # cut to multiples of 16, as the pipeline does first
+    shape = columns / max(rows, 16)
+    _, *preferred = min((abs(shape - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    width, height = (max(16, side * (resolution or 1024) // 1024 // 16 * 16) for side in preferred)
+    pixels: Tensor = processor.preprocess(processor.resize(picture, height, width), height, width)
+    return pixels
+
+
 @cache  # all of them: captured graphs read them where they are
-def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]; do not write to them."""
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype, picture: int = 0) -> Tensor:
+    """Position ids of the packed latents of a picture of height x width latents, [tokens, 3]; do not write to them.
+
+    picture: 0 for the one that is drawn, and from 1 on its references; Kontext was trained with one.
+    """
     from diffusers import FluxPipeline
 
     ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, dtype)
+    ids[:, 0] = picture
     return ids
 
 
@@ -238,17 +268,23 @@ def inputs(
     pooled: Tensor | None,
     guidance: float,
     dtype: torch.dtype,
+    references: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     import torch
 
     assert pooled is not None
     device = packed.device
+    ids = image_ids(height, width, device, dtype)
+    if references:
+        packed = torch.cat([packed, *map(pack, references)], dim=1)
+        sizes = (each.shape[-2:] for each in references)
+        ids = torch.cat([ids, *(image_ids(*size, device, dtype, i) for i, size in enumerate(sizes, start=1))])
     return {
         "hidden_states": packed.to(dtype),
         "encoder_hidden_states": embeds.to(dtype),
         "pooled_projections": pooled.to(dtype),
         "guidance": torch.full((len(packed),), guidance, device=device) if config["guidance_embeds"] else None,
-        "img_ids": image_ids(height, width, device, dtype),
+        "img_ids": ids,
         "txt_ids": torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
     }
 

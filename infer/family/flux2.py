@@ -9,17 +9,19 @@ each for every channel and place in a patch. Sources: black-forest-labs/flux2 `m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from infer.family.family import Activations, Drawing, Encoder, LatentMap, Linear, Names, Text, TextSize
 from infer.family.flux2_sizes import SIZES as SIZES
+from infer.family.packing import pack
 from infer.family.stacks import in_stacks
 from infer.family.stacks import norm_sizes as norm_sizes
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
 NAME, TAG = "FLUX.2", "flux2"
@@ -66,6 +68,8 @@ NAMES = Names(
     double_also={},
     single_also={},
 )
+FILE_MARKS: Mapping[str, str] = {"text_encoder": "layers.0.mlp.gate_proj.weight", "vae": "decoder.conv_in.weight"}
+GGUF_TEXT: Mapping[str, str] = {"qwen3": "text_encoder"}  # Mistral's comes with permuted rows, as llama's
 TOKENS: Mapping[str, int] = dict.fromkeys(SIZES, 512)
 _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = {
@@ -221,14 +225,34 @@ def latent_map(config: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> La
     return LatentMap(mean.view(-1, 2, 2), (1 / deviation).view(-1, 2, 2))
 
 
+def takes_references(index: Mapping[str, Any]) -> bool:
+    return True
+
+
+def reference_pixels(picture: Image.Image, resolution: int | None) -> Tensor:
+    """At its own size, or scaled down to the resolution's pixels; then its middle, to multiples of 16."""
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    area = (resolution or 1024) ** 2
+    if picture.width * picture.height > area:
+        picture = Flux2ImageProcessor._resize_to_target_area(picture, area)
+    width, height = (max(16, side // 16 * 16) for side in picture.size)
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    pixels: Tensor = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+    return pixels
+
+
 @cache  # all of them: captured graphs read them where they are
-def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device, picture: int = 0) -> Tensor:
     """Position ids (time, row, column, word) of the packed latents of a picture of height x width latents, [tokens, 4];
-    do not write to them."""
+    do not write to them.
+
+    picture: 0 for the one that is drawn, and from 1 on its references, which are 10 apart in time.
+    """
     import torch
 
-    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-    return torch.cartesian_prod(torch.arange(1), rows, columns, torch.arange(1)).to(device)
+    time, rows, columns = torch.tensor([10 * picture]), torch.arange(height // 2), torch.arange(width // 2)
+    return torch.cartesian_prod(time, rows, columns, torch.arange(1)).to(device)
 
 
 @cache
@@ -249,16 +273,22 @@ def inputs(
     pooled: Tensor | None,
     guidance: float,
     dtype: torch.dtype,
+    references: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     import torch
 
     assert pooled is None
     device = packed.device
+    ids = image_ids(height, width, device)
+    if references:
+        packed = torch.cat([packed, *map(pack, references)], dim=1)
+        sizes = (each.shape[-2:] for each in references)
+        ids = torch.cat([ids, *(image_ids(*size, device, i) for i, size in enumerate(sizes, start=1))])
     return {
         "hidden_states": packed.to(dtype),
         "encoder_hidden_states": embeds.to(dtype),
         "guidance": torch.full((len(packed),), guidance, device=device) if config["guidance_embeds"] else None,
-        "img_ids": image_ids(height, width, device),
+        "img_ids": ids,
         "txt_ids": text_ids(embeds.shape[1], device),
     }
 

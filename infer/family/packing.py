@@ -4,7 +4,12 @@ FLUX.2's pipelines patchify and then pack, which gives the same tokens as FLUX.1
 (tests/infer/family/test_flux2.py).
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTOR = 8  # pixels a latent; a packed token covers twice that
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from infer.adapter.checks import check_guidance, check_precision
 from infer.adapter.selection import Trained
+from infer.checkpoint.file_checks import check_written
 from infer.checkpoint.files import read_config
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
@@ -44,6 +45,7 @@ class Merge:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", seed=SEED)
         expand(self, "out")
 
@@ -62,6 +64,7 @@ def check_merge(options: Merge) -> torch.device:
         refuse_idle(options.sampling, "sampling.", ("steps", "guidance", "height", "width"), reason)
     check_device_name(options.device)
     check_model(options.model)
+    check_written(options.model)
     if not options.adapter.all():
         raise ValueError("adapter.path is null; give the LoRA file to merge, more of them as adapter.also=[{path:b}]")
     if not options.out or Path(options.out).exists():

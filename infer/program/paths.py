@@ -23,10 +23,7 @@ LORA = ("lora", "lokr_", "hada_", "oft_")  # in the names of an adapter's tensor
 FLUX = ("double_blocks.", "single_blocks.", "transformer_blocks.")  # in those of a FLUX.1 transformer
 HEADER = 100 * 2**20  # bytes: the longest header that safetensors reads
 
-TO_FOLDER = (
-    "make a folder of it once: FluxPipeline.from_pretrained(base, transformer=FluxTransformer2DModel.from_single_file("
-    "file)).save_pretrained(folder) (docs/troubleshooting.md)"
-)
+READ = ("gguf", "flux", "safetensors")  # kinds of files that may hold a model
 
 
 def expand(options: Any, *names: str) -> None:
@@ -91,25 +88,33 @@ def kind_of_file(file: Path) -> str:
     return "flux" if any(mark in name for name in names for mark in FLUX) else "safetensors"
 
 
-def not_a_model(path: Path) -> str:
-    """The message about a file that was given as model.path: what it is, and the mend."""
+def refuse_file(path: Path) -> None:
+    """Refuse a file that was given as model.path and is no single file with a transformer's weights: what it is, and
+    the mend.
+
+    Raises:
+        ValueError: it is none.
+    """
     kind = kind_of_file(path)
-    if kind == "gguf":
-        return (
-            f"model.path {path} is a GGUF file, whose own quantization is not read; give the unquantized checkpoint "
-            "(model=dev): it is quantized while it is loaded"
-        )
     if kind == "adapter":
-        return f"model.path {path} is a LoRA file; give it as adapter.path, and its base model as model.path"
-    if kind in ("flux", "safetensors", "pickle"):
-        what = "a pickled checkpoint" if kind == "pickle" else "a single-file checkpoint"
-        part = path.parent / "config.json"
-        if part.is_file() and (path.parent.parent / "model_index.json").is_file():
-            return f"model.path {path} is a file of the checkpoint {path.parent.parent}; set model.path to that folder"
-        return f"model.path {path} is {what}, which is not read; {TO_FOLDER}"
+        raise ValueError(f"model.path {path} is a LoRA file; give it as adapter.path, and its base model as model.path")
+    part = path.parent / "config.json"
+    if kind in READ and part.is_file() and (path.parent.parent / "model_index.json").is_file():
+        raise ValueError(
+            f"model.path {path} is a file of the checkpoint {path.parent.parent}; set model.path to that folder"
+        )
+    if kind == "pickle":
+        raise ValueError(
+            f"model.path {path} is a pickled checkpoint, which may run any program when it is read; give the model as "
+            "safetensors or GGUF"
+        )
     if path.name == "model_index.json":
-        return f"model.path {path} is a file of the checkpoint {path.parent}; set model.path to that folder"
-    return f"model.path {path} is a file and no checkpoint; give a diffusers folder or a Hub id (owner/name)"
+        raise ValueError(f"model.path {path} is a file of the checkpoint {path.parent}; set model.path to that folder")
+    if kind not in READ:
+        raise ValueError(
+            f"model.path {path} is a file and no checkpoint; give a diffusers folder, a Hub id (owner/name) or a file "
+            "of weights (safetensors or GGUF)"
+        )
 
 
 def no_index(folder: Path) -> str:
@@ -125,10 +130,14 @@ def no_index(folder: Path) -> str:
         return (
             f"{folder} holds no model_index.json, but {', '.join(inner[:3])} in it does; set model.path to that folder"
         )
-    if files and kind_of_file(files[0]) in ("gguf", "adapter"):
-        return not_a_model(files[0])
-    which = f" ({files[0].name})" if files else ""
+    if files and kind_of_file(files[0]) == "adapter":
+        return f"{folder} holds a LoRA file; give {files[0]} as adapter.path, and its base model as model.path"
+    if files:
+        return (
+            f"{folder} holds no model_index.json, so it is no diffusers checkpoint; to use a single file in it, set "
+            f"model.path={files[0]} (docs/files.md)"
+        )
     return (
-        f"{folder} holds no model_index.json, so it is no diffusers checkpoint; if it holds a single-file "
-        f"checkpoint{which}, {TO_FOLDER}"
+        f"{folder} holds no model_index.json, so it is no diffusers checkpoint; name the folder that has it, a Hub id, "
+        "or a single file of weights (docs/files.md)"
     )

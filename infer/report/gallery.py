@@ -7,7 +7,7 @@ page stays below what a browser opens quickly, and link the original that lies b
 import base64
 import io
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
@@ -99,11 +99,11 @@ def _uri(data: bytes) -> str:
 
 
 def gallery(
-    columns: list[str], groups: list[Group], embedded: dict[Path, Embedded], unrelated: Collection[str] = ()
+    columns: list[str], groups: list[Group], embedded: dict[Path, Embedded], apart: Mapping[str, str] | None = None
 ) -> str:
     """The bar that chooses a prompt, and for each prompt its pictures.
 
-    unrelated: prompts that the adapter has nothing to do with.
+    apart: prompts on which the adapter should change nothing, and what they are called.
     """
     linked = not all(picture.whole for picture in embedded.values())
     parts = [_bar([prompt for prompt, _ in groups])] if len(groups) > 1 else []
@@ -111,7 +111,7 @@ def gallery(
     for number, (prompt, seeds) in enumerate(groups, start=1):
         parts.append(f'<section class="prompt" id="prompt-{number}" data-number="{number}">')
         about = f"Prompt {number}{f', seed {seeds[0][0]}' if len(seeds) == 1 else ''}"
-        about += ", which the adapter has nothing to do with" if prompt in unrelated else ""
+        about += f" (one of the {apart[prompt]}, where nothing should change)" if apart and prompt in apart else ""
         parts.append(f'<h3>{escape(about)}</h3><p class="text" dir="auto">{escape(prompt)}</p>')
         for seed, grid in seeds:
             parts.append(f"<h3>Seed {escape(str(seed))}</h3>" if len(seeds) > 1 else "")

@@ -109,6 +109,8 @@ class Comparison:
     rows: list[Row]
     drift: list[Row] | None = None
     """Pictures of prompts that the adapter has nothing to do with."""
+    bleed: list[Row] | None = None
+    """Pictures of prompts of the adapter's class, without its trigger."""
     summary: list[Summary] | None = None
     """None: the means of the rows are shown."""
     references: References | None = None
@@ -120,7 +122,7 @@ class Comparison:
 
     @property
     def all_rows(self) -> list[Row]:
-        return self.rows + (self.drift or [])
+        return self.rows + (self.drift or []) + (self.bleed or [])
 
 
 def read_results(file: Path) -> Comparison:

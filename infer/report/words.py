@@ -22,20 +22,24 @@ MEANING = {
     "nearest_dino": ("likeness to the nearest training picture: near 1 it was learned by heart", "lower"),
 }
 """Of each kind of score: what it is, and which way is better."""
+ELSEWHERE = {"drift": "unrelated prompts", "bleed": "prompts of the class"}
 FEW = 30  # pictures a variant below which differences are easily chance
 
 
 def meaning(name: str) -> str:
     """What a score is and which way is better, in one line; of the user's own scores that it is theirs."""
-    kind, _, other = name.removeprefix("drift_").partition("_")
+    where = next((prefix for prefix in ELSEWHERE if name.startswith(f"{prefix}_")), None)
+    kind, _, other = name.removeprefix(f"{where}_").partition("_")
     if name in MEANING:
         what, better = MEANING[name]
         return f"{what}; {better} is better"
     if kind not in MEANING:
-        return "a score of your own (`scores`)"
+        own = "a score of your own (`scores`)"
+        return own if where is None else f"{own}: what the adapter changes of it on {ELSEWHERE[where]}; 0 is best"
     what, better = MEANING[kind]
-    if name.startswith("drift_"):
-        return f"{what}, to the picture without the adapter on unrelated prompts; {better} is better: it leaks less"
+    if where is not None:
+        said = f"{what}, to the picture without the adapter on {ELSEWHERE[where]}"
+        return f"{said}; {better} is better: it leaks less"
     if other == "base":
         return f"{what}, to the picture without the adapter: how much it changes, neither good nor bad"
     return f"{what}, to the picture at {other}; {better} is better"
@@ -111,11 +115,12 @@ def _adapter(entries: Sequence[Summary]) -> list[str]:
             if key.startswith(f"{adapter} ") and all(map(_certain, estimates)):
                 mean = fmean(one.mean for one in estimates)
                 sure.append(f"{key.removeprefix(f'{adapter} ')} by {mean:+.3g}")
-        drifts = [entry.scores.get("drift_psnr") for entry in entries if entry.adapter == adapter]
-        leaks = [value for value in drifts if value is not None]
         parts = [f"{number(fmean(changes[adapter]))} dB like those without it"] if adapter in changes else ["drawn"]
         parts += [f"for certain it moves {_listed(sure)}"] if sure else []
-        parts += [f"on unrelated prompts they stay {number(fmean(leaks))} dB alike"] if leaks else []
+        for kind, where in ELSEWHERE.items():
+            alike = [entry.scores.get(f"{kind}_psnr") for entry in entries if entry.adapter == adapter]
+            leaks = [value for value in alike if value is not None]
+            parts += [f"on {where} they stay {number(fmean(leaks))} dB alike"] if leaks else []
         said.append(f"with {adapter} the pictures are {', '.join(parts)}")
     return [f"{_upper('; '.join(said))}."] if said else []
 

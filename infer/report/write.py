@@ -34,7 +34,7 @@ from infer.report.page import Cell, asset, contents, document, facts_list
 from infer.report.plot import STYLE
 from infer.report.results import Comparison, Estimate, Row, Summary, read_results, results_text
 from infer.report.svg import draw_lines
-from infer.report.words import arrow, explained_scores, in_words, unmeasured
+from infer.report.words import ELSEWHERE, arrow, explained_scores, in_words, unmeasured
 
 Table = tuple[str, list[str], list[list[Cell]], tuple[int, ...]]  # title, columns, lines, columns of text
 SCORES = "Scores"
@@ -82,9 +82,13 @@ def render(comparison: Comparison, groups: list[Group], embedded: dict[Path, Emb
     absent = unmeasured(comparison)
     notes = _meanings(summary) + _notes(comparison) + (f'<p class="absent">{escape(absent)}</p>' if absent else "")
     tables = "".join(f"<h3>{title}</h3>{body}" if title != SCORES else body for title, body in scores)
-    unrelated = {row.prompt for row in comparison.drift or ()}
+    apart = {
+        row.prompt: ELSEWHERE[kind]
+        for kind, found in (("drift", comparison.drift), ("bleed", comparison.bleed))
+        for row in found or ()
+    }
     parts = [
-        ("pictures", "Pictures", gallery(by_memory(rows), groups, embedded, unrelated) + _index(rows, groups)),
+        ("pictures", "Pictures", gallery(by_memory(rows), groups, embedded, apart) + _index(rows, groups)),
         ("cost", "Cost", f"{costs}<p>Times are means over the pictures.</p>"),
         ("scores", SCORES, tables + notes),
         ("curves", "Memory and time", _drawn(map(draw_lines, cost_plots(rows, peak)))),

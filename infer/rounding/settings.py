@@ -52,6 +52,7 @@ class Sensitivity:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", budget_gib=GIB)
         expand(self, "out")
         if not self.prompts:
@@ -92,6 +93,7 @@ class Recover:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
     def __post_init__(self) -> None:
+        refuse_idle(self.sampling, "sampling.", ("model",), "this command draws on one model")
         check_most(self, "", share=1000, rows=10**7, most=2**14, polish=STEPS, rate=MANY, seed=SEED // 2)
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")

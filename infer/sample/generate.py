@@ -29,6 +29,9 @@ class Sampling:
     """Pixels, a multiple of 16; null takes the size that the checkpoint was made for."""
     width: int | None = None
     """Pixels, as height."""
+    model: str | None = None
+    """A second checkpoint on which the adapter is drawn too, with its own steps and guidance, by train.py's previews
+    and by compare.py: `distilled` (klein's own, of its base), a name that model=... takes, a folder or a Hub id."""
 
     def __post_init__(self) -> None:
         check_most(self, "sampling.", steps=10**4, guidance=10**4, height=2**14, width=2**14)
@@ -110,8 +113,9 @@ def denoise(
 ) -> Tensor:
     """Packed noise -> packed latents, as the families' pipelines in diffusers do it, bit for bit: theirs differ in what
     the transformer is given and in whether guidance takes two calls, and Flux2KleinPipeline gives no latents without an
-    autoencoder."""
+    autoencoder. The text's references stand behind the latents at every step, as they are."""
     import numpy as np
+    import torch
 
     from infer.family.find import of_model
     from infer.family.packing import FACTOR
@@ -120,6 +124,7 @@ def denoise(
     assert steps is not None and guidance is not None, "the settings are not settled"
     family, dtype, tokens = of_model(transformer), latents.dtype, latents.shape[1]
     texts = [text] if text.empty is None or guidance <= 1 else [text, text.empty]
+    references = [each[None].to(latents.device, dtype) for each in text.references]
     calls = [
         family.inputs(
             transformer.config,
@@ -130,6 +135,7 @@ def denoise(
             None if one.pooled is None else one.pooled[None].to(latents.device, dtype),
             guidance,
             dtype,
+            references,
         )
         for one in texts
     ]
@@ -137,12 +143,11 @@ def denoise(
     levels = {"num_inference_steps": steps} if own_sigmas else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
     scheduler.set_timesteps(**levels, device=latents.device, mu=family.mu(scheduler.config, tokens, steps))
     scheduler.set_begin_index(0)  # without it the scheduler waits for the device at every step
+    behind = calls[0]["hidden_states"][:, tokens:]
     for t in scheduler.timesteps:
         timestep = t.expand(len(latents)).to(dtype) / 1000
-        found = [
-            transformer(**(call | {"hidden_states": latents}), timestep=timestep, return_dict=False)[0]
-            for call in calls
-        ]
+        seen = {"hidden_states": torch.cat([latents, behind], dim=1) if references else latents}
+        found = [transformer(**(call | seen), timestep=timestep, return_dict=False)[0][:, :tokens] for call in calls]
         velocity = found[0] if len(found) == 1 else found[1] + guidance * (found[0] - found[1])
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return latents

@@ -30,6 +30,7 @@ class Scored:
 def score_all(
     rows: Sequence[Row],
     drift: Sequence[Row],
+    bleed: Sequence[Row],
     folder: Path,
     latents: dict[Key, Tensor],
     reference: str | None,
@@ -42,14 +43,16 @@ def score_all(
 
     Args:
         drift: rows of prompts that the adapter has nothing to do with.
+        bleed: rows of prompts of the adapter's class, without its trigger.
         folder: holds the pictures.
         latents: packed, of each picture.
         reference: the precision that others are compared with.
         scores: the user's.
         references: the folder of the training pictures.
     """
-    networks = load_networks(named, device)
-    score_pairs([*rows, *drift], folder, latents, reference, networks.lpips)
+    networks, own = load_networks(named, device), scores
+    score_pairs([*rows, *drift, *bleed], folder, latents, reference, networks.lpips)
+    score_prompts([*drift, *bleed], folder, own)
     if networks.clip is not None and networks.text is not None:
         scores = {**scores, "clip_t": partial(clip_score, networks.clip, networks.text)}
     if networks.image_reward is not None:
@@ -61,8 +64,9 @@ def score_all(
         absent |= dict.fromkeys(("nearest_rms", *TRAINING), "references is null")
     else:
         known, sets = score_likeness(rows, folder, references, networks)
-    if not drift and any(row.adapter for row in rows):
-        absent["drift"] = "unrelated is empty"
+    for name, option, found in (("drift", "unrelated", drift), ("bleed", "class_prompts", bleed)):
+        if not found and any(row.adapter for row in rows):
+            absent[name] = f"{option} is empty"
     del networks
     release(device)
-    return Scored(summarise_scores(rows, drift, sets, reference), known, absent)
+    return Scored(summarise_scores(rows, {"drift": drift, "bleed": bleed}, sets, reference, list(own)), known, absent)

@@ -9,22 +9,28 @@ from infer.report.results import Estimate, Row, Summary, Variant
 from infer.score.bootstrap import Unit, difference, interval
 from infer.score.memorization import SetScore
 
-DRIFT = ("psnr", "ssim", "latents", "lpips")
+CHANGES = ("psnr", "ssim", "latents", "lpips")
 
 
 def summarise_scores(
-    rows: Sequence[Row], drift: Sequence[Row], sets: Sequence[SetScore], reference: str | None
+    rows: Sequence[Row],
+    elsewhere: dict[str, Sequence[Row]],
+    sets: Sequence[SetScore],
+    reference: str | None,
+    own: Sequence[str] = (),
 ) -> list[Summary]:
     """What `infer.report.means.summarise` gives, and in each summary
 
     - `intervals`: of each score its 95 % limits, where there are two pictures or more;
     - `differences`: to the `reference` precision with the same adapter, and to `base`, the same precision without the
       adapter: of each score the mean of the differences at the same prompt and seed, with its limits;
-    - among the scores `drift_...`: what the adapter changes on prompts that it has nothing to do with (the rows of
-      `drift`), and the distances of whole sets (`sets`).
+    - among the scores `drift_...` and `bleed_...`: what the adapter changes on prompts that it has nothing to do with,
+      and on those of its class (the rows of `elsewhere`, by these names); of the user's scores (`own`) the mean
+      difference to the picture without the adapter;
+    - the distances of whole sets (`sets`).
     """
     groups = by_variant(rows)
-    drifts = by_variant(row for row in drift if row.adapter)
+    moved = {kind: by_variant(rows) for kind, rows in elsewhere.items()}
     summary = summarise(rows)
     for entry in summary:
         group = groups[entry.variant]
@@ -34,8 +40,12 @@ def summarise_scores(
         if reference is not None and entry.precision != reference:
             others[reference] = reference, entry.adapter
         entry.differences = {name: _differences(group, groups[other]) for name, other in others.items()}
-        for score in DRIFT:
-            _add(entry, f"drift_{score}", _mean(drifts.get(entry.variant, ()), f"{score}_base"))
+        for kind, variants in moved.items() if entry.adapter else ():
+            adapted, base = variants.get(entry.variant, ()), variants.get((entry.precision, None), ())
+            for score in CHANGES:
+                _add(entry, f"{kind}_{score}", _mean(adapted, f"{score}_base"))
+            for score in own:
+                _add(entry, f"{kind}_{score}", _differences(adapted, base).get(score))
         for one in sets:
             if one.variant == entry.variant:
                 _add(entry, one.name, one.distance)

@@ -11,8 +11,14 @@ from PIL import Image
 
 from infer.program.errors import DIFFERS
 from scripts import bench_rows, check_gpu
-from scripts.check_gpu import CASES, WORK, apart, decibels, groups, possible, relative, row_of, share, table
+from scripts.check.case import CASES, KLEIN
+from scripts.check.figures import apart, decibels, relative, share
+from scripts.check.matrix import drawing, gradient_figures
+from scripts.check.rows import WORK, groups, possible
+from scripts.check.runs import learned, pictures_of
+from scripts.check.table import row_of, table
 from scripts.tiny.make_style import make_style
+from tests.tiny_klein import make_klein
 
 
 def test_a_row_holds_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +30,18 @@ def test_a_row_holds_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert gradient == 0  # the same computation
     row = row_of(line | bench_rows.circumstances(torch.device("cpu")))
     assert bench_rows.met(row) == "yes" and row["name"] == "gpu fp32-plain-lora"
-    assert check_gpu.learned("fp32-plain-lora").keys()
-    assert len(check_gpu.picture_files(CASES["fp32-plain-lora"])) == 2
+    assert learned("fp32-plain-lora").keys()
+    assert len(pictures_of(drawing(CASES["fp32-plain-lora"]))) == 2
+
+
+def test_a_klein_is_made_on_the_spot_and_its_8_bit_products_are_near_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_klein(tmp_path / KLEIN)
+    (figure,) = gradient_figures(CASES["klein-nf4-int8-fused-lora"], torch.device("cpu")).values()
+    value, sign, limit = figure
+    assert 1e-3 < value < limit and sign == "<=", "rounded, but not far"
 
 
 def test_every_row_is_in_one_process_and_plain_comes_before_what_is_compared_with_it() -> None:
@@ -34,10 +50,14 @@ def test_every_row_is_in_one_process_and_plain_comes_before_what_is_compared_wit
     for group in shared:
         seen = [CASES[name] for name in group if name in CASES]
         for case in seen:
-            assert seen.index(case.plain) <= seen.index(case)
-    assert {case.path for case in CASES.values()} == {"plain", "fused", "streamed"}
+            assert case.plain not in seen or seen.index(case.plain) <= seen.index(case)
+    for model in ("", KLEIN):
+        assert {case.path for case in CASES.values() if case.model == model} == {"plain", "fused", "streamed"}
+    assert not any(case.eight for case in CASES.values() if case.path == "plain")
     on_cpu = [name for name in WORK if possible(name, cpu=True)]
-    assert "nf4-fused-dora" in on_cpu and not any("streamed" in name or "budget" in name for name in on_cpu)
+    assert {"nf4-fused-dora", "klein-merge"} <= {*on_cpu} and not any(
+        "streamed" in name or "budget" in name for name in on_cpu
+    )
 
 
 def test_figures_by_hand() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from infer.sample.picture import MOST_PIXELS
+from train.data.cloud import is_cloud, local_copy
 from train.data.hf_table import is_table, read_table
 from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
 from train.data.source import BY_CONTENT, POLICIES, Faults, Sample, Skipped, Source
@@ -71,7 +72,8 @@ class Data:
     """The training set."""
 
     path: str = ""
-    """A folder of pictures, a .parquet or .arrow file, or the name of a data set on the Hub; or data.sources."""
+    """A folder of pictures, a .parquet or .arrow file, the name of a data set on the Hub, or the address of a folder or
+    file in the cloud (s3://, gs://, hf://); or data.sources."""
     resolution: Any = 512
     """Pixels a side of the square that a picture has as many pixels as; a list trains at each in turn."""
     batch_size: int = 1
@@ -209,7 +211,7 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
         raise ValueError("data.path is empty; set it to a folder of pictures with captions")
     faults = Faults(data.on_error)
     samples = []
-    sources = sources_of(data)
+    sources = [_here(source, data) for source in sources_of(data)]
     _refuse_idle(data, [source.path for source in sources if not source.prior])
     for index, source in enumerate(sources[:-1] if data.prior.count else sources):
         column = source.caption_column or data.caption_column
@@ -219,9 +221,21 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
         elif Path(source.path).is_dir():
             samples += read_folder(source, index, column, data.caption_lines, faults)
         else:
-            what = "data.path" if data.path == source.path else "a source's path"
+            what = "data.path" if sources_of(data)[index].path == data.path else "a source's path"
             raise ValueError(f"{what} {no_source(Path(source.path))}")
     return samples, faults.skipped
+
+
+def _here(source: Source, data: Data) -> Source:
+    """A source with local copies of what it names in the cloud."""
+    cache = Path(data.cache)
+    if is_cloud(source.path):
+        option = "data.path" if source.path == data.path else "a source's path"
+        source = replace(source, path=str(local_copy(source.path, cache, option)))
+    if source.masks is not None and is_cloud(source.masks):
+        option = "data.masks" if source.masks == data.masks else "a source's masks"
+        source = replace(source, masks=str(local_copy(source.masks, cache, option)))
+    return source
 
 
 def _refuse_idle(data: Data, paths: list[str]) -> None:

@@ -18,8 +18,8 @@ class Source:
     """Where pictures and captions are, and how much they count: one entry of data.sources."""
 
     path: str = ""
-    """A folder of pictures, a .parquet or .arrow file, a folder of them or of `save_to_disk`, or a data set on the
-    Hub."""
+    """A folder of pictures, a .parquet or .arrow file, a folder of them or of `save_to_disk`, a data set on the
+    Hub, or the address of such a folder or file in the cloud (s3://, gs://, hf://)."""
     masks: str | None = None
     """A folder of greyscale pictures of the same names: white counts in the loss, black does not."""
     repeats: float = 1.0

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from infer.adapter.targets import match_targets
-from infer.checkpoint.files import read_config
+from infer.checkpoint.files import known_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
-from infer.checkpoint.random_weights import shape_config
-from infer.family.find import SIZES, of_config
+from infer.checkpoint.sources import rest_of
+from infer.family.find import of_config
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked, weight_bytes
 from train.estimate.flop import tokens_of
@@ -68,13 +68,6 @@ class Footprint:
         return max(self.allocated, self.text_phase) + self.allocator + self.context
 
 
-def part_config(model: Model, part: str) -> dict[str, Any]:
-    """A part's config: of published checkpoints from our table, else from the checkpoint."""
-    if model.local is None and model.path in SIZES:
-        return shape_config(model.path, part)
-    return read_config(model, part)
-
-
 def layer_bytes(rows: int, columns: int, kind: str | None, precision: Precision) -> int:
     """Bytes of a linear layer's weight [rows, columns] as it is stored, without its bias."""
     return weight_bytes(rows, columns, kind, precision.double_quant, precision.itemsize)
@@ -91,10 +84,10 @@ def weights_by_module(config: dict[str, Any], precision: Precision) -> dict[str,
 
 def text_bytes(model: Model, precision: Precision) -> int:
     """Bytes of the text encoders' weights, as far as they are loaded."""
-    family, large = of_config(part_config(model, "transformer")), precision.for_t5()
+    family, large = of_config(known_config(model, "transformer")), precision.for_t5()
     total = 0
     for encoder in family.ENCODERS:
-        size = family.text_size(encoder.part, part_config(model, encoder.part))
+        size = family.text_size(encoder.part, known_config(model, encoder.part))
         itemsize = large.itemsize if encoder.large else 2
         wide = 4 if large.quantized and large.compute_dtype == "fp16" else itemsize
         total += sum(layer_bytes(*layer, large.kind, large) for layer in size.layers)
@@ -106,7 +99,7 @@ def text_tokens(job: Train) -> int:
     """Text tokens of a caption in training: data.text_length, else what the checkpoint was trained with."""
     if job.data.text_length is not None:
         return job.data.text_length
-    return of_config(part_config(job.model, "transformer")).TOKENS.get(job.model.path, 512)
+    return of_config(known_config(job.model, "transformer")).TOKENS.get(rest_of(job.model).path, 512)
 
 
 def footprint(job: Train) -> Footprint:
@@ -115,7 +108,7 @@ def footprint(job: Train) -> Footprint:
     Raises:
         ValueError: the adapter's targets match no layer, or the budget is too small even with every block offloaded.
     """
-    config = part_config(job.model, "transformer")
+    config = known_config(job.model, "transformer")
     units = of_config(config).ACTIVATIONS
     sizes = weights_by_module(config, job.precision)
     layers = linear_shapes(config)

@@ -6,8 +6,9 @@ reach the same shares of theirs.
 
 from dataclasses import dataclass
 
+from infer.checkpoint.files import known_config
 from train.estimate.flop import attention_flop, linear_flop, token_weights, tokens_of, width_of
-from train.estimate.memory import Footprint, part_config, text_tokens
+from train.estimate.memory import Footprint, text_tokens
 from train.run.config import Train
 
 
@@ -49,7 +50,7 @@ COPY = 0.9  # share of the bandwidth that they reach
 
 def seconds(job: Train, taken: Footprint, card: Card) -> float:
     """Seconds of one optimizer update on the fast path. The plain path is slower by an amount that the host decides."""
-    config = part_config(job.model, "transformer")
+    config = known_config(job.model, "transformer")
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
     recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"
@@ -69,5 +70,9 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
         if products != "bf16":  # forward, again where it is computed again, and the gradient's layout
             times, made = 3 if recomputed else 2, 1
         time += times * weights * (stored + made) * UNPACKING[products] / (COPY * card.bandwidth)
+    passes = 2.0
+    if job.preserve.kind != "none":  # a forward pass of the base's and a training pass more
+        time *= 2 + 1 / (3 if recomputed else 2)
+        passes = 5
     offloaded = taken.host * (1 - taken.resident / taken.blocks)
-    return (max(time, 2 * offloaded / card.host) + HOST) * job.accumulation
+    return (max(time, passes * offloaded / card.host) + HOST) * job.accumulation

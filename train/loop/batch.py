@@ -16,6 +16,7 @@ from train.data.dataset import Data, Sample, sources_of, split
 from train.data.seeds import generator
 from train.latents.store import Cache
 from train.objective.flow_matching import sample_sigma
+from train.objective.preservation import preserved_text
 from train.run.config import Train
 
 
@@ -70,6 +71,8 @@ class Batch:
     pooled: Tensor | None  # [b, width], where the transformer takes a pooled text
     mask: Tensor | None  # how much each latent counts, [b, 1, height, width]; None: all count fully
     weight: Tensor  # of each sample in the loss, [b]
+    kept_embeds: Tensor | None = None  # of the texts that are preserved, like embeds and pooled
+    kept_pooled: Tensor | None = None
 
 
 @dataclass
@@ -82,6 +85,7 @@ class _Item:
     text: Text
     mask: Tensor | None
     weight: float
+    kept: Text | None = None
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -91,19 +95,35 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _stack(items: list[_Item], device: torch.device) -> Batch:
     mask = None
-    pooled = [item.text.pooled for item in items if item.text.pooled is not None]
+    texts, kept = [item.text for item in items], [item.kept for item in items if item.kept is not None]
     if any(item.mask is not None for item in items):
         ones = torch.ones(items[0].x0.shape[1:])
         mask = _send(torch.stack([ones if item.mask is None else item.mask for item in items])[:, None], device)
+    pooled, kept_pooled = (_stacked([text.pooled for text in each], device) for each in (texts, kept))
     return Batch(
         _send(torch.stack([item.x0 for item in items]), device),
         _send(torch.stack([item.noise for item in items]), device),
         _send(torch.stack([item.sigma for item in items]), device),
-        _send(torch.stack([item.text.embeds for item in items]), device),
-        _send(torch.stack(pooled), device) if pooled else None,
+        _send(torch.stack([text.embeds for text in texts]), device),
+        pooled,
         mask,
         _send(torch.tensor([item.weight for item in items]), device),
+        _stacked([text.embeds for text in kept], device),
+        kept_pooled,
     )
+
+
+def _stacked(tensors: list[Tensor | None], device: torch.device) -> Tensor | None:
+    """None where there are none."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return _send(torch.stack(there), device) if there else None
+
+
+def kept_text(job: Train, cache: Cache, text: str) -> Text | None:
+    """What is preserved while a text is learned, encoded; None where nothing is."""
+    if job.preserve.kind == "none":
+        return None
+    return cache.text(preserved_text(text, job.preserve, job.data.trigger))
 
 
 def draw_view_and_text(job: Train, cache: Cache, samples: Samples, index: SampleIndex) -> tuple[View, str]:
@@ -129,7 +149,8 @@ def training_batch(
         tokens = mean.shape[1] * mean.shape[2] // 4
         sigma = sample_sigma(job.flow, 1, tokens, numbers)[0]
         counts = weight * sources[samples.all[index.sample].source].weight
-        parts.append(_Item(x0, noise, sigma, cache.text(text), cache.mask(index.sample, view), counts))
+        mask, kept = cache.mask(index.sample, view), kept_text(job, cache, text)
+        parts.append(_Item(x0, noise, sigma, cache.text(text), mask, counts, kept))
     return _stack(parts, device)
 
 
@@ -156,8 +177,9 @@ def validation_batch(job: Train, cache: Cache, samples: Samples, items: list[Hel
         numbers = generator(job.seed, "validation", cache.identity(index), level)
         noise = torch.randn(mean.shape, generator=numbers)
         sigma = torch.tensor((level + 0.5) / job.validation_levels)
-        text = cache.text(texts_of(samples.all[index], job.data)[0][0])
-        parts.append(_Item(mean, noise, sigma, text, cache.mask(index, view), 1.0))
+        text = texts_of(samples.all[index], job.data)[0][0]
+        kept = kept_text(job, cache, text)
+        parts.append(_Item(mean, noise, sigma, cache.text(text), cache.mask(index, view), 1.0, kept))
     return _stack(parts, device)
 
 
@@ -166,7 +188,7 @@ def largest_batch(job: Train, cache: Cache, samples: Samples, device: torch.devi
     views = [(view, i) for i in samples.train for views in cache.views(i) for view in views[:1]]
     view, index = max(views, key=lambda pair: pair[0].height * pair[0].width)
     mean, _ = cache.picture(index, view)
-    text = cache.text(texts_of(samples.all[index], job.data)[0][0])
-    mask = cache.mask(index, view)
-    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), text, mask, 1.0)
+    text = texts_of(samples.all[index], job.data)[0][0]
+    mask, kept = cache.mask(index, view), kept_text(job, cache, text)
+    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), cache.text(text), mask, 1.0, kept)
     return _stack([part] * job.data.batch_size, device)

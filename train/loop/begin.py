@@ -180,7 +180,7 @@ def check_base(run: Run) -> None:
             "colours and textures at best. That training works shows the loss of the held-out pictures, which falls; "
             "for your own pictures take model=dev (docs/bundled-model.md)"
         )
-    if not model.random:
+    if not model.random and model.file is None:
         check_transformer(model.path, part_folder(model, "transformer"), config)
     note = of_config(config).training_note(config)
     if note is not None:

@@ -24,6 +24,7 @@ from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
 from train.loop.picture_losses import NAME, PictureLosses
 from train.loop.preview import preview, preview_size
+from train.loop.second import second_of
 from train.loop.session import Loop, Session
 from train.loop.spill import Spill
 from train.loop.step import take_step
@@ -101,8 +102,9 @@ def start_loop(session: Session) -> Loop:
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
     return Loop(
-        session, training, optimizer, first, learn, batches, metrics, events, bar, pictures, spill, saved_at, resumed
-    )
+        session, training, optimizer, first, learn, batches, metrics, events, bar, pictures, spill, saved_at, resumed,
+        second_of(job),
+    )  # fmt: skip
 
 
 def resume(session: Session, training: TrainingState) -> bool:
@@ -139,22 +141,24 @@ def measure(loop: Loop) -> None:
     """Validate the adapter, and its average if there is one."""
     session, progress, average = loop.session, loop.training.progress, loop.training.average
     job, data = session.job, session.data
-    weights: list[Any] = [("validation_loss", progress.validation, nullcontext())]
+    weights: list[Any] = [("", progress.validation, nullcontext())]
     if average:
-        weights.append(("validation_loss_ema", progress.validation_ema, average.applied()))
+        weights.append(("_ema", progress.validation_ema, average.applied()))
     if data.samples.validation:
         release_blocks(session)
-    for name, losses, applied in weights:
+    for whose, losses, applied in weights:
         with applied:
             value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
         if value is None:
             continue
-        mean, by_level = value
-        losses[str(loop.step)] = mean
+        means, by_level = value
+        losses[str(loop.step)] = means["validation_loss"]
+        figures = {f"{name}{whose}": each for name, each in means.items()}
         if session.run.main:
-            loop.bar.write(f"step {loop.step}: {name.replace('_', ' ')} {mean:.4f}")
-        loop.metrics.log(loop.step, {name: mean, f"{name}_by_level": by_level})
-        session.tracker.log(loop.step, {name: mean})
+            said = ", ".join(f"{name.replace('_', ' ')} {each:.4f}" for name, each in figures.items())
+            loop.bar.write(f"step {loop.step}: {said}")
+        loop.metrics.log(loop.step, {**figures, f"validation_loss{whose}_by_level": by_level})
+        session.tracker.log(loop.step, figures)
     if session.run.main:
         loop.pictures.write(loop.step)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
@@ -182,6 +186,7 @@ def draw_previews(loop: Loop) -> None:
                 run.main,
                 average.applied() if average else None,
                 loop.base_latents,
+                loop.second,
             )
         except torch.OutOfMemoryError:
             if uses_fsdp():  # the other ranks are drawing

@@ -8,7 +8,6 @@ from accelerate.utils import gather_object
 from infer.adapter.attach import attach, began, load_recovery, strengths
 from infer.adapter.error_init import start_from_error
 from infer.adapter.lora import FROM_ERROR
-from infer.checkpoint.family import guided_by_two_calls
 from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.buckets import is_smaller
@@ -21,7 +20,9 @@ from train.latents.prune import folders_used
 from train.latents.users import record_use
 from train.loop.batch import split_samples
 from train.loop.preview import default_prompts
+from train.loop.second import empty_text
 from train.loop.session import EncodedData, LoadedModel, Run
+from train.objective.preservation import preserved_text
 from train.ranks.launch import shard_weights, uses_fsdp
 
 
@@ -37,8 +38,13 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    empty = [""] if job.previews != [] and guided_by_two_calls(job.model) else []
-    texts = list(dict.fromkeys([*all_texts(samples, job.data), *(job.previews or []), *empty]))
+    empty = [""] if job.previews != [] and empty_text(job) else []
+    learned = all_texts(samples, job.data)
+    kept = []
+    if job.preserve.kind != "none":
+        kept = [preserved_text(text, job.preserve, job.data.trigger) for text in learned]
+        run.say(f"output preservation: {learned[0]!r} is learned, {kept[0]!r} stays as the base draws it")
+    texts = list(dict.fromkeys([*learned, *kept, *(job.previews or []), *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")

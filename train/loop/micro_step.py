@@ -1,6 +1,7 @@
 """One micro-step: the objective of a batch and its gradient, plain or captured as a CUDA graph."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,29 +10,42 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from infer.adapter.attach import without_adapter
 from infer.fast.cuda_graph import Replay
 from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
 from train.loop.batch import Batch
-from train.objective.flow_matching import losses, noised, predict
+from train.objective.flow_matching import distances, losses, noised, predict
 from train.objective.optim import state_bytes
 from train.run.config import Train
 
+WARM = 3  # the call of a shape that compiles and captures nothing any more
 
-def batch_velocity(transformer: Any, batch: Batch, job: Train) -> Tensor:
-    """The velocity of each sample, [b, tokens, channels * 4], in fp32."""
+
+def batch_velocity(transformer: Any, batch: Batch, job: Train, kept: bool = False) -> Tensor:
+    """The velocity of each sample, [b, tokens, channels * 4], in fp32; kept: for the texts that are preserved."""
+    embeds, pooled = (batch.kept_embeds, batch.kept_pooled) if kept else (batch.embeds, batch.pooled)
+    assert embeds is not None, "the batch has texts to preserve"
     x = noised(batch.x0, batch.noise, batch.sigma)
     dtype = compute_dtype_of(transformer)
     # the fast path casts by itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
-        return predict(transformer, x, batch.embeds, batch.pooled, batch.sigma, job.flow.guidance, dtype)
+        return predict(transformer, x, embeds, pooled, batch.sigma, job.flow.guidance, dtype)
 
 
 def batch_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
     """The objective of each sample, [b], in fp32."""
     velocity = batch_velocity(transformer, batch, job)
     return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
+
+
+def preserved_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
+    """How far each sample's prediction for the text that is preserved is from the base's own, [b], in fp32; of the
+    whole picture, whatever its mask."""
+    with torch.no_grad(), without_adapter(transformer):
+        base = batch_velocity(transformer, batch, job, kept=True)
+    return distances(batch_velocity(transformer, batch, job, kept=True), base, batch.sigma, weighting)
 
 
 def graphs(job: Train, accelerator: Accelerator) -> bool:
@@ -52,6 +66,26 @@ def graphs(job: Train, accelerator: Accelerator) -> bool:
     return hindrance is None and wanted is not False
 
 
+def preservation_cost(seconds: float, job: Train) -> str:
+    """What output preservation takes of a micro-step of so many seconds: its share of the passes.
+
+    A training pass costs 2 forward passes, up to 3 where blocks are computed again; preservation adds another one, and
+    the base's forward pass.
+    """
+    passes = {"everything": 2.0, "products": 2.2, "attention": 2.6, "nothing": 3.0}[job.memory.keep]
+    extra = (passes + 1) / (2 * passes + 1)
+    return (
+        f"output preservation takes about {extra * seconds:.2f} of {seconds:.2f} s of a micro-step (by its share of "
+        "the passes through the transformer)"
+    )
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def make_learner(
     job: Train,
     accelerator: Accelerator,
@@ -60,7 +94,8 @@ def make_learner(
     offload: Offload | None,
     turns: int = 1,
 ) -> Callable[[Batch], Tensor]:
-    """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device.
+    """A function that adds a batch's gradient to the parameters' and returns each sample's loss, [b] on the device,
+    that of output preservation included.
 
     It does not wait for the device. turns: into how many parts each batch is divided that this rank learns from one
     after another.
@@ -69,7 +104,12 @@ def make_learner(
     def backward(batch: Batch) -> Tensor:
         values = batch_losses(model, batch, job, job.flow.weighting)
         ((values * batch.weight).sum() / job.accumulation).backward()
-        return values.detach()
+        values = values.detach()
+        if job.preserve.kind != "none":  # after that, so that no two passes' activations are held at once
+            kept = job.preserve.weight * preserved_losses(model, batch, job, job.flow.weighting)
+            ((kept * batch.weight).sum() / job.accumulation).backward()
+            values = values + kept.detach()
+        return values
 
     def isolated(*tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
         """The losses and the gradients; the parameters' accumulated gradients stay as they are. It can be replayed."""
@@ -85,10 +125,17 @@ def make_learner(
         return values, gradients
 
     replay = Replay(isolated, offload) if graphs(job, accelerator) else None
-    seen: set[tuple[int, ...]] = set()
+    seen: Counter[tuple[int, ...]] = Counter()
+    timed = job.preserve.kind == "none"
 
     def learn(batch: Batch) -> Tensor:
-        start, shape = time.perf_counter(), tuple(batch.x0.shape)
+        nonlocal timed
+        shape = tuple(batch.x0.shape)
+        seen[shape] += 1
+        timing = not timed and seen[shape] == WARM
+        if timing:
+            _wait(accelerator.device)
+        start = time.perf_counter()
         if replay is None:
             values = backward(batch)
         else:
@@ -99,8 +146,12 @@ def make_learner(
                     parameter.grad = gradient.clone() if job.accumulation * turns > 1 else gradient
                 else:
                     parameter.grad += gradient
-        if shape not in seen:
-            seen.add(shape)
+        if timing:
+            timed = True
+            _wait(accelerator.device)
+            if accelerator.is_main_process:
+                tqdm.write(preservation_cost(time.perf_counter() - start, job))
+        if seen[shape] == 1:
             values.tolist()  # waits for the device
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
                 pixels = f"{shape[0]} of {shape[3] * 8}x{shape[2] * 8} pixels"

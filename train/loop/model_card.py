@@ -5,6 +5,7 @@ from pathlib import Path
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.model_card import Card
 from infer.checkpoint.family import distilled_to, pipeline_of
+from infer.checkpoint.sources import rest_of
 from train.loop.preview import samples_of
 from train.run.config import Train
 
@@ -24,7 +25,7 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
     samples = samples_of(sheet, folder / "adapter") if sheet.is_file() else {}
     return Card(
         name=job.run,
-        base=job.model.path,
+        base=rest_of(job.model).path,
         pipeline=pipeline_of(job.model),
         trigger=job.data.trigger,
         precision=job.precision.kind,

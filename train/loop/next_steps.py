@@ -5,25 +5,31 @@ import shlex
 from pathlib import Path
 
 from infer.adapter.read import FILE
-from infer.program.paths import CONFIGS, SHIPPED
+from infer.adapter.second import shipped_models
+from infer.checkpoint.model import OPTIONS, Model
+from infer.program.no_effect import changed
 from train.run.config import Train
 
 
-def model_words(path: str) -> list[str]:
+def model_words(model: Model) -> list[str]:
     """How the command line names a model."""
-    for file in sorted((CONFIGS / "model").glob("*.yaml")):
-        named = [line.removeprefix("path: ") for line in file.read_text().splitlines() if line.startswith("path: ")]
-        if path in (name.replace("${root:}", str(SHIPPED)) for name in named):
-            return [f"model={file.stem}"]
-    return [f"model.path={path}"]
+    given = {name: getattr(model, name) for name in ("parts", *OPTIONS.values())}
+    files = [f"model.{name}={value}" for name, value in given.items() if value is not None]
+    named = [name for name, path in shipped_models().items() if path == model.path]
+    return [f"model={named[0]}" if named else f"model.path={model.path}", *files]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
     """infer/compare.py at the training's precision, without and with the adapter."""
-    words = ["python", "infer/compare.py", *model_words(job.model.path), f"run={job.run}"]
+    words = ["python", "infer/compare.py", *model_words(job.model), f"run={job.run}"]
     words.append(f"adapter.path={folder / 'adapter'}")
     kind = job.precision.kind
-    words += [f"only=[{kind}]"] if kind in ("bf16", "int8", "fp4", "nf4") else []
+    if kind in ("bf16", "int8", "fp4", "nf4"):
+        words.append(f"only=[{kind}]")
+        for name in changed(job.precision, "products", "double_quant", "llm_int8", "t5"):
+            words.append(f"precisions.{kind}.{name}={str(getattr(job.precision, name)).lower()}")
+    if job.sampling.model is not None:
+        words.append(f"sampling.model={job.sampling.model}")
     if job.adapter.recovery is not None:
         words.append(f"+recovery.{kind}={job.adapter.recovery}")
     if prompts:

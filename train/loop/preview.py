@@ -2,8 +2,7 @@
 the averaged weights if there are any."""
 
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,23 @@ from typing import Any
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+from tqdm import tqdm
 
-from infer.adapter.attach import switch
+from infer.adapter.attach import without_adapter
+from infer.adapter.attached import adapter_state
 from infer.checkpoint.family import own_size
 from infer.checkpoint.load import load_scheduler, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.family.family import Text
 from infer.program.atomic import replace_file
-from infer.sample.encode import decode
+from infer.sample.encode import NotFiniteError, decode
 from infer.sample.generate import Sampling, draw
 from infer.sample.sheet import Layout, sheet_of
 from train.data.caption import texts_of
 from train.data.dataset import Data
 from train.loop.batch import Samples
+from train.loop.second import NoRoomError, Second, draw_on
 from train.run.config import Train
 
 SHEET = "flux_lora_sheet"  # the text of a sheet's PNG that says what is drawn where
@@ -42,15 +44,6 @@ def preview_size(job: Train) -> tuple[int, int]:
     return job.sampling.size(min(own_size(job.model), max(16, max(job.data.resolutions) // 16 * 16)))
 
 
-@contextmanager
-def without_adapter(transformer: Any) -> Iterator[None]:
-    switch(transformer, False)
-    try:
-        yield
-    finally:
-        switch(transformer, True)
-
-
 def preview(
     transformer: Any,
     model: Model,
@@ -63,13 +56,15 @@ def preview(
     write: bool = True,
     averaged: AbstractContextManager[None] | None = None,
     base: dict[str, Tensor] | None = None,
+    second: Second | None = None,
 ) -> list[tuple[str, dict[str, Image.Image]]]:
     """Draw a sheet with one row per prompt: the base, the adapter, and the adapter with its averaged weights.
 
     The autoencoder is loaded for it and freed afterwards. size: height and width in pixels. write: False takes part in
     the transformer's work only, and leaves the rest to the rank that writes. averaged: puts the averaged weights into
     the adapter for a with-block; None draws no such column. base: the base's packed latents by prompt, which stay the
-    same during a run; what is not there yet is drawn and added.
+    same during a run; what is not there yet is drawn and added. second: a checkpoint that all of it is drawn on too; it
+    gets no columns if there is no memory for it, which is said.
 
     Returns: each prompt with its pictures by column; empty without `write`.
     """
@@ -78,9 +73,11 @@ def preview(
     columns: dict[str, Any] = {"base": without_adapter(transformer), "adapter": nullcontext()}
     if averaged is not None:
         columns["averaged adapter"] = averaged
-    latents = {}
+    latents, states = {}, {}
     for name, weights in columns.items():
         with weights:
+            if second is not None and name != "base":
+                states[name] = adapter_state(transformer)
             for prompt, text in prompts.items():
                 packed = base.get(prompt) if name == "base" else None
                 if packed is None:
@@ -94,11 +91,17 @@ def preview(
     pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
     release(device)
-    board = sheet_of(Layout(list(prompts), list(columns), size), pictures)
+    if second is not None:
+        try:
+            pictures |= draw_on(second, states, prompts, size, device)
+        except (NoRoomError, NotFiniteError) as error:
+            tqdm.write(f"note: no previews on the second checkpoint: {error}")
+    names = list(dict.fromkeys(column for _, column in pictures))
+    board = sheet_of(Layout(list(prompts), names, size), pictures)
     info = PngImagePlugin.PngInfo()
-    info.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": list(columns), "size": size, "layout": 2}))
+    info.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": names, "size": size, "layout": 2}))
     replace_file(file, lambda path: board.save(path, format="PNG", pnginfo=info))
-    return [(prompt, {name: pictures[prompt, name] for name in columns}) for prompt in prompts]
+    return [(prompt, {name: pictures[prompt, name] for name in names}) for prompt in prompts]
 
 
 def samples_of(sheet: Path, folder: Path) -> dict[str, str]:

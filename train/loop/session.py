@@ -17,6 +17,7 @@ from train.data.batches import SampleIndex
 from train.latents.store import Cache
 from train.loop.batch import Batch, Samples
 from train.loop.picture_losses import PictureLosses
+from train.loop.second import Second
 from train.loop.spill import Spill
 from train.run.config import Train
 from train.state.checkpoint import Checkpoint
@@ -138,6 +139,8 @@ class Loop:
     """By time.monotonic: when the last checkpoint was written, or the loop began."""
     saved: bool
     """Whether the run has a checkpoint."""
+    second: Second | None = None
+    """Another checkpoint that previews are drawn on too."""
     base_latents: dict[str, Tensor] = field(default_factory=dict)
     """Of the previews without the adapter, by prompt: drawn once."""
     save_requested: bool = False

@@ -4,8 +4,12 @@ What a config names (files, layers, device) is looked up earlier, before torch i
 
 from accelerate import Accelerator
 
-from infer.adapter.checks import check_guidance, check_trained_guidance, check_training, shift_of
+from infer.adapter.checks import check_guidance, check_precision, check_trained_guidance, check_training, shift_of
 from infer.adapter.error_init import read_start
+from infer.adapter.lora import FROM_ERROR
+from infer.adapter.second import second_model
+from infer.checkpoint.files import read_config
+from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
@@ -33,6 +37,26 @@ def check_flow(model: Model, flow: Flow) -> None:
             )
 
 
+def check_preserving(job: Train) -> None:
+    """Raises:
+    ValueError: outputs are to be preserved, and the base without the adapter is not what the adapter begins with.
+    """
+    if job.preserve.kind == "none":
+        return
+    origin = None
+    if job.adapter.init in FROM_ERROR:
+        origin = f"adapter.init is {job.adapter.init}"
+    elif job.adapter.start is not None:
+        start = read_start(job.adapter.start, lambda layer: None)
+        origin = None if start is None else f"adapter.start {job.adapter.start} is of init={start.init}"
+    if origin is not None:
+        raise ValueError(
+            f"preserve={job.preserve.kind} keeps what the base draws without the adapter, and {origin}, which gives "
+            "back what the base lost in rounding and would be unlearned; set preserve=none, or train with "
+            "adapter.init=default"
+        )
+
+
 def check_supported(job: Train, accelerator: Accelerator) -> None:
     """See that the run can do what its settings ask for.
 
@@ -46,7 +70,16 @@ def check_supported(job: Train, accelerator: Accelerator) -> None:
     check_guidance(job.model, job.sampling.guidance)
     if job.data.prior.count:
         check_guidance(job.model, job.data.prior.guidance, "data.prior.guidance")
+    if job.sampling.model is not None:
+        second = second_model(job.model, job.sampling.model)
+        check_precision(second, job.precision, linear_shapes(read_config(second, "transformer")))
+        if uses_fsdp():
+            raise ValueError(
+                "sampling.model loads a second checkpoint on one rank, and FSDP draws with all of them; set "
+                "sampling.model=null"
+            )
     graphs(job, accelerator)
+    check_preserving(job)
     check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
     if uses_fsdp() and job.adapter.start is not None and read_start(job.adapter.start, lambda layer: None) is not None:
         raise ValueError(

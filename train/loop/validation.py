@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from train.latents.store import Cache
 from train.loop.batch import Samples, validation_batch, validation_items
-from train.loop.micro_step import batch_losses
+from train.loop.micro_step import batch_losses, preserved_losses
 from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
@@ -16,9 +16,11 @@ from train.run.config import Train
 class Validation(NamedTuple):
     """The objective of the held-out pictures."""
 
-    mean: float
+    means: dict[str, float]
+    """`validation_loss`; under output preservation the mean distance from the base's prediction as
+    `validation_preservation`, too."""
     by_level: list[float]
-    """At each noise level, the lowest first."""
+    """The loss at each noise level, the lowest first."""
 
 
 def validate(
@@ -33,7 +35,8 @@ def validate(
         return None
     rank, ranks = accelerator.process_index, accelerator.num_processes
     transformer.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    names = ["validation_loss", *(["validation_preservation"] if job.preserve.kind != "none" else [])]
+    total = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator.device)
     by_level = torch.zeros(job.validation_levels, 2, dtype=torch.float64, device=accelerator.device)
     by_rank = [validation_items(job, cache, samples, each, ranks) for each in range(ranks)]
     mine = by_rank[rank]
@@ -42,18 +45,22 @@ def validate(
         for turn in range(max(map(len, by_rank)) if uses_fsdp() else len(mine)):
             counts = turn < len(mine)
             batch = validation_batch(job, cache, samples, mine[turn] if counts else by_rank[0][0], accelerator.device)
-            values = batch_losses(transformer, batch, job, "none")
+            found = [batch_losses(transformer, batch, job, "none")]
+            if len(names) > 1:
+                found.append(preserved_losses(transformer, batch, job, "none"))
             if counts:
-                total += total.new_tensor([values.double().sum().item(), len(values)])
+                total += total.new_tensor([*(values.double().sum().item() for values in found), len(found[0])])
                 levels = torch.tensor([level for _, level, _ in mine[turn]], device=accelerator.device)
-                by_level.index_add_(0, levels, torch.stack([values.double(), torch.ones_like(values.double())], 1))
+                losses = found[0].double()
+                by_level.index_add_(0, levels, torch.stack([losses, torch.ones_like(losses)], 1))
     transformer.train()
     summed: Any = accelerator.reduce(torch.cat([total, by_level.flatten()]), "sum")
-    value = float(summed[0] / summed[1])
-    sums = summed[2:].view(-1, 2)
+    totals, sums = summed[: len(total)], summed[len(total) :].view(-1, 2)
+    means: dict[str, float] = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
+    value = means["validation_loss"]
     if not math.isfinite(value):
         raise ValueError(
             f"the validation loss is {value}: the adapter's weights are ruined; lower optim.lr or raise optim.warmup "
             "and start over, or go on from an older checkpoint with resume=step-..."
         )
-    return Validation(value, [round(each, 6) for each in (sums[:, 0] / sums[:, 1]).tolist()])
+    return Validation(means, [round(each, 6) for each in (sums[:, 0] / sums[:, 1]).tolist()])

@@ -6,6 +6,7 @@ x_sigma = (1 - sigma) x_0 + sigma noise, and the transformer predicts the veloci
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,19 +88,21 @@ def predict(
     sigma: Tensor,
     guidance: float,
     dtype: torch.dtype,
+    references: Sequence[Tensor] = (),
 ) -> Tensor:
     """Velocity [batch, tokens, channels * 4] in fp32 for latents x [batch, channels, height, width].
 
-    embeds [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own.
+    embeds [batch, text tokens, width], pooled [batch, width], sigma [batch]; dtype is the transformer's own;
+    references: latents [batch, channels, height, width] without noise, of which no velocity is given.
     """
     from infer.family.find import of_model
     from infer.family.packing import pack
 
     config = getattr(transformer, "module", transformer).config  # DistributedDataParallel wraps it
     height, width = x.shape[-2:]
-    given = of_model(transformer).inputs(config, pack(x), height, width, embeds, pooled, guidance, dtype)
+    given = of_model(transformer).inputs(config, pack(x), height, width, embeds, pooled, guidance, dtype, references)
     velocity: Tensor = transformer(**given, timestep=sigma, return_dict=False)[0]
-    return velocity.float()
+    return (velocity[:, : height * width // 4] if references else velocity).float()
 
 
 def losses(
@@ -110,13 +113,19 @@ def losses(
     mask: how much the error at each latent counts, from 0 to 1, [batch, 1, height, width]; None: all count fully. The
     mean is over all latents, so a sample counts less if its mask leaves less of it.
     """
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
-
     from infer.family.packing import pack
 
-    error = (velocity - pack(noise - x0)).square()
+    counts = None if mask is None else pack(mask.expand_as(x0))
+    return distances(velocity, pack(noise - x0), sigma, weighting, counts)
+
+
+def distances(velocity: Tensor, target: Tensor, sigma: Tensor, weighting: str, mask: Tensor | None = None) -> Tensor:
+    """The weighted squared error of each sample, [batch]; velocity, target and mask are packed."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    error = (velocity - target).square()
     if mask is not None:
-        error = error * pack(mask.expand_as(x0))
+        error = error * mask
     weight = compute_loss_weighting_for_sd3(weighting, sigma)
     weighted: Tensor = error.flatten(1).mean(1) * weight
     return weighted

@@ -9,10 +9,12 @@ from infer.fast.memory import Memory
 from infer.program.bounds import MANY, SEED, STEPS, check_most
 from infer.quantize.precision import Precision
 from infer.sample.generate import Sampling
+from train.data.cloud import is_cloud
 from train.data.dataset import Data
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
+from train.objective.preservation import Preserve
 from train.run.sweep import Sweep
 from train.trackers.options import Track
 
@@ -36,6 +38,7 @@ class Train:
     """Of the previews."""
     track: Track = field(default_factory=Track, metadata=MAY_CHANGE)
     sweep: Sweep = field(default_factory=Sweep, metadata=MAY_CHANGE)
+    preserve: Preserve = field(default_factory=Preserve)
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
@@ -79,6 +82,9 @@ class Train:
     push: str | None = field(default=None, metadata=MAY_CHANGE)
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""
+    mirror: str | None = field(default=None, metadata=MAY_CHANGE)
+    """An address in the cloud (s3://bucket/runs, gs://, hf://) to which the run's folder is copied while it trains, and
+    from which it is brought back where it is not here; null: none."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
@@ -121,6 +127,8 @@ class Train:
             raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
         if self.push is not None and self.push.count("/") != 1:
             raise ValueError(f"push is {self.push!r}; write owner/name, or null to keep the adapter here")
+        if self.mirror is not None and not is_cloud(self.mirror):
+            raise ValueError(f"mirror is {self.mirror!r}, no address; write s3://bucket/runs, gs://..., hf://...")
         check_half(self.precision)
 
 

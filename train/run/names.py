@@ -4,7 +4,9 @@ Whether the checkpoint, the device and the launch support the settings is checke
 
 from pathlib import Path
 
+from infer.adapter.lora import FROM_ERROR
 from infer.adapter.read import find_adapter, read_notes
+from infer.adapter.second import check_same_start, second_model
 from infer.adapter.targets import match_targets
 from infer.checkpoint.family import distilled_from
 from infer.checkpoint.files import read_config
@@ -12,6 +14,7 @@ from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
 from infer.device.device import check_device_name
 from infer.program.command import check_run_name
+from infer.program.no_effect import refuse_idle
 from infer.quantize.precision import check_layer_names
 from train.run.config import Train
 
@@ -36,6 +39,7 @@ def check_names(job: Train) -> Path:
         )
     if base is None and job.distilled:
         raise ValueError(f"distilled is true, but {job.model.path} is not distilled; leave it at false")
+    check_second(job)
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)
@@ -49,3 +53,22 @@ def check_names(job: Train) -> Path:
         if path is not None:
             read_notes(find_adapter(path))
     return folder
+
+
+def check_second(job: Train) -> None:
+    """See that sampling.model names a checkpoint that the adapter can be drawn on too.
+
+    Raises:
+        ValueError: it does not, or nothing would be drawn on it.
+    """
+    if job.sampling.model is None:
+        return
+    if job.previews == []:
+        refuse_idle(job.sampling, "sampling.", ("model",), "previews=[] draws nothing")
+    if job.adapter.init in FROM_ERROR:
+        raise ValueError(
+            f"adapter.init={job.adapter.init} starts from the rounding error of {job.model.path}, and sampling.model "
+            "draws on another checkpoint; set sampling.model=null"
+        )
+    second_model(job.model, job.sampling.model)
+    check_same_start([job.adapter.start] if job.adapter.start else [], job.adapter.recovery is not None)

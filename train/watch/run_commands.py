@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from infer.checkpoint.model import Model
+from infer.choosing.run import known_settings
 from infer.choosing.settings import Choose
 from infer.drawing.settings import Draw
 from infer.program.paths import CONFIGS
@@ -49,14 +51,13 @@ def _model(run: str) -> tuple[list[str], dict[str, Any]]:
     """How a command names the run's base model and its precision, and the run's settings."""
     config = read_config(run_folder(run))
     model, precision = config.get("model"), config.get("precision")
-    path = model.get("path") if isinstance(model, dict) else None
-    if not isinstance(path, str) or not path or "${" in path:
-        raise RefusedError(
-            f"the settings of run {run!a} do not say its base model; its config.yaml is absent or broken"
-        )
-    (word,) = model_words(path)
-    name, _, value = word.partition("=")
-    words = [f"{name}={typed_text(value)}"]
+    try:
+        words = model_words(known_settings(Model, model))
+    except (ValueError, TypeError, AttributeError) as error:
+        said = f"the settings of run {run!a} do not say its base model ({error}); its config.yaml is absent or broken"
+        raise RefusedError(said) from error
+    if any("${" in word for word in words):
+        raise RefusedError(f"the base model of run {run!a} would be filled in from elsewhere; draw in a terminal")
     if isinstance(model, dict) and model.get("weights") == "random":
         words.append("model.weights=random")
     kind = precision.get("kind") if isinstance(precision, dict) else None

@@ -51,6 +51,7 @@ from train.data.dataset import Data
 from train.gap import Gap, gap
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
+from train.objective.preservation import KINDS, Preserve
 from train.run.config import Train
 from train.train import train
 from train.transfer import Transfer, transfer
@@ -87,7 +88,7 @@ FACTORS = {
     "precision": list(PRECISIONS),
     "memory": list(MEMORY),
     "optimizer": OPTIMIZERS,
-    "beside": ["nothing", "dropout", "average", "recovery"],
+    "beside": ["nothing", "dropout", "average", "recovery", "class", "empty"],
     "flow": ["uniform", "logit_normal", "shifted"],
     "command": ["train", "resume", "compare", "gap", "transfer", "merge", "save", "convert", "recover"],
 }
@@ -108,6 +109,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
     ("origin", ERRORS, "precision", ("bf16", "fp32"), "none of the layers .* is quantized"),
     ("origin", ERRORS, "beside", ("recovery",), NEITHER),
     ("beside", ("recovery",), "precision", ("bf16", "fp32"), "the recovery adapter .* was made for kind=nf4, not "),
+    ("beside", ("class", "empty"), "origin", (*ERRORS, "start_loftq", "start_residual"), "which gives back what"),
     ("command", ("merge",), "precision", ("mixture", "nested"), "is a mixture of kinds, .*merge with precision=bf16"),
     ("command", ("save",), "precision", ("mixture", "nested"), "is a mixture of kinds, .*or save one kind"),
     ("command", ("recover",), "precision", ("bf16", "fp32"), "which loses nothing"),
@@ -152,7 +154,8 @@ class Place:
                 recovery=self.recovery(row["precision"]) if beside == "recovery" else None,
                 dropout=0.1 if beside == "dropout" else 0.0,
             ),
-            data=self.data,
+            data=replace(self.data, trigger="sks" if beside == "class" else None),
+            preserve=Preserve(beside, "ring" if beside == "class" else "") if beside in KINDS else Preserve(),
             flow=Flow(row["flow"], logit_mean=0.0 if row["flow"] == "uniform" else 0.2),
             memory=MEMORY[row["memory"]],
             # Prodigy's own rate begins at 1e-6, which in two steps moves nothing that bf16 sees
@@ -461,6 +464,8 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"keep_best": 1, "validation": 0}, "keep_best is 1, which has no effect: data.validation=0 holds no pictures out"),
     ({"validation_levels": 4, "validation": 0}, "validation_levels is 4, which has no effect"),
     ({"data": {"caption_column": "words"}}, "data.caption_column is words, .*no source is a table or has a metadata"),
+    ({"preserve": Preserve("class", "ring")}, r"preserve.kind is class, but data.trigger is null"),
+    ({"preserve": Preserve("class", "rong"), "data": {"trigger": "sks"}}, "preserve.word is 'rong', which no caption"),
     ({"data": {"image_column": "picture"}}, "data.image_column is picture, .*no source is a table"),
 ]
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from functools import cache as cached
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,15 +73,27 @@ def fill(cache: Path, name: str, files: Path, ref: str = "main", tree: list[str]
     return snapshot
 
 
-@pytest.fixture(params=["offline", "unreachable"])
+def forget() -> None:
+    """What a process asks once."""
+    hub.hub_part.cache_clear()
+    hub.reachable.cache_clear()
+
+
+@pytest.fixture(params=["offline", "unreachable", "left to the library"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of the Hub, on a machine that is told to be offline, or whose network leads nowhere."""
+    """An empty cache of the Hub, on a machine that is told to be offline, or whose network leads nowhere; there we see
+    so at once, or, as behind a proxy, the library does after its tries (without the pauses between them)."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", request.param == "offline")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    hub.hub_part.cache_clear()
+    if request.param == "left to the library":
+        monkeypatch.setattr(hub, "reachable", cached(lambda: True))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    else:
+        monkeypatch.setattr(hub, "getproxies", dict)
+    forget()
     yield tmp_path / "hub"
-    hub.hub_part.cache_clear()
+    forget()
 
 
 def check_loads(model: Model, folder: Path) -> None:
@@ -112,9 +126,7 @@ def test_a_cache_that_hf_download_filled(cache: Path, sharded: Path) -> None:
     assert pipeline_index(model)["_class_name"] == "FluxPipeline"
 
 
-def test_a_cache_that_a_run_filled_or_another_program(
-    cache: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_a_run_filled_or_another_program(cache: Path, sharded: Path, tmp_path: Path) -> None:
     """Without what stands at the top; of a branch; and of some parts, files that nobody wanted were not downloaded."""
     some = tmp_path / "some"
     shutil.copytree(sharded, some)
@@ -124,7 +136,6 @@ def test_a_cache_that_a_run_filled_or_another_program(
     fill(cache, "owner/flux", some, "mine", tree)
     check_loads(Model("owner/flux", "mine"), sharded)
     with pytest.raises(ValueError, match=r"cannot load the index of owner/flux: .*check the network"):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # else the library tries for half a minute
         pipeline_index(Model("owner/flux", "mine"))
 
 

@@ -35,6 +35,7 @@ def drawing(**options: Any) -> Compare:
 
 PATHS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
     "model.path": (lambda path: Model(path), lambda o: o.path),
+    "model.parts": (lambda path: Model(__file__, parts=path), lambda o: o.parts),
     "adapter.start": (lambda path: Adapter(start=path), lambda o: o.start),
     "adapter.recovery": (lambda path: Adapter(recovery=path), lambda o: o.recovery),
     "adapter.path": (lambda path: Trained(path), lambda o: o.path),
@@ -102,12 +103,11 @@ def test_files_for_a_model(tmp_path: Path, tiny: Model, monkeypatch: pytest.Monk
     torch.save({"a": torch.ones(2)}, tmp_path / "models" / "flux.ckpt")
     (tmp_path / "models" / "notes").write_text("hello")
     whole = Path(tiny.path).resolve()
-    single = r"is a single-file checkpoint, which is not read; make a folder of it once: .*from_single_file"
     for path, said in (
-        ("models/flux1-dev.safetensors", single),
-        (str(tmp_path / "models" / "all.sft"), single),
-        ("models/flux.ckpt", "is a pickled checkpoint, which is not read; make a folder"),
-        ("models/flux1-dev-Q4_K_S.gguf", r"is a GGUF file, .*unquantized checkpoint \(model=dev\)"),
+        ("models/flux1-dev.safetensors", r"holds no transformer of FLUX\.1 and FLUX\.2"),
+        (str(tmp_path / "models" / "all.sft"), r"holds no transformer of FLUX\.1 and FLUX\.2"),
+        ("models/flux.ckpt", "is a pickled checkpoint, which may run any program .*; give the model as safetensors"),
+        ("models/flux1-dev-Q4_K_S.gguf", r"holds no transformer of FLUX\.1 and FLUX\.2|cannot read"),
         ("models/lora.safetensors", "is a LoRA file; give it as adapter.path"),
         ("models/notes", "is a file and no checkpoint"),
         (str(whole / "model_index.json"), f"is a file of the checkpoint {whole}; set model.path to that folder"),
@@ -118,15 +118,15 @@ def test_files_for_a_model(tmp_path: Path, tiny: Model, monkeypatch: pytest.Monk
         ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", "; write black-forest-labs/FLUX.1-dev"),
         ("huggingface.co/black-forest-labs/FLUX.1-dev", "; write black-forest-labs/FLUX.1-dev"),
         ("my models/flux", "no folder here and no Hub id"),
-        ("models", r"holds no model_index.json.*single-file checkpoint \(all.sft\), make a folder"),
+        ("models", r"holds no model_index.json.* set model\.path=models/all\.sft \(docs/files\.md\)"),
     ):
         with pytest.raises(ValueError, match=said):
             check_model(Model(path))
-    for name in ("flux1-dev-Q4_K_S.gguf", "lora.safetensors"):
+    for name, said in (("flux1-dev-Q4_K_S.gguf", r"set model\.path=.*gguf"), ("lora.safetensors", "holds a LoRA file")):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (tmp_path / "models" / name).rename(folder / name)
-        with pytest.raises(ValueError, match=r"is a GGUF file|is a LoRA file"):
+        with pytest.raises(ValueError, match=said):
             check_model(Model(str(folder)))
     cached = tmp_path / "models--black-forest-labs--FLUX.1-dev"
     (cached / "snapshots").mkdir(parents=True)

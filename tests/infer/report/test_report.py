@@ -485,7 +485,7 @@ def test_whatever_else_was_measured_is_shown(tmp_path: Path) -> None:
         )
         == 1
     )
-    assert "Prompt 3, which the adapter has nothing to do with" in page.text and "a mill" in page.text
+    assert "Prompt 3 (one of the unrelated prompts, where nothing should change)" in page.text and "a mill" in page.text
     assert {"Transfer <x>", "rows: trained at", "trained <nf4>", "1 to 2".replace("1 to 2", "1.000 to 2.000")} <= set(
         page.text
     )

@@ -219,7 +219,13 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
     (references / "deep" / "0.txt").write_text("a caption")
     rows, latents = drawn(tmp_path / "run")
     rows, drift = ([row for row in rows if (row.prompt == "p2") is apart] for apart in (False, True))
-    arguments = drift, tmp_path / "run", latents, "bf16", {"own": lambda picture, prompt: 1.0 + (prompt == "p1")}
+    bleed = [replace(row, prompt="p1", scores={}) for row in rows if row.prompt == "p1"]
+
+    def brightness(picture: Image.Image, prompt: str) -> float:
+        return float(np.asarray(picture).mean())
+
+    own = {"own": lambda picture, prompt: 1.0 + (prompt == "p1"), "light": brightness}
+    arguments = drift, bleed, tmp_path / "run", latents, "bf16", own
     result = score_all(rows, *arguments, networks, str(references), CPU)
     assert result.absent == {"image_reward": "networks.image_reward is null"}
     for row in rows:
@@ -242,15 +248,23 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
     assert mean is not None and low < mean < high
     assert {"kid", "cmmd", "drift_lpips", "drift_psnr"} <= entry.scores.keys()
     assert "drift_psnr" not in summary["nf4", None].scores
+    light = {row.adapter: [] for row in bleed}
+    for row in bleed:
+        if row.precision == "nf4":
+            light[row.adapter].append(brightness(Image.open(tmp_path / "run" / row.image), ""))
+    moved = np.mean(light["mine"]) - np.mean(light[None])
+    assert entry.scores["bleed_light"] == pytest.approx(moved) and entry.scores["bleed_own"] == 0
+    assert entry.scores["bleed_latents"] == pytest.approx((4 - 3) / 3)
+    assert len(entry.intervals["bleed_psnr"]) == 2 and "bleed_light" not in summary["nf4", None].scores
     json.dumps([to_json(result.summary), to_json(result.references)], allow_nan=False)
     shown = table_of(summary_cells(result.summary, "peak memory"))
     assert f"({low:.2f} to {high:.2f})" in shown and max(map(len, shown.splitlines())) <= 160
     assert "no adapter" in table_of(difference_cells(result.summary), 3)
 
     rows, latents = drawn(tmp_path / "bare")
-    absent = score_all(rows, [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, CPU).absent
+    absent = score_all(rows, [], [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, CPU).absent
     assert absent["lpips"] == "networks.lpips is null" and absent["nearest_rms"] == "references is null"
-    assert absent["drift"] == "unrelated is empty"
+    assert absent["drift"] == "unrelated is empty" and absent["bleed"] == "class_prompts is empty"
     assert absent.keys() >= {"clip_t", "clip_i", "cmmd", "dino", "kid", "image_reward"}
 
 
@@ -307,10 +321,14 @@ def test_a_comparison_draws_the_unrelated_prompts_apart(
     alone = json.loads((compare(options) / "results.json").read_text())
     assert [row["prompt"] for row in alone["rows"]] == ["a red star"] and alone["drift"] == []
     assert alone["references"]["count"] == 1 and "drift" not in alone["absent"]
-    folder = compare(replace(options, adapter=Trained(str(tmp_path / "lora")), unrelated=["a blue ring"]))
+    adapted = replace(options, adapter=Trained(str(tmp_path / "lora")))
+    folder = compare(replace(adapted, unrelated=["a blue ring"], class_prompts=["a star"]))
     result = json.loads((folder / "results.json").read_text())
     assert [row["prompt"] for row in result["rows"]] == ["a red star"] * 2
     assert [(row["prompt"], row["adapter"]) for row in result["drift"]] == [("a blue ring", a) for a in (None, "test")]
     with_adapter = result["summary"][1]["scores"]
     assert with_adapter["drift_psnr"] == result["drift"][1]["scores"]["psnr_base"] > 0
+    assert [(row["prompt"], row["adapter"]) for row in result["bleed"]] == [("a star", a) for a in (None, "test")]
+    assert with_adapter["bleed_latents"] == result["bleed"][1]["scores"]["latents_base"] > 0
+    assert "one of the prompts of the class" in (folder / "report.html").read_text()
     assert "Not measured" in (folder / "report.md").read_text()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
+from infer.checkpoint.files import known_config
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.fast.install import install
@@ -28,7 +29,7 @@ from scripts.bench import plan_rows
 from scripts.bench_grid import job_of
 from scripts.bench_variants import VARIANTS
 from train.data.dataset import Data
-from train.estimate.memory import footprint, part_config, text_bytes, weights_by_module
+from train.estimate.memory import footprint, text_bytes, weights_by_module
 from train.estimate.plan import MARGIN, Plan, announce, check_fits, duration, overrides, plan, propose, table
 from train.estimate.step_time import CARDS, Card, seconds
 from train.loop.micro_step import fit_budget
@@ -98,7 +99,7 @@ def test_seconds_are_near_those_measured_on_an_h100() -> None:
 def test_weights_are_the_bundled_models_own(kind: str, tiny: Model) -> None:
     precision = Precision("nf4", double_quant=True) if kind == "nested" else Precision(kind)
     expected = stored_bytes(load_transformer(tiny, precision, torch.device("cpu")))
-    found = sum(weights_by_module(part_config(tiny, "transformer"), precision).values())
+    found = sum(weights_by_module(known_config(tiny, "transformer"), precision).values())
     assert found == pytest.approx(expected, rel=1e-3)
     with text_encoder(tiny, precision, torch.device("cpu"), None) as encoder:
         assert text_bytes(tiny, precision) == pytest.approx(encoder.weights_bytes, rel=0.02)
@@ -180,7 +181,7 @@ def test_as_many_blocks_stay_as_the_plan_says(kind: str, tiny: Model, monkeypatc
     sizes, whole = [buffer.numel() for buffer in stream.host], footprint(job)
     assert whole.resident == len(sizes)
     work = whole.allocated + whole.allocator - whole.weights  # as the plan has it, and what is in no block
-    work += sum(weights_by_module(part_config(tiny, "transformer"), precision).values()) - sum(sizes)
+    work += sum(weights_by_module(known_config(tiny, "transformer"), precision).values()) - sum(sizes)
     monkeypatch.setattr(stream, "_taken", lambda _: work + device_bytes(sizes, len(sizes) - len(stream.offloaded)))
     found = set()
     for room in range(device_bytes(sizes, 0), sum(sizes), sum(sizes) // 16):

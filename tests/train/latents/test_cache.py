@@ -4,8 +4,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 import warnings
@@ -32,6 +31,7 @@ from infer.program.remembered import NAME
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.picture import decode, pixel_hash
+from tests.forked import Forked
 from train.data.buckets import View
 from train.data.caption import all_texts
 from train.data.dataset import Data, Prior, read_samples
@@ -788,27 +788,29 @@ print(count[0])
 
 def test_processes_share_the_work_and_a_killed_one_is_continued(data: Data, tiny: Model, tmp_path: Path) -> None:
     data = replace(data, flip=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     marks = [str(tmp_path / "first"), str(tmp_path / "second")]
-    given = [sys.executable, "-c", TOGETHER, data.path, data.cache, tiny.path]
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    given = [str(script), data.path, data.cache, tiny.path]
     first, second = (
-        subprocess.Popen([*given, *ways, most], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=-3, text=True)
+        Forked([*given, *ways, most], ROOT, os.environ, tmp_path / f"{most}.log")
         for ways, most in ((marks, "3"), (marks[::-1], "99"))
     )
-    counted = second.communicate(timeout=400)[0]
-    assert first.wait() == -9 and second.returncode == 0
+    code, said = second.finish(400)
+    assert code == 0, said
+    assert first.finish(60)[0] == -signal.SIGKILL
     written = [
         key for kind in ("pictures", "texts") for f in list_shards(Path(data.cache, kind)) for key in read_keys(f)
     ]
     assert len(written) == len(set(written)) == 8 + 4  # nothing twice, nothing lost: three by the one that was killed
-    assert int(counted) == 9
+    assert int(said.splitlines()[-1]) == 9
 
-    command = [sys.executable, str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
+    command = [str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
     options = ["data.resolution=32", "data.flip=true", "precision=bf16", "device=cpu", "prune=true"]
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, said = Forked([*command, *options], tmp_path, os.environ, tmp_path / "pruned.log").finish(400)
+    assert code == 0, said
     size = sum(file.stat().st_size for file in Path(data.cache).rglob("*") if file.is_file())
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert json.loads(said.splitlines()[-1]) == {
         "samples": 4,
         "image_hits": 8,
         "image_misses": 0,

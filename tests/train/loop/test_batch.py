@@ -13,7 +13,16 @@ from train.data.batches import batches_from, epoch_batches, share
 from train.data.buckets import View, views_of
 from train.data.caption import texts_of
 from train.data.dataset import Data, Prior, Sample, Source
-from train.loop.batch import Samples, batch_sampler, split_samples, training_batch, validation_batch, validation_items
+from train.loop.batch import (
+    Samples,
+    batch_sampler,
+    draw_view_and_text,
+    split_samples,
+    training_batch,
+    validation_batch,
+    validation_items,
+)
+from train.objective.preservation import Preserve
 from train.run.config import Train
 
 CPU = torch.device("cpu")
@@ -148,3 +157,26 @@ def test_validation_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
     assert sum(map(len, parts)) == len(whole)
     assert all(torch.equal(noise, whole[key]) for part in parts for key, noise in part.items())
     assert {view for _, view in cache.asked} <= {cache.views(i)[0][0] for i in samples.validation}
+
+
+def test_each_sample_keeps_its_own_text() -> None:
+    """The class's text of what it is trained with, in validation too; none without output preservation."""
+    data = Data("a", 64, 2, trigger="sks", caption_dropout=0.3, validation=0.3)
+    plain, cache, samples = set_up(data, (0,) * 6)
+    job = replace(plain, preserve=Preserve("class", "caption"))
+    sampler = batch_sampler(samples, cache, data, 0, 1)
+    indices = [index for each in islice(batches_from(sampler, 0), 20) for index in each]
+    seen = set()
+    for index in indices:
+        batch = training_batch(job, cache, samples, [index], 1.0, CPU)
+        assert training_batch(plain, cache, samples, [index], 1.0, CPU).kept_embeds is None
+        _, text = draw_view_and_text(job, cache, samples, index)
+        expected = cache.text(text.removeprefix("sks, "))
+        assert batch.kept_embeds is not None and batch.kept_pooled is not None and expected.pooled is not None
+        assert torch.equal(batch.kept_embeds[0], expected.embeds) and torch.equal(batch.kept_pooled[0], expected.pooled)
+        seen.add(text)
+    assert "" in seen and len(seen) > 3
+    (items, *_) = validation_items(job, cache, samples, 0, 1)
+    held = validation_batch(job, cache, samples, items, CPU)
+    first = cache.text(samples.all[items[0][0]].captions[0])
+    assert held.kept_embeds is not None and torch.equal(held.kept_embeds[0], first.embeds)

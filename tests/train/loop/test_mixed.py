@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
+from tests.forked import ranks
 from train.data.dataset import Data, Prior, Source
 from train.run.config import Train
 
@@ -130,12 +129,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> tuple[dict[str
     (folder / "job").write_bytes(pickle.dumps(job))
     script = folder / "record.py"
     script.write_text(RECORD.format(root=str(ROOT), job=str(folder / "job"), out=str(folder / "seen")))
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    for rank in ranks(2, [str(script)], folder, environment, folder / "log"):
+        code, said = rank.finish(300)
+        assert code == 0, said
     return made, [torch.load(folder / f"seen{rank}", weights_only=True) for rank in range(2)]
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from infer.fast.memory import KEEP, Memory
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
+from tests.forked import ranks
 from tests.wandb_file import read_wandb
 from train.data.dataset import Data, Source
 from train.objective.optim import Optim
@@ -363,30 +365,44 @@ def check_alike(one: str, two: str, kind: str) -> None:
     assert len(values[0]) == 2 and values[0] == pytest.approx(values[1], rel=1e-5 if kind == "fp32" else 1e-2)
 
 
-def test_two_ranks_equal_one_with_twice_the_batch(pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """`accelerate launch` with one process against `torchrun` with two: the same samples, noise and adapter."""
-    monkeypatch.chdir(tmp_path)
-    script = str(ROOT / "train/train.py")
+RANKS = """
+import pickle
+from pathlib import Path
+from accelerate import Accelerator
+from train.train import train
+Accelerator.end_training = lambda self: None  # there is another run to come
+for job in pickle.loads(Path("jobs").read_bytes()):
+    train(job)
+"""
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(job: Train, mixed: Path) -> None:
+    """The same samples, noise and adapter: NF4, against `accelerate launch` with one process, and fp32, of squares and
+    of mixed shapes, where most batches are short, some with nothing for the second rank; all in the same processes."""
+    job = replace(job, adapter=Adapter(rank=4), steps=3, validate_every=0, save_every=0, accumulation=2)
+    exact = replace(job, precision=Precision("fp32"))
+    masked = replace(job.data, path="", sources=[Source(str(mixed), str(mixed / "masks"))], resolution=[64, 48])
+    jobs = {"nf4": job, "squares": exact, "mixed": replace(exact, data=masked)}
+    Path("jobs").write_bytes(pickle.dumps([replace(each, run=f"{name}-two") for name, each in jobs.items()]))
+    Path("ranks.py").write_text(RANKS)
+    for rank in ranks(2, ["ranks.py"], Path.cwd(), os.environ | {"ACCELERATE_USE_CPU": "true"}, Path("log").absolute()):
+        code, said = rank.finish(300)
+        assert code == 0, said
     options = [
-        "precision=nf4", f"data.path={pictures}", f"data.resolution={SIDE}", f"data.cache={tmp_path / 'cache'}",
-        "data.validation=0.2", "adapter.rank=4", "optim.lr=1e-3", "steps=3", "validation_levels=2", "device=cpu",
-        "accumulation=2",
+        f"precision={job.precision.kind}", f"data.path={job.data.path}", f"data.resolution={job.data.resolution}",
+        f"data.cache={job.data.cache}", f"data.validation={job.data.validation}", "data.batch_size=4", "adapter.rank=4",
+        f"data.trigger={job.data.trigger}", f"optim.lr={job.optim.lr}", f"optim.schedule={job.optim.schedule}",
+        "steps=3",
+        f"validation_levels={job.validation_levels}", "validate_every=0", "save_every=0", "accumulation=2",
+        "previews=[]", "device=cpu", "run=nf4-one",
     ]  # fmt: skip
-    scripts = Path(sys.executable).parent
-    single = [
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    launch([str(scripts / "accelerate"), "launch", *single, script, "run=one", "data.batch_size=4", *options], tmp_path)
-    double = ["--standalone", "--nproc_per_node", "2"]
-    launch([str(scripts / "torchrun"), *double, script, "run=two", "data.batch_size=2", *options], tmp_path)
+    single = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    launch([accelerate, "launch", *single, str(ROOT / "train/train.py"), *options], Path.cwd())
+    check_alike("nf4-one", "nf4-two", "nf4")
+    for name in ("squares", "mixed"):
+        train(replace(jobs[name], run=f"{name}-one", data=replace(jobs[name].data, batch_size=4)))
+        check_alike(f"{name}-one", f"{name}-two", "fp32")
 
 
 def test_the_first_checkpoint_comes_early_and_then_by_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from infer.program.errors import DIFFERS, MEND, STOPPED
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
+from tests.forked import Forked
 from train.data.dataset import Data
 from train.objective.ema import Average
 from train.objective.optim import Optim
@@ -109,37 +110,42 @@ def state_at(folder: Path, step: int) -> list[Any]:
     return list(read_checkpoint(folder / f"checkpoints/step-{step:06d}"))
 
 
-def started(job: Train, place: Path, *launcher: str) -> "subprocess.Popen[str]":
+def launched(job: Train, place: Path, *launcher: str) -> "subprocess.Popen[str]":
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*(launcher or [sys.executable]), str(ROOT / "train/train.py"), *as_options(job)]
+    command = [*launcher, str(ROOT / "train/train.py"), *as_options(job)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=place, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(step: int, folder: Path, process: "subprocess.Popen[str]") -> None:
+def forked(job: Train, place: Path) -> Forked:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return Forked([str(ROOT / "train/train.py"), *as_options(job)], place, environment, place / f"{job.run}.log")
+
+
+def wait_for(step: int, folder: Path, process: "subprocess.Popen[str] | Forked") -> None:
     while not any(line["step"] >= step for line in lines(folder)):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert process.poll() is None
         time.sleep(0.005)
 
 
 def test_sigterm_saves_the_step_and_sigkill_loses_nothing(job: Train, place: Path, whole: dict[str, Any]) -> None:
     job, folder = replace(job, run="signals"), place / "runs/signals"
-    process = started(job, place)
+    process = forked(job, place)
     wait_for(3, folder, process)
     process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED, out
+    code, out = process.finish(60)
+    assert code == STOPPED, out
     assert "SIGTERM: stopping; this step is finished and saved first" in out
     assert "the same command goes on" in out and "Traceback" not in out
     step = lines(folder)[-1]["step"]
     assert 3 <= step < STEPS and list_checkpoints(folder / "checkpoints")[-1].name == f"step-{step:06d}"
     assert not (folder / "adapter").exists()
 
-    process = started(replace(job, save_every=1), place)
+    process = forked(replace(job, save_every=1), place)
     wait_for(step + 2, folder, process)
-    process.kill()
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == -signal.SIGKILL and f"resuming at step {step} of {STEPS}" in out
+    process.send_signal(signal.SIGKILL)
+    code, out = process.finish(60)
+    assert code == -signal.SIGKILL and f"resuming at step {step} of {STEPS}" in out
     assert json.loads((folder / NAME).read_text())["pid"] == process.pid
     train(job)
     assert not differences(whole, ended(folder))
@@ -153,7 +159,7 @@ def test_two_ranks_stop_together_and_one_goes_on(job: Train, place: Path) -> Non
     double = replace(job, data=replace(job.data, batch_size=1), run="double")
     train(single)
     options = ["--standalone", "--nproc_per_node", "2"]
-    process = started(double, place, str(Path(sys.executable).parent / "torchrun"), *options)
+    process = launched(double, place, str(Path(sys.executable).parent / "torchrun"), *options)
     wait_for(3, place / "runs/double", process)
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=120)[0]

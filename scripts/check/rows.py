@@ -1,0 +1,65 @@
+"""The rows of scripts/check_gpu.py by name, and which of them share a process."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from infer.adapter.lora import FROM_ERROR
+from infer.program.paths import ROOT
+from scripts.check.case import CASES, KINDS, KLEIN
+from scripts.check.commands import check_merge, check_optimizer, check_resolutions, gpu_tests, outside
+from scripts.check.figures import Figures
+from scripts.check.matrix import check_case
+from scripts.check.memory import check_budget, check_short, check_spill, check_stays
+from scripts.check.recovery import check_recovery
+from scripts.check.second import check_second
+from train.objective.optim import NAMES
+
+SECONDS = 240  # after which a row is given up
+RANKS = [sys.executable, str(ROOT / "scripts" / "check_ranks.py"), "--seconds", str(SECONDS - 30)]
+
+WORK: dict[str, Callable[[torch.device], Figures]] = {name: partial(check_case, case) for name, case in CASES.items()}
+WORK |= {f"optimizer-{name}": partial(check_optimizer, name) for name in NAMES}
+WORK |= {
+    "recover": check_recovery,
+    "merge": partial(check_merge, ""),
+    "resolutions": partial(check_resolutions, ""),
+    f"{KLEIN}-merge": partial(check_merge, KLEIN),
+    f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
+    f"{KLEIN}-second": check_second,
+    "all-stay": check_stays,
+    **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
+    "short-of-memory": check_short,
+    "pytest": partial(outside, gpu_tests()),
+    "ranks": partial(outside, RANKS),
+    "spill": check_spill,
+}
+ALONE = ("ranks", "spill")  # these need the whole card, or all of them
+GPU_ONLY = ("all-stay", "budget", "short", "pytest", "ranks", "spill")
+BESIDE = {"merge": "resolutions", "all": "bf16", "short": "budget", "recover": "recovery"}
+
+
+def possible(name: str, cpu: bool) -> bool:
+    if cpu:
+        return "streamed" not in name and not name.startswith(GPU_ONLY)
+    return name != "ranks" or torch.cuda.device_count() > 1
+
+
+def groups(names: list[str]) -> list[list[str]]:
+    """Rows that share a process, and so what is compiled for them; plain before what is compared with it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        case = CASES.get(name)
+        if case is None:
+            own = name.removeprefix(f"{KLEIN}-")
+            key = BESIDE.get(own.split("-")[0], own.split("-")[0])
+            key = key if own == name else f"{KLEIN} {key}"
+        elif case.kind in FROM_ERROR:
+            key = "from error"
+        else:
+            # DoRA is compiled apart
+            key = f"{case.model} {case.precision}".strip() + (" dora" if KINDS[case.kind].dora else "")
+        found.setdefault(key, []).append(name)
+    return list(found.values())
