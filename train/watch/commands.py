@@ -32,12 +32,12 @@ KINDS = {
 }
 """What is taught: its name, and the settings that differ from the defaults for it (docs/quick-start.md)."""
 FORBIDDEN = (
-    "hydra", "sweep", "track", "push", "run", "resume", "device", "model", "data.path", "data.masks", "data.sources",
-    "data.prior.path", "data.cache", "adapter.start", "adapter.recovery", "encode",
+    "hydra", "sweep", "track", "push", "mirror", "run", "resume", "device", "model", "data.path", "data.masks",
+    "data.sources", "data.prior.path", "data.cache", "adapter.start", "adapter.recovery", "encode", "sampling.model",
 )  # fmt: skip
 """Settings that the form's further lines may not set, with all that is in them: they start programs, name paths or
 send something away, or the form has a field for them."""
-GROUPS = ("precision", "optim", "memory", "adapter", "sampling", "flow")
+GROUPS = ("precision", "optim", "memory", "adapter", "sampling", "flow", "preserve")
 """Groups whose files may be chosen in those lines, as memory=lean."""
 LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=.{0,2000}", re.DOTALL)
 _composing = threading.Lock()

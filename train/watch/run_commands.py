@@ -17,7 +17,7 @@ from train.watch.places import RefusedError, run_folder
 from train.watch.runs import read_config
 from train.watch.states import read_json
 
-OF_A_TERMINAL = ("hydra", "sweep", "push")
+OF_A_TERMINAL = ("hydra", "sweep", "push", "mirror")
 """Settings of a recorded command that the page does not start again."""
 SIDE = 4096  # pixels of a picture's side at most
 

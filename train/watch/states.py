@@ -16,6 +16,7 @@ from train.state.run_lock import NAME as LOCK
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 TAIL = 2**14  # bytes of metrics.jsonl that say how a run goes at present
+LAST = 12  # lines at its end that are read
 MOST = 2**20  # bytes of a small file; a larger one is not what was written here
 
 
@@ -72,7 +73,7 @@ def finished(folder: Path, steps: int | None) -> bool:
 
 
 def tail(folder: Path) -> list[dict[str, Any]]:
-    """The last entries of a run's figures; without torn lines."""
+    """The last entries of a run's figures, and the last validation before them; without torn lines."""
     try:
         with (folder / METRICS).open("rb") as stream:
             size = stream.seek(0, 2)
@@ -80,8 +81,10 @@ def tail(folder: Path) -> list[dict[str, Any]]:
             lines = stream.read().split(b"\n")
     except OSError:
         return []
+    lines = lines if size <= TAIL else lines[1:]
+    validated = [line for line in lines[:-LAST] if b'"validation_loss"' in line]
     found = []
-    for line in lines if size <= TAIL else lines[1:]:
+    for line in [*validated[-1:], *lines[-LAST:]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

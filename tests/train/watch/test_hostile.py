@@ -2,14 +2,19 @@
 
 import json
 import socket
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+from infer.program.literal import kind_of, required
+from infer.program.settings import settings
 from tests.train.watch.conftest import SECRET, TOKEN, Served
+from train.run.config import Train
 from train.watch.actions import ACTIONS
+from train.watch.commands import FORBIDDEN
 from train.watch.guard import host_of
 
 READS = [
@@ -161,6 +166,8 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("start", TRAIN | {"more": "+x=1"}),
     ("start", TRAIN | {"more": "push=me/mine"}),
     ("start", TRAIN | {"more": "track=wandb"}),
+    ("start", TRAIN | {"more": "mirror=s3://mine/runs"}),
+    ("start", TRAIN | {"more": "sampling.model=/etc"}),
     ("start", TRAIN | {"more": "data.cache=/tmp/elsewhere"}),
     ("start", TRAIN | {"more": "data={path:/etc}"}),
     ("start", TRAIN | {"more": "data.path=/etc"}),
@@ -246,6 +253,27 @@ def test_recorded_words_that_run_code_are_for_a_terminal(served: Served) -> None
         file.write_text(json.dumps({"words": ["steps=1", word], "ranks": 1}))
         refused(served, "POST", "/api/start", {}, json.dumps({"what": "go on", "run": "mine"}).encode())
     file.unlink()
+
+
+TEXTS = {
+    "precision.kind", "precision.compute_dtype", "precision.products", "precision.skip_modules", "precision.layers",
+    "precision.t5", "adapter.init", "adapter.targets", "data.resolution", "data.trigger", "data.image_column",
+    "data.caption_column", "data.prior.prompt", "data.background", "data.prefix", "data.suffix", "data.on_error",
+    "flow.density", "flow.weighting", "memory.keep", "optim.name", "optim.schedule", "preserve.kind", "preserve.word",
+    "previews",
+}  # fmt: skip
+"""Settings of train.py that hold text and may be set from the page: no path, no program, no address."""
+
+
+def test_every_setting_that_holds_text_was_thought_of() -> None:
+    """A new one must be put into TEXTS or, if it names a path, a program or an address, into FORBIDDEN."""
+    open_texts = set()
+    for name in settings(Train):
+        kind = required(kind_of(Train, name))[0]
+        forbidden = any(name == each or name.startswith(f"{each}.") for each in FORBIDDEN)
+        if not forbidden and not is_dataclass(kind) and kind not in (int, float, bool):
+            open_texts.add(name)
+    assert open_texts == TEXTS
 
 
 def test_the_page_lets_itself_in(served: Served) -> None:
