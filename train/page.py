@@ -1,7 +1,7 @@
 """A local page over runs/: watch runs, draw with them, choose a checkpoint, start and stop them.
 
     python train/page.py                       # prints an address with a token, and opens it
-    python train/page.py 'data=[my_pictures]' port=8000 open=false
+    python train/page.py 'folders=[my_pictures]' port=8000 open=false
 
 It is there for this machine alone (from another one: ssh -L 7878:127.0.0.1:7878 that-machine). Everything it does is a
 command that it shows; closing it stops nothing. It needs the extra `page`: pip install -e '.[page]'.

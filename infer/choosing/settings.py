@@ -14,6 +14,7 @@ from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import SEED, check_most
 from infer.program.command import check_run_name
+from infer.program.no_effect import refuse_idle
 from infer.sample.generate import Sampling
 from infer.score.judges import Networks, check_paths, list_pictures
 
@@ -56,6 +57,7 @@ class Choose:
         for name in [*self.checkpoints, *([self.take] if self.take not in (None, "best") else [])]:
             if not re.fullmatch(r"step-\d+", str(name)):
                 raise ValueError(f"{name!r} is no checkpoint's name; give one such as step-000200")
+        refuse_idle(self.sampling, "sampling.", ("model",), "checkpoints are drawn on the run's own model")
         if not self.weights:
             raise ValueError("weights is []; give at least one, as in weights=[1]")
         if bad := [weight for weight in self.weights if not math.isfinite(weight) or not weight]:

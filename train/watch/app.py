@@ -93,7 +93,7 @@ def action(options: Page, name: str) -> Callable[[Request], Any]:
         if not isinstance(given, dict):
             return JSONResponse({"error": "the request is no form"}, 400)
         try:
-            return JSONResponse(await run_in_threadpool(ACTIONS[name], given, options.data))
+            return JSONResponse(await run_in_threadpool(ACTIONS[name], given, options.folders))
         except RefusedError as error:
             return JSONResponse({"error": str(error)}, 400)
         except OSError as error:  # a full disk, a folder that cannot be written
@@ -148,7 +148,7 @@ def run_file(request: Request) -> Response:
 def picture(request: Request) -> Response:
     """A training picture as a thumbnail."""
     try:
-        folder = data_folder(request.app.state.options.data, _one(request, "folder"))
+        folder = data_folder(request.app.state.options.folders, _one(request, "folder"))
         file = within(folder, _one(request, "name"))
     except RefusedError as error:
         return PlainTextResponse(str(error), 403)
@@ -228,10 +228,10 @@ def form(options: Page) -> dict[str, Any]:
         "models": models(),
         "presets": presets(),
         "kinds": {name: title for name, (title, _) in KINDS.items()},
-        "folders": list(data_folders(options.data)),
+        "folders": list(data_folders(options.folders)),
     }
 
 
 def pictures_of(options: Page, name: str) -> dict[str, Any]:
-    folder = data_folder(options.data, name)
+    folder = data_folder(options.folders, name)
     return {"folder": name, **captions.list_pictures(folder), "undo": captions.undoable(folder)}

@@ -102,7 +102,7 @@ def data_folder(named: list[str], name: str) -> Path:
     folders = data_folders(named)
     if name not in folders:
         raise RefusedError(
-            f"{name!a} is no folder that this page may show; start it again with data=[that/folder], or put the "
+            f"{name!a} is no folder that this page may show; start it again with folders=[that/folder], or put the "
             "pictures in a folder within runs/"
         )
     if not folders[name].is_dir():

@@ -13,16 +13,16 @@ class Page:
 
     port: int = 7878
     """On 127.0.0.1 alone; 0 takes one that is free. From another machine: ssh -L 7878:127.0.0.1:7878 that-machine."""
-    data: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
     """Folders of pictures besides those in runs/ that the page may show, and whose captions it may change."""
     open: bool = True
     """Open the page in a browser."""
 
     def __post_init__(self) -> None:
         check_most(self, "", port=65535)
-        self.data = [expanded(folder) for folder in self.data]
+        self.folders = [expanded(folder) for folder in self.folders]
         if self.port < 0:
             raise ValueError(f"port is {self.port}; it must be 0 (one that is free) or more, such as 7878")
-        for folder in self.data:
+        for folder in self.folders:
             if not Path(folder).is_dir():
-                raise ValueError(f"data names {folder!r}, which is no folder; give folders of pictures")
+                raise ValueError(f"folders names {folder!r}, which is no folder; give folders of pictures")

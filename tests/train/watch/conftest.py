@@ -127,4 +127,4 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         Image.new("RGB", (80, 60), "red").save(data / "a.png")
         (data / "a.txt").write_text(SECRET if data.name == "hidden" else "a red card")
     (runs / "set" / "link.png").symlink_to(folder / "hidden" / "a.png")
-    yield from serving(folder, data=[str(folder / "named")])
+    yield from serving(folder, folders=[str(folder / "named")])

@@ -5,7 +5,7 @@ export async function dataView(place, [chosen]) {
   const {folders} = await get("form");
   place.append(h("h1", {}, "Data"));
   if (!folders.length) {
-    place.append(h("p", {}, "No folder of pictures is here. Put one into runs/, or start the page with its path:"), note("python train/page.py 'data=[my_pictures]'"));
+    place.append(h("p", {}, "No folder of pictures is here. Put one into runs/, or start the page with its path:"), note("python train/page.py 'folders=[my_pictures]'"));
     return {};
   }
   const folder = folders.includes(chosen) ? chosen : folders[0];
