@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
+from infer.choosing.settings import Choose
 from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.drawing.settings import Draw
@@ -50,6 +51,7 @@ from train.state.identity import record_config
 from train.trackers.options import Track
 from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
+from train.watch.settings import Page
 from train.write_captions import WriteCaptions
 
 CONFIGS = ROOT / "configs"
@@ -58,12 +60,14 @@ ROOTS: dict[str, Any] = {
     "cache": Fill,
     "look": Look,
     "write_captions": WriteCaptions,
+    "choose": Choose,
     "compare": Compare,
     "draw": Draw,
     "save": Save,
     "convert": Convert,
     "merge": Merge,
     "recover": Recover,
+    "page": Page,
     "plan": Plan,
     "track": SendComparison,
     "gap": Gap,

@@ -184,6 +184,13 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
             say(f"note: that leaves {left:.2f} GiB of the card: close what else uses it, or take memory=lean")
 
 
+def write_plan(job: Train, file: Path) -> None:
+    """Write what a run on a GPU would take at its peak, to be compared with what it takes."""
+    taken = footprint(job)
+    said = {"peak_memory_bytes": taken.peak, "parts": {part: getattr(taken, part) for part in PARTS}}
+    replace_file(file, lambda path: path.write_text(json.dumps(said)))
+
+
 def plan(options: Plan) -> dict[str, Any]:
     """Print the plan, and write it where that is asked for; returns the JSON object."""
     if options.precision.kind == "auto":

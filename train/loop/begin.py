@@ -14,7 +14,7 @@ from infer.family.find import of_config
 from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
-from train.estimate.plan import announce
+from train.estimate.plan import announce, write_plan
 from train.loop.session import Resumption, Run
 from train.loop.supported import check_supported
 from train.objective.optim import rate_at
@@ -48,6 +48,8 @@ def begin(run: Run) -> Path | Resumption:
     path = from_main(run.accelerator, lambda: None if found is None else found[0])
     check_base(run)
     if not uses_fsdp():
+        if run.main and run.job.precision.kind != "auto":
+            write_plan(run.job, run.folder / "plan.json")
         announce(run.job, run.device, run.say)
     return Resumption(original_ranks, base, path, None if found is None else found[1])
 

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from infer.adapter.read import FILE
 from infer.adapter.second import shipped_models
-from infer.checkpoint.model import OPTIONS
+from infer.checkpoint.model import OPTIONS, Model
 from infer.program.no_effect import changed
 from train.run.config import Train
 
 
-def model_words(job: Train) -> list[str]:
-    """How the command line names the run's model."""
-    given = {name: getattr(job.model, name) for name in ("parts", *OPTIONS.values())}
+def model_words(model: Model) -> list[str]:
+    """How the command line names a model."""
+    given = {name: getattr(model, name) for name in ("parts", *OPTIONS.values())}
     files = [f"model.{name}={value}" for name, value in given.items() if value is not None]
-    named = [name for name, path in shipped_models().items() if path == job.model.path]
-    return [f"model={named[0]}" if named else f"model.path={job.model.path}", *files]
+    named = [name for name, path in shipped_models().items() if path == model.path]
+    return [f"model={named[0]}" if named else f"model.path={model.path}", *files]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
     """infer/compare.py at the training's precision, without and with the adapter."""
-    words = ["python", "infer/compare.py", *model_words(job), f"run={job.run}", f"adapter.path={folder / 'adapter'}"]
+    words = ["python", "infer/compare.py", *model_words(job.model), f"run={job.run}"]
+    words.append(f"adapter.path={folder / 'adapter'}")
     kind = job.precision.kind
     if kind in ("bf16", "int8", "fp4", "nf4"):
         words.append(f"only=[{kind}]")
