@@ -27,7 +27,7 @@ class Validation(NamedTuple):
 def validate(
     job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
 ) -> Validation | None:
-    """The mean squared error over the held-out pictures, with their masks but without weights; None if none is held out.
+    """The mean squared error over the held-out pictures, with masks but without weights; None if none is held out.
 
     Raises:
         ValueError: it is not finite.
