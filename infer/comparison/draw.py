@@ -24,6 +24,7 @@ from infer.adapter.selection import load_chosen
 from infer.checkpoint.family import own_size
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
+from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure
 from infer.fast.cuda_graph import Sampler
@@ -228,6 +229,8 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     size = options.sampling.size(own_size(options.model))
     check_scored(options.edits, size[::-1])
+    if any(each.fused and each.compiles(device) for each in memory.values()):
+        prepare_compiler(device)
     for name, score in scores.items():  # before an hour of drawing, not after it
         for prompt, _ in listed(all_prompts(options)):
             try:
