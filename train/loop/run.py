@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from infer.device.compiler import prepare_compiler
 from infer.program.errors import STOPPED
 from train.data.source import Sample, Skipped
 from train.loop.begin import begin
@@ -45,6 +46,8 @@ def train_on_rank(run: Run, samples: list[Sample], skipped: list[Skipped]) -> Pa
     resumption = begin(run)
     if isinstance(resumption, Path):
         return resumption  # the run was finished before
+    if run.job.memory.fused and run.job.memory.compiles(run.device):
+        prepare_compiler(run.device)
     data = encode(run, samples, skipped)
     model = load_model(run)
     job = run.job

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from train.latents.store import Cache
 from train.loop.batch import Samples, validation_batch, validation_items
 from train.loop.micro_step import batch_losses, preserved_losses
+from train.objective.flow_matching import Flow
 from train.ranks.launch import uses_fsdp
 from train.run.config import Train
 
@@ -26,7 +27,7 @@ class Validation(NamedTuple):
 def validate(
     job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
 ) -> Validation | None:
-    """The objective of the held-out pictures, with their masks but without weights; None if none is held out.
+    """The mean squared error over the held-out pictures, with masks but without weights; None if none is held out.
 
     Raises:
         ValueError: it is not finite.
@@ -45,9 +46,9 @@ def validate(
         for turn in range(max(map(len, by_rank)) if uses_fsdp() else len(mine)):
             counts = turn < len(mine)
             batch = validation_batch(job, cache, samples, mine[turn] if counts else by_rank[0][0], accelerator.device)
-            found = [batch_losses(transformer, batch, job, "none")]
+            found = [batch_losses(transformer, batch, job, Flow())]
             if len(names) > 1:
-                found.append(preserved_losses(transformer, batch, job, "none"))
+                found.append(preserved_losses(transformer, batch, job, Flow()))
             if counts:
                 total += total.new_tensor([*(values.double().sum().item() for values in found), len(found[0])])
                 levels = torch.tensor([level for _, level, _ in mine[turn]], device=accelerator.device)
