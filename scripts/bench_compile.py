@@ -47,7 +47,7 @@ from scripts.bench_train import make_batch
 from scripts.bench_variants import NF4, Variant
 from train.loop.batch import Batch
 from train.loop.micro_step import batch_losses, make_learner
-from train.objective.flow_matching import predict
+from train.objective.flow_matching import Flow, predict
 from train.run.config import Train
 
 TINY = Model("scripts/tiny/model")
@@ -99,7 +99,7 @@ def training(tiny: bool, clock: Clock) -> None:
 
     def validate(given: Batch) -> None:
         with torch.no_grad():
-            batch_losses(transformer, given, job, "none")
+            batch_losses(transformer, given, job, Flow())
 
     def step(given: Batch) -> None:
         learn(given)

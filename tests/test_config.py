@@ -1,7 +1,9 @@
 """Every shipped YAML file through Hydra, and every wrong value through the message that it gives."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
+from infer.choosing.settings import Choose
 from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.drawing.settings import Draw
@@ -46,18 +51,23 @@ from train.state.identity import record_config
 from train.trackers.options import Track
 from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
+from train.watch.settings import Page
+from train.write_captions import WriteCaptions
 
 CONFIGS = ROOT / "configs"
 ROOTS: dict[str, Any] = {
     "train": Train,
     "cache": Fill,
     "look": Look,
+    "write_captions": WriteCaptions,
+    "choose": Choose,
     "compare": Compare,
     "draw": Draw,
     "save": Save,
     "convert": Convert,
     "merge": Merge,
     "recover": Recover,
+    "page": Page,
     "plan": Plan,
     "track": SendComparison,
     "gap": Gap,
@@ -101,8 +111,19 @@ def hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
+@cache
+def composed(root: str, *choices: str) -> DictConfig:
+    return compose(root, list(choices))
+
+
 def made(root: str, *overrides: str) -> Any:
-    options = OmegaConf.to_object(compose(root, list(overrides)))
+    """The settings of a command line. Composing costs most: values are put into what was composed for these files, as
+    Hydra itself does after composing."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [one for one in parsed if one.package or (CONFIGS / one.key_or_group).is_dir()]
+    config = deepcopy(composed(root, *(str(one.input_line) for one in choices)))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in choices], config)
+    options = OmegaConf.to_object(config)
     assert type(options) is ROOTS[root]
     return options
 
@@ -201,6 +222,16 @@ def test_experiments(name: str) -> None:
 
     holds(options, {key: value for key, value in text.items() if key not in ("defaults", "hydra")})
     assert made(root, f"experiment={name}", "run=x").run == "x"
+
+
+@pytest.mark.parametrize("subject", ["person", "style", "object", "concept"])
+def test_a_subject_goes_with_a_card(subject: str) -> None:
+    alone, card = made("train", f"experiment={subject}"), made("train", "experiment=dev_12gb")
+    for both in (made("train", f"experiment=[{names}]") for names in (f"{subject},dev_12gb", f"dev_12gb,{subject}")):
+        assert (both.preserve, both.steps, both.ema) == (alone.preserve, alone.steps, alone.ema)
+        for name in ("model", "precision", "memory", "accumulation"):
+            assert getattr(both, name) == getattr(card, name)
+        assert (both.optim.name, both.data.resolution) == (card.optim.name, card.data.resolution)
 
 
 @pytest.mark.parametrize("file", PLUGINS, ids=lambda file: file.stem)
@@ -309,6 +340,13 @@ WRONG = [
     ("compare", "class_prompts=[a]", "class_prompts is .*adapter.path is null"),
     ("compare", "adapter.path=x class_prompts=[a] unrelated=[a]", "'a' is among unrelated and among class_prompts"),
     ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
+    ("train", "flow.density=mode flow.logit_std=2", "flow.logit_std is 2.0, which has no effect"),
+    ("train", "flow.loss=l3", "flow.loss is 'l3'; choose one of mse, huber"),
+    ("train", "flow.loss=huber flow.loss_schedule=linear", "flow.loss_schedule is 'linear'; choose one of constant"),
+    ("train", "flow.loss=huber flow.loss_scale=0", "flow.loss_scale is 0.0; it must be above 0"),
+    ("train", "flow.loss=huber flow.loss_scale=2 flow.loss_schedule=exponential", "flow.loss_scale is 2.0; with"),
+    ("train", "flow.loss_scale=0.2", "flow.loss_scale is 0.2, which has no effect: flow.loss=mse has no scale"),
+    ("train", "flow.min_snr_gamma=3", "flow.min_snr_gamma is 3.0, which has no effect: flow.weighting=none"),
     ("train", "flow.weighting=all", "flow.weighting is 'all'; choose one of none"),
     ("train", "flow.logit_std=0", "flow.logit_std is 0.0; it must be above 0"),
     ("train", "optim.name=sgd", "optim.name is 'sgd'; choose one of adamw"),

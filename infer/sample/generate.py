@@ -155,9 +155,13 @@ def denoise(
 
 def mend_of(transformer: Any) -> str:
     """What to do about a transformer whose output is not finite."""
+    import torch
+
+    from infer.quantize.compute import product_dtype_of
+
     mends = ["the checkpoint may be damaged"]
     if getattr(transformer, "peft_config", {}):
         mends.insert(0, "the adapter may be ruined or its weight too high")
-    if str(transformer.dtype) == "torch.float16":
+    if product_dtype_of(transformer) == torch.float16:
         mends.insert(0, "fp16 may not hold its activations: set compute_dtype=bf16 or fp32 in its precision")
     return "; ".join(mends)

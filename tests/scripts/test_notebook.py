@@ -75,6 +75,16 @@ def test_the_notebook_goes_from_installation_to_picture(tmp_path: Path, monkeypa
     assert [(row["precision"], row["adapter"]) for row in rows] == [("nf4", None), ("nf4", "notebook")]
 
 
+def test_the_notebook_asks_for_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="REPOSITORY is empty; give the address"):
+        exec(sources()[0], {})
+    (tmp_path / "flux-lora").mkdir()
+    exec(sources()[0], {})
+    (tmp_path / "flux-lora").rmdir()
+    exec(sources()[0].replace('""', '"https://example.org/flux-lora"'), {})
+
+
 def test_the_notebooks_other_model_composes() -> None:
     """FLUX.1-dev's settings are those of a shipped experiment, on the card that they are for."""
     from hydra import compose, initialize_config_dir

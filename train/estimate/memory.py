@@ -24,9 +24,9 @@ from train.run.config import Train
 ROUNDED, ROUNDED_LEAN = 3.0, 5.5
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # CUDA's own memory, outside torch's allocator: H100, torch 2.11
-# GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; most where the products of
-# 4-bit layers are kept
-HOLES, HOLES_PLAIN, HOLES_OFFLOADED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
+# GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; where the products of
+# 4-bit layers are kept, a family's own
+HOLES, HOLES_PLAIN, HOLES_OFFLOADED = 0.3, 0.15, 0.17
 
 
 @dataclass
@@ -138,7 +138,7 @@ def footprint(job: Train) -> Footprint:
     reads = {name: each.rows * each.columns for name, each in size.items() if each.columns == width}
     writes = max(each.rows * each.columns for name, each in size.items() if name not in reads)
     # weights of one matrix product; memory=lean computes what attention reads in one, and the MLP in another
-    attention = sum(count for name, count in reads.items() if name.startswith("attn."))
+    attention = 3 * width**2  # FLUX.2 has one layer for both, of which it takes the rows
     apart = max(attention, sum(reads.values()) - attention)
     largest = max(writes, apart if keep == "nothing" else sum(reads.values()))
     if not job.memory.fused:
@@ -168,7 +168,7 @@ def footprint(job: Train) -> Footprint:
         checkpoints=kept,
         block=work,
         workspace=WORKSPACE,
-        allocator=int(_holes(job, blocks) * 2**30),
+        allocator=int(_holes(job, blocks, units.holes) * 2**30),
         context=CONTEXT,
         host=0,
         resident=blocks,
@@ -185,7 +185,7 @@ def _sums_apart(job: Train) -> bool:
     return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
 
 
-def _holes(job: Train, blocks: int) -> float:
+def _holes(job: Train, blocks: int, kept: float) -> float:
     if not job.memory.fused:
         return HOLES_PLAIN
     if job.memory.budget_gib is not None:
@@ -193,7 +193,7 @@ def _holes(job: Train, blocks: int) -> float:
     if job.precision.kind not in ("nf4", "fp4"):
         return HOLES
     whole = 1.0 if job.memory.keep in ("products", "everything") else min(1.0, job.memory.keep_all / blocks)
-    return HOLES + whole * (HOLES_KEPT - HOLES)
+    return HOLES + whole * (kept - HOLES)
 
 
 def _offload(result: Footprint, by_block: list[int], job: Train) -> None:

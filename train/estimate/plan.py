@@ -15,6 +15,7 @@ from infer.program.paths import expand
 from train.estimate.memory import Footprint, footprint
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
+from train.run.names import check_distilled
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,13 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
             say(f"note: that leaves {left:.2f} GiB of the card: close what else uses it, or take memory=lean")
 
 
+def write_plan(job: Train, file: Path) -> None:
+    """Write what a run on a GPU would take at its peak, to be compared with what it takes."""
+    taken = footprint(job)
+    said = {"peak_memory_bytes": taken.peak, "parts": {part: getattr(taken, part) for part in PARTS}}
+    replace_file(file, lambda path: path.write_text(json.dumps(said)))
+
+
 def plan(options: Plan) -> dict[str, Any]:
     """Print the plan, and write it where that is asked for; returns the JSON object."""
     if options.precision.kind == "auto":
@@ -214,6 +222,7 @@ def plan(options: Plan) -> dict[str, Any]:
             "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
             "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
         )
+    check_distilled(options)
     job: Train = options
     if options.memory.keep == AUTO and options.fit_gib is None:
         job = replace(options, memory=options.memory.without_auto())

@@ -15,7 +15,7 @@ from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
 from train.estimate.auto import rooms, settle
-from train.estimate.plan import announce
+from train.estimate.plan import announce, write_plan
 from train.loop.preview import preview_size
 from train.loop.session import Resumption, Run
 from train.loop.supported import check_supported
@@ -51,6 +51,8 @@ def begin(run: Run) -> Path | Resumption:
     check_base(run)
     settle_memory(run, possible.fused and not uses_fsdp(), resumed=path is not None)
     if not uses_fsdp():
+        if run.main and run.job.precision.kind != "auto":
+            write_plan(run.job, run.folder / "plan.json")
         announce(run.job, run.device, run.say)
     return Resumption(original_ranks, base, path, None if found is None else found[1])
 

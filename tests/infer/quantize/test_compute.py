@@ -26,6 +26,7 @@ from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of
 from infer.quantize.precision import Precision, dequantized, linear_layers, stored_bytes
 from infer.sample.encode import decode, to_posterior
+from infer.sample.generate import mend_of
 from scripts.tiny.make_style import make_style
 
 CPU = torch.device("cpu")
@@ -207,3 +208,10 @@ def test_a_run_comes_to_the_same_figures(tmp_path: Path) -> None:
     (first, last), usual = losses
     assert (first, last) == pytest.approx(usual, rel=5e-3)
     assert last < first
+
+
+def test_fp16_is_blamed_where_it_multiplies_alone(tiny: Model) -> None:
+    transformer = load_transformer(tiny, Precision("bf16"), CPU).half()
+    assert mend_of(transformer).startswith("fp16 may not hold its activations: set compute_dtype=bf16 or fp32")
+    compute.compute_in(transformer, torch.float32)  # as on a CPU, whatever is stored
+    assert transformer.dtype == torch.float16 and mend_of(transformer) == "the checkpoint may be damaged"

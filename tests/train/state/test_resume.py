@@ -251,7 +251,7 @@ def test_a_checkpoint_names_its_base_and_holds_none_of_it(
 
 def test_the_best_and_the_last_are_kept(job: Train, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([9.0, 9.0, 3.0, 8.0, 1.0, 7.0, 4.0, 6.0, 5.0, 5.0])  # own and averaged weights in turn
-    monkeypatch.setattr(FIT, "validate", lambda *_: next(figures))
+    monkeypatch.setattr(FIT, "validate", lambda *_: {"validation_loss": next(figures)})
     train(replace(job, run="best", save_every=3, keep=1, keep_best=2, validate_every=2))
     # averaged: step 2 8.0, 4 7.0, 6 6.0, 8 5.0; 8 is the last and among the best too
     assert [path.name for path in list_checkpoints(place / "runs/best/checkpoints")] == ["step-000006", "step-000008"]
