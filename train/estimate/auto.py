@@ -75,7 +75,8 @@ def _read(file: Path) -> Memory:
     try:
         return Memory(**yaml.safe_load(file.read_bytes()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not what this run wrote ({error}); delete it, or set memory.keep") from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{file} is not what this run wrote ({said}); delete it, or set memory.keep") from error
 
 
 def settle(job: Train, folder: Path, resumed: bool, rooms: list[float] | None, say: Callable[[str], object]) -> Memory:
