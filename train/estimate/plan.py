@@ -108,16 +108,6 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
                 yield seconds(changed, taken, REFERENCE), changed, taken
                 if keep == "attention" and budget is None:
                     yield _with_more_kept(changed, gib)
-                if keep == "everything" and job.precision.quantized and job.precision.products == "bf16":
-                    yield from _with_copies(changed, gib)
-
-
-def _with_copies(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
-    """A config with copies of its unpacked weights, if they fit."""
-    changed = replace(job, memory=replace(job.memory, unpacked=True))
-    taken = footprint(changed)
-    if taken.peak <= gib * GIB:
-        yield seconds(changed, taken, REFERENCE), changed, taken
 
 
 def _with_more_kept(job: Train, gib: float) -> tuple[float, Train, Footprint]:
