@@ -11,5 +11,5 @@ SHIPPED = {f"infer.shipped.{folder.replace('/', '.')}": folder for folder in ("c
 setup(
     packages=[*find_namespace_packages(include=["hydra_plugins*", "infer*", "train*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"infer.report": ["assets/*"]} | {name: ["**/*"] for name in SHIPPED},
+    package_data={"infer.report": ["assets/*"], "train.watch": ["assets/*"]} | {name: ["**/*"] for name in SHIPPED},
 )

@@ -1,4 +1,4 @@
-"""Save a checkpoint with its transformer and T5 quantized: a folder that loads faster and fits a smaller disk.
+"""Save a checkpoint with its transformer and text encoder quantized: a folder that loads faster, on a smaller disk.
 
 python infer/save.py model=dev precision=nf4 out=models/dev-nf4
 python infer/compare.py model.path=models/dev-nf4 'only=[nf4]'

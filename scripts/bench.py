@@ -28,7 +28,7 @@ from train.estimate.memory import footprint
 
 GIB = 2**30
 PARTS = ("train", "infer", "check", "plan")
-MORE = ("ranks",)  # of several GPUs, by scripts/bench_ranks.py
+MORE = ("ranks", "compile")  # by scripts/bench_ranks.py, of several GPUs, and scripts/bench_compile.py
 
 
 def plan_rows(seen: list[Row]) -> list[Row]:

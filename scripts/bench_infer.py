@@ -1,11 +1,11 @@
-"""Sampling at full size: seconds and peak memory of a picture from FLUX.1-dev with random weights, against the guide.
+"""Sampling at full size: seconds and peak memory of a picture with random weights, FLUX.1-dev's against the guide's.
 
     python scripts/bench_infer.py                       # every variant; a table, and one JSON line a row
     python scripts/bench_infer.py --only nf4 guide-nf4
 
-1024x1024, 50 steps, 512 text tokens, T5 at the transformer's precision. A picture is denoising and decoding, after one
-that warms up. The guide is "Quantize Your Diffusion Models with diffusers" (Hugging Face): its FluxPipeline with all
-parts on the device, products in fp16, nothing compiled.
+1024x1024, 512 text tokens, text encoders at the transformer's precision; 50 steps of FLUX.1-dev, 4 of distilled
+klein. A picture is denoising and decoding, after one that warms up. The guide is "Quantize Your Diffusion Models with
+diffusers" (Hugging Face): its FluxPipeline with all parts on the device, products in fp16, nothing compiled.
 """
 
 import hashlib
@@ -47,6 +47,10 @@ from scripts.bench_rows import Row, make_row
 GIB = 2**30
 SIZE = 1024, 1024
 PROMPT = "a photo of a red fox in deep snow, late light"
+DEV = "FLUX.1-dev"
+STEPS = {DEV: 50, "FLUX.2-klein-4B": 4, "FLUX.2-klein-9B": 4}
+GUIDANCE = {DEV: 3.5, "FLUX.2-klein-4B": 1.0, "FLUX.2-klein-9B": 1.0}
+SIZES = {DEV: 1.0, "FLUX.2-klein-4B": 0.5, "FLUX.2-klein-9B": 1.0}  # of FLUX.1-dev's memory, text encoders included
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Variant:
     adapted: bool = False
     budget_gib: float | None = None
     steps: int = 50
+    """That are drawn; seconds are for those of a picture."""
+    model: str = DEV
 
 
 VARIANTS = {
@@ -72,27 +78,40 @@ VARIANTS = {
     "bf16": Variant(Precision("bf16")),
     "nf4-8gib": Variant(Precision("nf4"), budget_gib=8.0),
     "nf4-6gib": Variant(Precision("nf4"), budget_gib=6.0),
+    **{
+        f"{name}-{kind}": Variant(precision, adapted=kind.endswith("adapter"), steps=4, model=model)
+        for name, model in (("klein4b", "FLUX.2-klein-4B"), ("klein9b", "FLUX.2-klein-9B"))
+        for kind, precision in (
+            ("nf4", Precision("nf4")),
+            ("nf4-adapter", Precision("nf4")),
+            ("nf4-fp8", Precision("nf4", products="fp8")),
+            ("bf16", Precision("bf16")),
+        )
+    },
 }
+SECONDS = {"klein4b-nf4": "<= 0.35"}
 FASTER = [("nf4", "guide-nf4", ">= 1.4"), ("int8", "guide-int8", ">= 2.8")]
 SLOWER = [
     ("nf4-fp8", "nf4", "<= 0.77"),
     ("nf4-fp8-adapter", "nf4-fp8", "<= 1.03"),
     ("nf4-adapter", "nf4", "<= 1.05"),
     ("int8-adapter", "int8", "<= 1.05"),
+    *((f"{name}-nf4-adapter", f"{name}-nf4", "<= 1.05") for name in ("klein4b", "klein9b")),
 ]
 MEMORY = {"nf4-8gib": "<= 8.0", "nf4-6gib": "<= 6.0"}
 
 
-def model() -> Model:
-    return Model("black-forest-labs/FLUX.1-dev", weights="random")
+def model(variant: Variant) -> Model:
+    return Model(f"black-forest-labs/{variant.model}", weights="random")
 
 
 def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> Row:
     # as plain diffusers does: products and the residual stream in fp16
-    transformer = random_part(model().path, "transformer", variant.precision, device).eval().requires_grad_(False)
-    vae = nn.Module.to(load_vae(model(), device), torch.float16)
-    parts = load_text_parts(model(), variant.precision, device)
-    pipeline = FluxPipeline(scheduler=load_scheduler(model()), transformer=transformer, vae=vae, **parts)
+    own = model(variant)
+    transformer = random_part(own.path, "transformer", variant.precision, device).eval().requires_grad_(False)
+    vae = nn.Module.to(load_vae(own, device), torch.float16)
+    parts = load_text_parts(own, variant.precision, device)
+    pipeline = FluxPipeline(scheduler=load_scheduler(own), transformer=transformer, vae=vae, **parts)
     pipeline.set_progress_bar_config(disable=True)
     t5, pooled, _ = pipeline.encode_prompt(PROMPT, None, max_sequence_length=512)
     inputs: dict[str, Any] = {"prompt_embeds": t5.half(), "pooled_prompt_embeds": pooled.half(), "output_type": "pil"}
@@ -104,9 +123,9 @@ def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> 
 
 
 def seen(found: Any, variant: Variant, **more: Any) -> Row:
-    """Seconds are for 50 steps, whatever was drawn."""
+    """Seconds are for a picture's steps, whatever was drawn."""
     return {
-        "seconds": found.seconds * 50 / variant.steps,
+        "seconds": found.seconds * STEPS[variant.model] / variant.steps,
         "steps": variant.steps,
         "allocated_gib": found.peak_memory_bytes / GIB,
         "reserved_gib": found.peak_reserved_bytes / GIB,
@@ -115,19 +134,20 @@ def seen(found: Any, variant: Variant, **more: Any) -> Row:
 
 
 def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> Row:
-    with text_encoder(model(), variant.precision, device, None) as encoder:
+    own = model(variant)
+    with text_encoder(own, variant.precision, device, None) as encoder:
         text: Text = encoder([PROMPT])[0]
     more: Row = {"text_reserved_gib": allocator.peak_reserved(device) / GIB}
     memory = Memory(budget_gib=variant.budget_gib)
-    transformer = load_transformer(model(), variant.precision, device, hold_of(memory))
+    transformer = load_transformer(own, variant.precision, device, hold_of(memory))
     if variant.adapted:
         for parameter in attach(transformer, Adapter(), 0):
             parameter.requires_grad_(False).add_(0.001)
-    vae, scheduler = load_vae(model(), device), load_scheduler(model())
+    vae, scheduler = load_vae(own, device), load_scheduler(own)
     memory, stream = choose_path(transformer, memory, variant.precision, device, print)
 
     def picture(steps: int) -> Any:
-        latents = draw(transformer, scheduler, text, 0, Sampling(steps, 3.5), SIZE, device)
+        latents = draw(transformer, scheduler, text, 0, Sampling(steps, GUIDANCE[variant.model]), SIZE, device)
         decode(vae, latents, *SIZE)
         return latents
 
@@ -157,7 +177,9 @@ def need(name: str) -> float:
     variant = VARIANTS[name]
     if variant.budget_gib is not None:
         return variant.budget_gib + 8  # T5, before the budget counts
-    return {"nf4": 15.0, "int8": 21.0, "bf16": 36.0}[variant.precision.kind] + (4.0 if variant.guide else 0.0)
+    return {"nf4": 15.0, "int8": 21.0, "bf16": 36.0}[variant.precision.kind] * SIZES[variant.model] + (
+        4.0 if variant.guide else 0.0
+    )
 
 
 def worker(names: list[str], out: Path, gang: Path | None) -> None:
@@ -172,10 +194,10 @@ def rows_of(results: dict[str, Row]) -> list[Row]:
     rows = []
     for name, found in results.items():
         if "error" in found:
-            rows.append(make_row(f"sample {name}", "s", None, None, found, error=found["error"]))
+            rows.append(make_row(f"sample {name}", "s", None, SECONDS.get(name), found, error=found["error"]))
             continue
         own = {key: value for key, value in found.items() if key not in ("card", "date", "versions", "command")}
-        rows.append(make_row(f"sample {name}", "s", found["seconds"], None, found, seen=own))
+        rows.append(make_row(f"sample {name}", "s", found["seconds"], SECONDS.get(name), found, seen=own))
         peaks = f"sample {name}, peak allocated", f"sample {name}, peak reserved"
         rows.append(make_row(peaks[0], "GiB", found["allocated_gib"], MEMORY.get(name), found))
         rows.append(make_row(peaks[1], "GiB", found["reserved_gib"], MEMORY.get(name), found))

@@ -43,7 +43,7 @@ from train.estimate.flop import step_flop
 from train.loop.batch import Batch
 from train.loop.micro_step import fit_budget, make_learner
 from train.loop.repeat import repeating
-from train.objective.flow_matching import losses, noised, predict
+from train.objective.flow_matching import Flow, losses, noised, predict
 from train.objective.optim import make_optimizer, step_if
 from train.ranks.update import read_update, reduce_update
 from train.run.config import Train
@@ -92,7 +92,7 @@ def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
             x = noised(batch.x0, batch.noise, batch.sigma)
             velocity = predict(transformer, x, batch.embeds, batch.pooled, batch.sigma, 1.0, torch.bfloat16)
-        loss = losses(velocity, batch.x0, batch.noise, batch.sigma, "none").mean()
+        loss = losses(velocity, batch.x0, batch.noise, batch.sigma, Flow()).mean()
         loss.backward()
         return loss.detach()
 

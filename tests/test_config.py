@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
+from infer.choosing.settings import Choose
 from infer.comparison.settings import Compare
 from infer.convert import Convert
 from infer.drawing.settings import Draw
@@ -50,18 +51,23 @@ from train.state.identity import record_config
 from train.trackers.options import Track
 from train.trackers.tracker import SendComparison
 from train.transfer import Transfer
+from train.watch.settings import Page
+from train.write_captions import WriteCaptions
 
 CONFIGS = ROOT / "configs"
 ROOTS: dict[str, Any] = {
     "train": Train,
     "cache": Fill,
     "look": Look,
+    "write_captions": WriteCaptions,
+    "choose": Choose,
     "compare": Compare,
     "draw": Draw,
     "save": Save,
     "convert": Convert,
     "merge": Merge,
     "recover": Recover,
+    "page": Page,
     "plan": Plan,
     "track": SendComparison,
     "gap": Gap,
@@ -179,12 +185,14 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
-    assert differences(made("train"), Train()) == {"model.path"}  # from anywhere, not from the repository's root alone
+    # the model is found from anywhere, not from the repository's root alone; auto asks the card of a run
+    assert differences(made("train"), Train()) == {"model.path", "memory.keep"}
     assert not differences(made("convert"), Convert())
     recovery = made("recover")
     others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
     assert differences(recovery, others) == {"model.path"}
-    for root in ("cache", "draw", "look", "plan", "save", "merge", "sensitivity"):
+    assert differences(made("plan"), Plan()) == {"model.path", "memory.keep"}
+    for root in ("cache", "draw", "look", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == SendComparison(Track("wandb"))
     precisions = {name: Precision(name) for name in ("bf16", "int8", "fp4", "nf4")}
@@ -214,6 +222,16 @@ def test_experiments(name: str) -> None:
 
     holds(options, {key: value for key, value in text.items() if key not in ("defaults", "hydra")})
     assert made(root, f"experiment={name}", "run=x").run == "x"
+
+
+@pytest.mark.parametrize("subject", ["person", "style", "object", "concept"])
+def test_a_subject_goes_with_a_card(subject: str) -> None:
+    alone, card = made("train", f"experiment={subject}"), made("train", "experiment=dev_12gb")
+    for both in (made("train", f"experiment=[{names}]") for names in (f"{subject},dev_12gb", f"dev_12gb,{subject}")):
+        assert (both.preserve, both.steps, both.ema) == (alone.preserve, alone.steps, alone.ema)
+        for name in ("model", "precision", "memory", "accumulation"):
+            assert getattr(both, name) == getattr(card, name)
+        assert (both.optim.name, both.data.resolution) == (card.optim.name, card.data.resolution)
 
 
 @pytest.mark.parametrize("file", PLUGINS, ids=lambda file: file.stem)
@@ -322,6 +340,13 @@ WRONG = [
     ("compare", "class_prompts=[a]", "class_prompts is .*adapter.path is null"),
     ("compare", "adapter.path=x class_prompts=[a] unrelated=[a]", "'a' is among unrelated and among class_prompts"),
     ("train", "flow.density=normal", "flow.density is 'normal'; choose one of uniform"),
+    ("train", "flow.density=mode flow.logit_std=2", "flow.logit_std is 2.0, which has no effect"),
+    ("train", "flow.loss=l3", "flow.loss is 'l3'; choose one of mse, huber"),
+    ("train", "flow.loss=huber flow.loss_schedule=linear", "flow.loss_schedule is 'linear'; choose one of constant"),
+    ("train", "flow.loss=huber flow.loss_scale=0", "flow.loss_scale is 0.0; it must be above 0"),
+    ("train", "flow.loss=huber flow.loss_scale=2 flow.loss_schedule=exponential", "flow.loss_scale is 2.0; with"),
+    ("train", "flow.loss_scale=0.2", "flow.loss_scale is 0.2, which has no effect: flow.loss=mse has no scale"),
+    ("train", "flow.min_snr_gamma=3", "flow.min_snr_gamma is 3.0, which has no effect: flow.weighting=none"),
     ("train", "flow.weighting=all", "flow.weighting is 'all'; choose one of none"),
     ("train", "flow.logit_std=0", "flow.logit_std is 0.0; it must be above 0"),
     ("train", "optim.name=sgd", "optim.name is 'sgd'; choose one of adamw"),

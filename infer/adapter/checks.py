@@ -102,6 +102,19 @@ def check_path(
     Raises:
         ValueError: a setting needs a GPU, or the fast path, and there is none.
     """
+    blocks = {tuple(layer.split(".")[:2]) for layer in layers if "blocks." in layer}
+    if memory.keep_all > len(blocks):
+        raise ValueError(
+            f"memory.keep_all is {memory.keep_all}, but the transformer has {len(blocks)} blocks; set "
+            f"memory.keep_all={len(blocks)} or less, or memory=fast"
+        )
+    if memory.unpacked and (not precision.quantized or precision.products != "bf16"):
+        reason = (
+            f"precision.products={precision.products} reads packed ones" if precision.quantized else "none are packed"
+        )
+        raise ValueError(
+            f"memory.unpacked=true keeps copies of unpacked weights, but {reason}; set memory.unpacked=false"
+        )
     if memory.graph and device.type != "cuda":
         raise ValueError(f"memory.graph=true captures CUDA steps, but the device is {device}; set it to false or null")
     if not memory.fused:
@@ -137,9 +150,11 @@ def undecided(precision: Precision) -> Precision | None:
     return replace(precision, kind="nf4", budget_gib=None) if precision.kind == "auto" else None
 
 
-def check_training(model: Model, precision: Precision, adapter: Adapter, memory: Memory, device: torch.device) -> None:
-    """See that an adapter can be trained on a checkpoint at a precision. Of kind auto, whose mixture is not known yet,
-    what depends on that is left to a second call.
+def check_training(
+    model: Model, precision: Precision, adapter: Adapter, memory: Memory, device: torch.device
+) -> Memory:
+    """See that an adapter can be trained on a checkpoint at a precision; returns the memory settings as they can be
+    met. Of kind auto, whose mixture is not known yet, what depends on that is left to a second call.
 
     Raises:
         ValueError: it cannot, for any reason that can be known before something is loaded.
@@ -175,7 +190,7 @@ def check_training(model: Model, precision: Precision, adapter: Adapter, memory:
         reason = "adapter.dropout is above 0"
     elif adapter.dora and adapter.recovery is not None:
         reason = "DoRA beside another adapter"
-    check_path(memory, precision, device, layers, reason)
+    return check_path(memory, precision, device, layers, reason)
 
 
 def check_running(
@@ -215,10 +230,11 @@ def check_running(
                     f"{one.path} is of adapter.init=loftq, around which layers are rounded again, and the scales of "
                     f"precision.products={precision.products} are found before; set precision.products=bf16"
                 )
-            if memory.budget_gib is not None:
+            if memory.budget_gib is not None or memory.unpacked:
+                name, none = ("unpacked", "false") if memory.unpacked else ("budget_gib", "null")
                 raise ValueError(
                     f"{one.path} is of adapter.init=loftq, around which layers are rounded again, and "
-                    "memory.budget_gib holds copies of them; set memory.budget_gib=null"
+                    f"memory.{name} holds copies of them; set memory.{name}={none}"
                 )
     if recovery is not None:
         check_recovery(recovery, model, precision, layers)

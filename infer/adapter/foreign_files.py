@@ -12,14 +12,12 @@ NOT_LORA = (
 )
 # the first that a key of the file holds says why; names with dots or, as kohya writes them, underscores
 KINDS = (
-    (r"lokr_", f"LoKr {NOT_LORA}"),
-    (r"hada_", f"LoHa {NOT_LORA}"),
+    (r"lokr_t|hada_t", "its update has three factors (LyCORIS' Tucker form); merge it with LyCORIS"),
     (r"oft_|boft_", f"OFT {NOT_LORA}"),
     (r"vera_lambda", f"VeRA {NOT_LORA}"),
     (r"ia3_|\.on_input$", f"IA3 {NOT_LORA}"),
     (r"\.[ab][12]\.weight$", f"GLoRA {NOT_LORA}"),
     (r"lora_mid|\.lora_mid\.", "its update has three factors (LyCORIS' Tucker form); merge it with LyCORIS"),
-    (r"dora_scale", "DoRA of kohya and ComfyUI is not read; merge it there"),
     (r"scale_weight|weight_scale|scaled_fp8|scale_input", "its fp8 numbers have scales of their own; save it in bf16"),
     (r"_norm\.scale|reshape_weight|set_weight",
      "it replaces norms too, as FLUX.1's Canny and Depth adapters do, which are for another model"),

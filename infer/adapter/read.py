@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from infer.adapter.file_family import file_family
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
+from infer.adapter.lycoris import PARTS, as_lora, is_lycoris
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
 from infer.program.paths import is_hub_id, kind_of_file
@@ -40,7 +41,8 @@ _KEY = re.compile(
     r"((?P<down>(lora_A(\.(?P<down_of>[^.]+))?|lora_down|lora\.down|down)\.weight)"
     r"|(?P<up>(lora_B(\.(?P<up_of>[^.]+))?|lora_up|lora\.up|up)\.weight)"
     r"|(?P<alpha>alpha)"
-    r"|(?P<magnitude>lora_magnitude_vector(\.[^.]+)?(\.weight)?))"
+    rf"|(?P<lycoris>{PARTS})"
+    r"|(?P<magnitude>(?P<scale>dora_scale)|lora_magnitude_vector(\.[^.]+)?(\.weight)?))"
 )
 _TEXT = re.compile(
     r"(base_model\.model\.)?(lora_|lycoris_)?"
@@ -143,7 +145,9 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
         if match is None or not families_with([name]):
             unknown.append(key)
             continue
-        part = next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
+        if match["scale"]:
+            _check_scale(file, key, state[key])
+        part = match["lycoris"] or next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
         if part in ("down", "up"):
             adapters.add(match[f"{part}_of"] or "")
         if part in found.setdefault(name, {}) and len(adapters) == 1:
@@ -162,6 +166,7 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
     bad = [key for key, value in state.items() if not value.float().isfinite().all()]
     if bad:
         raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
+    found = {name: as_lora(file, name, parts) if is_lycoris(parts) else parts for name, parts in found.items()}
     family = file_family(file, {name: _shape(file, name, found[name]) for name in sorted(found)}, model)
     strengths = Strengths(file, header, state, found, family)
     pairs: Pairs = {}
@@ -175,6 +180,20 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
+
+
+def _check_scale(file: Path, key: str, scale: Tensor) -> None:
+    """LyCORIS and OneTrainer write DoRA's magnitude of rows as [out, 1], which is PEFT's, and of columns as [1, in].
+
+    Raises:
+        ValueError: it is of columns, or nothing tells.
+    """
+    if scale.ndim != 2 or scale.shape[1] != 1:
+        raise ValueError(
+            f"{file} is DoRA whose magnitude {key} of the shape {list(scale.shape)} is not one of rows, [out, 1], "
+            "which alone is read here; train it with the magnitude over outputs (LyCORIS' wd_on_out=True), or merge it "
+            "with the program that made it"
+        )
 
 
 def _number(key: str, value: Tensor) -> Tensor:

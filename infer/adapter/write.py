@@ -66,7 +66,10 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
     if form not in FORMATS:
         raise ValueError(f"to is {form!r}; choose one of {', '.join(FORMATS)}")
     if form not in ("diffusers", "peft") and any(pair.magnitude is not None for pair in pairs.values()):
-        raise ValueError(f"{form} files hold no DoRA as it is learned here; use to=diffusers or peft, or merge it")
+        raise ValueError(
+            f"{form} files hold no DoRA as it is learned here: ComfyUI scales columns, and this is of rows; use "
+            "to=diffusers or peft, or merge it"
+        )
     header = {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
     if form == "peft":
         config = lora_config(pairs)

@@ -1,4 +1,4 @@
-"""A checkpoint -> a folder of it whose transformer and T5 are stored quantized, which plain diffusers loads."""
+"""A checkpoint -> a folder of it whose transformer and text encoder are stored quantized, for plain diffusers too."""
 
 from __future__ import annotations
 

@@ -26,9 +26,10 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device, wh
     Raises:
         ValueError: an encoder is not one that the family reads.
     """
+    import torch
     import transformers
 
-    from infer.quantize.compute import NAMES, small_dtype, stored_on
+    from infer.quantize.compute import NAMES, compute_dtype, compute_wide, small_dtype, stored_on
 
     family = family_of(model)
     large, small = stored_on(precision.for_t5(), device), Precision(NAMES[small_dtype(device)])
@@ -40,6 +41,8 @@ def load_text_parts(model: Model, precision: Precision, device: torch.device, wh
             raise ValueError(f"the {part} of {model.path} {error}") from error
         wanted = large if quantized else small
         loaded = load_part(model, part, cls, transformers, wanted, device, config=config)
+        if compute_dtype(wanted.dtype, device) == torch.float16 and not loaded._keep_in_fp32_modules:
+            compute_wide(loaded)
         parts[part] = loaded if whole else family.text_body(loaded)
     for part, name, _ in family.ENCODERS:
         if model.random:

@@ -23,6 +23,7 @@ from infer.adapter.selection import load_chosen
 from infer.checkpoint.family import own_size
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
+from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure
 from infer.fast.cuda_graph import Sampler
@@ -185,6 +186,8 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             memory[name] = memory_of(options, name, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
+    if any(each.fused and each.compiles(device) for each in memory.values()):
+        prepare_compiler(device)
     for name, score in scores.items():  # before an hour of drawing, not after it
         for prompt in all_prompts(options):
             try:

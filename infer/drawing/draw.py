@@ -18,6 +18,7 @@ from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.family import own_size, unguided
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
+from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.drawing.record import KEY, digests, record, versions
 from infer.drawing.settings import Draw, Place, adapters_at, column, places, sheet_file
@@ -116,6 +117,8 @@ def _draw_all(
     """
     model, precision, memory = options.model, options.precision, options.memory
     prompts = list(dict.fromkeys(place.prompt for place in planned))
+    if memory.fused and memory.compiles(device):
+        prepare_compiler(device)
     bar.set_postfix_str("prompts")
     with text_encoder(model, precision, device, options.text_length) as encoder:
         texts = dict(zip(prompts, drawn_texts(model, encoder, prompts), strict=True))

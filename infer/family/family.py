@@ -73,6 +73,8 @@ class Activations(NamedTuple):
     """Outputs of its matrix products, but for adapters'."""
     everything: float
     """All that its backward pass reads."""
+    holes: float
+    """GiB that torch's allocator holds beyond the allocated bytes where the products of 4-bit layers are kept."""
 
 
 class Names(NamedTuple):

@@ -104,7 +104,7 @@ _OWN: tuple[str, str | None] = "other", "flux-1-dev-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = dict.fromkeys(SIZES, _OWN) | {
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None)
 }
-ACTIVATIONS = Activations(25.5, 48.0, 103.0, 7.0, 11.5)
+ACTIVATIONS = Activations(25.5, 48.0, 103.0, 7.0, 11.5, 1.05)
 TIME = 256  # sines of a timestep, or of a guidance, that are embedded
 GUIDANCE = {"black-forest-labs/FLUX.1-Kontext-dev": 2.5, "black-forest-labs/FLUX.1-Krea-dev": 4.5}  # their model cards
 

@@ -75,7 +75,7 @@ _OWN: tuple[str, str | None] = "other", "flux-non-commercial-license"
 LICENCES: Mapping[str, tuple[str, str | None]] = {
     path: (("apache-2.0", None) if path.endswith("4B") else _OWN) for path in SIZES
 }
-ACTIVATIONS = Activations(25.5, 48.0, 103.0, 9.0, 16.1)
+ACTIVATIONS = Activations(25.5, 48.0, 103.0, 9.0, 16.1, 0.4)
 BASES = {
     "black-forest-labs/FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
     "black-forest-labs/FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
@@ -180,7 +180,13 @@ def embeds_width(config: Mapping[str, Any]) -> int:
 
 
 def text_body(encoder: Any) -> Any:
-    return getattr(encoder, "language_model", encoder)
+    """What encodes. Without the final norm where its layers were cut: transformers 5.17 knows no such setting."""
+    from torch import nn
+
+    body = getattr(encoder, "language_model", encoder)
+    if getattr(body.config, "tie_last_hidden_states", None) is False:
+        body.norm = nn.Identity()
+    return body
 
 
 def text_length(parts: Mapping[str, Any]) -> int:
@@ -196,8 +202,15 @@ def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]
 
     layers = list(LAYERS["qwen3" if qwen else "mistral3"])
 
+    import torch
+
+    # by itself they are rounded to what is stored, and hidden states may be larger than fp16 goes
+    dtype = torch.float32 if encoder.dtype == torch.float16 else None
+
     def encode(prompt: str) -> Text:
-        found = embed(encoder, tokenizer, [prompt], max_sequence_length=length, hidden_states_layers=layers)
+        found = embed(
+            encoder, tokenizer, [prompt], dtype=dtype, max_sequence_length=length, hidden_states_layers=layers
+        )
         return Text(found[0], None)
 
     return encode

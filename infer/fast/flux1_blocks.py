@@ -71,7 +71,8 @@ def single_block(
     attended = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, block.down.frozen.half, block.repeatable)
     y = linear(torch.cat([attended, gelu(hidden)], dim=-1), block.down)[0]
     txt, img = (x + gate[:, None] * y).split([txt.shape[1], img.shape[1]], dim=1)
-    return txt.contiguous(), img.contiguous()
+    # of a batch of one, parts are contiguous already, as views that the next block would be compiled for apart
+    return txt.clone(memory_format=torch.contiguous_format), img.clone(memory_format=torch.contiguous_format)
 
 
 def _arguments(

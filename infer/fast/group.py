@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from infer.fast.weights import Linear, Stack, adapters_of, stack, use_views
+from infer.fast.weights import Linear, Stack, adapters_of, stack, trained, use_views
 
 
 class Group:
@@ -15,6 +15,7 @@ class Group:
 
     def __init__(self, block: nn.Module, *names: str) -> None:
         self.block, self.names = block, names
+        self.holds = False  # adapters in training that are off, at strength 0
         self.use(stack(self._layers()))
 
     def _modules(self) -> list[nn.Module]:
@@ -28,5 +29,9 @@ class Group:
         self.frozen = frozen
         use_views(self._layers(), frozen)
 
+    def learns(self) -> bool:
+        """Whether an adapter of theirs is in training."""
+        return any(map(trained, self._modules()))
+
     def linear(self) -> Linear:
-        return Linear(self.frozen, tuple(adapters_of(module) for module in self._modules()))
+        return Linear(self.frozen, tuple(adapters_of(module, self.holds) for module in self._modules()))

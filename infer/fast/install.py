@@ -4,23 +4,22 @@ What the backward pass needs is computed again, block by block, except for what 
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from infer.fast import flux1_blocks, flux2_blocks
 from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
+from infer.fast.compiled import call_compiled, run_of
 from infer.fast.eight_bit import eight_of
 from infer.fast.form import Form
 from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
 from infer.fast.offload import Offload
-from infer.fast.weights import obstacle
-from infer.quantize.compute import in_half
+from infer.fast.weights import obstacle, unpacked
+from infer.quantize.compute import compute_dtype_of, in_half
 from infer.quantize.precision import Precision, kind_of
 
 BACKEND = "inductor"
@@ -28,40 +27,6 @@ FAMILIES: dict[type[nn.Module], tuple[Form, ...]] = {
     FluxTransformer2DModel: flux1_blocks.FORMS,
     Flux2Transformer2DModel: flux2_blocks.FORMS,
 }
-
-aten = torch.ops.aten
-ATTENTION = [
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.flux_lora.attention.default,  # infer/fast/attention.py, which infer/fast/blocks.py imports
-]
-PRODUCTS = [
-    aten.mm.default,
-    aten.addmm.default,
-    aten._scaled_mm.default,
-    torch.ops.flux_lora.multiply_int8.default,  # infer/fast/int8_kernels.py
-]
-
-
-def _policy(keep: str, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if (keep != "nothing" and op in ATTENTION) or (keep == "products" and op in PRODUCTS):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _contexts(keep: str) -> Any:
-    return create_selective_checkpoint_contexts(partial(_policy, keep))
-
-
-def _again(keep: str, function: Callable[..., Any], *args: Any) -> Any:
-    """The function's value; in a backward pass it is computed again, but for what is kept."""
-    if keep == "everything" or not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, keep)
-    )
 
 
 def install(
@@ -80,16 +45,14 @@ def install(
     Raises:
         ValueError: the layers cannot be stacked.
     """
-    keep = keep or memory.keep
-    heads = transformer.config.num_attention_heads
-    wrap: Any = partial(torch.compile, fullgraph=True, dynamic=False, backend=BACKEND)
-    if not memory.compiles(device):
-        wrap = _uncompiled
-    runs = {form: wrap(partial(form.compute, partial(_again, keep))) for form in _forms(transformer)}
+    keep = keep or memory.without_auto().keep
+    heads, compiles = transformer.config.num_attention_heads, memory.compiles(device)
     modules = list(_blocks(transformer))
+    whole = len(modules) - memory.keep_all  # from here on
+    keeps = [keep if i < whole else "everything" for i in range(len(modules))]
     built = []
-    for form, module in modules:
-        built.append(form.read(module, keep == "nothing"))
+    for (form, module), kept in zip(modules, keeps, strict=True):
+        built.append(form.read(module, kept == "nothing"))
         if memory.budget_gib is None:
             _gather(built[-1][0], device)
     # one a shape, a form of adapter, and a mixture of kinds
@@ -97,13 +60,16 @@ def install(
     torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
     torch._dynamo.config.accumulated_recompile_limit = max(4 * limit, 256)
     half = in_half(transformer)
-    for group in (group for groups, _ in built for group in groups):
+    for kept, group in ((kept, group) for kept, (groups, _) in zip(keeps, built, strict=True) for group in groups):
+        if memory.unpacked and not group.names[0].startswith("norm"):  # modulations read theirs packed
+            group.frozen = unpacked(group.frozen, torch.float16 if half else compute_dtype_of(transformer))
         eight = None if products == "bf16" else eight_of(group.frozen, products, device)
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
-        shared = keep in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
+        shared = kept in ("attention", "products") or group.frozen.kind not in ("nf4", "fp4")
         shared = shared and eight is None  # the gradient takes another layout
         # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
-        in_place = keep != "products" and memory.compiles(device) and not half
+        in_place = kept != "products" and compiles and not half
+        group.holds = compiles and group.learns()
         group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half, eight=eight)
     offload = None
     if memory.budget_gib is not None:
@@ -111,18 +77,20 @@ def install(
         _move_rest(transformer, device)
 
     def forward_of(i: int) -> Callable[..., Any]:
-        form, parts = modules[i][0], built[i][1]
-        run = runs[form]
+        form, (groups, parts) = modules[i][0], built[i]
+        run = run_of(form, keeps[i], BACKEND if compiles else None)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             streams, rest = form.arguments(*args, **kwargs)
             if torch.is_grad_enabled():
                 # the first block's inputs too, though nobody reads their gradient: one form for all, compiled once
                 streams = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in streams)
-            block = parts(heads)._replace(repeatable=repeatable)
             if offload is not None:
                 streams = offload.before(i, *streams)
-            streams = run(block, *streams, *rest)
+            if compiles:
+                streams = call_compiled(run, groups, parts(heads)._replace(repeatable=repeatable), streams, rest)
+            else:
+                streams = run(parts(heads)._replace(repeatable=repeatable), *streams, *rest)
             if offload is not None:
                 streams = offload.after(i, *streams)
             return streams if len(streams) > 1 else streams[0]
@@ -207,7 +175,3 @@ def uninstall(transformer: Any) -> None:
     """diffusers' own blocks again."""
     for _, block in _blocks(transformer):
         block.__dict__.pop("forward", None)
-
-
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function

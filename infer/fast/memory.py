@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-from infer.program.bounds import GIB, check_most
+from infer.program.bounds import GIB, MANY, check_most
 
 KEEP = ("nothing", "attention", "products", "everything")
-NEEDS_FUSED = ("compile", "graph", "budget_gib")
+AUTO = "auto"
+# settings, and the value of each that asks for nothing
+NEEDS_FUSED = {"compile": "null", "graph": "null", "budget_gib": "null", "keep_all": "0", "unpacked": "false"}
 SLOTS = 3  # buffers on the device that offloaded blocks take in turn
 
 
@@ -21,7 +23,14 @@ class Memory:
 
     keep: str = "attention"
     """What a block keeps for its backward pass: nothing (all is computed again from its input), attention (all but the
-    attention is), products (all but the matrix products is) or everything."""
+    attention is), products (all but the matrix products is) or everything. auto, in training alone: attention, and
+    everything in as many blocks as the card has memory for (train/estimate/auto.py)."""
+    keep_all: int = 0
+    """How many blocks, the last ones, keep everything whatever `keep` says of the others: time for memory in small
+    steps."""
+    unpacked: bool = False
+    """Keep a copy of the blocks' quantized weights as they take part in products: the same numbers, no time for
+    dequantizing them; 16 GiB for FLUX.1-dev."""
     fused: bool = True
     """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
     compile: bool | None = None
@@ -33,11 +42,18 @@ class Memory:
     are copied when their turn comes. null keeps all on the device."""
 
     def __post_init__(self) -> None:
-        check_most(self, "memory.", budget_gib=GIB)
-        if self.keep not in KEEP:
-            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
+        check_most(self, "memory.", budget_gib=GIB, keep_all=MANY)
+        if self.keep not in (*KEEP, AUTO):
+            raise ValueError(f"memory.keep is {self.keep!r}; choose one of {', '.join((*KEEP, AUTO))}")
+        if self.keep_all < 0:
+            raise ValueError(f"memory.keep_all is {self.keep_all}; it must be 0 or more")
+        if self.keep_all and self.keep in ("everything", AUTO):
+            raise ValueError(
+                f"memory.keep_all={self.keep_all} has no effect, as memory.keep={self.keep} is for all blocks; set "
+                "memory.keep_all=0, or memory.keep=attention"
+            )
         if not self.fused:
-            if self.keep not in ("nothing", "everything"):
+            if self.keep not in ("nothing", "everything", AUTO):
                 raise ValueError(
                     f"memory.keep is {self.keep}, which needs memory.fused=true; choose nothing or everything"
                 )
@@ -46,6 +62,16 @@ class Memory:
                 raise ValueError(f"memory.{asked[0]}={getattr(self, asked[0])} needs memory.fused=true")
         if self.budget_gib is not None and not self.budget_gib > 0:
             raise ValueError(f"memory.budget_gib is {self.budget_gib}; it must be above 0, or null for no bound")
+
+        if self.unpacked and self.budget_gib is not None:
+            raise ValueError(
+                f"memory.unpacked=true keeps copies of weights on the device, and memory.budget_gib={self.budget_gib} "
+                "has weights leave it; set one of them to false, or null"
+            )
+
+    def without_auto(self) -> Memory:
+        """The settings with what memory=auto is where there is nothing to gain."""
+        return replace(self, keep="attention" if self.fused else "nothing") if self.keep == AUTO else self
 
     def compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.compile is None else self.compile
@@ -71,10 +97,10 @@ def refuse_plain(memory: Memory, device: torch.device, reason: str | None, produ
         raise ValueError(
             f"precision.products={products} needs the fast path, but {reason}; set precision.products=bf16"
         )
-    for name in NEEDS_FUSED:
+    for name, none in NEEDS_FUSED.items():
         if getattr(memory, name):
             raise ValueError(
-                f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}; set memory.{name}=null"
+                f"memory.{name}={getattr(memory, name)} needs the fast path, but {reason}; set memory.{name}={none}"
             )
     return Memory(keep="everything" if memory.keep == "everything" else "nothing", fused=False)
 

@@ -81,6 +81,11 @@ def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
     return weights
 
 
+def unpacked(stack: Stack, dtype: torch.dtype) -> Stack:
+    """The stack with a copy of its values as they take part in products; the layers keep what is stored."""
+    return stack._replace(kind="plain", stored=dequantize(stack, dtype), scale=None, nested=None)
+
+
 def four_bit_ends(stack: Stack) -> list[int]:
     """The block of 64 values at which each layer ends."""
     return [sum(stack.widths[: i + 1]) * stack.shape[1] // 64 for i in range(len(stack.widths))]
@@ -188,19 +193,26 @@ def use_views(layers: list[Any], frozen: Stack) -> None:
             state.state2.absmax, state.offset = absmax, offset
 
 
-def adapters_of(layer: Any) -> tuple[Lora, ...]:
-    """The adapters that are switched on at a layer."""
-    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+def adapters_of(layer: Any, holds: bool = False) -> tuple[Lora, ...]:
+    """The adapters that are switched on at a layer; holds: with those in training that are off, at strength 0, so that
+    code compiled for them serves without them too. DoRA's are never held: at strength 0 they still scale."""
+    if not hasattr(layer, "base_layer"):
         return ()
+    on = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    vectors = layer.lora_magnitude_vector
+    off = [name for name in trained(layer) if name not in on and name not in vectors] if holds else []
     found = []
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+    for name in (*on, *off):
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        vectors = layer.lora_magnitude_vector
         magnitude = vectors[name].weight if name in vectors else None
-        found.append(Lora(down, up, _number(float(layer.scaling[name]), down.device), magnitude))
+        strength = float(layer.scaling[name]) if name in on else 0.0
+        found.append(Lora(down, up, _number(strength, down.device), magnitude))
     return tuple(found)
+
+
+def trained(layer: Any) -> list[str]:
+    """The adapters of a layer that are in training."""
+    return [name for name, down in getattr(layer, "lora_A", {}).items() if down.weight.requires_grad]
 
 
 @cache  # all of them: captured graphs read them where they are

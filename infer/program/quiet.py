@@ -9,7 +9,7 @@ NOISE = (
     "gemm_4bit_forward",  # bitsandbytes: an optional kernel package
     "MatMul8bitLt: inputs will be cast",  # bitsandbytes: LLM.int8 is defined in fp16
     "No LoRA keys associated to",  # diffusers: the text encoders have no adapter
-    "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that T5 cuts are named by us
+    "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that are cut are named by us
     "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place
     "context_fn is passed to torch.utils.checkpoint",  # torch: sums in place, which scripts/check_fast.py compares
     "Cannot dispatch to fused implementation",  # torch: norms in bf16 read fp32 under autocast, as PEFT has it

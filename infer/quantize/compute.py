@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from infer.quantize.precision import Precision
+from infer.quantize.precision import Precision, multiply_plainly
 
 # Modules that cast activations to the dtype in which some of their weights are stored: T5's feed-forward layers before
 # `wo`, the autoencoder's decoder before its first block that enlarges
@@ -102,6 +102,13 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         return tuple(_cast(value, dtype) for value in args), {name: _cast(v, dtype) for name, v in kwargs.items()}
 
     model.register_forward_pre_hook(given, with_kwargs=True)
+
+
+def compute_wide(model: nn.Module) -> None:
+    """Have a language model that is stored for products in fp16 compute in fp32, int8 layers too: its residual stream
+    grows beyond fp16 (T5 has layers for that which transformers keeps in fp32, Qwen3 and Mistral have none)."""
+    compute_in(model, torch.float32)
+    multiply_plainly(model)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

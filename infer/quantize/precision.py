@@ -28,7 +28,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's n
 
 @dataclass
 class Precision:
-    """How the transformer's linear layers, and those of T5, are stored and multiplied.
+    """How the linear layers of the transformer and of the large text encoder (T5, Qwen3 or Mistral) are stored and
+    multiplied.
 
     4-bit weights, and int8 ones of the transformer, are dequantized for each product, which runs in `compute_dtype`
     or, of the transformer's blocks, in 8 bits (`products`).
@@ -46,9 +47,11 @@ class Precision:
     products: str = "bf16"
     """How the blocks' frozen weights are multiplied, whatever they are stored as, forward and for the gradient: bf16,
     or rounded to fp8 (cards from RTX 40, L40S and H100 on) or int8 (from RTX 30 and A100 on) for the time of a product
-    (infer/fast/eight_bit.py). Adapters, norms, attention and the residual stream stay as they are, and T5 too."""
+    (infer/fast/eight_bit.py). Adapters, norms, attention and the residual stream stay as they are, and the text
+    encoder too."""
     llm_int8: bool = False
-    """int8 only: quantize the activations too and multiply in int8, as bitsandbytes does by itself (T5 always does)."""
+    """int8 only: quantize the activations too and multiply in int8, as bitsandbytes does by itself (the text
+    encoder always does, but on cards without bf16)."""
     outlier_threshold: float = 6.0
     """LLM.int8 only: activations beyond this are multiplied in fp16; 0 multiplies all in int8."""
     skip_modules: list[str] = field(default_factory=list)
@@ -60,7 +63,8 @@ class Precision:
     """Kind auto only: the transformer's bytes. Within them the layers that suffer most from NF4 are int8 or bf16
     (infer/sensitivity.py)."""
     t5: str = "same"
-    """The text encoder's kind (T5's, or Qwen3's and Mistral's of FLUX.2); `same` follows `kind` with these settings."""
+    """The kind of the text encoder (T5 of FLUX.1, Qwen3 of klein, Mistral of FLUX.2-dev); `same` follows `kind` with
+    these settings."""
 
     def __post_init__(self) -> None:
         check_most(self, "precision.", outlier_threshold=10**6, budget_gib=GIB)
@@ -85,7 +89,7 @@ class Precision:
         self._check_idle()
 
     def _check_idle(self) -> None:
-        """Settings of a kind that neither the transformer's layers nor T5's are of."""
+        """Settings of a kind that neither the transformer's layers nor the text encoder's are of."""
         t5 = self._t5_kind()
         kinds = {self.kind, *self.layers.values(), t5}
         said = f"precision.kind={self.kind} and precision.t5={self.t5}"
@@ -160,7 +164,7 @@ class Precision:
         return 4 if self.dtype_name == "fp32" else 2
 
     def for_t5(self) -> Precision:
-        """The same settings at T5's own kind; skipped modules name transformer layers, so T5 has none."""
+        """The same settings at the large text encoder's own kind; skipped modules are the transformer's."""
         kind = self._t5_kind()
         settings = {
             "compute_dtype": (self.compute_dtype, kind in QUANTIZED),

@@ -22,7 +22,7 @@ from infer.quantize.precision import Precision, stored_bytes
 
 
 class NotFiniteError(ValueError):
-    """A picture's numbers are NaN or infinite."""
+    """A picture's or a prompt's numbers are NaN or infinite."""
 
 
 @dataclass
@@ -35,12 +35,21 @@ class TextEncoder:
     weights_bytes: int
 
     def __call__(self, prompts: list[str]) -> list[Text]:
-        """Prompts -> embeddings on the CPU, one by one so that none depends on its neighbours."""
+        """Prompts -> embeddings on the CPU, one by one so that none depends on its neighbours.
+
+        Raises:
+            NotFiniteError: an embedding is NaN or infinite.
+        """
         assert self.encode is not None, "the encoders are freed already"
         texts = []
         with torch.no_grad():
             for prompt in prompts:
                 text = self.encode(prompt)
+                if not text.embeds.isfinite().all():
+                    raise NotFiniteError(
+                        f"the text encoder's embeddings of {prompt!r} are not finite; set precision.t5=fp32, or copy "
+                        "the checkpoint again if it is damaged"
+                    )
                 texts.append(Text(text.embeds.cpu(), None if text.pooled is None else text.pooled.cpu()))
         return texts
 

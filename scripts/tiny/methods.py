@@ -3,9 +3,11 @@
     python scripts/tiny/methods.py runs/methods.jsonl --sets preservation --seeds 0 1 2 3 4
     python scripts/tiny/methods.py runs/methods.jsonl --table
 
-The subject is a star with a black line around it, in 24 pictures whose captions call it `zelk star`. Each run is one of
-train.py's own. Its adapter draws prompts of the subject, of its class (the same without the trigger) and of other
-shapes, and scripts/tiny/check.py reads the pictures back. A line of the file is a run; what is there is not run again.
+The subject is a star with a black line around it, in 24 pictures whose captions call it `dotted star`: a trigger that
+the model's text encoders tell apart. Of words that they never saw (--trigger zelk) CLIP's vector changes by 4 % alone,
+and the model can hardly tell subject and class. Each run is one of train.py's own. Its adapter draws prompts of the
+subject, of its class (the same without the trigger) and of other shapes, and scripts/tiny/check.py reads the pictures
+back. A line of the file is a run; what is there is not run again.
 """
 
 import argparse
@@ -51,7 +53,7 @@ from train.objective.preservation import Preserve
 from train.run.config import Train
 from train.train import train
 
-TRIGGER, SHAPE = "zelk", "star"
+SHAPE = "star"
 PICTURES, PROMPTS, STEPS, GUIDANCE = 24, 12, 16, 2.0
 SIDE = world.SIZE
 MODEL, PRECISION = Model(str(ROOT / "scripts" / "tiny" / "model")), Precision("nf4")
@@ -68,27 +70,27 @@ def scenes(count: int, seed: int, shapes: tuple[str, ...]) -> list[world.Scene]:
     return found
 
 
-def of_subject(caption: str) -> str:
-    return caption.replace(f" {SHAPE}", f" {TRIGGER} {SHAPE}")
+def of_subject(caption: str, trigger: str) -> str:
+    return caption.replace(f" {SHAPE}", f" {trigger} {SHAPE}")
 
 
-def make_pictures(folder: Path) -> None:
+def make_pictures(folder: Path, trigger: str) -> None:
     """The training set; the same bytes every time."""
     lines = []
     for i, scene in enumerate(scenes(PICTURES, 0, (SHAPE,))):
         pixels = world.paint(world.canvas([scene], "inked"))[0]
         picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
         replace_file(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
-        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": of_subject(world.describe(scene))}))
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": of_subject(world.describe(scene), trigger)}))
     replace_file(folder / "metadata.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
-def prompts() -> dict[str, list[str]]:
+def prompts(trigger: str) -> dict[str, list[str]]:
     """Of the subject, its class and other shapes: scenes that no training picture shows."""
     stars = [world.describe(scene) for scene in scenes(PROMPTS, 1, (SHAPE,))]
     others = tuple(shape for shape in world.SHAPES if shape != SHAPE)
     return {
-        "subject": list(map(of_subject, stars)),
+        "subject": [of_subject(star, trigger) for star in stars],
         "class": stars,
         "unrelated": [world.describe(scene) for scene in scenes(PROMPTS, 2, others)],
     }
@@ -101,15 +103,32 @@ def variants() -> dict[str, dict[str, dict[str, Any]]]:
         "prior": {"prior": PRIOR},
         "class": {"preserve": Preserve("class", SHAPE)},
         "empty": {"preserve": Preserve("empty")},
-        "class, weight 3": {"preserve": Preserve("class", SHAPE, 3.0)},
+        "class, weight 0.3": {"preserve": Preserve("class", SHAPE, 0.3)},
         "prior and class": {"prior": PRIOR, "preserve": Preserve("class", SHAPE)},
     }
-    return {"preservation": preserve}
+    objectives = {
+        "mse": {},
+        "huber": {"flow": Flow(loss="huber")},
+        "huber, snr": {"flow": Flow(loss="huber", loss_schedule="snr")},
+        "huber, exponential": {"flow": Flow(loss="huber", loss_schedule="exponential")},
+        "smooth_l1": {"flow": Flow(loss="smooth_l1")},
+        "mae": {"flow": Flow(loss="mae")},
+        "sigma_sqrt": {"flow": Flow(weighting="sigma_sqrt")},
+        "cosmap": {"flow": Flow(weighting="cosmap")},
+        "bell": {"flow": Flow(weighting="bell")},
+        "min_snr": {"flow": Flow(weighting="min_snr")},
+        "uniform": {"flow": Flow("uniform")},
+        "mode": {"flow": Flow("mode")},
+        "shifted": {"flow": Flow("shifted")},
+    }
+    return {"preservation": preserve, "objectives": objectives}
 
 
-def job_of(changes: dict[str, Any], seed: int, steps: int, pictures: Path, device: str, name: str) -> Train:
+def job_of(
+    changes: dict[str, Any], seed: int, steps: int, pictures: Path, trigger: str, device: str, name: str
+) -> Train:
     given = dict(changes)
-    data = Data(str(pictures), SIDE, 4, trigger=TRIGGER, validation=0.15, prior=given.pop("prior", Prior()))
+    data = Data(str(pictures), SIDE, 4, trigger=trigger, validation=0.15, prior=given.pop("prior", Prior()))
     adapter = replace(Train().adapter, rank=16, alpha=16.0, targets="attention+mlp")
     job = Train(
         MODEL, PRECISION, adapter, data, optim=Optim(lr=1e-3, schedule="cosine", warmup=10), flow=Flow(),
@@ -145,18 +164,18 @@ def draw(transformer: Any, texts: list[Text], device: torch.device) -> torch.Ten
     return latents
 
 
-def judge(adapter: Path, texts: dict[str, Text], device: torch.device) -> dict[str, float]:
+def judge(adapter: Path, texts: dict[str, Text], trigger: str, device: torch.device) -> dict[str, float]:
     """Of each kind of prompt: the share that is inked, the share that is right, and how far the adapter moves it."""
     transformer, vae = load_transformer(MODEL, PRECISION, device).eval(), load_vae(MODEL, device)
     load_adapter(transformer, str(adapter), "mine", MODEL)
     found = {}
-    for kind, wanted in prompts().items():
+    for kind, wanted in prompts(trigger).items():
         own = [texts[prompt] for prompt in wanted]
         latents = draw(transformer, own, device)
         with without_adapter(transformer):
             base = draw(transformer, own, device)
         moved = (latents - base).float().flatten(1).norm(dim=1) / base.float().flatten(1).norm(dim=1)
-        plain = [prompt.replace(f"{TRIGGER} ", "") for prompt in wanted]
+        plain = [prompt.replace(f"{trigger} ", "") for prompt in wanted]
         pictures = [decode(vae, one[None], SIDE, SIDE) for one in latents]
         found[f"{kind}_inked"] = fmean(map(inked, pictures, plain))
         found[f"{kind}_right"] = fmean(map(right, pictures, plain))
@@ -196,6 +215,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--trigger", default="dotted")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--table", action="store_true", help="show what is there, and run nothing")
     args = parser.parse_args()
@@ -204,9 +224,9 @@ def main() -> None:
         print(table(rows))
         return
     began, device = time.monotonic(), pick_device(args.device)
-    pictures = args.out.parent / "methods-pictures"
-    make_pictures(pictures)
-    texts = encode(list(dict.fromkeys(text for kind in prompts().values() for text in kind)), device)
+    pictures = args.out.parent / f"{args.out.stem}-pictures"
+    make_pictures(pictures, args.trigger)
+    texts = encode(list(dict.fromkeys(text for kind in prompts(args.trigger).values() for text in kind)), device)
     done = {(row["variant"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for chosen in args.sets:
@@ -214,17 +234,11 @@ def main() -> None:
                 if (name, seed) in done or time.monotonic() - began > args.seconds:
                     continue
                 done.add((name, seed))
-                job = job_of(
-                    changes,
-                    seed,
-                    args.steps,
-                    pictures,
-                    device.type,
-                    f"methods-{name.replace(' ', '_').replace(',', '')}-{seed}",
-                )
+                run = f"{args.out.stem}-{name.replace(' ', '_').replace(',', '')}-{seed}"
+                job = job_of(changes, seed, args.steps, pictures, args.trigger, device.type, run)
                 adapter = train(job)
                 row = {"variant": name, "seed": seed, "steps": args.steps, **figures(adapter.parent)}
-                row |= judge(adapter, texts, device)
+                row |= judge(adapter, texts, args.trigger, device)
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(row, flush=True)

@@ -4,6 +4,8 @@ from typing import Any
 
 from infer.checkpoint.layers import linear_shapes
 
+RECOMPUTED = 0.6  # of a block's products, where it is computed again: no gradient reads the value of the last one
+
 
 def width_of(config: dict[str, Any]) -> int:
     return int(config["num_attention_heads"] * config["attention_head_dim"])
@@ -43,9 +45,9 @@ def step_flop(config: dict[str, Any], pixels: int, text: int, recomputed: bool, 
     attention, whose backward computes q k^T again.
 
     Args:
-        recomputed: the blocks are computed once more in the backward pass.
+        recomputed: the blocks are computed once more in the backward pass, but for their last products.
         kept: attention's outputs are kept, and not computed once more.
     """
     tokens = tokens_of(pixels, text)
     linear, attention = linear_flop(config, tokens), attention_flop(config, tokens)
-    return (3 if recomputed else 2) * linear + (4.5 if recomputed and not kept else 3.5) * attention
+    return (2 + RECOMPUTED * recomputed) * linear + (4.5 if recomputed and not kept else 3.5) * attention

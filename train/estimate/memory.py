@@ -24,9 +24,9 @@ from train.run.config import Train
 ROUNDED, ROUNDED_LEAN = 3.0, 5.5
 WORKSPACE = 96 * 2**20  # of the libraries' kernels
 CONTEXT = int(0.85 * 2**30)  # CUDA's own memory, outside torch's allocator: H100, torch 2.11
-# GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; most where the products of
-# 4-bit layers are kept
-HOLES, HOLES_PLAIN, HOLES_OFFLOADED, HOLES_KEPT = 0.3, 0.15, 0.17, 1.05
+# GiB that torch's allocator holds beyond the peak of the allocated bytes, measured likewise; where the products of
+# 4-bit layers are kept, a family's own
+HOLES, HOLES_PLAIN, HOLES_OFFLOADED = 0.3, 0.15, 0.17
 
 
 @dataclass
@@ -124,21 +124,21 @@ def footprint(job: Train) -> Footprint:
     attended = tokens * width * job.precision.itemsize
     logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp
     keep = job.memory.keep
-    kept = blocks * activation
+    whole = blocks if keep == "everything" else min(job.memory.keep_all, blocks)  # blocks that keep everything
+    part = blocks - whole
+    kept = blocks * activation + int(whole * (activation * units.everything + logs))
     if keep == "attention":
-        kept += blocks * (attended + logs)
+        kept += part * (attended + logs)
     elif keep == "products":
         adapted = sum(layer.rows / width for layer in targets) / blocks
-        kept += int(blocks * (activation * (1 + units.products + 0.75 * adapted) + logs))
-    elif keep == "everything":
-        kept += int(blocks * (activation * units.everything + logs))
+        kept += int(part * (activation * (1 + units.products + 0.75 * adapted) + logs))
     work = int(units.work * activation)
     single = {name: each for name, each in layers.items() if name.startswith("single_transformer_blocks.0.")}
     size = {name.split(".", 2)[2]: each for name, each in single.items() if "norm" not in name}
     reads = {name: each.rows * each.columns for name, each in size.items() if each.columns == width}
     writes = max(each.rows * each.columns for name, each in size.items() if name not in reads)
     # weights of one matrix product; memory=lean computes what attention reads in one, and the MLP in another
-    attention = sum(count for name, count in reads.items() if name.startswith("attn."))
+    attention = 3 * width**2  # FLUX.2 has one layer for both, of which it takes the rows
     apart = max(attention, sum(reads.values()) - attention)
     largest = max(writes, apart if keep == "nothing" else sum(reads.values()))
     if not job.memory.fused:
@@ -146,7 +146,7 @@ def footprint(job: Train) -> Footprint:
         work = int((units.plain_4bit if four else units.plain) * activation)
     if job.precision.products != "bf16":
         work += largest + int((ROUNDED_LEAN if keep == "nothing" else ROUNDED) * activation)
-    elif job.precision.quantized:
+    elif job.precision.quantized and not job.memory.unpacked:
         work += 2 * largest  # dequantized to bf16
         if job.memory.fused and keep in ("attention", "products"):
             work += largest  # the dequantized copy is kept from the recomputation to the gradient
@@ -159,15 +159,16 @@ def footprint(job: Train) -> Footprint:
         )
         for i in range(count)
     ]
+    copies = sum(each.rows * each.columns for name, each in layers.items() if "blocks." in name and ".norm" not in name)
     result = Footprint(
-        weights=sum(sizes.values()),
+        weights=sum(sizes.values()) + 2 * copies * job.memory.unpacked,
         adapters=4 * sum(tensors) * (1 if job.ema is None else 2),
         gradients=4 * sum(tensors) * (2 if _sums_apart(job) else 1),
         optimizer=state_bytes(job.optim.name, tensors),
         checkpoints=kept,
         block=work,
         workspace=WORKSPACE,
-        allocator=int(_holes(job) * 2**30),
+        allocator=int(_holes(job, blocks, units.holes) * 2**30),
         context=CONTEXT,
         host=0,
         resident=blocks,
@@ -184,13 +185,15 @@ def _sums_apart(job: Train) -> bool:
     return job.accumulation > 1 and job.memory.fused and job.memory.graph is not False
 
 
-def _holes(job: Train) -> float:
+def _holes(job: Train, blocks: int, kept: float) -> float:
     if not job.memory.fused:
         return HOLES_PLAIN
     if job.memory.budget_gib is not None:
         return HOLES_OFFLOADED
-    kept = job.memory.keep in ("products", "everything") and job.precision.kind in ("nf4", "fp4")
-    return HOLES_KEPT if kept else HOLES
+    if job.precision.kind not in ("nf4", "fp4"):
+        return HOLES
+    whole = 1.0 if job.memory.keep in ("products", "everything") else min(1.0, job.memory.keep_all / blocks)
+    return HOLES + whole * (kept - HOLES)
 
 
 def _offload(result: Footprint, by_block: list[int], job: Train) -> None:

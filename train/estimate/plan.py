@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.fast.memory import Memory
+from infer.fast.memory import AUTO, Memory
 from infer.program import bounds
 from infer.program.atomic import replace_file
 from infer.program.paths import expand
 from train.estimate.memory import Footprint, footprint
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
+from train.run.names import check_distilled
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,10 @@ def duration(seconds: float) -> str:
 def describe(job: Train) -> str:
     """The settings that decide memory and speed, in one line."""
     memory = "diffusers' own layers" if not job.memory.fused else f"memory.keep={job.memory.keep}"
+    if job.memory.keep_all:
+        memory += f", memory.keep_all={job.memory.keep_all}"
+    if job.memory.unpacked:
+        memory += ", memory.unpacked=true"
     if job.memory.budget_gib is not None:
         memory += f", memory.budget_gib={job.memory.budget_gib:g}"
     if job.precision.double_quant:
@@ -97,6 +102,36 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
                 continue  # the budget is too small for these settings
             if taken.peak <= gib * GIB and (budget is None or taken.resident < taken.blocks):
                 yield seconds(changed, taken, REFERENCE), changed, taken
+                if keep == "attention" and budget is None:
+                    yield _with_more_kept(changed, gib)
+                if keep == "everything" and job.precision.quantized and job.precision.products == "bf16":
+                    yield from _with_copies(changed, gib)
+
+
+def _with_copies(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
+    """A config with copies of its unpacked weights, if they fit."""
+    changed = replace(job, memory=replace(job.memory, unpacked=True))
+    taken = footprint(changed)
+    if taken.peak <= gib * GIB:
+        yield seconds(changed, taken, REFERENCE), changed, taken
+
+
+def _with_more_kept(job: Train, gib: float) -> tuple[float, Train, Footprint]:
+    """A config that takes at most `gib` GiB, with everything kept in as many blocks as that allows."""
+
+    def keeping(blocks: int) -> tuple[Train, Footprint]:
+        changed = replace(job, memory=replace(job.memory, keep_all=blocks))
+        return changed, footprint(changed)
+
+    least, most = 0, footprint(job).blocks
+    while least < most:  # more blocks take more memory
+        middle = (least + most + 1) // 2
+        if keeping(middle)[1].peak <= gib * GIB:
+            least = middle
+        else:
+            most = middle - 1
+    changed, taken = keeping(least)
+    return seconds(changed, taken, REFERENCE), changed, taken
 
 
 def propose(job: Train, gib: float) -> tuple[float, Train, Footprint] | None:
@@ -183,6 +218,13 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
             say(f"note: that leaves {left:.2f} GiB of the card: close what else uses it, or take memory=lean")
 
 
+def write_plan(job: Train, file: Path) -> None:
+    """Write what a run on a GPU would take at its peak, to be compared with what it takes."""
+    taken = footprint(job)
+    said = {"peak_memory_bytes": taken.peak, "parts": {part: getattr(taken, part) for part in PARTS}}
+    replace_file(file, lambda path: path.write_text(json.dumps(said)))
+
+
 def plan(options: Plan) -> dict[str, Any]:
     """Print the plan, and write it where that is asked for; returns the JSON object."""
     if options.precision.kind == "auto":
@@ -190,7 +232,11 @@ def plan(options: Plan) -> dict[str, Any]:
             "precision=auto is decided by measuring the transformer, and a plan loads none; plan with the "
             "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
         )
+    check_distilled(options)
     job: Train = options
+    if options.memory.keep == AUTO and options.fit_gib is None:
+        job = replace(options, memory=options.memory.without_auto())
+        print("memory=auto is decided by the card: fit_gib=24 says how for one of 24 GB; this is memory=balanced")
     if options.fit_gib is not None:
         room = seen_gib(options.fit_gib) - MARGIN
         found = propose(options, room)

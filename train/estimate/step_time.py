@@ -7,7 +7,7 @@ reach the same shares of theirs.
 from dataclasses import dataclass
 
 from infer.checkpoint.files import known_config
-from train.estimate.flop import attention_flop, linear_flop, token_weights, tokens_of, width_of
+from train.estimate.flop import RECOMPUTED, attention_flop, linear_flop, token_weights, tokens_of, width_of
 from train.estimate.memory import Footprint, text_tokens
 from train.run.config import Train
 
@@ -53,26 +53,27 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
     config = known_config(job.model, "transformer")
     tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
-    recomputed, kept = job.memory.keep in ("nothing", "attention"), job.memory.keep != "nothing"
-    # the recomputation of a block skips its last product, whose value no gradient reads
-    linear = linear_flop(config, tokens) * (2.6 if recomputed else 2)
-    attention = attention_flop(config, tokens) * (3.5 if kept else 4.5)
+    # shares of the blocks whose products, and whose attention, are computed again
+    part = max(0, blocks - job.memory.keep_all) / blocks
+    again = part if job.memory.keep in ("nothing", "attention") else 0.0
+    attended = part if job.memory.keep == "nothing" else 0.0
+    linear = linear_flop(config, tokens) * (2 + RECOMPUTED * again)
+    attention = attention_flop(config, tokens) * (3.5 + attended)
     reached = 0.83 * tokens / (tokens + 1610)  # measured at 1,536 and 4,608 tokens: short products fill a card less
     rate = card.flops * RATE
     products = job.precision.products
     time = batch * (linear / (PRODUCTS * rate * EIGHT[products]) + attention / (reached * rate))
     time += batch * tokens * width * 2 * PASSES * ROUNDING[products] * blocks / (COPY * card.bandwidth)
-    if job.precision.quantized or products != "bf16":
+    if (job.precision.quantized and not job.memory.unpacked) or products != "bf16":
         weights = token_weights(config)
         stored = {"int8": 1.0, "bf16": 2.0}.get(job.precision.kind, 0.56)
-        times = 2 if job.memory.keep != "nothing" else 3
-        made = 2
+        times, made = 2 + attended, 2
         if products != "bf16":  # forward, again where it is computed again, and the gradient's layout
-            times, made = 3 if recomputed else 2, 1
+            times, made = 2 + again, 1
         time += times * weights * (stored + made) * UNPACKING[products] / (COPY * card.bandwidth)
     passes = 2.0
     if job.preserve.kind != "none":  # a forward pass of the base's and a training pass more
-        time *= 2 + 1 / (3 if recomputed else 2)
+        time *= 2 + 1 / (2 + again)
         passes = 5
     offloaded = taken.host * (1 - taken.resident / taken.blocks)
     return (max(time, passes * offloaded / card.host) + HOST) * job.accumulation

@@ -14,7 +14,9 @@ from infer.family.find import of_config
 from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
-from train.estimate.plan import announce
+from train.estimate.auto import rooms, settle
+from train.estimate.plan import announce, write_plan
+from train.loop.preview import preview_size
 from train.loop.session import Resumption, Run
 from train.loop.supported import check_supported
 from train.objective.optim import rate_at
@@ -40,14 +42,17 @@ def begin(run: Run) -> Path | Resumption:
     finished = finished_adapter(run)
     if finished is not None:
         return finished
-    check_supported(run.job, run.accelerator)
+    possible = check_supported(run.job, run.accelerator)
     if original_ranks != run.ranks:
         run.say(ranks_note(original_ranks, run.ranks))
     base = from_main(run.accelerator, lambda: fingerprint(run.job.model, "transformer"))
     found = read_resumed(run, base) if run.main else None
     path = from_main(run.accelerator, lambda: None if found is None else found[0])
     check_base(run)
+    settle_memory(run, possible.fused and not uses_fsdp(), resumed=path is not None)
     if not uses_fsdp():
+        if run.main and run.job.precision.kind != "auto":
+            write_plan(run.job, run.folder / "plan.json")
         announce(run.job, run.device, run.say)
     return Resumption(original_ranks, base, path, None if found is None else found[1])
 
@@ -78,6 +83,16 @@ def settle_compute_dtype(run: Run) -> None:
             "products in fp16 (precision.compute_dtype, or a card without bf16) need whole layers, and FSDP cuts them; "
             "use configs/accelerate/ddp.yaml"
         )
+
+
+def settle_memory(run: Run, fast: bool, resumed: bool) -> None:
+    """Replace memory.keep=auto by what the main rank decides for its card; fast: on the fast path."""
+    found = None
+    if fast and run.device.type == "cuda":
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(run.device))
+        height, width = (0, 0) if run.job.previews == [] else preview_size(run.job)
+        found = rooms(total, free, height * width)
+    run.job.memory = from_main(run.accelerator, lambda: settle(run.job, run.folder, resumed, found, run.say))
 
 
 def finished_adapter(run: Run) -> Path | None:

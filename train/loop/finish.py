@@ -11,7 +11,7 @@ from infer.adapter.model_card import push, write_card
 from infer.adapter.read import FILE
 from infer.device.device import release
 from train.loop.model_card import card_of
-from train.loop.next_steps import next_steps
+from train.loop.next_steps import next_steps, what_to_change_first
 from train.loop.session import Session
 from train.run.config import Train
 from train.state.identity import forget_adapters, record_adapters
@@ -32,6 +32,8 @@ def finish(session: Session, training: TrainingState) -> Path:
         save_adapters(session, training)
     session.tracker.finish()
     run.say(summary(run.job, norm, progress, run.folder, averaged=training.average is not None))
+    if (note := what_to_change_first(run.job, progress.validation_ema or progress.validation)) is not None:
+        run.say(note)
     run.say(next_steps(run.job, run.folder, list(session.data.previews)))
     run.accelerator.wait_for_everyone()
     release(run.device)

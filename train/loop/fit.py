@@ -22,6 +22,7 @@ from train.loop.batch import batch_sampler, largest_batch
 from train.loop.loss_picture import draw_loss
 from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
+from train.loop.picture_losses import NAME, PictureLosses
 from train.loop.preview import preview, preview_size
 from train.loop.second import second_of
 from train.loop.session import Loop, Session
@@ -55,7 +56,7 @@ def fit(session: Session) -> TrainingState | None:
             break
         if validation_due:
             measure(loop)
-        if loop.step > 0 and loop.due(job.preview_every):
+        if loop.step > 0 and (loop.due(job.preview_every) or loop.sample_requested):
             draw_previews(loop)
             draw_loss(session.run)
         if loop.step == job.steps:
@@ -97,10 +98,11 @@ def start_loop(session: Session) -> Loop:
         run.say(f"{resident} of {len(model.offload.blocks)} blocks stay on the device, the others are streamed")
     start_memory(run.device)
     bar = tqdm(total=job.steps, initial=first, unit="step", desc="train", disable=not run.main)
+    pictures = PictureLosses(run.folder / NAME, resumed)
     spill, saved_at = Spill(run.device), time.monotonic()
     run.stop.defer()
     return Loop(
-        session, training, optimizer, first, learn, batches, metrics, events, bar, spill, saved_at, resumed,
+        session, training, optimizer, first, learn, batches, metrics, events, bar, pictures, spill, saved_at, resumed,
         second_of(job),
     )  # fmt: skip
 
@@ -130,6 +132,7 @@ def save_state(loop: Loop) -> None:
         loop.events.sync()
         save(loop.training, optimizer)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
+        loop.pictures.write(loop.step)
     loop.saved_at, loop.saved = time.monotonic(), True
     run.accelerator.wait_for_everyone()
 
@@ -145,17 +148,19 @@ def measure(loop: Loop) -> None:
         release_blocks(session)
     for whose, losses, applied in weights:
         with applied:
-            means = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
-        if not means:
+            value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
+        if value is None:
             continue
+        means, by_level = value
         losses[str(loop.step)] = means["validation_loss"]
-        figures = {f"{name}{whose}": value for name, value in means.items()}
+        figures = {f"{name}{whose}": each for name, each in means.items()}
         if session.run.main:
-            said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+            said = ", ".join(f"{name.replace('_', ' ')} {each:.4f}" for name, each in figures.items())
             loop.bar.write(f"step {loop.step}: {said}")
-        loop.metrics.log(loop.step, figures)
+        loop.metrics.log(loop.step, {**figures, f"validation_loss{whose}_by_level": by_level})
         session.tracker.log(loop.step, figures)
     if session.run.main:
+        loop.pictures.write(loop.step)
         remove_old_checkpoints(loop.training, job.keep, job.keep_best)
 
 

@@ -15,7 +15,7 @@ from infer.fast.cuda_graph import Replay
 from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
 from train.loop.batch import Batch
-from train.objective.flow_matching import distances, losses, noised, predict
+from train.objective.flow_matching import Flow, distances, losses, noised, predict
 from train.objective.optim import state_bytes
 from train.run.config import Train
 
@@ -34,18 +34,18 @@ def batch_velocity(transformer: Any, batch: Batch, job: Train, kept: bool = Fals
         return predict(transformer, x, embeds, pooled, batch.sigma, job.flow.guidance, dtype)
 
 
-def batch_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
-    """The objective of each sample, [b], in fp32."""
+def batch_losses(transformer: Any, batch: Batch, job: Train, flow: Flow) -> Tensor:
+    """The objective `flow` of each sample, [b], in fp32."""
     velocity = batch_velocity(transformer, batch, job)
-    return losses(velocity, batch.x0, batch.noise, batch.sigma, weighting, batch.mask)
+    return losses(velocity, batch.x0, batch.noise, batch.sigma, flow, batch.mask)
 
 
-def preserved_losses(transformer: Any, batch: Batch, job: Train, weighting: str) -> Tensor:
+def preserved_losses(transformer: Any, batch: Batch, job: Train, flow: Flow) -> Tensor:
     """How far each sample's prediction for the text that is preserved is from the base's own, [b], in fp32; of the
     whole picture, whatever its mask."""
     with torch.no_grad(), without_adapter(transformer):
         base = batch_velocity(transformer, batch, job, kept=True)
-    return distances(batch_velocity(transformer, batch, job, kept=True), base, batch.sigma, weighting)
+    return distances(batch_velocity(transformer, batch, job, kept=True), base, batch.sigma, flow)
 
 
 def graphs(job: Train, accelerator: Accelerator) -> bool:
@@ -102,11 +102,11 @@ def make_learner(
     """
 
     def backward(batch: Batch) -> Tensor:
-        values = batch_losses(model, batch, job, job.flow.weighting)
+        values = batch_losses(model, batch, job, job.flow)
         ((values * batch.weight).sum() / job.accumulation).backward()
         values = values.detach()
         if job.preserve.kind != "none":  # after that, so that no two passes' activations are held at once
-            kept = job.preserve.weight * preserved_losses(model, batch, job, job.flow.weighting)
+            kept = job.preserve.weight * preserved_losses(model, batch, job, job.flow)
             ((kept * batch.weight).sum() / job.accumulation).backward()
             values = values + kept.detach()
         return values

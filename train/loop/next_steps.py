@@ -6,22 +6,23 @@ from pathlib import Path
 
 from infer.adapter.read import FILE
 from infer.adapter.second import shipped_models
-from infer.checkpoint.model import OPTIONS
+from infer.checkpoint.model import OPTIONS, Model
 from infer.program.no_effect import changed
 from train.run.config import Train
 
 
-def model_words(job: Train) -> list[str]:
-    """How the command line names the run's model."""
-    given = {name: getattr(job.model, name) for name in ("parts", *OPTIONS.values())}
+def model_words(model: Model) -> list[str]:
+    """How the command line names a model."""
+    given = {name: getattr(model, name) for name in ("parts", *OPTIONS.values())}
     files = [f"model.{name}={value}" for name, value in given.items() if value is not None]
-    named = [name for name, path in shipped_models().items() if path == job.model.path]
-    return [f"model={named[0]}" if named else f"model.path={job.model.path}", *files]
+    named = [name for name, path in shipped_models().items() if path == model.path]
+    return [f"model={named[0]}" if named else f"model.path={model.path}", *files]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
     """infer/compare.py at the training's precision, without and with the adapter."""
-    words = ["python", "infer/compare.py", *model_words(job), f"run={job.run}", f"adapter.path={folder / 'adapter'}"]
+    words = ["python", "infer/compare.py", *model_words(job.model), f"run={job.run}"]
+    words.append(f"adapter.path={folder / 'adapter'}")
     kind = job.precision.kind
     if kind in ("bf16", "int8", "fp4", "nf4"):
         words.append(f"only=[{kind}]")
@@ -50,3 +51,29 @@ def next_steps(job: Train, folder: Path, prompts: list[str]) -> str:
         "share": "this command again with push=owner/name (docs/sharing.md)",
     }
     return "\n".join(["next:", *(f"  {name + ':':10} {text}" for name, text in lines.items())])
+
+
+HARDLY, RISEN = 0.02, 0.02  # shares of the validation loss
+
+
+def what_to_change_first(job: Train, losses: dict[str, float]) -> str | None:
+    """One line, by the validation losses at their steps: it learned hardly anything, or it learned by heart; None
+    where neither is so, or nothing is known."""
+    if len(losses) < 2:
+        return None
+    first, last = next(iter(losses.values())), list(losses.values())[-1]
+    best = min(losses, key=lambda step: losses[step])
+    if last > (1 + RISEN) * losses[best]:
+        kept = "" if job.keep_best else ", and keep_best=1 keeps that checkpoint"
+        return (
+            f"change first: the validation loss was lowest at step {best} ({losses[best]:.4f}) and rose to {last:.4f}: "
+            f"later steps learn the pictures by heart; set steps={best}{kept}, or take more pictures or a lower "
+            "adapter.rank"
+        )
+    if last > (1 - HARDLY) * first:
+        return (
+            f"change first: the validation loss fell by {100 * (1 - last / first):.1f} % alone: look at the previews, "
+            f"and where they show nothing of it, take optim.lr={3 * job.optim.lr:g} or more steps, then a higher "
+            "adapter.rank"
+        )
+    return None

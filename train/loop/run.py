@@ -1,10 +1,11 @@
 """A training run from its config to its adapter's file, on one rank of those that were launched."""
 
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from infer.device.compiler import prepare_compiler
 from infer.program.errors import STOPPED
 from train.data.source import Sample, Skipped
 from train.loop.begin import begin
@@ -15,6 +16,8 @@ from train.loop.session import Run, Session
 from train.ranks.launch import make_accelerator
 from train.ranks.peers import watch_peers
 from train.run.config import Train
+from train.state.latest import recorded
+from train.state.requests import heard
 from train.state.run_lock import lock_run
 from train.state.signals import StopSignals
 from train.trackers.tracker import make_tracker
@@ -26,10 +29,13 @@ def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped],
     samples, skipped: as `read_samples` found them.
     """
     accelerator = make_accelerator(job)
-    with watch_peers(accelerator.process_index, accelerator.num_processes, print):
-        locked = lock_run(folder, accelerator.print) if accelerator.is_main_process else nullcontext()
-        with locked as lock:
-            adapter = train_on_rank(Run(job, folder, accelerator, stop, lock), samples, skipped)
+    with watch_peers(accelerator.process_index, accelerator.num_processes, print), ExitStack() as held:
+        this = Run(job, folder, accelerator, stop, None)
+        if this.main:
+            this.lock = held.enter_context(lock_run(folder, accelerator.print))
+            held.enter_context(recorded(folder, this.ranks, lambda: stop.reason))
+            this.requests = held.enter_context(heard(folder, stop))
+        adapter = train_on_rank(this, samples, skipped)
     if adapter is None:
         sys.exit(STOPPED)
     return adapter
@@ -40,6 +46,8 @@ def train_on_rank(run: Run, samples: list[Sample], skipped: list[Skipped]) -> Pa
     resumption = begin(run)
     if isinstance(resumption, Path):
         return resumption  # the run was finished before
+    if run.job.memory.fused and run.job.memory.compiles(run.device):
+        prepare_compiler(run.device)
     data = encode(run, samples, skipped)
     model = load_model(run)
     job = run.job

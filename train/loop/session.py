@@ -16,12 +16,14 @@ from infer.fast.offload import Offload
 from train.data.batches import SampleIndex
 from train.latents.store import Cache
 from train.loop.batch import Batch, Samples
+from train.loop.picture_losses import PictureLosses
 from train.loop.second import Second
 from train.loop.spill import Spill
 from train.run.config import Train
 from train.state.checkpoint import Checkpoint
 from train.state.journal import Journal
 from train.state.progress import TrainingState
+from train.state.requests import Requests
 from train.state.run_lock import RunLock
 from train.state.signals import StopSignals
 from train.trackers.tracker import Tracker
@@ -37,6 +39,8 @@ class Run:
     stop: StopSignals
     lock: RunLock | None
     """Of the folder; on the main rank."""
+    requests: Requests | None = None
+    """What others ask of the run; on the main rank."""
 
     @property
     def main(self) -> bool:
@@ -129,6 +133,7 @@ class Loop:
     metrics: Journal
     events: Journal
     bar: tqdm
+    pictures: PictureLosses
     spill: Spill
     saved_at: float
     """By time.monotonic: when the last checkpoint was written, or the loop began."""
@@ -140,6 +145,7 @@ class Loop:
     """Of the previews without the adapter, by prompt: drawn once."""
     save_requested: bool = False
     stop_requested: bool = False
+    sample_requested: bool = False
 
     @property
     def step(self) -> int:

@@ -28,11 +28,19 @@ def take_step(loop: Loop) -> tuple[Update, dict[str, float]]:
     batches = [next(loop.batches) for _ in range(job.accumulation)]
     sizes = job.data.batch_size, session.resumption.original_ranks
     mine = batches_of_rank(batches, run.rank, run.ranks, *sizes)
-    losses = [learn_from(loop, part) for part in mine]
+    learned = [learn_from(loop, part) for part in mine]
+    losses = [values for values, _ in learned]
     average_gradients(parameters, run.accelerator)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    asked = run.requests
     reduced = reduce_update(
-        run.accelerator, job.data.batch_size, losses, norm, run.stop.requested(), save_overdue(loop)
+        run.accelerator,
+        job.data.batch_size,
+        losses,
+        norm,
+        run.stop.requested(),
+        save_overdue(loop) or (asked is not None and asked.pop("save")),
+        asked is not None and asked.pop("sample"),
     )
     # queued before anybody has read the losses, so that the device does not wait
     queued = isinstance(loop.optimizer, torch.optim.AdamW)
@@ -50,22 +58,35 @@ def take_step(loop: Loop) -> tuple[Update, dict[str, float]]:
             training.average.update()
         figures |= {"loss": loss_of(loop, update), "gradient_norm": update.norm}
         note_spike(session, update, figures["loss"], progress, loop.events)
+        note_pictures(loop, mine, learned)
     else:
         figures |= {"skipped": progress.skipped + 1}
         leave_out(session, mine, update, progress, loop.events)
         with warnings.catch_warnings(action="ignore"):  # that the optimizer has not stepped yet
             training.schedule.step()
     loop.optimizer.zero_grad()
-    loop.stop_requested, loop.save_requested = update.stop, update.save
+    loop.stop_requested, loop.save_requested, loop.sample_requested = update.stop, update.save, update.sample
     return update, figures
 
 
-def learn_from(loop: Loop, part: RankBatch) -> Tensor:
-    """Add the gradient of a part of a batch; returns the loss of each sample, [b], without waiting for the device."""
+def learn_from(loop: Loop, part: RankBatch) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a part of a batch; returns the loss and the noise level of each sample, [b] each, without
+    waiting for the device."""
     session, job, data = loop.session, loop.session.job, loop.session.data
     batch = training_batch(job, data.cache, data.samples, part.indices, part.weight, session.run.device)
     torch.manual_seed(derive(job.seed, "dropout", loop.step, part.micro, part.slot))
-    return loop.learn(batch)
+    return loop.learn(batch), batch.sigma
+
+
+def note_pictures(loop: Loop, mine: list[RankBatch], learned: list[tuple[Tensor, Tensor]]) -> None:
+    """Remember this rank's losses by picture, on the main rank. The device has finished them."""
+    if not loop.session.run.main:
+        return
+    samples = loop.session.data.samples.all
+    for part, (losses, sigmas) in zip(mine, learned, strict=True):
+        if part.weight > 0:
+            names = [samples[index.sample].name for index in part.indices]
+            loop.pictures.note(names, sigmas.tolist()[: len(names)], losses.tolist()[: len(names)])
 
 
 def loss_of(loop: Loop, update: Update) -> float:

@@ -11,6 +11,7 @@ from infer.adapter.second import second_model
 from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
+from infer.fast.memory import Memory
 from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
 from train.objective.flow_matching import Flow
@@ -57,8 +58,8 @@ def check_preserving(job: Train) -> None:
         )
 
 
-def check_supported(job: Train, accelerator: Accelerator) -> None:
-    """See that the run can do what its settings ask for.
+def check_supported(job: Train, accelerator: Accelerator) -> Memory:
+    """See that the run can do what its settings ask for; returns the memory settings as they can be met.
 
     Raises:
         ValueError: it cannot, for a reason that is known before anything is loaded.
@@ -80,9 +81,10 @@ def check_supported(job: Train, accelerator: Accelerator) -> None:
             )
     graphs(job, accelerator)
     check_preserving(job)
-    check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
+    memory = check_training(job.model, job.precision, job.adapter, job.memory, accelerator.device)
     if uses_fsdp() and job.adapter.start is not None and read_start(job.adapter.start, lambda layer: None) is not None:
         raise ValueError(
             f"adapter.start {job.adapter.start} starts from a quantization error and needs whole layers; launch "
             "without FSDP"
         )
+    return memory

@@ -20,7 +20,7 @@ from train.latents.build import build
 from train.latents.store import Cache
 from train.loop.batch import Samples, split_samples, validation_batch, validation_items
 from train.loop.micro_step import batch_velocity
-from train.objective.flow_matching import losses
+from train.objective.flow_matching import Flow, losses
 from train.run.config import Train
 
 Say = Callable[[str], object]
@@ -38,7 +38,7 @@ class Probe:
 
 
 def prepare(job: Train, device: torch.device, most: int | None) -> tuple[Cache, Samples]:
-    """Encodings at a job's precision of T5, and the pictures that are held out; where none are, all pictures.
+    """Encodings at a job's precision, and the pictures that are held out; where none are, all pictures.
 
     most: of these pictures at most so many are taken, evenly spread; None takes all.
     """
@@ -88,7 +88,7 @@ def probe(
         for part in validation_items(job, cache, samples, 0, 1):
             batch = validation_batch(job, cache, samples, part, device)
             velocities = batch_velocity(transformer, batch, job)
-            values = losses(velocities, batch.x0, batch.noise, batch.sigma, "none", batch.mask)
+            values = losses(velocities, batch.x0, batch.noise, batch.sigma, Flow(), batch.mask)
             figures = zip(part, velocities.cpu(), batch.sigma, values, strict=True)
             for (index, level, _), velocity, sigma, loss in figures:
                 one = Probe(samples.all[index].name, level, float(sigma), velocity, float(loss))

@@ -116,11 +116,11 @@ def check_launch(job: Train, environment: Mapping[str, str] = os.environ) -> Non
             f"precision.products={job.precision.products} needs the fast path, which holds a block's weights in one "
             "piece, and FSDP cuts them apart; set precision.products=bf16, or use configs/accelerate/ddp.yaml"
         )
-    for name in NEEDS_FUSED:
+    for name, none in NEEDS_FUSED.items():
         if getattr(job.memory, name):
             raise ValueError(
                 f"memory.{name}={getattr(job.memory, name)} needs the fast path, which holds a block's weights in one "
-                "piece, and FSDP cuts them apart; set it to null, or use configs/accelerate/ddp.yaml"
+                f"piece, and FSDP cuts them apart; set it to {none}, or use configs/accelerate/ddp.yaml"
             )
 
 

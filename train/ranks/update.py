@@ -1,4 +1,5 @@
-"""What all ranks know of one update: every sample's loss, the gradient's norm, and whether to stop or to save.
+"""What all ranks know of one update: every sample's loss, the gradient's norm, and what is asked for: to stop, to save,
+to draw previews.
 
 One sum over the ranks carries it; each rank fills its own entries and leaves the others 0. So all ranks decide alike,
 bit for bit, and all know of a loss that is not finite on one rank before any weight changes.
@@ -52,26 +53,34 @@ class Update:
     """Of the gradient before clipping."""
     stop: bool
     save: bool
+    sample: bool
+    """Whether previews are asked for."""
     finite: bool
     """Whether every loss and gradient is."""
 
 
 def reduce_update(
-    accelerator: Accelerator, batch_size: int, losses: list[Tensor], norm: Tensor, stop: bool, save: bool
+    accelerator: Accelerator,
+    batch_size: int,
+    losses: list[Tensor],
+    norm: Tensor,
+    stop: bool,
+    save: bool,
+    sample: bool = False,
 ) -> Tensor:
     """Sum what the ranks know of an update, without waiting for the device; `read_update` reads the result.
 
-    losses: of this rank's samples, one tensor [b] per part. norm: the gradient's, []. stop, save: it is enough if one
-    rank asks for them.
+    losses: of this rank's samples, one tensor [b] per part. norm: the gradient's, []. stop, save, sample: it is
+    enough if one rank asks for them.
 
-    Returns: [ranks * parts * batch_size + 3], float64, the same on all ranks; finite if every loss and every norm is.
+    Returns: [ranks * parts * batch_size + 4], float64, the same on all ranks; finite if every loss and every norm is.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     losses_by_rank = torch.zeros(ranks, len(losses), batch_size, dtype=torch.float64, device=accelerator.device)
     for part, values in enumerate(losses):
         losses_by_rank[rank, part, : len(values)] = values
     # filled on the device: a copy from the host would wait for all work that is queued
-    requests = [losses_by_rank.new_full((1,), float(request)) for request in (stop, save)]
+    requests = [losses_by_rank.new_full((1,), float(request)) for request in (stop, save, sample)]
     reduced: Tensor = accelerator.reduce(
         torch.cat([losses_by_rank.flatten(), *requests, norm.detach().double().view(1)]), "sum"
     )
@@ -84,7 +93,7 @@ def read_update(
     """Wait for the device, and read the result of `reduce_update`."""
     every = [batches_of_rank(batches, other, ranks, batch_size, original_ranks) for other in range(ranks)]
     values = reduced.tolist()
-    *flat, stops, saves, norms = values
+    *flat, stops, saves, asked, norms = values
     losses: Any = torch.tensor(flat, dtype=torch.float64).view(ranks, -1, batch_size).tolist()
     found = [
         (index, losses[other][number][i], part.weight / ranks / len(batches))
@@ -93,4 +102,4 @@ def read_update(
         if part.weight > 0
         for i, index in enumerate(part.indices)
     ]
-    return Update(found, norms / ranks, stops > 0, saves > 0, all(map(math.isfinite, values)))
+    return Update(found, norms / ranks, stops > 0, saves > 0, asked > 0, all(map(math.isfinite, values)))

@@ -30,15 +30,7 @@ def check_names(job: Train) -> Path:
     check_device_name(job.device)
     folder = check_run_name(job.run)
     check_model(job.model)
-    base = distilled_from(job.model)
-    if base is not None and not job.distilled:
-        raise ValueError(
-            f"{job.model.path} is distilled to draw in few steps, and adapters that are trained on it draw grey "
-            f"pictures; train on its base (model.path={base}) and draw with either, or set distilled=true to train on "
-            "it all the same"
-        )
-    if base is None and job.distilled:
-        raise ValueError(f"distilled is true, but {job.model.path} is not distilled; leave it at false")
+    check_distilled(job)
     check_second(job)
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
@@ -72,3 +64,20 @@ def check_second(job: Train) -> None:
         )
     second_model(job.model, job.sampling.model)
     check_same_start([job.adapter.start] if job.adapter.start else [], job.adapter.recovery is not None)
+
+
+def check_distilled(job: Train) -> None:
+    """See that the checkpoint is one to train on.
+
+    Raises:
+        ValueError: it is distilled to few steps and `distilled` is not set, or it is set without effect.
+    """
+    base = distilled_from(job.model)
+    if base is not None and not job.distilled:
+        raise ValueError(
+            f"{job.model.path} is distilled to draw in few steps, and adapters that are trained on it draw grey "
+            f"pictures; train on its base (model.path={base}) and draw with either, or set distilled=true to train on "
+            "it all the same"
+        )
+    if base is None and job.distilled:
+        raise ValueError(f"distilled is true, but {job.model.path} is not distilled; leave it at false")

@@ -219,6 +219,9 @@ def test_prompts_of_the_previews_where_none_are_given(tmp_path: Path) -> None:
     [
         (["model=dev", "run=mine"], ["model=dev", "run=mine", "adapter.path=runs/mine/adapter", "only=[nf4]"]),
         (["run=a b", "precision=bf16"], ["model=tiny", "run=a b", "adapter.path=runs/a b/adapter", "only=[bf16]"]),
+        (["model=klein4b", "run=k", "precision.products=fp8", "precision.t5=int8", "sampling.model=distilled"],
+         ["model=klein4b", "run=k", "adapter.path=runs/k/adapter", "only=[nf4]", "precisions.nf4.products=fp8",
+          "precisions.nf4.t5=int8", "sampling.model=distilled"]),
         (["model.path=o/x", "precision=fp32"], ["model.path=o/x", "run=train", "adapter.path=runs/train/adapter"]),
     ],
 )  # fmt: skip

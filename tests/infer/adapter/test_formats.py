@@ -24,6 +24,7 @@ from infer.checkpoint.model import Model
 from infer.convert import Convert, Source, convert
 from infer.family import flux1
 from infer.family.find import of_model
+from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from tests.infer.adapter.test_adapters import inputs, klein_inputs, randomise
 
@@ -254,9 +255,19 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "ranks": (GOOD | {f"{KEY}.lora_A.weight": torch.ones(3, WIDTH)}, r"A \(3, 256\) and B \(256, 2\) .*no pair of one"),
     "unknown": (GOOD | {f"{KEY}x.lora_A.weight": torch.ones(2, 2)}, r"1 of 3 keys are unknown \(transformer.*to_qx"),
     "empty": ({}, "0 of 0 keys are unknown; choose a LoRA file"),
-    "lokr": ({"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(2, 2)}, "unknown .*LoKr adapters are not LoRA"),
+    "lokr": ({"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(2, 2)}, "has no lokr_w2_a for double_blocks"),
+    "loha": (
+        {f"lora_unet_double_blocks_0_img_mlp_0.hada_w{i}_{j}": torch.ones(2 + (j == "b" and i == 2), 2)
+         for i in (1, 2) for j in "ab"}, "do not fit each other",
+    ),
+    "lokr of full rank": (
+        {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(40, 40),
+         "lora_unet_double_blocks_0_img_mlp_0.lokr_w2": torch.ones(30, 30)}, "an update of rank 1200 to",
+    ),
+    "tucker": ({"lora_unet_double_blocks_0_img_mlp_0.hada_t1": torch.ones(2, 2)}, "three factors .LyCORIS' Tucker"),
     "control": (GOOD | {f"{KEY}.lora_B.bias": torch.ones(WIDTH)}, "biases of its own, as FLUX.1's Canny and Depth"),
-    "kohya's dora": (GOOD | {f"{KEY}.dora_scale": torch.ones(WIDTH)}, "DoRA of kohya and ComfyUI is not read"),
+    "dora by columns": (GOOD | {f"{KEY}.dora_scale": torch.ones(1, WIDTH)}, r"shape \[1, 256\] is not one of rows"),
+    "dora of no axis": (GOOD | {f"{KEY}.dora_scale": torch.ones(WIDTH)}, r"magnitude over outputs"),
     "infinite": (GOOD | {f"{KEY}.alpha": torch.tensor(torch.inf)}, "is not finite in 1 tensors"),
     "zero": (GOOD | {f"{KEY}.lora_A.weight": torch.zeros(2, WIDTH)}, "is zero in every layer"),
     "text": (GOOD | {"lora_te1_text_model_fc1.lora_up.weight": torch.ones(2, 2)}, "adapts the text encoder too"),
@@ -293,6 +304,76 @@ def test_strengths_that_disagree_and_patterns(tmp_path: Path) -> None:
     save_file(GOOD | {f"{KEY}.alpha": torch.tensor(4.0)}, tmp_path / "own.safetensors", metadata=header)
     with pytest.raises(ValueError, match=r"two strengths, 2\.0 and 2\.5"):
         read_pairs(str(tmp_path / "own.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr tall", "lokr of factors", "lokr whole"])
+def test_loha_and_lokr_add_what_their_definition_says(kind: str, tmp_path: Path) -> None:
+    """A fused q, k, v [768, 256]; the reference multiplies as LyCORIS does, number by number and by torch.kron."""
+    numbers = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=numbers)
+
+    if kind == "loha":
+        parts = {"hada_w1_a": drawn(768, 3), "hada_w1_b": drawn(3, 256),
+                 "hada_w2_a": drawn(768, 3), "hada_w2_b": drawn(3, 256)}  # fmt: skip
+        delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"]) * (6 / 3)
+    else:
+        rows, columns = (8, 4) if kind == "lokr tall" else (4, 8)
+        parts, scale = {"lokr_w1": drawn(rows, columns)}, 6 / 2
+        inner = 768 // rows, 256 // columns
+        if kind == "lokr whole":
+            parts["lokr_w2"], scale = drawn(*inner), 1.0
+        else:
+            parts |= {"lokr_w2_a": drawn(inner[0], 2), "lokr_w2_b": drawn(2, inner[1])}
+        if kind == "lokr of factors":
+            del parts["lokr_w1"]
+            parts |= {"lokr_w1_a": drawn(rows, 5), "lokr_w1_b": drawn(5, columns)}
+        w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+        w2 = parts["lokr_w2"] if "lokr_w2" in parts else parts["lokr_w2_a"] @ parts["lokr_w2_b"]
+        delta = scale * torch.stack([w1[i // inner[0]][:, None] * w2[i % inner[0]] for i in range(768)]).flatten(1)
+        assert torch.allclose(delta, scale * torch.kron(w1, w2))
+    name = "lycoris_double_blocks_0_img_attn_qkv"
+    state = {f"{name}.{key}": value for key, value in (parts | {"alpha": torch.tensor(6.0)}).items()}
+    save_file(state, tmp_path / "theirs.safetensors")
+    pairs = read_pairs(str(tmp_path / "theirs.safetensors"))
+    assert list(pairs) == [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    found = torch.cat([pair.strength * pair.up @ pair.down for pair in pairs.values()])
+    torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-4)
+    out = convert(
+        Convert(Source(str(tmp_path / "theirs.safetensors")), "diffusers", str(tmp_path / "lora.safetensors"))
+    )
+    written = read_pairs(str(out))
+    again = torch.cat([written[layer].strength * written[layer].up @ written[layer].down for layer in pairs])
+    torch.testing.assert_close(again, delta, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_of_lycoris_draws_as_its_formula_says(tmp_path: Path) -> None:
+    """A fused q, k, v under kohya's names with dora_scale [out, 1], against m (W + s B A) / |W + s B A| by rows."""
+    transformer = load_transformer(Model(str(ROOT / "scripts/tiny/model")), FP32, CPU)
+    numbers = torch.Generator().manual_seed(0)
+    block = transformer.transformer_blocks[0].attn
+    layers = [block.to_q, block.to_k, block.to_v]
+    own = torch.cat([layer.weight.data for layer in layers]).clone()
+    down, up = (0.1 * torch.randn(shape, generator=numbers) for shape in ((4, own.shape[1]), (own.shape[0], 4)))
+    scale = own.norm(dim=1, keepdim=True) * (0.5 + torch.rand(own.shape[0], 1, generator=numbers))
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    values = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0), "dora_scale": scale}
+    save_file({f"{name}.{key}": value for key, value in values.items()}, tmp_path / "theirs.safetensors")
+    given = inputs()
+    with torch.no_grad():
+        base = transformer(**given)[0]
+        changed = own + 2.0 / 4 * up @ down
+        changed *= scale / changed.norm(dim=1, keepdim=True)
+        for layer, part in zip(layers, changed.chunk(3), strict=True):
+            layer.weight.data = part.contiguous()
+        expected = transformer(**given)[0]
+        for layer, part in zip(layers, own.chunk(3), strict=True):
+            layer.weight.data = part.contiguous()
+        load_adapter(transformer, str(tmp_path / "theirs.safetensors"), "theirs")
+        found = transformer(**given)[0]
+    assert float((expected - base).norm()) > 0.01 * float(base.norm())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ from tests.covering import Row, covering
 from tests.infer.adapter.test_adapters import inputs, randomise
 from train.data.dataset import Data
 from train.gap import Gap, gap
-from train.objective.flow_matching import Flow
+from train.objective.flow_matching import LOSSES, Flow
 from train.objective.optim import Optim
 from train.objective.preservation import KINDS, Preserve
 from train.run.config import Train
@@ -89,7 +89,8 @@ FACTORS = {
     "memory": list(MEMORY),
     "optimizer": OPTIMIZERS,
     "beside": ["nothing", "dropout", "average", "recovery", "class", "empty"],
-    "flow": ["uniform", "logit_normal", "shifted"],
+    "flow": ["uniform", "logit_normal", "mode", "shifted"],
+    "loss": ["mse", "huber", "smooth_l1", "mae", "sigma_sqrt", "bell", "min_snr"],
     "command": ["train", "resume", "compare", "gap", "transfer", "merge", "save", "convert", "recover"],
 }
 MAIN = FACTORS | {
@@ -98,8 +99,15 @@ MAIN = FACTORS | {
     "memory": ["balanced", "fast", "plain"],
     "optimizer": ["adamw", "adamw8bit", *OPTIMIZERS[3:]],
     "flow": ["logit_normal", "shifted"],
+    "loss": ["mse", "huber", "min_snr"],
 }
 ERRORS = ("residual", "loftq")
+
+
+def loss_of(name: str) -> dict[str, Any]:
+    return {"loss": name} if name in LOSSES else {"weighting": name}
+
+
 NEITHER = r"adapter\.init=.* is not made for adapter\.(dora|recovery)"
 # what is refused of two values, and what is said
 REFUSED: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
@@ -156,7 +164,7 @@ class Place:
             ),
             data=replace(self.data, trigger="sks" if beside == "class" else None),
             preserve=Preserve(beside, "ring" if beside == "class" else "") if beside in KINDS else Preserve(),
-            flow=Flow(row["flow"], logit_mean=0.0 if row["flow"] == "uniform" else 0.2),
+            flow=Flow(row["flow"], 0.0 if row["flow"] in ("uniform", "mode") else 0.2, **loss_of(row["loss"])),
             memory=MEMORY[row["memory"]],
             # Prodigy's own rate begins at 1e-6, which in two steps moves nothing that bf16 sees
             optim=Optim(row["optimizer"], lr=1e3 if row["optimizer"] == "prodigy" else 1e-3),
@@ -523,7 +531,8 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WORKS = {
     "adapter": "lora", "origin": "default", "precision": "nf4", "memory": "balanced", "optimizer": "adamw",
-    "beside": "nothing", "flow": "logit_normal", "command": "train",
+    "beside": "nothing", "flow": "logit_normal", "loss": "mse",
+    "command": "train",
 }  # fmt: skip
 
 

@@ -157,10 +157,12 @@ TEXTS = ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "lora_te
          "text_encoders.clip_l.transformer.text_model.lora_up.weight")  # fmt: skip
 B = "double_blocks.0.img_attn.proj"
 REASONS = {
-    f"lycoris_{flat('', Q)}.lokr_w1": "LoKr", f"lycoris_{flat('', Q)}.hada_w1_a": "LoHa",
+    f"lycoris_{flat('', Q)}.hada_t1": "three factors", f"lycoris_{flat('', Q)}.lokr_w1": "has no lokr_w2_a",
+    f"lycoris_{flat('', Q)}.hada_w1_a": "has no hada_w1_b",
     f"{flat('lora_unet_', B)}.oft_blocks": "OFT", f"transformer.{Q}.vera_lambda_b": "VeRA",
     f"{flat('lora_unet_', B)}.on_input": "IA3", f"{flat('lora_unet_', B)}.a1.weight": "GLoRA",
-    f"{flat('lora_unet_', B)}.lora_mid.weight": "three factors", f"{flat('lora_unet_', B)}.dora_scale": "DoRA of kohya",
+    f"{flat('lora_unet_', B)}.lora_mid.weight": "three factors",
+    f"{flat('lora_unet_', B)}.dora_scale": "is not one of rows",
     f"diffusion_model.{B}.scale_weight": "fp8 numbers have scales", f"diffusion_model.{B}.diff_b": "biases or norms",
     "double_blocks.0.img_attn.norm.key_norm.scale": "Canny and Depth", f"{B}.lora_B.default.bias": "Canny and Depth",
     "blocks.0.attn.a_to_qkv.lora_A.default.weight": "DiffSynth", f"{B}.weight": "checkpoint and no adapter; give it as",

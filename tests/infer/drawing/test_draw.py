@@ -107,7 +107,7 @@ def test_strengths_are_the_comparisons_and_a_picture_is_drawn_again(tiny: Model)
     assert found["settings"]["adapter.weight"] == 0.5 and found["settings"]["seeds"] == [3]
     assert found["settings"]["sampling.steps"] == 1 and found["settings"]["precision.kind"] == "nf4"
     assert found["adapters"].keys() == {path} and re.fullmatch("[0-9a-f]{64}", found["adapters"][path])
-    assert found["versions"]["torch"] == torch.__version__ and found["seconds"] > 0
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["seconds"] > 0
     command = [sys.executable, str(ROOT / "infer/draw.py"), f"like={files[1]}", "device=cpu", "out=again"]
     subprocess.run(command, check=True, capture_output=True)
     assert [file.name for file in Path("again").iterdir()] == ["a-star-3.png"]

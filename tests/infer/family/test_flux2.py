@@ -1,13 +1,18 @@
 """FLUX.2 against diffusers' own pipeline and functions, on a random tiny klein."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxPipeline
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen2Tokenizer
 
 from infer.checkpoint.family import family_of, guided_by_two_calls, latent_map, own_drawing
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
@@ -16,10 +21,12 @@ from infer.checkpoint.text import load_text_parts
 from infer.family import flux1, flux2
 from infer.family.family import Text
 from infer.family.packing import pack, unpack
+from infer.quantize import compute
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
-from infer.sample.encode import drawn_texts, text_encoder, to_posterior
+from infer.sample.encode import NotFiniteError, drawn_texts, text_encoder, to_posterior
 from infer.sample.generate import Sampling, denoise, noise, settled
+from tests.tiny_klein import make_klein
 from train.objective.flow_matching import predict
 
 CPU = torch.device("cpu")
@@ -172,6 +179,71 @@ def test_published_sizes(name: str) -> None:
     assert count == pytest.approx(wanted, rel=1e-3)
     encoder = flux2.SIZES[f"black-forest-labs/FLUX.2-{name}"]["text_encoder"]
     assert flux2.embeds_width(encoder) == config["joint_attention_dim"]
+
+
+def test_a_mistral_on_disk_is_read_as_the_pipeline_of_dev_reads_it(tmp_path: Path) -> None:
+    """Of a whole Mistral 3, with its eyes and with layers above those that are read."""
+    width, vocabulary = 32, len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    text = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 33,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": None,
+    }  # fmt: skip
+    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14}  # fmt: skip
+    torch.manual_seed(0)
+    config = Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=eyes, image_token_index=1)
+    whole = Mistral3ForConditionalGeneration(config).eval()
+    folder = make_klein(tmp_path / "dev")
+    whole.save_pretrained(folder / "text_encoder")
+    pieces = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "<pad>"])}
+    template = "<s>{% for message in messages %}[{{ message.role }}]{{ message.content[0].text }}{% endfor %}"
+    tokenizer = Qwen2Tokenizer(
+        vocab=pieces, merges=[], pad_token="<pad>", unk_token=None, eos_token="<s>", chat_template=template
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "Flux2Pipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    model = Model(str(folder))
+    parts = load_text_parts(model, FP32, CPU)
+    assert len(parts["text_encoder"].layers) == 30, "those above are not loaded"
+    with text_encoder(model, FP32, CPU, 64) as encoder:
+        (ours,) = encoder(["a cat"])
+    theirs = Flux2Pipeline._get_mistral_3_small_prompt_embeds(
+        whole, parts["tokenizer"], ["a cat"], max_sequence_length=64
+    )
+    assert ours.embeds.shape == (64, 3 * width)
+    torch.testing.assert_close(ours.embeds, theirs[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_beyond_fp16_are_kept_where_a_card_has_no_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3 stored for fp16 (as on a T4) with one layer that writes what fp16 cannot hold."""
+    folder = make_klein(tmp_path / "loud")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = load_file(file)
+    (name,) = (name for name in weights if name.endswith("layers.4.mlp.down_proj.weight"))
+    weights[name] *= 5e7
+    save_file(weights, file, {"format": "pt"})
+    model = Model(str(folder))
+    monkeypatch.setattr(compute, "_quick_on_cpu", lambda dtype: True)  # else a CPU would compute in fp32 by itself
+    for kind in ("bf16", "nf4", "int8"):
+        precision = Precision(kind, compute_dtype="fp16")
+        with text_encoder(model, precision, CPU, 24) as encoder:
+            (found,) = encoder(["a cat"])
+        exact = Precision(kind, compute_dtype="fp32") if kind == "nf4" else FP32
+        with text_encoder(model, exact, CPU, 24) as encoder:
+            (wanted,) = encoder(["a cat"])
+        assert found.embeds.abs().max() > torch.finfo(torch.float16).max
+        far = float((found.embeds - wanted.embeds).norm() / wanted.embeds.norm())
+        assert far < (0.05 if kind == "int8" else 0.02), kind
+
+
+def test_embeddings_that_are_not_finite_are_said(klein: Model) -> None:
+    with text_encoder(klein, FP32, CPU, 16) as encoder:
+        encoder.encode = lambda prompt: Text(torch.full((16, 4), float("nan")), None)
+        with pytest.raises(NotFiniteError, match=r"embeddings of 'a cat' are not finite; set precision\.t5=fp32"):
+            encoder(["a cat"])
 
 
 def test_a_text_encoder_that_is_none_of_its_is_refused() -> None:

@@ -69,9 +69,9 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: 
     precision = exact("nf4", double_quant=True) if kind == "double" else exact(kind)
     transformer, parameters = make(precision, ADAPTERS[adapter], model)
     expected = step(transformer, parameters, precision)
-    for keep in KEEP:
-        install(transformer, Memory(keep=keep), CPU)
-        assert error(step(transformer, parameters, precision), expected) < 1e-5, keep
+    for memory in (*map(Memory, KEEP), Memory("attention", keep_all=3), Memory("nothing", unpacked=True)):
+        install(transformer, memory, CPU)
+        assert error(step(transformer, parameters, precision), expected) < 1e-5, memory
     uninstall(transformer)
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
@@ -88,13 +88,37 @@ def test_bf16_gradients_are_no_further_from_fp32_than_the_plain_layers_are(model
 
 
 def test_compiled_is_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is compiled once: for validation, training, pictures without the adapter, other sizes, and a second model."""
     # traced, differentiated and partitioned as on a GPU, but not lowered to kernels
     monkeypatch.setattr(fast, "BACKEND", "aot_eager")
     precision = exact("nf4", double_quant=True)
-    transformer, parameters = make(precision, ADAPTERS["lora"], model)
+    transformer, parameters = make(precision, ADAPTERS["rslora"], model)
     expected = step(transformer, parameters, precision)
+
+    def draw(shape: tuple[int, int, int]) -> Tensor:
+        with torch.no_grad():
+            return velocity(transformer, torch.Generator().manual_seed(3), shape, precision.dtype)
+
+    def without() -> Tensor:
+        switch(transformer, False)
+        try:
+            return draw((2, 8, 12))
+        finally:
+            switch(transformer, True)
+
+    shapes = (2, 12, 16), (2, 8, 12)
+    plain, base = [draw(shape) for shape in shapes], without()
+    install(transformer, Memory(keep="nothing", compile=True), CPU)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert error([draw(shape) for shape in shapes], plain) < 1e-5
+    assert error(step(transformer, parameters, precision), expected) < 1e-5
+    assert error([without()], [base]) < 1e-5 and error([base], [plain[1]]) > 1e-3
+    assert not any(parameter.grad is None for parameter in parameters)
+    transformer, parameters = make(precision, ADAPTERS["rslora"], model)
     install(transformer, Memory(keep="nothing", compile=True), CPU)
     assert error(step(transformer, parameters, precision), expected) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # one for each form of block
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "nf4"])

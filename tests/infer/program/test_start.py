@@ -52,6 +52,11 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "train/selfcheck.py": [SETTING, RUN, MODEL, DEVICE, DATA, TYPED],
     "train/cache.py": [SETTING, MODEL, DEVICE, DATA],
     "train/look.py": [SETTING, RUN, DATA],
+    "train/write_captions.py": [
+        SETTING, DEVICE, (["data.path=/nowhere"], "'/nowhere' is no folder here"), (["tokens=0"], "tokens is 0"),
+        (["captioner=gone"], "captioner 'gone' is no folder here and no Hub id"),
+        (["data.path={root}/configs"], "holds no pictures"),
+    ],
     "train/plan.py": [
         SETTING, TYPED, MODEL,
         (["adapter.targets=nothing"], "matches no linear layer"),

@@ -29,6 +29,7 @@ from scripts.bench import plan_rows
 from scripts.bench_grid import job_of
 from scripts.bench_variants import VARIANTS
 from train.data.dataset import Data
+from train.estimate import auto
 from train.estimate.memory import footprint, text_bytes, weights_by_module
 from train.estimate.plan import MARGIN, Plan, announce, check_fits, duration, overrides, plan, propose, table
 from train.estimate.step_time import CARDS, Card, seconds
@@ -226,6 +227,61 @@ def test_less_is_kept_in_less_memory_and_more_time() -> None:
     peaks = [each.peak for each in taken]
     times = [seconds(each, own, CARDS["H100"]) for each, own in zip(kept, taken, strict=True)]
     assert peaks == sorted(peaks) and times == sorted(times, reverse=True)
+
+
+def test_keeping_everything_in_more_blocks_goes_from_balanced_to_fast() -> None:
+    job = Train(model=DEV, data=Data(resolution=1024))
+    some = [replace(job, memory=Memory("attention", keep_all=count)) for count in (0, 10, 30, 57)]
+    taken = [footprint(each) for each in some]
+    peaks, times = (
+        [each.peak for each in taken],
+        [seconds(*each, CARDS["H100"]) for each in zip(some, taken, strict=True)],
+    )
+    assert peaks == sorted(peaks) and times == sorted(times, reverse=True)
+    whole = replace(job, memory=Memory("everything"))
+    assert seconds(whole, footprint(whole), CARDS["H100"]) == pytest.approx(times[-1])
+    assert footprint(whole).checkpoints == taken[-1].checkpoints
+    # linear between: 10 and 30 blocks
+    assert times[0] - times[1] == pytest.approx((times[0] - times[2]) / 3)
+
+
+def test_auto_takes_what_the_card_has_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
+    job = Train(model=DEV, memory=Memory("auto", graph=False), data=Data(resolution=1024))
+    kept = {}
+    for gib in (12.0, 16.0, 20.0, 26.0, 30.0, 60.0):
+        memory, said = auto.decide(job, [gib])
+        assert memory.graph is False and memory.keep in said
+        assert footprint(replace(job, memory=memory)).peak <= gib * GIB
+        kept[gib] = 57 if memory.keep == "everything" else memory.keep_all
+    assert list(kept.values()) == sorted(kept.values()) and 0 < kept[16.0] < kept[20.0] < 57 == kept[30.0]
+    assert auto.decide(job, [60.0])[0].unpacked and not auto.decide(job, [30.0])[0].unpacked
+    assert auto.decide(job, [8.0])[0].budget_gib is not None
+    tiny = replace(job, model=Model("scripts/tiny/model"), data=Data(resolution=128))
+    assert auto.decide(tiny, [79.0])[0] == Memory("attention", graph=False)  # next to nothing to save
+    assert auto.decide(replace(job, memory=Memory("auto", fused=False)), [79.0])[0] == Memory("nothing", fused=False)
+
+    heard: list[str] = []
+
+    def settled(wanted: Train, resumed: bool, gib: float | None) -> Memory:
+        return auto.settle(wanted, tmp_path / "run", resumed, None if gib is None else [gib], heard.append)
+
+    assert settled(replace(job, memory=Memory("nothing")), False, 79.0) == Memory("nothing")
+    assert settled(job, True, 79.0) == Memory()  # a run from before there was auto
+    first = settled(job, False, 20.0)
+    assert first.keep_all == kept[20.0] and len(heard) == 1 and f"keep_all={first.keep_all} (of 57 blocks)" in heard[0]
+    assert settled(job, True, 79.0) == first and len(heard) == 1
+    assert settled(job, True, 12.0) == auto.decide(job, [12.0])[0]  # on a card that is too small for it
+    assert settled(job, False, None) == Memory("attention", graph=False)
+    (tmp_path / "run" / "memory.yaml").write_text("keep: [")
+    with pytest.raises(ValueError, match=r"memory.yaml is not what this run wrote .*; delete it, or set memory.keep"):
+        settled(job, True, 79.0)
+
+
+def test_a_preview_and_other_programs_leave_less_room() -> None:
+    beside, without = auto.rooms(24.0, 23.5, 1024**2)
+    assert 18 < beside < without < 24 and max(auto.rooms(24.0, 10.0, 0)) < 11
+    job = Train(model=DEV, memory=Memory("auto"), data=Data(resolution=1024))
+    assert auto.decide(job, [4.0, 7.0]) == auto.decide(job, [7.0]) != auto.decide(job, [4.0])
 
 
 def test_the_fastest_that_fits_is_proposed() -> None:

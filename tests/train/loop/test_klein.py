@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file
 
 from infer.adapter.attach import attach, load_adapter
@@ -25,12 +25,14 @@ from infer.fast.memory import Memory
 from infer.merge import merge
 from infer.merging.settings import Merge, check_merge
 from infer.quantize.precision import Precision, dequantized, stored_bytes
+from infer.quantize.quantizer import quantizing_on
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling
 from infer.save import Save, save
 from scripts.tiny.make_style import make_style
 from train.data.dataset import Data
 from train.estimate.memory import text_bytes, weights_by_module
+from train.estimate.plan import Plan, plan
 from train.loop.supported import check_flow
 from train.objective.flow_matching import Flow
 from train.run.config import Train
@@ -90,10 +92,26 @@ def test_a_quantized_folder_gives_plain_diffusers_and_us_the_same_embeddings(kle
     assert (theirs[0].float() - ours.embeds.float()).norm() < 0.02 * ours.embeds.float().norm()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_plain_diffusers_loads_a_saved_quantized_transformer(kind: str, klein: Model, tmp_path: Path) -> None:
+    folder = save(Save(klein, Precision(kind), str(tmp_path / kind), "cpu"))
+    file = folder / "transformer" / "config.json"
+    stored = json.loads(file.read_text())["quantization_config"]
+    assert stored["load_in_4bit" if kind == "nf4" else "load_in_8bit"]
+    with quantizing_on(CPU, CPU):  # diffusers asks for a GPU first
+        theirs = Flux2Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    ours = load_transformer(klein, Precision(kind), CPU)
+    for name, layer in base_layers(ours).items():
+        assert torch.equal(dequantized(layer), dequantized(theirs.get_submodule(name))), name
+
+
 def test_training_on_a_distilled_checkpoint_is_refused_with_its_base(job: Train) -> None:
     distilled = Model("black-forest-labs/FLUX.2-klein-9B")
     with pytest.raises(ValueError, match=r"distilled to draw in few steps.*model\.path=.*FLUX\.2-klein-base-9B"):
         check_names(replace(job, model=distilled))
+    with pytest.raises(ValueError, match=r"distilled to draw in few steps.*set distilled=true"):
+        plan(Plan(model=distilled))
+    assert plan(Plan(model=distilled, distilled=True))["blocks"] == 32
 
 
 @pytest.mark.parametrize("path", ["black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-dev"])

@@ -284,6 +284,13 @@ def test_validation_is_held_out_fixed_and_falls(job: Train) -> None:
     losses = {event["step"]: event["validation_loss"] for event in metrics("falls") if "validation_loss" in event}
     assert list(losses) == [0, 12, 24]
     assert losses[24] < 0.8 * losses[0]
+    for event in metrics("falls"):  # every picture counts once at each noise level
+        if "validation_loss" in event:
+            assert sum(event["validation_loss_by_level"]) / 2 == pytest.approx(event["validation_loss"], abs=1e-5)  # type: ignore[call-overload]
+    said = json.loads(Path("runs/falls/pictures.json").read_text())
+    assert said["step"] == 24 and len(said["pictures"]) == 9
+    latest = json.loads(Path("runs/falls/latest.json").read_text())
+    assert (latest["state"], latest["reason"], latest["ranks"]) == ("done", None, 1)
     # step 0 depends on nothing that is trained: another optimizer and batch size give the same figure
     other = replace(job, run="other", steps=1, optim=Optim(lr=1e-6), data=replace(job.data, batch_size=1))
     train(other)

@@ -35,8 +35,10 @@ def test_noised_and_loss_by_hand() -> None:
         ("none", lambda s: 1.0),
         ("sigma_sqrt", lambda s: s**-2),
         ("cosmap", lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s * s))),
+        ("min_snr", lambda s: s**2 * min(((1 - s) / s) ** 2, 5.0)),  # of the error of x_0, which is s^2 times this one
+        ("bell", lambda s: (math.exp(-2 * (s - 0.5) ** 2) - math.exp(-0.5)) / BELL),
     ):
-        values = losses(velocity, x0, noise, sigma, weighting)
+        values = losses(velocity, x0, noise, sigma, Flow(weighting=weighting))
         for i, level in enumerate((0.1, 0.5, 0.9)):
             target = noise[i] - x0[i]
             total = 0.0
@@ -47,10 +49,45 @@ def test_noised_and_loss_by_hand() -> None:
             assert float(values[i]) == pytest.approx(weight(level) * total / (16 * 4 * 4), rel=1e-4)
 
 
+BELL = sum(math.exp(-2 * ((i + 0.5) / 1000 - 0.5) ** 2) - math.exp(-0.5) for i in range(1000)) / 1000
+
+
+def test_losses_against_their_formulas_number_by_number() -> None:
+    x0, noise, velocity = (torch.randn(3, 16, 2, 2, dtype=torch.float64) for _ in range(3))
+    levels = (0.1, 0.5, 0.9)
+    scales = {
+        "constant": lambda s: 0.2,
+        "snr": lambda s: 0.8 / (1 + s / (1 - s)) ** 2 + 0.2,  # kohya's, s / (1 - s) being its noise over signal
+        "exponential": lambda s: math.exp(math.log(0.2) * s),
+    }
+    forms = {
+        "huber": lambda e, c: 2 * c * (math.sqrt(e * e + c * c) - c),
+        "smooth_l1": lambda e, c: 2 * (math.sqrt(e * e + c * c) - c),
+        "mae": lambda e, c: abs(e),
+    }
+    for loss, form in forms.items():
+        for schedule, scale in scales.items() if loss != "mae" else [("constant", lambda s: 0.1)]:
+            flow = Flow(loss=loss, loss_schedule=schedule, loss_scale=0.1 if loss == "mae" else 0.2)
+            values = losses(pack(velocity), x0, noise, torch.tensor(levels, dtype=torch.float64), flow)
+            for i, level in enumerate(levels):
+                errors = (velocity - noise + x0)[i].flatten().tolist()
+                expected = sum(form(e, scale(level)) for e in errors) / len(errors)
+                assert float(values[i]) == pytest.approx(expected, rel=1e-5), (loss, schedule)
+
+
+def test_mode_has_heavy_tails() -> None:
+    """Stable Diffusion 3's density against its own formula, by sorted draws."""
+    flow, numbers = Flow("mode"), generator(0, "mode")
+    drawn = sample_sigma(flow, 20_000, 64, numbers).sort().values
+    u = torch.linspace(0.5 / 20_000, 1 - 0.5 / 20_000, 20_000, dtype=torch.float64)
+    expected = (1 - u - 1.29 * ((math.pi * u / 2).cos() ** 2 - 1 + u)).sort().values
+    assert float((drawn - expected).abs().max()) < 0.03
+
+
 def test_a_mask_weighs_each_latent() -> None:
     x0, noise, velocity = torch.randn(2, 16, 4, 6), torch.randn(2, 16, 4, 6), torch.randn(2, 16, 4, 6)
     sigma, mask = torch.tensor([0.2, 0.6]), torch.rand(2, 1, 4, 6)
-    values = losses(pack(velocity), x0, noise, sigma, "sigma_sqrt", mask)
+    values = losses(pack(velocity), x0, noise, sigma, Flow(weighting="sigma_sqrt"), mask)
     for i in range(2):
         total = sum(
             float(mask[i, 0, y, x] * (velocity - noise + x0)[i, c, y, x] ** 2)
@@ -59,9 +96,9 @@ def test_a_mask_weighs_each_latent() -> None:
             for x in range(6)
         )
         assert float(values[i]) == pytest.approx(total / (16 * 4 * 6) / float(sigma[i]) ** 2, rel=1e-4)
-    whole = losses(pack(velocity), x0, noise, sigma, "none")
-    assert torch.equal(losses(pack(velocity), x0, noise, sigma, "none", torch.ones(2, 1, 4, 6)), whole)
-    assert losses(pack(velocity), x0, noise, sigma, "none", torch.zeros(2, 1, 4, 6)).tolist() == [0, 0]
+    whole = losses(pack(velocity), x0, noise, sigma, Flow())
+    assert torch.equal(losses(pack(velocity), x0, noise, sigma, Flow(), torch.ones(2, 1, 4, 6)), whole)
+    assert losses(pack(velocity), x0, noise, sigma, Flow(), torch.zeros(2, 1, 4, 6)).tolist() == [0, 0]
 
 
 def test_a_step_along_the_true_velocity_recovers_the_picture() -> None:

@@ -1,0 +1,90 @@
+"""LoHa and LoKr of LyCORIS as A and B: what they add to a weight is exactly a LoRA of a higher rank.
+
+LoHa (Hyeon-Woo et al. 2022) adds the elementwise product of two pairs of rank r, which is a pair of rank r^2: its
+columns and rows are the products of each column and row of the one with each of the other. LoKr (Yeh et al. 2024) adds
+the Kronecker product of w1 [a, b] and w2 = C D of rank r, which is (1_a x C)(w1 x D), a pair of rank a r, or
+(w1 x C)(1_b x D), one of rank b r, x being the Kronecker product. So all that can be done with LoRA can be done with
+them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTS = r"hada_w[12]_[ab]|lokr_w[12](_[ab])?"
+MOST = 1024  # rank of a pair beyond which it is slower than the weight itself
+
+
+def is_lycoris(parts: dict[str, Tensor]) -> bool:
+    return any(part.startswith(("hada_", "lokr_")) for part in parts)
+
+
+def as_lora(file: Path, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's tensors of LoHa or LoKr -> `down`, `up` and `alpha` of the LoRA that adds the same; DoRA's magnitude
+    stays.
+
+    Raises:
+        ValueError: a tensor is absent or of another shape, or the update is of too high a rank.
+    """
+    import torch
+
+    found = {part: value.float() for part, value in parts.items() if part.startswith(("hada_", "lokr_"))}
+    bad = next((part for part, value in found.items() if value.ndim != 2 or not value.numel()), None)
+    if bad is not None:
+        raise ValueError(f"{file}: {bad} of {name} has the shape {list(found[bad].shape)} and is no matrix")
+    try:
+        down, up, dim = _loha(found) if any(part.startswith("hada_") for part in found) else _lokr(found)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]} for {name}: copy or train it again") from error
+    except RuntimeError as error:
+        raise ValueError(f"{file}: the parts of {name} do not fit each other; copy or train it again") from error
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        raise ValueError(f"{file}: the parts of {name} do not fit each other; copy or train it again")
+    if rank > MOST:
+        raise ValueError(
+            f"{file} adds an update of rank {rank} to {name}, and {MOST} is the most that is read; merge it into the "
+            "weights with the program that made it, and give those as model.path"
+        )
+    strength = 1.0 if dim is None or "alpha" not in parts else float(parts["alpha"]) / dim
+    rest = {part: value for part, value in parts.items() if part == "magnitude"}
+    return rest | {"down": down.contiguous(), "up": up.contiguous(), "alpha": torch.tensor(strength * rank)}
+
+
+def _loha(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
+    """A, B and the rank that alpha is divided by."""
+    a, b, c, d = (parts[part] for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+    up = (a[:, :, None] * c[:, None, :]).flatten(1)  # [out, r * r]
+    down = (b[:, None, :] * d[None, :, :]).flatten(0, 1)  # [r * r, in]
+    return down, up, b.shape[0]
+
+
+def _lokr(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
+    """A, B and the rank that alpha is divided by: of w2 where it has factors, else of w1; None where neither has."""
+    import torch
+
+    w1, first = _factor(parts, "lokr_w1")
+    w2, second = _factor(parts, "lokr_w2")
+    whole1 = w1[0] @ w1[1] if first else w1[0]
+    if second is None:
+        w2 = w2[0], torch.eye(w2[0].shape[1])
+        if w2[0].shape[0] < w2[0].shape[1]:
+            w2 = torch.eye(w2[0].shape[0]), w2[0]
+    c, d = w2
+    rows, columns = whole1.shape
+    if rows <= columns:
+        up, down = torch.kron(torch.eye(rows), c), torch.kron(whole1, d)
+    else:
+        up, down = torch.kron(whole1, c), torch.kron(torch.eye(columns), d)
+    return down, up, second or first
+
+
+def _factor(parts: dict[str, Tensor], name: str) -> tuple[tuple[Tensor, ...], int | None]:
+    """A matrix, or its two factors and their rank."""
+    if name in parts:
+        return (parts[name],), None
+    return (parts[f"{name}_a"], parts[f"{name}_b"]), parts[f"{name}_b"].shape[0]

@@ -1,0 +1,168 @@
+"""What a choice reads of a training run: its settings, checkpoints, validation losses and last previews' prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from PIL import Image, UnidentifiedImageError
+
+from infer.checkpoint.model import Model
+from infer.quantize.precision import Precision
+
+if TYPE_CHECKING:
+    from infer.adapter.read import Pairs
+
+SHEET = "flux_lora_sheet"
+"""The text of a preview sheet's PNG that says what is drawn where (train/loop/preview.py)."""
+FROM_ERROR = ("residual", "loftq")
+
+
+@dataclass
+class RunFiles:
+    """A run as its folder describes it."""
+
+    folder: Path
+    model: Model
+    precision: Precision
+    adapter: dict[str, Any]
+    """The adapter's recorded settings."""
+    trigger: str | None
+    data: str | None
+    """The folder of its pictures; None if its data is another kind of source."""
+    checkpoints: dict[str, int]
+    """Steps by name, the earliest first."""
+    validation: dict[int, float]
+    """Losses of the held-out pictures by step."""
+    prompts: list[str]
+    """Of its last previews."""
+
+    def loss_at(self, step: int) -> float | None:
+        """The validation loss at a checkpoint: the last one that was measured up to its step."""
+        before = [measured for measured in self.validation if measured <= step]
+        return self.validation[max(before)] if before else None
+
+
+def known_settings(kind: Any, values: Any) -> Any:
+    """A dataclass of the recorded values that it has; others are of another version."""
+    there = {each.name for each in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in there})
+
+
+def read_run(folder: Path, wanted: list[str]) -> RunFiles:
+    """Read a run; wanted: names of its checkpoints, none for all.
+
+    Raises:
+        ValueError: it is not there, has no such checkpoint, or cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no run {folder}; name one that was trained")
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        model, precision = known_settings(Model, config["model"]), known_settings(Precision, config["precision"])
+        adapter, data = dict(config["adapter"]), config["data"]
+        trigger, path = data.get("trigger"), data.get("path")
+    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'config.yaml'} does not say what was trained ({error}); train it again") from error
+    found = sorted(
+        (int(each.name[5:]), each.name)
+        for each in (folder / "checkpoints").glob("step-*")
+        if re.fullmatch(r"step-\d+", each.name)
+    )
+    there = {name: step for step, name in found}
+    if absent := [name for name in wanted if name not in there]:
+        raise ValueError(f"run {folder} has no checkpoint {absent[0]}; it has {', '.join(there) or 'none'}")
+    chosen = {name: step for name, step in there.items() if not wanted or name in wanted}
+    if not chosen:
+        raise ValueError(
+            f"run {folder} has no checkpoints; train with keep=5 or keep_best=3 to have some to choose from"
+        )
+    if adapter.get("init") in FROM_ERROR or adapter.get("recovery"):
+        raise ValueError(
+            f"run {folder} starts from the quantization's error (adapter.init or adapter.recovery), and its "
+            "checkpoints do not say that part; compare its adapter with infer/compare.py"
+        )
+    return RunFiles(
+        folder,
+        model,
+        precision,
+        adapter,
+        trigger,
+        path if isinstance(path, str) and Path(path).is_dir() else None,
+        chosen,
+        _validation(folder / "metrics.jsonl"),
+        _prompts(folder / "previews"),
+    )
+
+
+def _validation(file: Path) -> dict[int, float]:
+    losses: dict[int, float] = {}
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        if '"validation_loss"' not in line:
+            continue
+        try:
+            entry = json.loads(line)
+            losses[int(entry["step"])] = float(entry["validation_loss"])
+        except (ValueError, LookupError, TypeError):  # torn
+            continue
+    return losses
+
+
+def _prompts(previews: Path) -> list[str]:
+    for sheet in sorted(previews.glob("step-*.png"), reverse=True):
+        try:
+            with Image.open(sheet) as board:
+                said = json.loads(getattr(board, "text", {}).get(SHEET, "{}"))
+        except (OSError, ValueError, UnidentifiedImageError):
+            continue
+        prompts = said.get("prompts") if isinstance(said, dict) else None
+        if prompts:
+            return [str(prompt) for prompt in prompts]
+    return []
+
+
+def strength_of(adapter: dict[str, Any]) -> float:
+    """What the recorded settings multiply B A with: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    rank, alpha = int(adapter["rank"]), float(adapter["alpha"])
+    return alpha / (math.sqrt(rank) if adapter.get("rslora") else rank)
+
+
+def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
+    """A checkpoint's adapter as pairs.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from infer.adapter.read import Pair
+
+    folder = files.folder / "checkpoints" / name
+    try:
+        content = (folder / "adapter.safetensors").read_bytes()
+        sums = json.loads((folder / "state.json").read_bytes())["sha256"]
+        if hashlib.sha256(content).hexdigest() != sums["adapter.safetensors"]:
+            raise ValueError("its checksum differs from what was written")
+        state = load(content)
+        strength = strength_of(files.adapter)
+        layers = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+        return {
+            layer: Pair(
+                state[f"{layer}.lora_A.weight"],
+                state[f"{layer}.lora_B.weight"],
+                strength,
+                state.get(f"{layer}.lora_magnitude_vector"),
+            )
+            for layer in layers
+        }
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {folder} is damaged ({error}); choose among the others with checkpoints=[...]"
+        ) from error

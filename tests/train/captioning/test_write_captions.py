@@ -1,0 +1,112 @@
+"""Captions by a model: which pictures get one, what is kept, and what is refused."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.train.captioning.tiny import make_florence, make_llava
+from train.captioning import describe as describing
+from train.captioning.describe import TASK, describe, load_captioner
+from train.data.dataset import Data, read_samples
+from train.write_captions import Folder, WriteCaptions, write_captions
+
+KINDS: dict[str, Callable[[Path], Path]] = {"florence": make_florence, "chat": make_llava}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def captioner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(KINDS[request.param](tmp_path_factory.mktemp("captioner") / request.param))
+
+
+def pictures(folder: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40 + 10 * i, 50), 90).convert("RGB").save(folder / name)
+    return folder
+
+
+def test_a_folder_is_described_once(captioner: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pictures(tmp_path / "set", "a.png", "deep/b.jpg", "c.png", "d.png")
+    (folder / "c.txt").write_text("mine, and kept")
+    (folder / "d.txt").write_text("  \n")  # nothing said
+    options = WriteCaptions(Folder(str(folder), "sks"), captioner, tokens=6, batch_size=2, device="cpu")
+    write_captions(options)
+    assert "3 captions written, 1 kept" in capsys.readouterr().out
+    samples, skipped = read_samples(Data(str(folder), trigger="sks"))
+    found = {Path(sample.name).name: sample.captions[0] for sample in samples}
+    assert not skipped and found["c.png"] == "mine, and kept"
+    assert all(found[name].startswith("sks") for name in ("a.png", "b.jpg", "d.png"))
+    with (folder / "captions.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file_name"] for row in rows] == ["a.png", "c.png", "d.png", "deep/b.jpg"]
+    assert {row["file_name"]: row["written"] for row in rows}["c.png"] == "before"
+    assert all(found[Path(row["file_name"]).name] == row["caption"] for row in rows)
+    (folder / "a.txt").unlink()
+    before = (folder / "deep" / "b.txt").stat().st_mtime_ns
+    write_captions(options)
+    assert "1 captions written, 3 kept" in capsys.readouterr().out
+    assert (folder / "a.txt").read_text().strip() == found["a.png"]
+    assert (folder / "deep" / "b.txt").stat().st_mtime_ns == before
+
+
+def test_a_batch_says_what_each_picture_alone_is_said_to_be(captioner: str, tmp_path: Path) -> None:
+    shown = [Image.open(file).convert("RGB") for file in sorted(pictures(tmp_path, "a.png", "b.png").iterdir())]
+    made = load_captioner(captioner, torch.device("cpu"))
+    together = describe(made, shown, None, 6)
+    assert together == [describe(made, [one], None, 6)[0] for one in shown]
+    own = made.processor
+    if made.chats:
+        given = own(images=shown[0], text=f"USER: <image>{describing.QUESTION} ASSISTANT:", return_tensors="pt")
+        ids = made.model.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
+    else:
+        given = own(images=shown[0], text=TASK, return_tensors="pt")
+        ids = made.model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=3)[0]
+    assert together[0] == " ".join(own.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+def test_a_command_that_is_stopped_goes_on(captioner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pictures(tmp_path / "set", "a.png", "b.png", "c.png")
+    options = WriteCaptions(Folder(str(folder)), captioner, tokens=4, batch_size=1, device="cpu")
+    calls: list[int] = []
+
+    def stopping(*args: object) -> list[str]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ["a thing"]
+
+    monkeypatch.setattr(describing, "describe", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write_captions(options)
+    assert sorted(file.name for file in folder.glob("*.txt")) == ["a.txt"]
+    write_captions(options)
+    assert len(calls) == 4 and len(list(folder.glob("*.txt"))) == 3
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    listed = pictures(tmp_path / "listed", "a.png")
+    (listed / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    twice = pictures(tmp_path / "twice", "a.png", "a.jpg")
+    (tmp_path / "empty").mkdir()
+    latin = pictures(tmp_path / "latin", "a.png")
+    (latin / "a.txt").write_bytes("ä".encode("latin-1"))
+    for path, said in (
+        (tmp_path / "gone", "is no folder here; set it to the folder of the pictures"),
+        (tmp_path / "empty", "holds no pictures"),
+        (listed, r"metadata\.jsonl lists the captions, and this command writes them beside the pictures; add lines"),
+        (twice, r"a\.jpg and .*a\.png would share the caption .*a\.txt; rename one of them"),
+        (latin, r"a\.txt cannot be read .*; write it again in UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            write_captions(WriteCaptions(Folder(str(path)), device="cpu"))
+    plain = pictures(tmp_path / "plain", "a.png")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"captioner .* cannot be loaded .*; give the Hub id or folder"):
+        write_captions(WriteCaptions(Folder(str(plain)), str(tmp_path / "model"), device="cpu"))
+    for options, said in (({"batch_size": 0}, "batch_size is 0"), ({"prompt": " "}, "prompt is empty")):
+        with pytest.raises(ValueError, match=said):
+            WriteCaptions(**options)

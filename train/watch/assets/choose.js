@@ -1,0 +1,75 @@
+// A run's checkpoints side by side, with their scores; the best marked with the reason; one taken.
+import {copyable, enlarge, field, fileUrl, formOf, h, note, number, post, say, tried, Failed} from "./dom.js";
+
+const SCORES = [["validation", "held-out loss ↓"], ["drift", "drift ↓"], ["change", "change"], ["nearest", "nearest"], ["likeness", "likeness ↑"]];
+
+export async function chooseTab(place, name, run) {
+  const answer = h("div", {}), line = copyable(""), result = h("div", {});
+  line.hidden = true;
+  const names = run.checkpoints.map((step) => String(step));
+  const form = h("form", {className: "form card", oninput: () => soon(), onsubmit: (event) => { event.preventDefault(); launch(); }},
+    h("label", {className: "all"}, "Prompts, one a line", h("textarea", {name: "prompts", rows: 2, placeholder: "empty: those of the last previews"})),
+    field("Checkpoints", h("input", {name: "checkpoints", placeholder: names.join(" ") || "none are kept yet"}), "Empty: all that the run has kept."),
+    field("Strengths", h("input", {name: "weights", placeholder: "1, or 0.7 1"})), field("Seed", h("input", {name: "seed", placeholder: "0"})),
+    field("Steps", h("input", {name: "steps", inputMode: "numeric", placeholder: "the model's own"})),
+    h("div", {className: "line all"}, h("button", {className: "button main"}, "Draw and score, after what waits")));
+  let timer;
+  const soon = () => { clearTimeout(timer); timer = setTimeout(check, 250); };
+  const asked = () => ({...formOf(form), what: "choose", run: name});
+  const check = async () => {
+    try {
+      line.set((await post("command", asked())).command);
+      line.hidden = false;
+      answer.replaceChildren();
+      return true;
+    } catch (error) {
+      if (!(error instanceof Failed)) throw error;
+      line.hidden = true;
+      answer.replaceChildren(note(error.message, "bad"));
+      return false;
+    }
+  };
+  const launch = () => tried(async () => {
+    clearTimeout(timer);
+    if (!await check()) return;
+    await post("start", {...asked(), when: "queue"});
+    say("the choice is in the queue");
+  });
+  const take = (entry) => tried(async () => {
+    const {command} = await post("start", {what: "choose", run: name, take: String(entry.step), when: "now"});
+    say(`written to runs/${name}/chosen: ${command}`);
+  });
+  const cell = (file, what) => h("td", {}, h("button", {className: "picture", type: "button", ariaLabel: `${what}, larger`,
+    onclick: () => enlarge(fileUrl(name, `choose/${file}`), what, what)}, h("img", {loading: "lazy", alt: what, src: `${fileUrl(name, `choose/${file}`)}?small=1`})));
+  const grid = (found) => {
+    const row = (title, images, extra, best) => h("tr", {className: best ? "best" : ""}, h("th", {scope: "row"}, title, extra),
+      images.map((file, i) => cell(file, `${title}: ${found.prompts[i]}`)));
+    return h("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Table"}, h("table", {className: "choice"}, h("thead", {}, h("tr", {}, h("td", {}), found.prompts.map((prompt) => h("th", {scope: "col"}, prompt)))),
+      h("tbody", {}, row("base", found.base, h("p", {className: "small"}, "without adapter")), found.entries.map((entry) => {
+        const best = entry.name === found.best.name && entry.weight === found.best.weight;
+        const scores = SCORES.filter(([key]) => entry[key] !== null).map(([key, title]) => h("div", {className: "small num"}, `${title} ${number(entry[key], 3)}`));
+        return row(`step ${entry.step}${entry.weight === 1 ? "" : ` at ${number(entry.weight)}`}`, entry.images,
+          [best ? h("div", {className: "best"}, "★ best") : null, scores, entry.weight === 1 ? h("button", {className: `button ${best ? "main" : ""}`, type: "button",
+            onclick: () => take(entry), disabled: !run.checkpoints.includes(entry.step)}, "Take this one") : null], best);
+      }))));
+  };
+  let last = "";
+  const live = async (now) => {
+    run = now;
+    const busy = now.jobs.filter((job) => job.words[0] === "infer/choose.py" && (job.state === "waiting" || job.state === "running"));
+    const text = JSON.stringify([now.choice, now.chosen, busy.map((job) => job.state), now.checkpoints]);
+    if (text === last) return;
+    last = text;
+    const found = now.choice;
+    result.replaceChildren(...busy.map((job) => note(job.state === "waiting" ? "A choice waits for its turn." : "Checkpoints are drawn and scored …")),
+      ...(now.chosen ? [note(`Taken: step ${now.chosen.step}, runs/${name}/chosen/pytorch_lora_weights.safetensors`, "good")] : []),
+      ...(found ? [h("h2", {}, "The last choice"), note(`Best: ${found.best.name}: ${found.best.reason}.`, "good"), grid(found),
+        h("p", {}, "Held-out loss: of pictures that were not trained on. Drift: how far prompts that have nothing to do with it move from the base’s. Change: the same of these prompts. "
+          + "Nearest: distance to the nearest training picture", found.usual ? ` (among themselves ${number(found.usual, 3)}; below half of that it is a copy).` : ".",
+          found.absent.dino ? " Likeness is not measured: it needs a network (networks=hub on the command line)." : "")] : []));
+  };
+  place.append(form, answer, line, result);
+  if (!run.checkpoints.length) place.prepend(note("No checkpoint is kept yet: they are written while it trains (keep=5 or keep_best=3 keeps more)."));
+  await live(run);
+  return {live, stop: () => clearTimeout(timer)};
+}

@@ -1,0 +1,93 @@
+// What all views share: elements from text alone (nothing is ever parsed as markup), requests, messages, numbers.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function build(element, properties, children) {
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element && !(element instanceof SVGElement) && name !== "list") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+export const h = (tag, properties = {}, ...children) => build(document.createElement(tag), properties, children);
+export const s = (tag, properties = {}, ...children) => build(document.createElementNS(SVG, tag), properties, children);
+
+export class Failed extends Error {}
+
+async function answer(request) {
+  let response;
+  try { response = await request; } catch { throw new Failed("the page's server does not answer; it was closed, or is busy"); }
+  const text = await response.text();
+  let said;
+  try { said = JSON.parse(text); } catch { throw new Failed(text || `status ${response.status}`); }
+  if (!response.ok) throw new Failed(said.error ?? `status ${response.status}`);
+  return said;
+}
+export const get = (path, query = {}) => answer(fetch(`/api/${path}?${new URLSearchParams(query)}`));
+export const post = (path, form) => answer(fetch(`/api/${path}`,
+  {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(form)}));
+
+export function say(text, bad = false) {
+  const box = h("div", {className: bad ? "bad" : ""}, text);
+  document.querySelector("#said").append(box);
+  setTimeout(() => box.remove(), bad ? 12000 : 5000);
+}
+// does something that may be refused; what is refused is said
+export async function tried(work) {
+  try { return await work(); } catch (error) {
+    if (!(error instanceof Failed)) throw error;
+    say(error.message, true);
+    return undefined;
+  }
+}
+
+export const fileUrl = (run, name) => "/files/" + `${run}/${name}`.split("/").map(encodeURIComponent).join("/");
+export const runLink = (name, view = "watch") => `#/run/${encodeURIComponent(name)}/${view}`;
+export function number(value, digits = 4) {
+  if (value === null || value === undefined) return "–";
+  return Number(value.toPrecision(digits)).toString();
+}
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${Math.floor(seconds / 3600)} h ${String(Math.round(seconds % 3600 / 60)).padStart(2, "0")} min`;
+}
+export function ago(seconds) {
+  const passed = Date.now() / 1000 - seconds;
+  return passed < 5 ? "now" : passed < 172800 ? `${duration(passed)} ago` : new Date(seconds * 1000).toLocaleDateString();
+}
+export const state = (name) => h("span", {className: `state ${name}`}, name);
+export const tile = (name, value, title) => h("div", {className: "tile", title: title ?? ""}, h("span", {}, name), h("b", {}, value));
+export const note = (text, kind = "") => h("p", {className: `note ${kind}`}, text);
+
+export function copyable(command) {
+  const code = h("code", {tabIndex: 0}, command);
+  const button = h("button", {className: "button", type: "button", onclick: async () => {
+    try { await navigator.clipboard.writeText(code.textContent); say("copied"); } catch {
+      getSelection().selectAllChildren(code);
+      say("selected: copy it with the keyboard");
+    }
+  }}, "Copy");
+  const box = h("div", {className: "command"}, code, button);
+  box.set = (text) => { code.textContent = text; };
+  return box;
+}
+export function field(label, input, small) {
+  return h("label", {}, label, input, small ? h("small", {}, small) : null);
+}
+export const select = (name, options, chosen) => h("select", {name},
+  options.map(([value, text]) => h("option", {value, selected: value === chosen}, text)));
+export const formOf = (form) => Object.fromEntries(new FormData(form).entries());
+
+// a picture as large as the window, with what is said of it; Escape closes it
+export function enlarge(src, text, alt) {
+  const box = h("dialog", {ariaLabel: alt}, h("img", {src, alt}), h("p", {}, text),
+    h("form", {method: "dialog"}, h("button", {className: "button"}, "Close")));
+  box.addEventListener("close", () => box.remove());
+  document.body.append(box);
+  box.showModal();
+}
