@@ -33,7 +33,8 @@ from infer.device import allocator
 from infer.device.device import release
 from infer.family.flux1_sizes import DEV
 from infer.fast.install import choose_path, hold_of, uninstall
-from infer.quantize.precision import stored_bytes, without_products
+from infer.quantize.eight_bit_products import without_products
+from infer.quantize.precision import stored_bytes
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
