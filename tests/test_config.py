@@ -217,6 +217,9 @@ def test_experiments(name: str) -> None:
             there = part[key] if isinstance(part, dict) else getattr(part, key)
             if isinstance(value, dict):
                 holds(there, value)
+            elif value and isinstance(value, list) and isinstance(value[0], dict):
+                for entry, own in zip(there, value, strict=True):
+                    holds(entry, own)
             else:
                 assert there == (float(value) if isinstance(there, float) else value)
 
@@ -410,6 +413,13 @@ WRONG = [
         ("train", f"{name}=-1", f"{name} is -1; it must be 0")
         for name in ("save_every", "validate_every", "preview_every")
     ],
+    ("page", "port=-1", "port is -1; it must be 0"),
+    ("page", "folders=[/nowhere]", "folders names '/nowhere', which is no folder"),
+    ("choose", "weights=[1,0]", "weights has 0.0; give numbers but 0"),
+    ("choose", "weights=[]", "weights is \\[\\]; give at least one"),
+    ("choose", "take=last", "'last' is no checkpoint's name"),
+    ("choose", "checkpoints=[200]", "'200' is no checkpoint's name"),
+    ("choose", "sampling.model=distilled", "checkpoints are drawn on the run's own model"),
     ("plan", "fit_gib=-1", "fit_gib is -1.0; it must be above 0, or null"),
     ("compare", "prompts=[]", "compare needs at least one of prompts.*as in 'prompts="),
     ("compare", "seeds=[]", "compare needs at least one of prompts and of seeds"),

@@ -259,6 +259,7 @@ TEXTS = {
     "precision.kind", "precision.compute_dtype", "precision.products", "precision.skip_modules", "precision.layers",
     "precision.t5", "adapter.init", "adapter.targets", "data.resolution", "data.trigger", "data.image_column",
     "data.caption_column", "data.prior.prompt", "data.background", "data.prefix", "data.suffix", "data.on_error",
+    "flow.loss", "flow.loss_schedule",
     "flow.density", "flow.weighting", "memory.keep", "optim.name", "optim.schedule", "preserve.kind", "preserve.word",
     "previews",
 }  # fmt: skip
