@@ -22,7 +22,8 @@ from infer.device.device import check_device_name, pick_device
 from infer.program.command import run_command
 from infer.program.paths import expand
 from infer.program.quiet import ready
-from infer.quantize.precision import Precision, refuse_products
+from infer.quantize.eight_bit_products import refuse_products
+from infer.quantize.precision import Precision
 
 
 @dataclass

@@ -33,7 +33,8 @@ from infer.device import allocator
 from infer.device.device import release
 from infer.family.flux1_sizes import DEV
 from infer.fast.install import choose_path, hold_of, uninstall
-from infer.quantize.precision import stored_bytes, without_products
+from infer.quantize.eight_bit_products import without_products
+from infer.quantize.precision import stored_bytes
 from scripts import bench_rows
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
@@ -79,9 +80,9 @@ def make_batch(variant: Variant, config: Any, device: torch.device, size: tuple[
     x0, other = (normal(b, config.in_channels // 4, height // 8, width // 8) for _ in range(2))
     embeds = normal(b, TEXT, config.joint_attention_dim)
     pooled = normal(b, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
-    return Batch(
-        x0, other, torch.full((b,), 0.5, device=device), embeds, pooled, None, torch.full((b,), 1 / b, device=device)
-    )
+    sigma, weight = torch.full((b,), 0.5, device=device), torch.full((b,), 1 / b, device=device)
+    references = tuple(normal(*x0.shape) for _ in range(variant.references))
+    return Batch(x0, other, sigma, embeds, pooled, None, weight, references=references)
 
 
 def plain_learner(transformer: Any, job: Train) -> Callable[[Batch], Tensor]:

@@ -26,6 +26,8 @@ class Variant:
     reference: bool = False
     deterministic: bool = False
     model: str = "FLUX.1-dev"
+    references: int = 0
+    """Reference pictures of the same size behind the tokens of the picture."""
 
     @property
     def job(self) -> Train:
@@ -36,7 +38,12 @@ class Variant:
             memory=self.memory,
             deterministic=self.deterministic,
             optim=Optim(name=self.optim),
-            data=Data(resolution=self.resolution, batch_size=self.batch),
+            data=Data(
+                "pictures" if self.references else "",
+                self.resolution,
+                self.batch,
+                references=[f"references-{i}" for i in range(self.references)],
+            ),
         )
 
 
@@ -93,6 +100,14 @@ def _variants() -> dict[str, Variant]:
                 f"{name}-int8-{size}-balanced": Variant(INT8, size, BALANCED, rank16, model=model),
                 f"{name}-nf4-{size}-balanced-fp8": Variant(FP8, size, BALANCED, rank16, model=model),
             }
+    kontext = "FLUX.1-Kontext-dev"
+    for count in (1, 2):
+        found |= {
+            f"kontext-nf4-1024-balanced-{count}": Variant(NF4, 1024, BALANCED, model=kontext, references=count),
+            f"klein4b-nf4-1024-balanced-{count}": Variant(
+                NF4, 1024, BALANCED, rank16, model=FLUX2["klein4b"], references=count
+            ),
+        }
     del found["flux2_dev-nf4-1024-fast"]  # 95 GiB
     found |= {
         "klein4b-nf4-1024-budget4": Variant(
@@ -109,7 +124,7 @@ def need(variant: Variant) -> float:
     """GiB that a config may take, generously: what keeps configs from sharing a card that is too small for them."""
     size = SCALE.get(variant.model, 1.0)
     weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind] * size
-    tokens = ((variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608 * max(size, 1.0)
+    tokens = ((1 + variant.references) * (variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608 * max(size, 1.0)
     work = {"nothing": 4.0, "attention": 5.0, "products": 20.0, "everything": 27.0}[variant.memory.keep]
     if variant.memory.budget_gib is not None:
         return variant.memory.budget_gib + 1

@@ -43,7 +43,8 @@ from infer.fast.half import compute_in_half
 from infer.fast.install import Memory, choose_path, hold_of, uninstall
 from infer.program.paths import ROOT
 from infer.quantize import compute
-from infer.quantize.precision import Precision, dequantize_to, linear_layers
+from infer.quantize.multiply import dequantize_to
+from infer.quantize.precision import Precision, linear_layers
 from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from scripts import bench_rows

@@ -26,7 +26,7 @@ sys.path[0] = str(ROOT)
 import numpy as np
 import torch
 
-from train.data.batches import BatchSampler, epoch_batches
+from train.data.batches import BatchSampler, Form, epoch_batches
 from train.data.source import Sample
 from train.latents.identities import Picture, known_identities, write_identities
 from train.latents.shards import ShardIndex, read_item, verify, write_shard
@@ -119,7 +119,7 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 def start(samples: int) -> list[dict[str, Any]]:
     """Every part of a start, on so many synthetic samples."""
     rng = np.random.default_rng(0)
-    sizes = [[(512 + 64 * (i % 9), 512)] for i in range(samples)]
+    forms: list[list[Form]] = [[((512 + 64 * (i % 9), 512),)] for i in range(samples)]
     rows: list[dict[str, Any]] = []
 
     def note(what: str, work: Callable[[], Any], count: int = samples) -> Any:
@@ -136,7 +136,7 @@ def start(samples: int) -> list[dict[str, Any]]:
         return index
 
     keep: list[Any] = [note("samples with captions", made)]
-    sampler = BatchSampler(0, 8, list(range(samples)), sizes, [1.0] * samples)
+    sampler = BatchSampler(0, 8, list(range(samples)), forms, [1.0] * samples)
     keep.append(note("an epoch's batches", lambda: epoch_batches(sampler, 0)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

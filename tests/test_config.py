@@ -217,6 +217,9 @@ def test_experiments(name: str) -> None:
             there = part[key] if isinstance(part, dict) else getattr(part, key)
             if isinstance(value, dict):
                 holds(there, value)
+            elif value and isinstance(value, list) and isinstance(value[0], dict):
+                for entry, own in zip(there, value, strict=True):
+                    holds(entry, own)
             else:
                 assert there == (float(value) if isinstance(there, float) else value)
 

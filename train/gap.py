@@ -35,7 +35,7 @@ from infer.quantize.precision import Precision, stored_bytes
 from infer.report.cells import text_table
 from infer.report.markdown import plain_table
 from infer.report.results import to_json
-from train.data.dataset import Data, check_left, read_samples
+from train.data.dataset import Data, check_left, check_taught, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.run.config import Train
@@ -145,7 +145,9 @@ def gap(options: Gap) -> Path:
     folder = check_run_name(options.run) / "gap"
     check_model(options.model)
     options.adapter.all()
-    check_left(options.data, *read_samples(options.data))
+    samples, skipped = read_samples(options.data)
+    check_left(options.data, samples, skipped)
+    check_taught(options.model, options.data, samples)
     device = pick_device(options.device)
     ready()
     from infer.adapter.checks import check_running

@@ -123,6 +123,7 @@ def counts(found: Survey) -> dict[str, Any]:
         "skipped": len(found.skipped),
         "reasons": reasons(found),
         "masks": sum(masks for _, _, masks in sources(found)),
+        "with_references": sum(bool(found.samples[i].references) for i in found.usable),
         "buckets": {f"{resolution}: {w}x{h}": len(inside) for (resolution, w, h), inside in buckets.items()},
         "smaller": sum(any(fit.smaller for fit in of_one) for of_one in fits),
         "enlarged": sum(any(fit.scale > 1 for fit in of_one) for of_one in fits),
@@ -166,6 +167,7 @@ def summary(found: Survey, numbers: dict[str, Any]) -> str:
         lines.append(f"{found.near.looked_at:,} of {found.near.candidates:,} pairs that are alike were compared")
     for key, what in (
         ("masks", "with a mask"),
+        ("with_references", "with references"),
         ("smaller", "smaller than asked, trained at their own size"),
         ("enlarged", "enlarged"),
         ("without_trigger", "without the trigger, which is put before their captions"),

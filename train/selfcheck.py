@@ -32,7 +32,7 @@ import psutil
 from infer.program.command import run_command
 from infer.program.errors import DIFFERS, DONE
 from infer.program.paths import ROOT
-from train.data.dataset import check_left, read_samples
+from train.data.dataset import check_left, check_taught, read_samples
 from train.run.config import Train
 from train.run.names import check_names
 from train.trackers.metrics import read_events
@@ -153,7 +153,9 @@ def check(job: Train) -> None:
             "to what starts them, such as FLUX_LAUNCH='accelerate launch --config_file configs/accelerate/ddp.yaml'"
         )
     folder = check_names(job) / "selfcheck"
-    check_left(job.data, *read_samples(job.data))
+    samples, skipped = read_samples(job.data)
+    check_left(job.data, samples, skipped)
+    check_taught(job.model, job.data, samples)
     from torch import Tensor
 
     from train.state.checkpoint import list_checkpoints

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from infer.program.command import run_command
 from infer.program.quiet import ready
-from train.data.dataset import check_left, read_samples, sources_of
+from train.data.dataset import check_left, check_taught, read_samples, sources_of
 from train.objective.preservation import check_preserved
 from train.run.config import Train
 from train.run.names import check_names
@@ -35,6 +35,7 @@ def train(job: Train) -> Path:
         folder = check_names(job)
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
+        check_taught(job.model, job.data, samples)
         own = (sample for sample in samples if not sources_of(job.data)[sample.source].prior)
         check_preserved(job.preserve, job.data.trigger, (text for sample in own for text in sample.captions))
         with mirrored(job.mirror, job.run, folder):

@@ -41,7 +41,7 @@ from infer.report.cells import text_table
 from infer.report.markdown import plain_table
 from infer.report.results import to_json
 from infer.sample.generate import Sampling, draw, settled
-from train.data.dataset import Data, check_left, read_samples
+from train.data.dataset import Data, check_left, check_taught, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
@@ -159,7 +159,9 @@ def transfer(options: Transfer) -> Path:
     folder = check_run_name(options.run)
     for name in options.precisions:
         check_names(options.job(name, options.seeds[0]))
-    check_left(options.data, *read_samples(options.data))
+    samples, skipped = read_samples(options.data)
+    check_left(options.data, samples, skipped)
+    check_taught(options.model, options.data, samples)
     device = pick_device(options.device)
     ready()
     from infer.adapter.checks import check_guidance, check_training

@@ -22,7 +22,8 @@ from infer.checkpoint.load import load_scheduler
 from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.fast.memory import Memory, refuse_plain
-from infer.quantize.precision import Precision, check_card, check_layer_names, kind_asked
+from infer.quantize.eight_bit_products import check_card
+from infer.quantize.precision import Precision, check_layer_names, kind_asked
 
 if TYPE_CHECKING:
     import torch

@@ -17,13 +17,8 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import random_part, shape_scheduler
 from infer.checkpoint.sources import file_of, rest_of
 from infer.family.find import of_config
-from infer.quantize.precision import (
-    Precision,
-    check_quantized,
-    dequantize_to,
-    keep_layout,
-    multiply_plainly,
-)
+from infer.quantize.multiply import dequantize_to, keep_layout, multiply_plainly
+from infer.quantize.precision import Precision, check_quantized
 
 if TYPE_CHECKING:
     import torch

@@ -111,7 +111,8 @@ def _drawn(
         release(device)
     own = [row for row in rows if row.prompt in prompts]
     others = [row for row in rows if row.prompt not in prompts]
-    scored = score_all(own, others, [], out, latents, None, {}, options.networks, references_of(options, files), device)
+    training = references_of(options, files)
+    scored = score_all(own, others, [], out, latents, None, {}, options.networks, training, {}, device)
     usual = scored.references.nearest_rms
     entries = [
         _entry(name, files.checkpoints[name], weight, files, own, others) for name, weight in states if name is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -37,8 +38,12 @@ from infer.quantize.precision import stored_bytes
 from infer.report.results import Comparison, Row, Stage
 from infer.report.write import print_comparison, write
 from infer.rounding.layer_errors import decide
+from infer.sample.edit import Edit, label
 from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encoder
 from infer.sample.generate import draw, settled
+from infer.sample.picture import decode as decode_file
+from infer.sample.references import encode_files, latents_behind
+from infer.score.edits import check_scored, fitted
 from infer.score.judges import find_scores
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
@@ -70,14 +75,15 @@ def draw_precision(
     with.
     """
     model, precision = options.model, options.precisions[name]
-    prompts = all_prompts(options)
+    asked = all_prompts(options)
+    prompts = list(dict.fromkeys(one if isinstance(one, str) else one.prompt for one in asked))
     size = options.sampling.size(own_size(model))
     bar.set_postfix_str(f"{name}: prompts")
     with ExitStack() as stack:
         with measure(device) as load_text:
             encoder = stack.enter_context(text_encoder(model, precision, device, options.text_length))
         with measure(device) as encode:
-            texts = drawn_texts(model, encoder, prompts)
+            of_prompt = dict(zip(prompts, drawn_texts(model, encoder, prompts), strict=True))
         for prompt in encoder.truncated(prompts):
             bar.write(f"only the first {encoder.length} tokens are seen of {prompt!r}")
         text_bytes = encoder.weights_bytes
@@ -88,10 +94,18 @@ def draw_precision(
             load_recovery(transformer, options.recovery[name], model, precision)
         vae = load_vae(model, device)
         path, offload = choose_path(transformer, memory, precision, device, bar.write)
+    references = [file for _, files in listed(asked) for file in files]
+    latents_of = encode_files(vae, references, options.reference_resolution)
+    texts = [
+        replace(of_prompt[prompt], references=tuple(latents_of[file] for file in files))
+        for prompt, files in listed(asked)
+    ]
     scheduler = load_scheduler(model)
     steps, one_step = options.sampling.steps, replace(options.sampling, steps=1)
     assert steps is not None, "the settings are not settled"
-    warm_up = partial(_draw_one, vae, transformer, scheduler, texts[0], 0, one_step, size, device)
+    forms = {tuple(each.shape for each in text.references): text for text in texts}
+    largest = max(texts, key=latents_behind)
+    warm_up = partial(_draw_one, vae, transformer, scheduler, largest, 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, offload)
     load = Stage(load_text.seconds + load_rest.seconds, max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes))
@@ -110,9 +124,10 @@ def draw_precision(
             )
         weights = text_bytes + stored_bytes(transformer) + stored_bytes(vae)
         # loading kernels, compiling and capturing are not a picture's cost
-        for _ in range(2 if path.graphs(device) else 1):
-            warm_up()
-        for i, prompt in enumerate(prompts):
+        for text in forms.values():
+            for _ in range(2 if path.graphs(device) else 1):
+                _draw_one(vae, transformer, scheduler, text, 0, one_step, size, device)
+        for i, (prompt, files) in enumerate(listed(asked)):
             for seed in options.seeds:
                 bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")
                 with measure(device) as denoising:
@@ -141,6 +156,7 @@ def draw_precision(
                         peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages.values()),
                         scores={},
                         stages=stages,
+                        references=[reference_name(i, k) for k in range(len(files))] or None,
                     )
                 )
                 all_latents[key_of(rows[-1])] = latents.cpu()
@@ -150,9 +166,34 @@ def draw_precision(
     return rows
 
 
-def all_prompts(options: Compare) -> list[str]:
-    """What is drawn: the prompts, then with an adapter those that it has nothing to do with and those of its class."""
-    return options.prompts + (options.unrelated + options.class_prompts if options.adapter.path is not None else [])
+def all_prompts(options: Compare) -> list[Edit | str]:
+    """What is drawn: the prompts, those with references, then with an adapter those that it has nothing to do with and
+    those of its class."""
+    apart = [*options.unrelated, *options.class_prompts] if options.adapter.path is not None else []
+    return [*options.prompts, *options.edits, *apart]
+
+
+def listed(asked: Sequence[Edit | str]) -> list[tuple[str, list[str]]]:
+    """Each prompt with the files of its references."""
+    return [(one, []) if isinstance(one, str) else (one.prompt, one.references) for one in asked]
+
+
+def reference_name(number: int, place: int) -> str:
+    """Where the report has a reference of the prompt of this number."""
+    return f"images/reference-{number:03d}-{place}.png"
+
+
+def save_references(options: Compare, folder: Path, size: tuple[int, int]) -> dict[str, Edit]:
+    """Put all references at the pictures' size beside them; returns the prompts that have some, as rows call them."""
+    found = {}
+    for i, one in enumerate(all_prompts(options)):
+        if isinstance(one, str):
+            continue
+        names = [reference_name(i, k) for k in range(len(one.references))]
+        for file, name in zip(one.references, names, strict=True):
+            fitted(decode_file(Path(file).read_bytes(), file), size[::-1]).save(folder / name)
+        found[label(one.prompt, names)] = one
+    return found
 
 
 def memory_of(options: Compare, name: str, device: torch.device) -> Memory:
@@ -186,10 +227,12 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             memory[name] = memory_of(options, name, device)
         for name in names if turn == 0 else ():
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
+    size = options.sampling.size(own_size(options.model))
+    check_scored(options.edits, size[::-1])
     if any(each.fused and each.compiles(device) for each in memory.values()):
         prepare_compiler(device)
     for name, score in scores.items():  # before an hour of drawing, not after it
-        for prompt in all_prompts(options):
+        for prompt, _ in listed(all_prompts(options)):
             try:
                 given = float(score(Image.new("RGB", (128, 128)), prompt))
             except Exception as error:  # whatever the user's function raises
@@ -205,6 +248,7 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
     try:
         rows: list[Row] = []
         latents: dict[Key, Tensor] = {}
+        edits = save_references(options, unfinished, size)
         pictures = len(names) * len(all_prompts(options)) * len(options.seeds) * (2 if adapter else 1)
         with tqdm(total=pictures, unit="picture", desc="compare") as bar:
             for name in names:
@@ -217,10 +261,10 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
         drift, bleed = (
             [row for row in rows if row.prompt in prompts] for prompts in (options.unrelated, options.class_prompts)
         )
-        rows = [row for row in rows if row.prompt in options.prompts]
+        rows = [row for row in rows if row.prompt not in {*options.unrelated, *options.class_prompts}]
         drawn = rows, drift, bleed, unfinished, latents, reference, scores
-        scored = score_all(*drawn, options.networks, options.references, device)
-        height, width = options.sampling.size(own_size(options.model))
+        scored = score_all(*drawn, options.networks, options.references, edits, device)
+        height, width = size
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
         comparison = Comparison(
             model=options.model.path,

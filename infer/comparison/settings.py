@@ -20,6 +20,7 @@ from infer.program.command import check_file_names, check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded
 from infer.quantize.precision import Precision
+from infer.sample.edit import Edit, check_edits, check_once, check_resolution
 from infer.sample.generate import Sampling
 from infer.score.judges import Networks, check_paths, find_scores, list_pictures
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 TAKEN_SCORES = re.compile(
-    r"(psnr|ssim|latents|lpips|drift|bleed)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino|kid|cmmd"
+    r"(psnr|ssim|latents|lpips|drift|bleed|kept|changed|target)(_.*)?|nearest_(rms|dino)|clip_[ti]|image_reward|dino"
+    r"|kid|cmmd"
 )
 
 
@@ -51,6 +53,12 @@ class Compare:
     memory: Memory = field(default_factory=Memory)
     text_length: int | None = None
     """text tokens; null takes the checkpoint's own (512 for FLUX.1-dev)."""
+    edits: list[Edit] = field(default_factory=list)
+    """Prompts with reference pictures, drawn after `prompts`, as in
+    `edits=[{prompt: make it blue, references: [before.png], mask: star.png}]`; mask and target are for scores."""
+    reference_resolution: int | None = None
+    """Pixels a side of the square that a reference has about as many pixels as; null takes the size that the family's
+    pipeline in diffusers gives it: about 1024 for FLUX.1 Kontext, its own up to 1024 for FLUX.2."""
     unrelated: list[str] = field(default_factory=list)
     """Prompts that the adapter has nothing to do with: what it changes there is its drift. None draws none."""
     class_prompts: list[str] = field(default_factory=list)
@@ -71,10 +79,14 @@ class Compare:
         check_most(self, "", text_length=TOKENS)
         expand(self, "references")
         self.recovery = {name: expanded(path) for name, path in self.recovery.items()}
-        if not self.prompts or not self.seeds:
+        if not (self.prompts or self.edits) or not self.seeds:
             raise ValueError(
                 "compare needs at least one of prompts and of seeds, as in 'prompts=[a red star]' 'seeds=[0]'"
             )
+        check_once(self.edits)
+        check_resolution("reference_resolution", self.reference_resolution)
+        if not self.edits:
+            refuse_idle(self, "", ("reference_resolution",), "edits gives no references")
         for seed in self.seeds:
             if not -(2**63) <= seed < 2**63:
                 raise ValueError(f"seeds has {seed}; a seed has 64 bits: choose one below {2**63}")
@@ -130,6 +142,7 @@ def check_compare(options: Compare) -> torch.device:
     check_device_name(options.device)
     check_run_name(options.run)
     check_model(options.model)
+    check_edits(options.edits, options.model, options.adapter.path is not None, scored=True)
     check_paths(options.networks)
     if options.references is not None:
         list_pictures(options.references)

@@ -18,7 +18,7 @@ from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from infer.quantize.precision import Precision
-from infer.sample.edit import Edit, check_edits, check_once, check_resolution
+from infer.sample.edit import Edit, check_edits, check_once, check_resolution, label
 from infer.sample.generate import Sampling
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Place:
     @property
     def row(self) -> str:
         """Its row in the contact sheet."""
-        return f"{self.prompt}{''.join(f' [{file}]' for file in self.references)} [seed {self.seed}]"
+        return f"{label(self.prompt, self.references)} [seed {self.seed}]"
 
     @property
     def column(self) -> str:

@@ -18,7 +18,8 @@ from infer.device.device import check_device_name, pick_device
 from infer.program.bounds import SEED, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-from infer.quantize.precision import Precision, refuse_products
+from infer.quantize.eight_bit_products import refuse_products
+from infer.quantize.precision import Precision
 from infer.sample.generate import Sampling
 
 if TYPE_CHECKING:

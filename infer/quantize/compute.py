@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from infer.quantize.precision import Precision, multiply_plainly
+from infer.quantize.multiply import multiply_plainly
+from infer.quantize.precision import Precision
 
 # Modules that cast activations to the dtype in which some of their weights are stored: T5's feed-forward layers before
 # `wo`, the autoencoder's decoder before its first block that enlarges

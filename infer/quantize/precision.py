@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -178,45 +177,6 @@ class Precision:
         return self.t5 if self.t5 != "same" else "nf4" if self.kind == "auto" else self.kind
 
 
-def without_products(precision: Precision) -> dict[str, Any]:
-    """The settings but `products`: what the text encoders, and whatever runs on diffusers' own layers, depend on."""
-    return {name: value for name, value in asdict(precision).items() if name != "products"}
-
-
-def check_card(products: str, device: torch.device) -> None:
-    """See that a device multiplies in 8 bits.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if products == "bf16" or device.type == "cpu":
-        return
-    least, cards = {"fp8": ((8, 9), "RTX 40, L40S, H100 or later"), "int8": ((8, 0), "RTX 30, A100 or later")}[products]
-    if device.type != "cuda":
-        raise ValueError(
-            f"precision.products={products} needs a CUDA device, not {device}; set precision.products=bf16"
-        )
-    import torch
-
-    found = torch.cuda.get_device_capability(device)
-    if found < least:
-        mend = "int8 or bf16" if products == "fp8" and found >= (8, 0) else "bf16"
-        raise ValueError(
-            f"precision.products={products} needs {cards} (compute capability {least[0]}.{least[1]}), and "
-            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; set precision.products={mend}"
-        )
-
-
-def refuse_products(precision: Precision, command: str) -> None:
-    """Raises:
-    ValueError: products are in 8 bits, and the command multiplies by no fast path.
-    """
-    if precision.products != "bf16":
-        raise ValueError(
-            f"precision.products={precision.products} has no effect on {command}; leave precision.products at bf16"
-        )
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name, quantized ones included (they are subclasses)."""
     from torch import nn
@@ -290,50 +250,6 @@ def kind_asked(precision: Precision, layer: str) -> str | None:
 
 def names_layer(skip: str, layer: str) -> bool:
     return f".{skip}." in f".{layer}."
-
-
-def keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights as they were quantized, on a CPU with AVX512-BF16 too.
-
-    There bitsandbytes repacks them at the first forward pass in eval mode, and cannot undo it: absmax stays transposed
-    and in bf16 (0.50.2, functional._convert_weight_packed_for_cpu_inverse), so that a state_dict or an adapter that
-    comes later reads garbage. Without it a forward pass of the bundled model takes 34 ms in place of 26.
-    """
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have 4-bit layers dequantize to a dtype, whatever the checkpoint was saved with."""
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
-            state: Any = module.weight.quant_state
-            if state is not None:
-                state.dtype = dtype
-
-
-def multiply_plainly(model: nn.Module) -> None:
-    """Have int8 layers dequantize their weights and multiply in the activations' own dtype.
-
-    LLM.int8 quantizes the activations too and takes its outliers apart: 2.4 times slower than NF4 in training and in
-    sampling at 4,608 tokens (H200), where the product is what costs and not the reading of weights.
-    """
-    for module in model.modules():
-        if kind_of(module) == "int8":
-            module.forward = partial(_plain_int8, module)
-
-
-def _plain_int8(layer: Any, x: Tensor) -> Tensor:
-    from torch.nn import functional
-
-    weight = int8_values(layer.weight.data, scales_of(layer), x.dtype)
-    return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def scales_of(layer: Any) -> Tensor:

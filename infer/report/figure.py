@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from infer.report.gallery import Grid
+from infer.report.gallery import GIVEN, Grid
 from infer.report.plot import COLOURS
 from infer.report.png import new_figure
 
@@ -83,7 +83,8 @@ def draw(
                     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
                     pixels = image.convert("RGB").resize((cell_w, cell_h), method)
                 figure.figimage(np.asarray(pixels), x, height - y - cell_h, origin="upper")
-                write(x, y - 48, columns[c], 29, cell_w, va="baseline", color=INK, weight="bold")
+                over = columns[c] if picture.caption != GIVEN else picture.short
+                write(x, y - 48, over, 29, cell_w, va="baseline", color=INK, weight="bold")
                 write(x, y - 14, picture.caption, 24, cell_w, va="baseline", color=GREY)
 
         centres = [c * (cell_w + GAP) + cell_w / 2 for c in range(len(columns))]

@@ -42,6 +42,8 @@ class Picture:
 Grid = list[tuple[str, list[Picture | None]]]  # a line for each adapter: its name, and a picture for each column
 Group = tuple[str, list[tuple[int, Grid]]]  # a prompt, its seeds, and a grid for each
 
+GIVEN = "as it is given"
+"""The caption of reference pictures, which no precision has drawn."""
 SMALL = 512  # pixels: longest side of a picture that may be embedded byte for byte
 SIDES = (1024, 768, 512, 384, 256, 128)  # pixels: longest sides of the others, of which the largest that fits is taken
 BUDGET = 12 * 2**20  # bytes that all embedded pictures may have together, at any side but the last

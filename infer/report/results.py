@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from infer.sample.edit import label
+
 T = TypeVar("T")
 Scores = dict[str, float | None]  # by name; None where a score is not defined, as PSNR is for equal pictures
 Variant = tuple[str, str | None]  # a precision and an adapter, or none
@@ -54,11 +56,18 @@ class Row:
     stages: dict[str, Stage]
     nearest: str | None = None
     """The nearest training picture, relative to their folder."""
+    references: list[str] | None = None
+    """Files of its prompt's reference pictures, relative to the same folder."""
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def variant(self) -> Variant:
         return self.precision, self.adapter
+
+    @property
+    def asked(self) -> str:
+        """Its prompt with the references, which tells it from the same prompt with others."""
+        return label(self.prompt, self.references or ())
 
 
 @dataclass

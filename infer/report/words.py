@@ -12,6 +12,12 @@ MEANING = {
     "ssim": ("likeness of structures, up to 1", "higher"),
     "latents": ("distance before decoding, as a share", "lower"),
     "lpips": ("distance as a network sees it", "lower"),
+    "kept_psnr": ("likeness to the reference outside of the mask in dB: what should not have changed", "higher"),
+    "kept_lpips": ("distance from the reference outside of the mask, as a network sees it", "lower"),
+    "changed": ("difference from the reference within the mask, 0 to 1: near 0 nothing was edited", "higher"),
+    "target_psnr": ("likeness to the target in dB", "higher"),
+    "target_ssim": ("likeness to the target's structures, up to 1", "higher"),
+    "target_lpips": ("distance from the target as a network sees it", "lower"),
     "clip_t": ("how well the picture fits its prompt (CLIP)", "higher"),
     "clip_i": ("likeness to the training pictures (CLIP)", "higher"),
     "dino": ("likeness to the training pictures (DINO)", "higher"),
@@ -71,7 +77,7 @@ def _compared(comparison: Comparison, names: Sequence[str]) -> str:
     rows = comparison.rows
     adapters = [name for name in dict.fromkeys(row.adapter for row in rows) if name is not None]
     how = f", without an adapter and with {' and '.join(adapters)}" if adapters else ""
-    prompts, seeds = ({getattr(row, what) for row in rows} for what in ("prompt", "seed"))
+    prompts, seeds = ({getattr(row, what) for row in rows} for what in ("asked", "seed"))
     many = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)} and {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     drawn = f"{len(rows)} picture{'s' * (len(rows) > 1)}"
     return f"{drawn} were drawn at {_listed(names)}{how}, from the same {many}."

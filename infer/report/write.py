@@ -27,7 +27,7 @@ from infer.report.cells import (
 )
 from infer.report.curves import cost_plots, score_plots
 from infer.report.figure import draw
-from infer.report.gallery import Embedded, Grid, Group, Picture, embed, gallery, viewer
+from infer.report.gallery import GIVEN, Embedded, Grid, Group, Picture, embed, gallery, viewer
 from infer.report.markdown import markdown
 from infer.report.means import by_memory, mean_scores, memory, score_names, score_of, summary_of
 from infer.report.page import Cell, asset, contents, document, facts_list
@@ -56,16 +56,18 @@ def write(comparison: Comparison, folder: Path) -> None:
     if not comparison.rows:
         raise ValueError("A report needs rows and got none: choose at least one precision, prompt and seed.")
     for i, row in enumerate(rows):
-        if not (folder / row.image).is_file():
-            name = f"{row.precision}, {variant_text(row.adapter)}, seed {row.seed}"
-            raise ValueError(f"Row {i} ({name}) has no picture: {folder / row.image} is absent. Generate it again.")
+        for file in (row.image, *(row.references or ())):
+            if not (folder / file).is_file():
+                name = f"{row.precision}, {variant_text(row.adapter)}, seed {row.seed}"
+                raise ValueError(f"Row {i} ({name}) has no picture: {folder / file} is absent. Generate it again.")
     # All text is made before the first file is touched: what is wrong with the input leaves an old report whole.
     try:
         data = results_text(comparison)
     except ValueError as error:
         raise ValueError(f"a report's numbers must be finite ({error}); measure again") from error
     groups = _groups(rows, folder)
-    html = render(comparison, groups, embed(folder / row.image for row in rows))
+    files = [folder / name for row in rows for name in (row.image, *(row.references or ()))]
+    html = render(comparison, groups, embed(files))
     said = in_words(comparison), explained_scores(summary_of(comparison)), unmeasured(comparison)
     content = (_heading(rows), _facts(comparison), _tables(comparison), said, by_memory(rows))
     text = markdown(*content, groups, comparison.sections or ())
@@ -83,7 +85,7 @@ def render(comparison: Comparison, groups: list[Group], embedded: dict[Path, Emb
     notes = _meanings(summary) + _notes(comparison) + (f'<p class="absent">{escape(absent)}</p>' if absent else "")
     tables = "".join(f"<h3>{title}</h3>{body}" if title != SCORES else body for title, body in scores)
     apart = {
-        row.prompt: ELSEWHERE[kind]
+        row.asked: ELSEWHERE[kind]
         for kind, found in (("drift", comparison.drift), ("bleed", comparison.bleed))
         for row in found or ()
     }
@@ -190,7 +192,7 @@ def _index(rows: Sequence[Row], groups: list[Group]) -> str:
     names = score_names(rows)
     cells: list[list[Cell]] = []
     for i, (prompt, _) in enumerate(groups, start=1):
-        means = mean_scores(row for row in rows if row.prompt == prompt)
+        means = mean_scores(row for row in rows if row.asked == prompt)
         scores = [None if (mean := means.get(name)) is None else Estimate(mean) for name in names]
         cells.append([(f"{i}", i, None), text_cell(prompt), *map(number_cell, scores)])
     links = [f"#prompt-{i}" for i in range(1, len(groups) + 1)]
@@ -204,15 +206,29 @@ def _index(rows: Sequence[Row], groups: list[Group]) -> str:
 def _groups(rows: Sequence[Row], folder: Path) -> list[Group]:
     """For each prompt its seeds, and for each of these the pictures, precisions ordered by memory."""
     # Rows that agree in all four hold the same picture (a prompt listed twice, say): one of them is shown.
-    pictures = {(row.prompt, row.seed, row.adapter, row.precision): _picture(row, folder) for row in rows}
+    pictures = {(row.asked, row.seed, row.adapter, row.precision): _picture(row, folder) for row in rows}
     adapters, names = list(dict.fromkeys(row.adapter for row in rows)), by_memory(rows)
     groups: dict[str, dict[int, Grid]] = {}
     for row in rows:
-        groups.setdefault(row.prompt, {})[row.seed] = [
-            (variant_text(adapter), [pictures.get((row.prompt, row.seed, adapter, name)) for name in names])
-            for adapter in adapters
+        groups.setdefault(row.asked, {})[row.seed] = [
+            *_references(row, folder, len(names)),
+            *(
+                (variant_text(adapter), [pictures.get((row.asked, row.seed, adapter, name)) for name in names])
+                for adapter in adapters
+            ),
         ]
     return [(prompt, list(seeds.items())) for prompt, seeds in groups.items()]
+
+
+def _references(row: Row, folder: Path, columns: int) -> Grid:
+    """The reference pictures of a row's prompt, as lines of its grid."""
+    count = len(row.references or ())
+    shown: list[Picture | None] = [
+        Picture(folder / name, quote(name), f"reference {i}", f"reference {i}", "reference", GIVEN, "", False)
+        for i, name in enumerate(row.references or (), start=1)
+    ]
+    shown += [None] * (-count % columns)
+    return [("reference" + "s" * (count > 1), shown[i : i + columns]) for i in range(0, len(shown), columns)]
 
 
 def _picture(row: Row, folder: Path) -> Picture:

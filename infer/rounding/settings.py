@@ -16,7 +16,8 @@ from infer.program.bounds import GIB, MANY, SEED, STEPS, check_most
 from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
-from infer.quantize.precision import Precision, refuse_products
+from infer.quantize.eight_bit_products import refuse_products
+from infer.quantize.precision import Precision
 from infer.rounding.budget import HEADER
 from infer.sample.generate import Sampling
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from infer.checkpoint.family import takes_references
 from infer.checkpoint.model import Model
-from infer.program.paths import expanded
+from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand, expanded
 from infer.sample.picture import SUFFIXES
 
 LARGEST = 8192  # pixels a side
@@ -23,9 +24,15 @@ class Edit:
     """What is drawn, such as 'make the star blue'."""
     references: list[str] = field(default_factory=list)
     """Files of its reference pictures, in their order."""
+    mask: str | None = None
+    """A greyscale picture of the drawn one's shape, white where the edit belongs: infer/compare.py scores what should
+    not have changed outside of it, against the first reference, and what changed within."""
+    target: str | None = None
+    """The picture as it should be: infer/compare.py scores the likeness to it."""
 
     def __post_init__(self) -> None:
         self.references = [expanded(file) for file in self.references]
+        expand(self, "mask", "target")
         if not self.references:
             raise ValueError(
                 f"edits has {self.prompt!r} without references; name its pictures, as in "
@@ -33,6 +40,11 @@ class Edit:
             )
         if len(self.references) > MOST:
             raise ValueError(f"edits has {len(self.references)} references of {self.prompt!r}; give {MOST} at most")
+
+
+def label(prompt: str, references: Sequence[str]) -> str:
+    """A prompt with its references, as sheets and messages name it."""
+    return f"{prompt}{''.join(f' [{file}]' for file in references)}"
 
 
 def check_resolution(name: str, resolution: int | None) -> None:
@@ -70,10 +82,10 @@ def check_once(edits: Sequence[Edit]) -> None:
             raise ValueError(f"edits has {edit.prompt!r} with {', '.join(edit.references)} twice; give each once")
 
 
-def check_edits(edits: Sequence[Edit], model: Model, adapted: bool) -> None:
+def check_edits(edits: Sequence[Edit], model: Model, adapted: bool, scored: bool = False) -> None:
     """See that the references are there, and that somebody knows what to do with them.
 
-    adapted: whether an adapter is on, which may have learned it.
+    adapted: whether an adapter is on, which may have learned it. scored: whether masks and targets are looked at.
 
     Raises:
         ValueError: a file is not there; or the checkpoint was not trained with references and no adapter is on.
@@ -81,7 +93,9 @@ def check_edits(edits: Sequence[Edit], model: Model, adapted: bool) -> None:
     if not edits:
         return
     for edit in edits:
-        check_files("edits", edit.references)
+        check_files("edits", [*edit.references, *(file for file in (edit.mask, edit.target) if file is not None)])
+        if not scored:
+            refuse_idle(edit, "edits: ", ("mask", "target"), "infer/compare.py alone scores pictures")
     if not adapted and not takes_references(model):
         raise ValueError(f"edits gives references, but {untaught(model)}; give an adapter that was (adapter.path)")
 

@@ -17,8 +17,8 @@ Key = tuple[str, str | None, str, int]
 
 
 def key_of(row: Row) -> Key:
-    """What tells a row's picture from the others: precision, adapter, prompt and seed."""
-    return row.precision, row.adapter, row.prompt, row.seed
+    """What tells a row's picture from the others: precision, adapter, prompt with its references, and seed."""
+    return row.precision, row.adapter, row.asked, row.seed
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -61,9 +61,9 @@ def score_pairs(
         key = key_of(row)
         others: dict[str, Key] = {}
         if reference is not None:
-            others[f"_{reference}"] = reference, row.adapter, row.prompt, row.seed
+            others[f"_{reference}"] = reference, row.adapter, row.asked, row.seed
         if adapted:
-            others["_base"] = row.precision, None, row.prompt, row.seed
+            others["_base"] = row.precision, None, row.asked, row.seed
         picture = open_picture(pictures[key])
         for suffix, other in others.items():
             scores: Scores = dict.fromkeys(names)

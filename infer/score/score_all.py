@@ -1,6 +1,6 @@
 """Drawn pictures -> every score that can be had, and the names of those that cannot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from infer.device.device import release
 from infer.report.results import References, Row, Summary
+from infer.sample.edit import Edit
+from infer.score.edits import score_edits
 from infer.score.judges import Score
 from infer.score.memorization import SetScore, score_likeness
 from infer.score.networks import TRAINING, Networks, clip_score, load_networks
@@ -37,6 +39,7 @@ def score_all(
     scores: dict[str, Score],
     named: Networks,
     references: str | None,
+    edits: Mapping[str, Edit],
     device: torch.device,
 ) -> Scored:
     """Fill in the scores of all rows, and sum them up.
@@ -49,9 +52,11 @@ def score_all(
         reference: the precision that others are compared with.
         scores: the user's.
         references: the folder of the training pictures.
+        edits: prompts with reference pictures, by `Row.asked`.
     """
     networks, own = load_networks(named, device), scores
     score_pairs([*rows, *drift, *bleed], folder, latents, reference, networks.lpips)
+    score_edits(rows, folder, edits, networks.lpips)
     score_prompts([*drift, *bleed], folder, own)
     if networks.clip is not None and networks.text is not None:
         scores = {**scores, "clip_t": partial(clip_score, networks.clip, networks.text)}

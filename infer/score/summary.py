@@ -53,7 +53,7 @@ def summarise_scores(
 
 
 def _unit(row: Row) -> Unit:
-    return row.prompt, row.seed
+    return row.asked, row.seed
 
 
 def _mean(rows: Sequence[Row], score: str) -> Estimate | None:

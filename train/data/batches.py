@@ -1,9 +1,10 @@
 """The batch sampler: which samples are trained together, in which order, at which resolution, without an end.
 
-An epoch shuffles its samples and takes them in that order into queues, one a size; a queue that is full is a batch, and
-what is left in the queues at the end goes out as short batches. So each sample is seen once an epoch (times its
-repeats), in a batch of one size, and everything follows from (seed, epoch): the number of ranks changes nothing but who
-takes which part of a batch, and a run that resumes needs no history.
+An epoch shuffles its samples and takes them in that order into queues, one a form, which is the size of the picture and
+those of its references; a queue that is full is a batch, and what is left in the queues at the end goes out as short
+batches. So each sample is seen once an epoch (times its repeats), in a batch of one form, and everything follows from
+(seed, epoch): the number of ranks changes nothing but who takes which part of a batch, and a run that resumes needs no
+history.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from train.data.seeds import generator
 
 Size = tuple[int, int]  # height, width
+Form = tuple[Size, ...]
+"""What samples of a batch have in common: the picture's size, and those of its references."""
 
 
 class SampleIndex(NamedTuple):
@@ -26,6 +29,8 @@ class SampleIndex(NamedTuple):
     sample: int
     resolution: int
     """Index into the resolutions."""
+    references: bool = True
+    """Whether it is trained with its references, if it has some."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,16 @@ class BatchSampler:
     group: int
     """Samples a batch, on all ranks together."""
     samples: list[int]
-    sizes: list[list[Size]]
+    forms: list[list[Form]]
     """Of each sample, at each resolution."""
     repeats: list[float]
     """Of each sample: times an epoch; fractions take turns."""
+    reference_dropout: float = 0.0
+    """Share of the places at which a sample's references are left out."""
 
     def __post_init__(self) -> None:
         assert self.group >= 1 and self.samples and all(repeat > 0 for repeat in self.repeats)
-        assert len(self.samples) == len(self.sizes) == len(self.repeats)
+        assert len(self.samples) == len(self.forms) == len(self.repeats)
 
 
 def epoch_indices(sampler: BatchSampler, epoch: int) -> list[SampleIndex]:
@@ -59,23 +66,28 @@ def epoch_indices(sampler: BatchSampler, epoch: int) -> list[SampleIndex]:
     entries = torch.arange(len(repeats)).repeat_interleave(counts.long())
     order = torch.randperm(len(entries), generator=generator(sampler.seed, "epoch", epoch))
     resolutions = torch.zeros(len(entries), dtype=torch.long)
-    several = len(sampler.sizes[0])
+    several = len(sampler.forms[0])
     if several > 1:
         resolutions = torch.randint(several, (len(entries),), generator=generator(sampler.seed, "resolution", epoch))
-    taken = zip(entries[order].tolist(), resolutions.tolist(), strict=True)
-    return [SampleIndex(epoch, position, entry, resolution) for position, (entry, resolution) in enumerate(taken)]
+    shown = torch.ones(len(entries), dtype=torch.bool)
+    if sampler.reference_dropout > 0:
+        numbers = torch.rand(len(entries), generator=generator(sampler.seed, "references", epoch), dtype=torch.float64)
+        shown = numbers >= sampler.reference_dropout
+    taken = zip(entries[order].tolist(), resolutions.tolist(), shown.tolist(), strict=True)
+    return [SampleIndex(epoch, position, *each) for position, each in enumerate(taken)]
 
 
 def epoch_batches(sampler: BatchSampler, epoch: int) -> list[list[SampleIndex]]:
     """An epoch's batches; `sample` is what `sampler.samples` holds."""
-    queues: dict[Size, list[SampleIndex]] = {}
+    queues: dict[Form, list[SampleIndex]] = {}
     batches = []
     for index in epoch_indices(sampler, epoch):
-        size = sampler.sizes[index.sample][index.resolution]
-        queue = queues.setdefault(size, [])
+        form = sampler.forms[index.sample][index.resolution]
+        form = form if index.references else form[:1]
+        queue = queues.setdefault(form, [])
         queue.append(index._replace(sample=sampler.samples[index.sample]))
         if len(queue) == sampler.group:
-            batches.append(queues.pop(size))
+            batches.append(queues.pop(form))
     return batches + list(queues.values())
 
 

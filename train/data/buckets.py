@@ -15,6 +15,7 @@ from torch import Tensor
 
 from train.data.dataset import Data
 
+Size = tuple[int, int]
 PACKED = 16  # pixels a packed token, each way
 LATENT = 8  # pixels a latent, each way
 
@@ -97,6 +98,27 @@ def views_of(width: int, height: int, data: Data) -> list[list[View]]:
         flips = (False, True) if data.flip else (False,)
         views.append([View(h, w, box, flip) for box in boxes for flip in flips])
     return views
+
+
+def reference_view(reference: Size, picture: Size, view: View, resolution: int, data: Data) -> View:
+    """The view of a reference that goes with a picture's view at a resolution; sizes: width and height in pixels.
+
+    One as large as its picture is cut like it, so that what stands at one place in both stays there; with
+    data.reference_resolution, and where the sizes differ, it is the middle of the reference in a bucket of its own.
+    It is mirrored if the picture is.
+
+    Raises:
+        ValueError: the reference is too small for a bucket; the message follows its name.
+    """
+    if reference == picture and data.reference_resolution is None:
+        return view
+    asked = data.reference_resolution or resolution
+    w, h = bucket_of(*reference, asked, data.bucket_step, data.aspect, data.upscale)
+    width, height = reference
+    across, down = min(float(width), height * w / h), min(float(height), width * h / w)
+    left, top = (width - across) / 2, (height - down) / 2
+    box = left, top, min(left + across, float(width)), min(top + down, float(height))
+    return View(h, w, box, view.flip)
 
 
 def cut(picture: Image.Image, view: View) -> Tensor:

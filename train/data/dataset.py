@@ -2,20 +2,24 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import ImageColor
 
+from infer.checkpoint.family import takes_references
+from infer.checkpoint.model import Model
 from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
-from infer.program.paths import expand
+from infer.program.paths import expand, expanded
+from infer.sample.edit import check_resolution, untaught
 from infer.sample.picture import MOST_PIXELS
 from train.data.cloud import is_cloud, local_copy
 from train.data.hf_table import is_table, read_table
 from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
-from train.data.source import BY_CONTENT, POLICIES, Faults, Sample, Skipped, Source
+from train.data.source import BY_CONTENT, POLICIES, Faults, Sample, Skipped, Source, check_references
 
 __all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
 
@@ -88,8 +92,19 @@ class Data:
     """The column of the captions in metadata.jsonl, metadata.csv, a table or a data set; a list is several captions."""
     masks: str | None = None
     """The masks of data.path: a folder of greyscale pictures of the same names, white where the loss counts."""
+    references: list[str] = field(default_factory=list)
+    """The reference pictures of data.path (edit training): folders of pictures of the same names, such as [before], in
+    their order; of a table, its columns of them. A folder's metadata.jsonl may name them instead."""
+    reference_resolution: int | None = None
+    """Pixels a side of the square that a reference has as many pixels as, in a bucket of its own. Null: one as large as
+    its picture is cut like it, so that both stay aligned; others take the picture's resolution."""
+    reference_dropout: float = 0.0
+    """Share of the samples that are trained without their references."""
+    teach_references: bool = False
+    """Train with references on a checkpoint that was not trained with any, which is refused otherwise: the adapter has
+    to learn what they are for."""
     sources: list[Source] = field(default_factory=list)
-    """Several sources in place of data.path, each with its masks, repeats and weight."""
+    """Several sources in place of data.path, each with its masks, references, repeats and weight."""
     prior: Prior = field(default_factory=Prior)
     background: str = "white"
     """What shows through transparent pictures: a name or #rrggbb."""
@@ -138,6 +153,11 @@ class Data:
             text_length=TOKENS,
         )
         expand(self, "path", "masks", "cache")
+        self.references = [expanded(path) for path in self.references]
+        check_references("data.references", self.references)
+        if self.references and not self.path:
+            raise ValueError("data.references belongs to data.path; give each of data.sources its own references")
+        check_resolution("data.reference_resolution", self.reference_resolution)
         listed = isinstance(self.resolution, list | tuple)
         if not self.resolutions or not all(type(r) is int for r in self.resolutions):
             raise ValueError(f"data.resolution is {self.resolution!r}; give a number, or several as [512,768]")
@@ -158,7 +178,7 @@ class Data:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {least} or more")
         if self.keep_tags and self.tag_orders == 1:
             raise ValueError(f"data.keep_tags is {self.keep_tags}, but tags stay as written; set data.tag_orders too")
-        for name in ("validation", "caption_dropout"):
+        for name in ("validation", "caption_dropout", "reference_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
         if not 0 <= self.least <= 1:
@@ -169,6 +189,11 @@ class Data:
             raise ValueError(f"data.text_length is {self.text_length}; it must be 1 or more, or null")
         if not 1 <= self.aspect < float("inf"):
             raise ValueError(f"data.aspect is {self.aspect}; it must be 1 (squares) or more")
+        if self.reference_resolution is not None and self.reference_resolution < self.bucket_step:
+            raise ValueError(
+                f"data.reference_resolution is {self.reference_resolution}, less than data.bucket_step="
+                f"{self.bucket_step}; raise it, or lower the step"
+            )
         if self.bucket_step < 16 or self.bucket_step % 16 or self.bucket_step > min(self.resolutions):
             raise ValueError(
                 f"data.bucket_step is {self.bucket_step}; it must be a multiple of 16 up to the resolution, such as 64"
@@ -191,7 +216,7 @@ class Data:
 
 def sources_of(data: Data) -> list[Source]:
     """What a sample's `source` counts: data.path as one, or data.sources; and last prior preservation's, if any."""
-    sources = list(data.sources) if data.sources or not data.path else [Source(data.path, data.masks)]
+    sources = list(data.sources) if data.sources or not data.path else [Source(data.path, data.masks, data.references)]
     prior = data.prior
     if prior.path or prior.count:
         path = prior.path or f"{prior.count} pictures drawn by the base"
@@ -223,6 +248,10 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
         else:
             what = "data.path" if sources_of(data)[index].path == data.path else "a source's path"
             raise ValueError(f"{what} {no_source(Path(source.path))}")
+    if not any(sample.references for sample in samples):
+        reason = "no sample has references; name their folders in data.references, or the files in metadata.jsonl"
+        names = ("reference_resolution", "reference_dropout", "teach_references")
+        refuse_idle(data, "data.", names, reason)
     return samples, faults.skipped
 
 
@@ -251,6 +280,26 @@ def _refuse_idle(data: Data, paths: list[str]) -> None:
     if not any(next(Path(path).rglob(f"*{end}"), None) for path in folders for end in SIDECARS):
         reason = "it splits .txt and .caption files, and no source has one"
         refuse_idle(data, "data.", ("caption_lines",), reason)
+
+
+def check_taught(model: Model, data: Data, samples: Sequence[Sample]) -> None:
+    """See that the checkpoint was trained with references, if samples have some, or that it is to be taught.
+
+    Raises:
+        ValueError: it was not; or it was, and data.teach_references has no effect.
+    """
+    with_references = next((sample for sample in samples if sample.references), None)
+    if with_references is None:
+        return
+    known = takes_references(model)
+    if not known and not data.teach_references:
+        raise ValueError(
+            f"{with_references.name} has references, but {untaught(model)}; set data.teach_references=true to have the "
+            "adapter learn what they are for, which takes more steps"
+        )
+    if known and data.teach_references:
+        reason = f"{model.path} was trained with references"
+        refuse_idle(data, "data.", ("teach_references",), reason)
 
 
 def check_left(data: Data, samples: list[Sample], skipped: list[Skipped]) -> None:

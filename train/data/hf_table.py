@@ -10,7 +10,7 @@ from typing import Any
 from infer.program.paths import is_hub_id, roots_of
 from infer.program.remembered import Remembered
 from infer.sample.picture import SUFFIXES
-from train.data.source import Faults, Sample, Source, clean
+from train.data.source import Faults, Reference, Sample, Source, clean
 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -52,25 +52,28 @@ def read_table(
     if source.masks is not None:
         raise ValueError(f"masks of {source.path} is {source.masks!r}; only the pictures of a folder can have masks")
     table, roots = _load(source, cache)
-    for column in (image_column, caption_column):
+    for column in (image_column, caption_column, *source.references):
         if column not in table.column_names and not (column == caption_column and source.caption):
             raise ValueError(
                 f"{source.path} has no column {column!r}, only {', '.join(table.column_names)}; "
-                "set data.image_column and data.caption_column"
+                "set data.image_column, data.caption_column and data.references"
             )
     import datasets
 
-    try:
-        # as bytes or paths: whatever the column holds
-        pictures = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    except Exception as error:  # Arrow has a kind of its own for each type
-        raise ValueError(
-            f"column {image_column!r} of {source.path} holds no pictures ({error}); set data.image_column"
-        ) from error
+    columns = [image_column, *source.references]
+    pictures = table.select_columns(columns)
+    for column in columns:
+        setting = "data.image_column" if column == image_column else "data.references"
+        try:  # as bytes or paths: whatever the column holds
+            pictures = pictures.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # Arrow has a kind of its own for each type
+            raise ValueError(
+                f"column {column!r} of {source.path} holds no pictures ({error}); set {setting}"
+            ) from error
 
-    def read(row: int) -> bytes:
-        name = f"{source.path}[{row}]"
-        stored = pictures[row][image_column] or {}
+    def read(row: int, column: str) -> bytes:
+        name = f"{source.path}[{row}]{'' if column == image_column else f' ({column})'}"
+        stored = pictures[row][column] or {}
         content: bytes = stored.get("bytes") or b""
         if content:
             return content
@@ -85,6 +88,9 @@ def read_table(
             raise ValueError(f"{name} cannot be read as a picture ({error}); mend that, or take it out") from error
         return content
 
+    # null is a sample without this reference
+    stored = pictures.with_format("arrow")[:]  # mapped, not read
+    there = {column: stored.column(column).is_valid().to_pylist() for column in source.references}
     captions = table[caption_column][:] if caption_column in table.column_names else [None] * len(table)
     samples = []
     for row, found in enumerate(captions):
@@ -99,7 +105,12 @@ def read_table(
         except ValueError as error:
             faults.add(name, str(error))
         else:
-            samples.append(Sample(name, kept, index, partial(read, row)))
+            references = tuple(
+                Reference(f"{name} ({column})", partial(read, row, column), None)
+                for column in source.references
+                if there[column][row]
+            )
+            samples.append(Sample(name, kept, index, partial(read, row, image_column), references=references))
     return samples
 
 

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -19,7 +19,7 @@ from infer.program.paths import kind_of_file, roots_of
 from infer.sample.picture import HEIC, NO_HEIC, SUFFIXES, reads_heic
 from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
 from train.data.names import Names, key_of, stem_of
-from train.data.source import Faults, Sample, Source, clean
+from train.data.source import Faults, Reference, Sample, Source, clean
 
 SIDECARS = (".txt", ".caption")
 # pictures that are not read: a folder that holds them should not lose them without a word
@@ -56,16 +56,26 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
     masks = None if source.masks is None else Path(source.masks)
     if masks is not None and not masks.is_dir():
         raise ValueError(f"masks {source.masks!r} of {folder} is no folder; set it to the one that holds the masks")
-    files = _list(folder, masks, faults)
-    pictures = [name for name in files if _suffix(name) in SUFFIXES]
-    if not pictures:
+    given = [Path(path) for path in source.references]
+    for path in given:
+        if not path.is_dir():
+            raise ValueError(f"references {str(path)!r} of {folder} is no folder; set it to the one that holds them")
+        if path.resolve() == folder.resolve():
+            raise ValueError(f"references {str(path)!r} of {folder} is that folder itself; name the one of the befores")
+    files = _list(folder, [*([] if masks is None else [masks]), *given], faults)
+    every = [name for name in files if _suffix(name) in SUFFIXES]
+    if not every:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); set its path to the folder that does")
-    names = Names(pictures)
+    names = Names(every)
     listed: dict[str, Listed] = {}
     lists = lists_in(folder, files)
     for name in lists.values():
         read_metadata(folder, name, column, names, listed, faults)
-    mask_of = {} if masks is None else _pair(pictures, masks, faults)
+    # what the metadata names as a reference is a sample only if it has a line of its own
+    shown = {names.find(each) or each for line in listed.values() for each in line.references} - listed.keys()
+    pictures = [name for name in every if name not in shown]
+    mask_of = {} if masks is None else _pair(pictures, masks, "mask", faults)
+    references_of = [_pair(pictures, path, "reference", faults) for path in given]
     sidecars = Names(name for name in files if _suffix(name) in SIDECARS)
 
     samples = []
@@ -75,18 +85,53 @@ def read_folder(source: Source, index: int, column: str, lines: bool, faults: Fa
             captions = clean(found, source.caption, missing)
             if masks is not None and name not in mask_of:
                 raise ValueError(f"has no mask in {masks}; put one there under the same name, white where all counts")
+            line = listed.get(name)
+            references = _references(folder, name, () if line is None else line.references, names, given, references_of)
         except ValueError as error:
             faults.add(str(folder / name), str(error))
             continue
         file, mask = folder / name, None if masks is None else masks / mask_of[name]
         read_mask = None if mask is None else partial(read_bytes, str(mask))
-        samples.append(Sample(str(file), captions, index, partial(read_bytes, str(file)), read_mask, file, mask))
+        read = partial(read_bytes, str(file))
+        samples.append(Sample(str(file), captions, index, read, read_mask, file, mask, references))
     for name, line in listed.items():
         if name not in names:
             near = names.near(name)
             mend = f"did you mean {near!r}?" if near else "add it or take the line out"
             faults.add(str(folder / line.file), f"names {name!r}, which is not in {folder}; {mend}")
     return samples
+
+
+def _references(
+    folder: Path, name: str, said: tuple[str, ...], names: Names, given: list[Path], of: list[dict[str, str]]
+) -> tuple[Reference, ...]:
+    """A picture's references: those that its line in the metadata names, or one of each folder that is given.
+
+    names: of all pictures in the folder. of: by given folder, the references' names by those of their pictures.
+
+    Raises:
+        ValueError: one is not there, or both ways are taken.
+    """
+    if said and given:
+        raise ValueError(
+            f"has references in its folder's metadata, and {given[0]} is given too; keep one of the two ways"
+        )
+    files = []
+    for each in said:
+        found = names.find(each)
+        if found is None:
+            near = names.near(each)
+            mend = f"did you mean {near!r}?" if near else "add it or mend the line"
+            raise ValueError(f"has the reference {each!r}, which is not in {folder}; {mend}")
+        files.append(folder / found)
+    for path, pairs in zip(given, of, strict=True):
+        if name not in pairs:
+            raise ValueError(
+                f"has no reference in {path}; put one there under the same name, or the picture into a source of its "
+                "own without references"
+            )
+        files.append(path / pairs[name])
+    return tuple(Reference(str(file), partial(read_bytes, str(file)), file) for file in files)
 
 
 def _captions(
@@ -172,11 +217,11 @@ def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 
 
-def _list(folder: Path, aside: Path | None, faults: Faults) -> dict[str, None]:
-    """The files below a folder that may be read, by their names in it, in order; without those below `aside`."""
+def _list(folder: Path, aside: Collection[Path], faults: Faults) -> dict[str, None]:
+    """The files below a folder that may be read, by their names in it, in order; without those below any of `aside`."""
     roots = roots_of(folder)
     found = []
-    for name, entry in _walk(folder, "", None if aside is None else aside.resolve()):
+    for name, entry in _walk(folder, "", {each.resolve() for each in aside}):
         readable = _suffix(name) in (*SUFFIXES, *SIDECARS) or entry.name.lower() in METADATA
         if not readable and _suffix(name) not in UNREAD and not entry.is_dir():
             continue
@@ -206,7 +251,7 @@ def _loops(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _walk(folder: Path, within: str, aside: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _walk(folder: Path, within: str, aside: Collection[Path]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Every entry below a folder that is no folder itself, with its name in the first one; links are not followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -214,14 +259,14 @@ def _walk(folder: Path, within: str, aside: Path | None) -> Iterator[tuple[str, 
                 continue
             if not entry.is_dir(follow_symlinks=False):
                 yield within + entry.name, entry
-            elif aside is None or Path(entry.path).resolve() != aside:
+            elif not aside or Path(entry.path).resolve() not in aside:
                 yield from _walk(Path(entry.path), f"{within}{entry.name}/", aside)
 
 
-def _pair(pictures: list[str], masks: Path, faults: Faults) -> dict[str, str]:
-    """Each picture's mask: the file of the same name, or else of the same name but for its ending, where that is meant
-    for no other picture."""
-    there = [name for name in _list(masks, None, faults) if _suffix(name) in SUFFIXES]
+def _pair(pictures: list[str], masks: Path, what: str, faults: Faults) -> dict[str, str]:
+    """Each picture's mask or reference (`what`): the file of the same name, or else of the same name but for its
+    ending, where that is meant for no other picture."""
+    there = [name for name in _list(masks, (), faults) if _suffix(name) in SUFFIXES]
     pairs = {name: name for name in set(there) & set(pictures)}
     left = set(there) - set(pictures)
     spellings: tuple[Callable[[str], str], ...] = (key_of, stem_of)
@@ -236,7 +281,9 @@ def _pair(pictures: list[str], masks: Path, faults: Faults) -> dict[str, str]:
                 pairs[name] = found[0]
                 left.discard(found[0])
     for name in sorted(left):
-        faults.add(str(masks / name), "is the mask of no picture, or of more than one; give it its picture's full name")
+        faults.add(
+            str(masks / name), f"is the {what} of no picture, or of more than one; give it its picture's full name"
+        )
     return pairs
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from infer.sample.edit import MOST
 from train.data.names import Names
 from train.data.source import Faults
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+REFERENCES = "references"
 
 
 class Listed(NamedTuple):
@@ -19,6 +21,7 @@ class Listed(NamedTuple):
 
     file: str  # the metadata's name in the folder
     captions: list[str]
+    references: tuple[str, ...] = ()  # names in the folder, as they are written there
 
 
 def lists_in(folder: Path, files: Iterable[str]) -> dict[str, str]:
@@ -47,7 +50,7 @@ def read_metadata(
     file, within = folder / metadata, PurePosixPath(metadata).parent
     for number, entry in _read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file):
         try:
-            file_name, captions = _check_line(entry, column)
+            file_name, captions, references = _check_line(entry, column)
             name = str(within / file_name)
             name = names.find(name) or name
             if name in listed:
@@ -56,11 +59,11 @@ def read_metadata(
         except ValueError as error:
             faults.add(f"{file} line {number}", str(error))
             continue
-        listed[name] = Listed(metadata, captions)
+        listed[name] = Listed(metadata, captions, tuple(str(within / each) for each in references))
 
 
-def _check_line(entry: Any, column: str) -> tuple[str, list[str]]:
-    """The name and the captions of one line; ValueError says what is wrong with it."""
+def _check_line(entry: Any, column: str) -> tuple[str, list[str], list[str]]:
+    """The name, the captions and the references of one line; ValueError says what is wrong with it."""
     if not isinstance(entry, dict) or not {"file_name", column} <= entry.keys():
         said = repr(entry) if isinstance(entry, Exception) else f"{str(entry)[:60]!r}"
         raise ValueError(
@@ -73,9 +76,19 @@ def _check_line(entry: Any, column: str) -> tuple[str, list[str]]:
     captions = found if isinstance(found, list) else [found]
     if not isinstance(name, str) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"is not right: file_name and {column} must be text, or {column} a list of texts")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"names {name!r}, outside its folder; name pictures within it")
-    return Path(name).as_posix(), captions
+    given = entry.get(REFERENCES) or []
+    references = given if isinstance(given, list) else [given]
+    if column == REFERENCES or not all(isinstance(each, str) and each.strip() for each in references):
+        raise ValueError(
+            f'is not right: {REFERENCES} is a list of pictures, as in {{"file_name": "a.png", "{REFERENCES}": '
+            '["before/a.png"]}'
+        )
+    if len(references) > MOST:
+        raise ValueError(f"names {len(references)} references; a picture has {MOST} at most")
+    for each in (name, *references):
+        if Path(each).is_absolute() or ".." in Path(each).parts:
+            raise ValueError(f"names {each!r}, outside its folder; name pictures within it")
+    return Path(name).as_posix(), captions, [Path(each).as_posix() for each in references]
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:

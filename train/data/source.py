@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from infer.program.bounds import check_most
-from infer.program.paths import expand
+from infer.program.paths import expand, expanded
+from infer.sample.edit import MOST
 
 POLICIES = ("raise", "skip")
 
@@ -22,6 +24,8 @@ class Source:
     Hub, or the address of such a folder or file in the cloud (s3://, gs://, hf://)."""
     masks: str | None = None
     """A folder of greyscale pictures of the same names: white counts in the loss, black does not."""
+    references: list[str] = field(default_factory=list)
+    """Folders of reference pictures of the same names, in their order; of a table, its columns of them."""
     repeats: float = 1.0
     """Times that each of its samples is seen an epoch; a fraction takes turns."""
     weight: float = 1.0
@@ -42,6 +46,12 @@ class Source:
     def __post_init__(self) -> None:
         check_most(self, "data.sources: ", repeats=10**6, weight=10**6)
         expand(self, "path", "masks")
+        check_references(f"references of {self.path}", self.references)
+        self.references = [expanded(path) for path in self.references]
+        if self.prior and self.references:
+            raise ValueError(
+                f"references of {self.path} are given, but class pictures (prior) have none; leave them out"
+            )
         if not self.path:
             raise ValueError("a source has no path; set it to a folder of pictures with captions")
         if not 0 < self.repeats < float("inf"):
@@ -52,6 +62,28 @@ class Source:
             raise ValueError(f"masks of {self.path} is {self.masks!r}; name their folder, or set it to null")
         if self.caption is not None and not self.caption.strip():
             raise ValueError(f"caption of {self.path} is empty; write one, or set it to null")
+
+
+def check_references(name: str, paths: list[str]) -> None:
+    """Raises:
+    ValueError: folders or columns of references are empty, named twice, or too many.
+    """
+    if len(paths) > MOST:
+        raise ValueError(f"{name} has {len(paths)} entries; a sample has {MOST} references at most")
+    for path in paths:
+        if not path.strip() or paths.count(path) > 1:
+            raise ValueError(f"{name} has {path!r}{' twice' * bool(path.strip())}; name each folder once")
+
+
+class Reference(NamedTuple):
+    """A picture that a sample's own is made from."""
+
+    name: str
+    """For messages."""
+    read: Callable[[], bytes]
+    """Its file's bytes. Raises ValueError, naming the file, if they cannot be read."""
+    file: Path | None
+    """The file that `read` reads and nothing else is in; None where there is none of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,8 @@ class Sample:
     """The file that `read` reads and nothing else is in; None where there is none of its own."""
     mask_file: Path | None = None
     """The same of `read_mask`."""
+    references: tuple[Reference, ...] = ()
+    """In their order; none where it is trained by its text alone."""
 
 
 @dataclass(frozen=True)

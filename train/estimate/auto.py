@@ -1,9 +1,8 @@
 """memory=auto: the fastest memory settings that the plan says fit the card that a run is on.
 
 One trade: every block keeps its attention, and as many blocks as there is room for keep everything, about 4 ms a GiB at
-1024x1024 on an H100; copies of unpacked weights come after that, 1 ms a GiB. Where that brings next to nothing, as with
-the bundled model, and on a CPU, it is memory=balanced. What was decided stays for the run: numbers differ by rounding
-between the settings.
+1024x1024 on an H100. Where that brings next to nothing, as with the bundled model, and on a CPU, it is
+memory=balanced. What was decided stays for the run: numbers differ by rounding between the settings.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def decide(job: Train, rooms: list[float]) -> tuple[Memory, str]:
     if fits and before - after < max(LEAST[0] * before, LEAST[1]):
         return balanced, "memory.keep=attention; keeping more does not fit, or saves next to nothing"
     new = wanted.memory
-    chosen = replace(balanced, keep=new.keep, keep_all=new.keep_all, unpacked=new.unpacked, budget_gib=new.budget_gib)
+    chosen = replace(balanced, keep=new.keep, keep_all=new.keep_all, budget_gib=new.budget_gib)
     return chosen, f"{_words(new, taken)}, the fastest that the plan fits into {gib:.1f} GiB"
 
 
@@ -67,8 +66,6 @@ def _words(memory: Memory, taken: Footprint) -> str:
     said = f"memory.keep={memory.keep}"
     if memory.keep_all:
         said += f" memory.keep_all={memory.keep_all} (of {taken.blocks} blocks)"
-    if memory.unpacked:
-        said += " memory.unpacked=true"
     if memory.budget_gib is not None:
         said += f" memory.budget_gib={memory.budget_gib:.1f}"
     return said
@@ -78,7 +75,8 @@ def _read(file: Path) -> Memory:
     try:
         return Memory(**yaml.safe_load(file.read_bytes()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not what this run wrote ({error}); delete it, or set memory.keep") from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{file} is not what this run wrote ({said}); delete it, or set memory.keep") from error
 
 
 def settle(job: Train, folder: Path, resumed: bool, rooms: list[float] | None, say: Callable[[str], object]) -> Memory:

@@ -15,6 +15,7 @@ from infer.checkpoint.sources import rest_of
 from infer.family.find import of_config
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked, weight_bytes
+from train.data.dataset import sources_of
 from train.estimate.flop import tokens_of
 from train.objective.optim import state_bytes
 from train.run.config import Train
@@ -102,6 +103,17 @@ def text_tokens(job: Train) -> int:
     return of_config(known_config(job.model, "transformer")).TOKENS.get(rest_of(job.model).path, 512)
 
 
+def references_of(job: Train) -> int:
+    """References of a sample that the settings name; those of a metadata.jsonl are not known before it is read."""
+    return max((len(source.references) for source in sources_of(job.data)), default=0)
+
+
+def largest_pixels(job: Train) -> int:
+    """Pixels of the largest picture of a training and of its references."""
+    side = max(job.data.resolutions)
+    return side**2 + references_of(job) * (job.data.reference_resolution or side) ** 2
+
+
 def footprint(job: Train) -> Footprint:
     """Memory of a training config at its largest resolution.
 
@@ -119,7 +131,7 @@ def footprint(job: Train) -> Footprint:
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]
-    tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job)) * job.data.batch_size
+    tokens = tokens_of(largest_pixels(job), text_tokens(job)) * job.data.batch_size
     activation = tokens * width * (2 if job.precision.dtype_name == "bf16" else 4)  # fp16 is carried in fp32
     attended = tokens * width * job.precision.itemsize
     logs = 4 * tokens * config["num_attention_heads"]  # attention's log-sum-exp

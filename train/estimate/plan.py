@@ -12,7 +12,7 @@ from infer.fast.memory import AUTO, Memory
 from infer.program import bounds
 from infer.program.atomic import replace_file
 from infer.program.paths import expand
-from train.estimate.memory import Footprint, footprint
+from train.estimate.memory import Footprint, footprint, references_of
 from train.estimate.step_time import CARDS, seconds
 from train.run.config import Train
 from train.run.names import check_distilled
@@ -83,6 +83,10 @@ def describe(job: Train) -> str:
     if job.precision.double_quant:
         memory += ", precision.double_quant=true"
     pixels = "x".join([str(max(job.data.resolutions))] * 2)
+    count = references_of(job)
+    if count:
+        side = job.data.reference_resolution or max(job.data.resolutions)
+        pixels += f" with {count} reference{'s' * (count > 1)} of {side}x{side}"
     return f"{job.precision.kind}, {job.data.batch_size} of {pixels} a step, rank {job.adapter.rank}, {memory}"
 
 
@@ -104,16 +108,6 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
                 yield seconds(changed, taken, REFERENCE), changed, taken
                 if keep == "attention" and budget is None:
                     yield _with_more_kept(changed, gib)
-                if keep == "everything" and job.precision.quantized and job.precision.products == "bf16":
-                    yield from _with_copies(changed, gib)
-
-
-def _with_copies(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
-    """A config with copies of its unpacked weights, if they fit."""
-    changed = replace(job, memory=replace(job.memory, unpacked=True))
-    taken = footprint(changed)
-    if taken.peak <= gib * GIB:
-        yield seconds(changed, taken, REFERENCE), changed, taken
 
 
 def _with_more_kept(job: Train, gib: float) -> tuple[float, Train, Footprint]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from infer.checkpoint.files import known_config
 from train.estimate.flop import RECOMPUTED, attention_flop, linear_flop, token_weights, tokens_of, width_of
-from train.estimate.memory import Footprint, text_tokens
+from train.estimate.memory import Footprint, largest_pixels, text_tokens
 from train.run.config import Train
 
 
@@ -51,7 +51,7 @@ COPY = 0.9  # share of the bandwidth that they reach
 def seconds(job: Train, taken: Footprint, card: Card) -> float:
     """Seconds of one optimizer update on the fast path. The plain path is slower by an amount that the host decides."""
     config = known_config(job.model, "transformer")
-    tokens = tokens_of(max(job.data.resolutions) ** 2, text_tokens(job))
+    tokens = tokens_of(largest_pixels(job), text_tokens(job))
     batch, width, blocks = job.data.batch_size, width_of(config), taken.blocks
     # shares of the blocks whose products, and whose attention, are computed again
     part = max(0, blocks - job.memory.keep_all) / blocks

@@ -112,7 +112,7 @@ def build(
             pictures = {picture for picture in found.values() if isinstance(picture, Picture)}
             lost: set[str] = set()
             for kind in writers:
-                used[kind] = {key for picture in pictures for key in cache.keys_of(kind, picture)}
+                used[kind] = {key for picture in pictures for key in cache.all_keys_of(kind, picture)}
                 lost |= check_all(kind)
             stopped = data.on_error == "raise" and any(isinstance(picture, Skipped) for picture in found.values())
             todo = [i for i, picture in found.items() if cache.absent(picture)] if lost and not stopped else []

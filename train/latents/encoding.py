@@ -8,6 +8,7 @@ autoencoder takes the views in batches of one size. Texts are encoded one by one
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from infer.sample.encode import TextEncoder, to_posterior
 from infer.sample.picture import decode, pixel_hash, pixels_of
 from train.data.buckets import View, cut, cut_mask
 from train.data.mask import decode_mask
-from train.data.source import Sample, Skipped
-from train.latents.identities import Picture, digest, digest_file, known_identities, write_identities
+from train.data.source import Reference, Sample, Skipped
+from train.latents.identities import Picture, Shown, digest, digest_file, known_identities, write_identities
 from train.latents.settings import Encode
 from train.latents.store import Cache
 from train.latents.workers import make_room, work_ahead
@@ -68,9 +69,8 @@ def make_preparer(
         sample, known, complete = samples[i], dict[bytes, Picture](), True
         claimed: list[tuple[ShardWriter, set[str]]] = []
 
-        def claim(kind: str, picture: Picture) -> dict[str, View]:
+        def claim(kind: str, views: dict[str, View]) -> dict[str, View]:
             nonlocal complete
-            views = cache.keys_of(kind, picture)
             mine, rest = writers[kind].claim(views.keys())
             claimed.append((writers[kind], mine))
             complete = complete and rest
@@ -83,32 +83,62 @@ def make_preparer(
             settings: tuple[object, ...],
             open_picture: Callable[[bytes], Image.Image],
             crop: Callable[[Image.Image, View], Tensor],
-            picture: Picture | None,
+            part_of: Callable[[Picture], Picture],
+            keys_of: Callable[[Picture], dict[str, View]],
+            least: int = 0,
         ) -> tuple[Picture, Tensors]:
-            """What a picture or mask is, and its absent views. given: digest and bytes. picture: a mask's."""
+            """What the sample's picture is with this part of it, and the part's absent views.
+
+            Args:
+                given: digest and bytes.
+                part_of: what is found -> the sample's picture with it.
+                keys_of: the sample's picture -> the part's views by their keys.
+                least: pixels that are decoded, whatever its header says.
+            """
             key, content = given
             found = identity(key)
-            if picture is None and found is not None and found.width * found.height > data.most_pixels:
+            if kind == "pictures" and found is not None and found.width * found.height > data.most_pixels:
                 found = None  # decoding says that it is too large
-            views = {}
+            views, picture = dict[str, View](), None
             if found is not None:
-                picture = found if picture is None else picture._replace(mask=found.identity)
-                views = claim(kind, picture)
+                picture = part_of(found)
+                views = claim(kind, keys_of(picture))
                 if not views:
                     return picture, []
             if content is None:
                 content = read()
                 if digest(content, *settings) != key:
                     raise ValueError("changed while it was being read; start again")
-            size = 0 if picture is None else picture.width * picture.height
+            size = least if found is None else max(least, found.width * found.height)
             with room(max(pixels_of(content), size)):
                 opened = open_picture(content)
                 if found is None:
                     known[key] = Picture(pixel_hash(opened), *opened.size)
-                    picture = known[key] if picture is None else picture._replace(mask=known[key].identity)
-                    views = claim(kind, picture)
+                    picture = part_of(known[key])
+                    views = claim(kind, keys_of(picture))
                 assert picture is not None
                 return picture, [(key, crop(opened, view)) for key, view in views.items()]
+
+        def load_reference(picture: Picture, number: int, reference: Reference) -> tuple[Picture, Tensors]:
+            settings = "picture", data.background
+            name = f"has the reference {reference.name}, which"
+
+            def keys_of(picture: Picture) -> dict[str, View]:
+                try:
+                    return cache.reference_keys(picture, number)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from error
+
+            return load(
+                "pictures",
+                digest_file(reference.file, reference.read, remembered, *settings),
+                reference.read,
+                settings,
+                lambda content: decode(content, name, data.background, data.most_pixels),
+                lambda opened, view: cut(opened, view).to(dtype),
+                lambda found: picture._replace(references=(*picture.references, Shown(*found[:3]))),
+                keys_of,
+            )
 
         try:
             settings: tuple[object, ...] = "picture", data.background
@@ -120,8 +150,12 @@ def make_preparer(
                 settings,
                 lambda content: decode(content, sample.name, data.background, data.most_pixels),
                 lambda opened, view: cut(opened, view).to(dtype),
-                None,
+                lambda found: found,
+                lambda picture: cache.keys_of("pictures", picture),
             )
+            for number, reference in enumerate(sample.references):
+                picture, shown = load_reference(picture, number, reference)
+                pictures += shown
             masks: Tensors = []
             if sample.read_mask is not None:
                 settings, size = ("mask", given[0]), (picture.width, picture.height)
@@ -132,7 +166,9 @@ def make_preparer(
                     settings,
                     lambda content: decode_mask(content, MASK, size, data.most_pixels),
                     cut_mask,
-                    picture,
+                    partial(_masked, picture),
+                    lambda picture: cache.keys_of("masks", picture),
+                    picture.width * picture.height,
                 )
         except (ValueError, OSError) as error:
             for writer, keys in claimed:
@@ -142,6 +178,10 @@ def make_preparer(
         return Prepared(i, picture, known, pictures, masks, complete)
 
     return prepare
+
+
+def _masked(picture: Picture, mask: Picture) -> Picture:
+    return picture._replace(mask=mask.identity)
 
 
 def encode_pictures(

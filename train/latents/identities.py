@@ -25,8 +25,16 @@ Table = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32]]
 """Digests of bytes [n, 32], hashes of their pixels [n, 32], widths and heights [n, 2]."""
 
 
+class Shown(NamedTuple):
+    """A reference picture, known by its pixels."""
+
+    identity: str
+    width: int
+    height: int
+
+
 class Picture(NamedTuple):
-    """A picture, known by its pixels, and its mask."""
+    """A picture, known by its pixels, with its mask and its references."""
 
     identity: str
     """A hash of the decoded pixels."""
@@ -34,6 +42,7 @@ class Picture(NamedTuple):
     height: int
     mask: str | None = None
     """A hash of the mask's pixels, which are scaled to the picture's size; None without a mask."""
+    references: tuple[Shown, ...] = ()
 
 
 def digest(content: bytes, *settings: object) -> bytes:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from infer.checkpoint.family import family_of
 from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.model import Model
-from infer.quantize.precision import Precision, without_products
+from infer.quantize.eight_bit_products import without_products
+from infer.quantize.precision import Precision
 from train.data.buckets import View
 
 

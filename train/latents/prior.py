@@ -22,7 +22,8 @@ from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.quantize.precision import Precision, without_products
+from infer.quantize.eight_bit_products import without_products
+from infer.quantize.precision import Precision
 from infer.sample.encode import decode, drawn_texts, text_encoder
 from infer.sample.generate import Sampling, draw, settled
 from train.data.dataset import Data, sources_of

@@ -90,6 +90,7 @@ def prune_cache(cache: Cache, folders: Collection[Path], force: bool, say: Calla
         for index in cache.indexes.values():
             prune(index.folder, cache.all_keys(index.folder.name))
         pixels = {name for picture in cache.pictures for name in (picture.identity, picture.mask) if name}
+        pixels |= {shown.identity for picture in cache.pictures for shown in picture.references}
         prune_identities(root / "index", pixels, index.warn)
         for folder in surplus.folders:
             shutil.rmtree(folder)

@@ -11,7 +11,8 @@ from typing import IO
 from torch import Tensor
 
 from infer.family.family import LatentMap, Text
-from train.data.buckets import View, views_of
+from train.data.batches import Form
+from train.data.buckets import View, reference_view, views_of
 from train.data.dataset import Data
 from train.data.source import Skipped
 from train.latents.identities import Picture
@@ -86,6 +87,31 @@ class Cache:
         mean = self.latent_map.normalise(item["mean"])
         return mean, self.latent_map.deviation(item["deviation"]) if self.sampled else None
 
+    def forms(self, index: int) -> list[Form]:
+        """The sizes of the sample's picture and of its references at each resolution."""
+        return [
+            tuple((one.height, one.width) for one in (views[0], *self.reference_views(index, views[0], i)))
+            for i, views in enumerate(self.views(index))
+        ]
+
+    def reference_views(self, index: int, view: View, resolution: int) -> list[View]:
+        """The views of its references that go with a view at a resolution, by its index."""
+        return self._reference_views(self.pictures[index], view, resolution)
+
+    def _reference_views(self, picture: Picture, view: View, resolution: int) -> list[View]:
+        size, side = (picture.width, picture.height), self.data.resolutions[resolution]
+        return [reference_view((one.width, one.height), size, view, side, self.data) for one in picture.references]
+
+    def references(self, index: int, view: View, resolution: int) -> list[Tensor]:
+        """The latents of its references that go with a view, [channels, height / 8, width / 8] each, in fp32,
+        normalised: the posterior's mean, as the pipelines take it in every family."""
+        views = self.reference_views(index, view, resolution)
+        keys = (
+            self.keys.picture(one.identity, own)
+            for one, own in zip(self.pictures[index].references, views, strict=True)
+        )
+        return [self.latent_map.normalise(self._read("pictures", key, "mean")["mean"]) for key in keys]
+
     def mask(self, index: int, view: View) -> Tensor | None:
         """A view's mask at latent size, [height / 8, width / 8] in [0, 1]; None if the sample has none."""
         identity = self.mask_identity(index)
@@ -107,6 +133,27 @@ class Cache:
                 self.indexes[kind].distrust(damage)
             raise ValueError(f"{damage}; start again: what it held is then encoded anew") from damage
 
+    def reference_keys(self, picture: Picture, number: int) -> dict[str, View]:
+        """The keys of all views of one of a picture's references, and the views.
+
+        Raises:
+            ValueError: the reference is too small for a bucket; the message follows its name.
+        """
+        identity = picture.references[number].identity
+        return {
+            self.keys.picture(identity, own): own
+            for resolution, views in enumerate(self.views_of(picture.width, picture.height))
+            for view in views
+            for own in [self._reference_views(picture, view, resolution)[number]]
+        }
+
+    def all_keys_of(self, kind: str, picture: Picture) -> set[str]:
+        """The keys of a picture's views and of its references' ("pictures"), or of its mask's ("masks")."""
+        found = set(self.keys_of(kind, picture))
+        for number in range(len(picture.references) if kind == "pictures" else 0):
+            found |= self.reference_keys(picture, number).keys()
+        return found
+
     def keys_of(self, kind: str, picture: Picture) -> dict[str, View]:
         """The keys of all views of a picture ("pictures"), or of its mask ("masks"), and the views.
 
@@ -122,13 +169,13 @@ class Cache:
         """The keys of all that the cache was built for: of its pictures, masks or texts."""
         if kind == "texts":
             return {self.keys.text(text) for text in self.texts}
-        return {key for picture in set(self.pictures) for key in self.keys_of(kind, picture)}
+        return {key for picture in set(self.pictures) for key in self.all_keys_of(kind, picture)}
 
     def absent(self, picture: Picture | Skipped) -> bool:
         """Whether a view of a picture, or of its mask, is not on disk yet."""
         if isinstance(picture, Skipped):
             return False
-        return any(self.indexes[kind].absent(self.keys_of(kind, picture)) for kind in ("pictures", "masks"))
+        return any(self.indexes[kind].absent(self.all_keys_of(kind, picture)) for kind in ("pictures", "masks"))
 
     def close(self) -> None:
         """Let others prune."""

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +31,15 @@ class Samples:
     validation: list[int]
 
     def fingerprint(self, cache: Cache) -> str:
-        """A hash of the pictures, masks and captions that are trained on and held out, in their order."""
-        parts = [
-            [[cache.identity(i), cache.pictures[i].mask, self.all[i].captions] for i in chosen]
-            for chosen in (self.train, self.validation)
-        ]
+        """A hash of the pictures, masks, captions and references that are trained on and held out, in their order."""
+        parts = [[self._content(cache, i) for i in chosen] for chosen in (self.train, self.validation)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _content(self, cache: Cache, index: int) -> list[object]:
+        """What a sample is made of."""
+        picture = cache.pictures[index]
+        references = [[one.identity for one in picture.references]] if picture.references else []
+        return [picture.identity, picture.mask, self.all[index].captions, *references]
 
 
 def split_samples(samples: list[Sample], cache: Cache, data: Data, seed: int) -> Samples:
@@ -56,13 +61,13 @@ def batch_sampler(samples: Samples, cache: Cache, data: Data, seed: int, ranks: 
         others = sum(repeat for repeat, source in zip(repeats, source_of, strict=True) if source != prior)
         each = data.prior.ratio * others / max(1, source_of.count(prior))
         repeats = [each if source == prior else repeat for repeat, source in zip(repeats, source_of, strict=True)]
-    sizes = [[(views[0].height, views[0].width) for views in cache.views(i)] for i in samples.train]
-    return BatchSampler(seed, data.batch_size * ranks, samples.train, sizes, repeats)
+    forms = [cache.forms(i) for i in samples.train]
+    return BatchSampler(seed, data.batch_size * ranks, samples.train, forms, repeats, data.reference_dropout)
 
 
 @dataclass
 class Batch:
-    """b encoded samples of one size, with their noise."""
+    """b encoded samples of one form, with their noise."""
 
     x0: Tensor  # latents [b, channels, height, width]
     noise: Tensor  # like x0
@@ -73,6 +78,20 @@ class Batch:
     weight: Tensor  # of each sample in the loss, [b]
     kept_embeds: Tensor | None = None  # of the texts that are preserved, like embeds and pooled
     kept_pooled: Tensor | None = None
+    references: tuple[Tensor, ...] = ()  # latents of their references, each [b, channels, its own height, width]
+
+
+def tensors_of(batch: Batch) -> list[Tensor | None]:
+    """All tensors of a batch, the references last."""
+    *single, references = vars(batch).values()
+    return [*single, *references]
+
+
+def batch_of(tensors: Sequence[Tensor | None]) -> Batch:
+    """The way back."""
+    names = [each.name for each in fields(Batch)][:-1]
+    given: dict[str, Any] = dict(zip(names, tensors, strict=False))
+    return Batch(**given, references=tuple(tensors[len(names) :]))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -85,7 +104,8 @@ class _Item:
     text: Text
     mask: Tensor | None
     weight: float
-    kept: Text | None = None
+    references: list[Tensor]
+    kept: Text | None
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -110,6 +130,7 @@ def _stack(items: list[_Item], device: torch.device) -> Batch:
         _send(torch.tensor([item.weight for item in items]), device),
         _stacked([text.embeds for text in kept], device),
         kept_pooled,
+        tuple(_send(torch.stack(alike), device) for alike in zip(*(item.references for item in items), strict=True)),
     )
 
 
@@ -150,7 +171,8 @@ def training_batch(
         sigma = sample_sigma(job.flow, 1, tokens, numbers)[0]
         counts = weight * sources[samples.all[index.sample].source].weight
         mask, kept = cache.mask(index.sample, view), kept_text(job, cache, text)
-        parts.append(_Item(x0, noise, sigma, cache.text(text), mask, counts, kept))
+        references = cache.references(index.sample, view, index.resolution) if index.references else []
+        parts.append(_Item(x0, noise, sigma, cache.text(text), mask, counts, references, kept))
     return _stack(parts, device)
 
 
@@ -161,12 +183,11 @@ def validation_items(job: Train, cache: Cache, samples: Samples, rank: int, rank
     """What a rank measures of the held-out pictures, in batches: each at the first resolution, in its first crop, at
     evenly spaced noise levels."""
     items = [(i, level) for i in samples.validation for level in range(job.validation_levels)][rank::ranks]
-    by_size = defaultdict(list)
+    by_form = defaultdict(list)
     for index, level in items:
-        view = cache.views(index)[0][0]
-        by_size[view.height, view.width].append((index, level, view))
+        by_form[cache.forms(index)[0]].append((index, level, cache.views(index)[0][0]))
     size = job.data.batch_size
-    return [group[first : first + size] for group in by_size.values() for first in range(0, len(group), size)]
+    return [group[first : first + size] for group in by_form.values() for first in range(0, len(group), size)]
 
 
 def validation_batch(job: Train, cache: Cache, samples: Samples, items: list[HeldOut], device: torch.device) -> Batch:
@@ -178,17 +199,20 @@ def validation_batch(job: Train, cache: Cache, samples: Samples, items: list[Hel
         noise = torch.randn(mean.shape, generator=numbers)
         sigma = torch.tensor((level + 0.5) / job.validation_levels)
         text = texts_of(samples.all[index], job.data)[0][0]
-        kept = kept_text(job, cache, text)
-        parts.append(_Item(mean, noise, sigma, cache.text(text), cache.mask(index, view), 1.0, kept))
+        mask, kept = cache.mask(index, view), kept_text(job, cache, text)
+        references = cache.references(index, view, 0)
+        parts.append(_Item(mean, noise, sigma, cache.text(text), mask, 1.0, references, kept))
     return _stack(parts, device)
 
 
 def largest_batch(job: Train, cache: Cache, samples: Samples, device: torch.device) -> Batch:
     """A batch as large as the run's largest, with clean latents, to measure how much memory it needs."""
-    views = [(view, i) for i in samples.train for views in cache.views(i) for view in views[:1]]
-    view, index = max(views, key=lambda pair: pair[0].height * pair[0].width)
+    forms = [(form, i, k) for i in samples.train for k, form in enumerate(cache.forms(i))]
+    _, index, resolution = max(forms, key=lambda one: sum(height * width for height, width in one[0]))
+    view = cache.views(index)[resolution][0]
     mean, _ = cache.picture(index, view)
     text = texts_of(samples.all[index], job.data)[0][0]
     mask, kept = cache.mask(index, view), kept_text(job, cache, text)
-    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), cache.text(text), mask, 1.0, kept)
+    references = cache.references(index, view, resolution)
+    part = _Item(mean, torch.zeros_like(mean), torch.tensor(0.5), cache.text(text), mask, 1.0, references, kept)
     return _stack([part] * job.data.batch_size, device)

@@ -34,7 +34,7 @@ def finish(session: Session, training: TrainingState) -> Path:
     run.say(summary(run.job, norm, progress, run.folder, averaged=training.average is not None))
     if (note := what_to_change_first(run.job, progress.validation_ema or progress.validation)) is not None:
         run.say(note)
-    run.say(next_steps(run.job, run.folder, list(session.data.previews)))
+    run.say(next_steps(run.job, run.folder, list(session.data.previews), session.data.edits))
     run.accelerator.wait_for_everyone()
     release(run.device)
     run.accelerator.end_training()

@@ -14,12 +14,13 @@ from train.data.buckets import is_smaller
 from train.data.caption import all_texts
 from train.data.dataset import check_left
 from train.data.source import Sample, Skipped
+from train.estimate.memory import references_of
 from train.latents.build import build
 from train.latents.prior import prior_samples
 from train.latents.prune import folders_used
 from train.latents.users import record_use
 from train.loop.batch import split_samples
-from train.loop.preview import default_prompts
+from train.loop.preview import texts_of_previews
 from train.loop.second import empty_text
 from train.loop.session import EncodedData, LoadedModel, Run
 from train.objective.preservation import preserved_text
@@ -38,13 +39,14 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     here = run.device, run.rank, run.ranks
     samples += prior_samples(job.data, job.model, job.precision, *here)
     accelerator.wait_for_everyone()
-    empty = [""] if job.previews != [] and empty_text(job) else []
+    empty = [""] if (job.previews != [] or job.edits) and empty_text(job) else []
     learned = all_texts(samples, job.data)
     kept = []
     if job.preserve.kind != "none":
         kept = [preserved_text(text, job.preserve, job.data.trigger) for text in learned]
         run.say(f"output preservation: {learned[0]!r} is learned, {kept[0]!r} stays as the base draws it")
-    texts = list(dict.fromkeys([*learned, *kept, *(job.previews or []), *empty]))
+    asked = [*(job.previews or []), *(edit.prompt for edit in job.edits)]
+    texts = list(dict.fromkeys([*learned, *kept, *asked, *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
         run.say(f"skipped: {one.name} {one.reason}")
@@ -62,9 +64,18 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     if run.main:
         record_use(cache, run.folder, folders_used(job.data, job.model, job.precision))
     run.say(f"{len(chosen.train)} pictures to train on, {len(chosen.validation)} held out; {len(texts)} texts")
-    prompts = default_prompts(chosen, job.data) if job.previews is None else job.previews
+    behind = max((len(sample.references) for sample in samples), default=0)
+    if behind:
+        count = sum(bool(sample.references) for sample in samples)
+        run.say(f"{count} of {len(samples)} pictures have references, {behind} at most")
+    if behind > references_of(job):
+        run.say(
+            f"note: the plan counts {references_of(job)} references a sample, as data.references names no more; the "
+            f"{behind} that metadata.jsonl names take more memory and time"
+        )
+    previews, edits = texts_of_previews(job, chosen, cache, run.device)
     against = cache.text("") if empty else None
-    return EncodedData(cache, chosen, {prompt: replace(cache.text(prompt), empty=against) for prompt in prompts})
+    return EncodedData(cache, chosen, {name: replace(text, empty=against) for name, text in previews.items()}, edits)
 
 
 def load_model(run: Run) -> LoadedModel:

@@ -14,7 +14,7 @@ from infer.adapter.attach import without_adapter
 from infer.fast.cuda_graph import Replay
 from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
-from train.loop.batch import Batch
+from train.loop.batch import Batch, batch_of, tensors_of
 from train.objective.flow_matching import Flow, distances, losses, noised, predict
 from train.objective.optim import state_bytes
 from train.run.config import Train
@@ -31,7 +31,7 @@ def batch_velocity(transformer: Any, batch: Batch, job: Train, kept: bool = Fals
     # the fast path casts by itself; PEFT's layers, fp32 beside bf16, need autocast
     mixed = not job.memory.fused and dtype != torch.float32
     with torch.autocast(x.device.type, dtype, enabled=mixed):
-        return predict(transformer, x, embeds, pooled, batch.sigma, job.flow.guidance, dtype)
+        return predict(transformer, x, embeds, pooled, batch.sigma, job.flow.guidance, dtype, batch.references)
 
 
 def batch_losses(transformer: Any, batch: Batch, job: Train, flow: Flow) -> Tensor:
@@ -117,7 +117,7 @@ def make_learner(
         for parameter in parameters:
             parameter.grad = None
         try:
-            values = backward(Batch(*tensors))  # type: ignore[arg-type]
+            values = backward(batch_of(tensors))
             gradients = [parameter.grad for parameter in parameters]
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -125,21 +125,22 @@ def make_learner(
         return values, gradients
 
     replay = Replay(isolated, offload) if graphs(job, accelerator) else None
-    seen: Counter[tuple[int, ...]] = Counter()
+    seen: Counter[tuple[torch.Size, ...]] = Counter()
     timed = job.preserve.kind == "none"
 
     def learn(batch: Batch) -> Tensor:
         nonlocal timed
-        shape = tuple(batch.x0.shape)
-        seen[shape] += 1
-        timing = not timed and seen[shape] == WARM
+        shape = batch.x0.shape
+        form = shape, *(each.shape for each in batch.references)
+        seen[form] += 1
+        timing = not timed and seen[form] == WARM
         if timing:
             _wait(accelerator.device)
         start = time.perf_counter()
         if replay is None:
             values = backward(batch)
         else:
-            replayed, gradients = replay(*vars(batch).values())
+            replayed, gradients = replay(*tensors_of(batch))
             values = replayed.clone()  # the next replay overwrites them
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
@@ -151,10 +152,12 @@ def make_learner(
             _wait(accelerator.device)
             if accelerator.is_main_process:
                 tqdm.write(preservation_cost(time.perf_counter() - start, job))
-        if seen[shape] == 1:
+        if seen[form] == 1:
             values.tolist()  # waits for the device
             if job.memory.fused and job.memory.compiles(accelerator.device) and accelerator.is_main_process:
                 pixels = f"{shape[0]} of {shape[3] * 8}x{shape[2] * 8} pixels"
+                behind = [f"{each.shape[3] * 8}x{each.shape[2] * 8}" for each in batch.references]
+                pixels += f" with references of {', '.join(behind)}" if behind else ""
                 tqdm.write(f"first step with {pixels}: {time.perf_counter() - start:.1f} s, compilation included")
         return values
 

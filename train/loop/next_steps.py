@@ -7,7 +7,9 @@ from pathlib import Path
 from infer.adapter.read import FILE
 from infer.adapter.second import shipped_models
 from infer.checkpoint.model import OPTIONS, Model
+from infer.program.literal import quote
 from infer.program.no_effect import changed
+from infer.sample.edit import Edit
 from train.run.config import Train
 
 
@@ -19,8 +21,9 @@ def model_words(model: Model) -> list[str]:
     return [f"model={named[0]}" if named else f"model.path={model.path}", *files]
 
 
-def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
-    """infer/compare.py at the training's precision, without and with the adapter."""
+def compare_command(job: Train, folder: Path, prompts: list[str], edits: dict[str, Edit] | None = None) -> str:
+    """infer/compare.py at the training's precision, without and with the adapter; edits: by prompt, where it has
+    references."""
     words = ["python", "infer/compare.py", *model_words(job.model), f"run={job.run}"]
     words.append(f"adapter.path={folder / 'adapter'}")
     kind = job.precision.kind
@@ -32,19 +35,33 @@ def compare_command(job: Train, folder: Path, prompts: list[str]) -> str:
         words.append(f"sampling.model={job.sampling.model}")
     if job.adapter.recovery is not None:
         words.append(f"+recovery.{kind}={job.adapter.recovery}")
-    if prompts:
+    edit = (edits or {}).get(prompts[0]) if prompts else None
+    if edit is not None:
+        side = job.data.reference_resolution or max(job.data.resolutions)
+        asked = _typed({"prompt": edit.prompt, "references": edit.references})
+        words += ["prompts=[]", f"edits=[{asked}]", f"reference_resolution={side}"]
+    elif prompts:
         words.append(f"prompts={json.dumps(prompts[:1], ensure_ascii=False)}")
     return shlex.join(words)
 
 
-def next_steps(job: Train, folder: Path, prompts: list[str]) -> str:
-    """Lines for the end of a run; prompts: of its previews."""
+def _typed(value: object) -> str:
+    """Names, texts and lists as Hydra reads them on a command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_typed(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_typed, value))}]"
+    return quote(str(value), True)
+
+
+def next_steps(job: Train, folder: Path, prompts: list[str], edits: dict[str, Edit] | None = None) -> str:
+    """Lines for the end of a run; prompts: of its previews; edits: those with references."""
     sheet = folder / "previews" / f"step-{job.steps:06d}.png"
     look = f"{sheet} and {folder / 'loss.png'}" if sheet.is_file() else str(folder / "loss.png")
     adapter = shlex.quote(str(folder / "adapter"))
     lines = {
         "look": look,
-        "draw": compare_command(job, folder, prompts),
+        "draw": compare_command(job, folder, prompts, edits),
         "ComfyUI": f"python infer/convert.py adapter.path={adapter} to=comfyui out={shlex.quote(Path(job.run).name)}"
         ".safetensors, and move that file into ComfyUI/models/loras",
         "diffusers": f'pipeline.load_lora_weights("{folder / "adapter"}", weight_name="{FILE}")',

@@ -3,12 +3,13 @@ the averaged weights if there are any."""
 
 import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,12 +20,16 @@ from infer.checkpoint.load import load_scheduler, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.family.family import Text
+from infer.family.packing import FACTOR, pack
 from infer.program.atomic import replace_file
+from infer.sample.edit import Edit, label
 from infer.sample.encode import NotFiniteError, decode
 from infer.sample.generate import Sampling, draw
+from infer.sample.references import encode_files
 from infer.sample.sheet import Layout, sheet_of
 from train.data.caption import texts_of
 from train.data.dataset import Data
+from train.latents.store import Cache
 from train.loop.batch import Samples
 from train.loop.second import NoRoomError, Second, draw_on
 from train.run.config import Train
@@ -33,10 +38,42 @@ SHEET = "flux_lora_sheet"  # the text of a sheet's PNG that says what is drawn w
 DEFAULT = 2  # prompts that are drawn where none are given
 
 
-def default_prompts(samples: Samples, data: Data) -> list[str]:
-    """What is drawn where no prompts are given: captions of held-out pictures, or of the training's, as trained."""
-    indices = samples.validation or samples.train
-    return list(dict.fromkeys(texts_of(samples.all[i], data)[0][0] for i in indices))[:DEFAULT]
+def default_previews(samples: Samples, data: Data) -> dict[str, int]:
+    """What is drawn where no prompts are given: captions of held-out pictures, or of the training's, as trained, each
+    with its sample, whose references go with it."""
+    found: dict[str, int] = {}
+    for i in samples.validation or samples.train:
+        names = [reference.name for reference in samples.all[i].references]
+        found.setdefault(label(texts_of(samples.all[i], data)[0][0], names), i)
+        if len(found) == DEFAULT:
+            break
+    return found
+
+
+def texts_of_previews(
+    job: Train, samples: Samples, cache: Cache, device: torch.device
+) -> tuple[dict[str, Text], dict[str, Edit]]:
+    """What the previews are drawn from, by what they are called; and of those with references in files, these."""
+    texts: dict[str, Text] = {prompt: cache.text(prompt) for prompt in job.previews or []}
+    edits: dict[str, Edit] = {}
+    for name, i in default_previews(samples, job.data).items() if job.previews is None else ():
+        sample, view = samples.all[i], cache.views(i)[0][0]
+        prompt = texts_of(sample, job.data)[0][0]
+        texts[name] = replace(cache.text(prompt), references=tuple(cache.references(i, view, 0)))
+        places = [reference.file for reference in sample.references]
+        if places and None not in places:
+            edits[name] = Edit(prompt, [str(place) for place in places])
+    if job.edits:
+        vae = load_vae(job.model, device)
+        files = [file for edit in job.edits for file in edit.references]
+        latents = encode_files(vae, files, job.data.reference_resolution or max(job.data.resolutions))
+        del vae
+        release(device)
+        for edit in job.edits:
+            name = label(edit.prompt, edit.references)
+            texts[name] = replace(cache.text(edit.prompt), references=tuple(latents[file] for file in edit.references))
+            edits[name] = edit
+    return texts, edits
 
 
 def preview_size(job: Train) -> tuple[int, int]:
@@ -58,7 +95,8 @@ def preview(
     base: dict[str, Tensor] | None = None,
     second: Second | None = None,
 ) -> list[tuple[str, dict[str, Image.Image]]]:
-    """Draw a sheet with one row per prompt: the base, the adapter, and the adapter with its averaged weights.
+    """Draw a sheet with one row per prompt: its first reference if there are some, the base, the adapter, and the
+    adapter with its averaged weights.
 
     The autoencoder is loaded for it and freed afterwards. size: height and width in pixels. write: False takes part in
     the transformer's work only, and leaves the rest to the rank that writes. averaged: puts the averaged weights into
@@ -88,7 +126,10 @@ def preview(
     if not write:
         return []
     vae = load_vae(model, device)
-    pictures = {place: decode(vae, packed, *size) for place, packed in latents.items()}
+    pictures = {}
+    if any(text.references for text in prompts.values()):
+        pictures = {(prompt, "reference"): _reference(vae, text, size) for prompt, text in prompts.items()}
+    pictures |= {place: decode(vae, packed, *size) for place, packed in latents.items()}
     del vae
     release(device)
     if second is not None:
@@ -102,6 +143,17 @@ def preview(
     info.add_text(SHEET, json.dumps({"prompts": list(prompts), "columns": names, "size": size, "layout": 2}))
     replace_file(file, lambda path: board.save(path, format="PNG", pnginfo=info))
     return [(prompt, {name: pictures[prompt, name] for name in names}) for prompt in prompts]
+
+
+def _reference(vae: Any, text: Text, size: tuple[int, int]) -> Image.Image:
+    """The first reference as the transformer is given it, within a picture of this height and width."""
+    ground = Image.new("RGB", size[::-1], "white")
+    if text.references:
+        first = text.references[0]
+        picture = decode(vae, pack(first[None]), first.shape[-2] * FACTOR, first.shape[-1] * FACTOR)
+        picture = ImageOps.contain(picture, ground.size)
+        ground.paste(picture, ((ground.width - picture.width) // 2, (ground.height - picture.height) // 2))
+    return ground
 
 
 def samples_of(sheet: Path, folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from infer.adapter.error_init import Start
 from infer.family.family import Text
 from infer.fast.offload import Offload
+from infer.sample.edit import Edit
 from train.data.batches import SampleIndex
 from train.latents.store import Cache
 from train.loop.batch import Batch, Samples
@@ -86,7 +87,9 @@ class EncodedData:
     cache: Cache
     samples: Samples
     previews: dict[str, Text]
-    """Prompts of the previews, with their embeddings."""
+    """What the previews are called, with their embeddings and references."""
+    edits: dict[str, Edit]
+    """Of the previews with references in files: the prompt and these, by what the preview is called."""
 
 
 @dataclass

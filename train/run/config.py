@@ -8,6 +8,7 @@ from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
 from infer.program.bounds import MANY, SEED, STEPS, check_most
 from infer.quantize.precision import Precision
+from infer.sample.edit import Edit, check_once
 from infer.sample.generate import Sampling
 from train.data.cloud import is_cloud
 from train.data.dataset import Data
@@ -79,6 +80,9 @@ class Train:
     previews: list[str] | None = field(default=None, metadata=MAY_CHANGE)
     """Prompts of the previews, to which the trigger word is not added; null takes the captions of two held-out
     pictures, with it; an empty list draws none."""
+    edits: list[Edit] = field(default_factory=list, metadata=MAY_CHANGE)
+    """More previews, with reference pictures, as in `edits=[{prompt: make it blue, references: [before.png]}]`. Where
+    previews is null, those of held-out pictures are drawn with the references of these."""
     push: str | None = field(default=None, metadata=MAY_CHANGE)
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""
@@ -127,6 +131,7 @@ class Train:
             raise ValueError(f"resume is {self.resume!r}; give a checkpoint's name, such as step-000200, or null")
         if self.push is not None and self.push.count("/") != 1:
             raise ValueError(f"push is {self.push!r}; write owner/name, or null to keep the adapter here")
+        check_once(self.edits)
         if self.mirror is not None and not is_cloud(self.mirror):
             raise ValueError(f"mirror is {self.mirror!r}, no address; write s3://bucket/runs, gs://..., hf://...")
         check_half(self.precision)

@@ -16,6 +16,7 @@ from infer.device.device import check_device_name
 from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.quantize.precision import check_layer_names
+from infer.sample.edit import check_edits
 from train.run.config import Train
 
 
@@ -35,6 +36,7 @@ def check_names(job: Train) -> Path:
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)
+    check_edits(job.edits, job.model, job.data.teach_references)
     checkpoints = folder / "checkpoints"
     if job.resume is not None and not (checkpoints / job.resume).is_dir():
         names = ", ".join(sorted(path.name for path in checkpoints.glob("step-*"))) or "none"

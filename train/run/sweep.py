@@ -13,7 +13,7 @@ class Sweep:
 
     compare: list[str] | None = field(default_factory=list)
     """Options of infer/compare.py, as on its command line; null: points are trained, not compared. Unless the options
-    name an experiment, the prompts are those of `previews`, and the other settings are those of the training."""
+    name an experiment, the prompts are those of `previews` and `edits`, and other settings those of the training."""
     launch: list[str] = field(default_factory=list)
     """The command that starts train/train.py, such as [accelerate, launch, --config_file, F]; empty: python."""
     gpus: list[int] | None = None

@@ -21,7 +21,7 @@ from train.state.checkpoint import list_checkpoints
 
 CONFIG, WRITTEN = "config.yaml", "adapter.sha256"
 ADAPTERS = ("adapter", "adapter-ema")
-PATHS = re.compile(r"(model|data|data\.prior|data\.sources\.\d+)\.path|data(\.sources\.\d+)?\.masks")
+PATHS = re.compile(r"(model|data|data\.prior|data\.sources\.\d+)\.path|data(\.sources\.\d+)?\.(masks|references\.\d+)")
 FILES = re.compile(r"adapter\.(start|recovery)")
 
 
@@ -90,6 +90,8 @@ def _bring_up_to_date(recorded: Any, config: Any) -> None:
             recorded.pop(each.name, None)
         elif each.name not in recorded and each.default is not MISSING:
             recorded[each.name] = each.default
+        elif each.name not in recorded and each.default_factory is list:
+            recorded[each.name] = []
         else:
             _bring_up_to_date(recorded.get(each.name), getattr(config, each.name))
 

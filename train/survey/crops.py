@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from infer.sample.picture import decode
-from train.data.buckets import LATENT, View, cut, cut_mask
+from train.data.buckets import LATENT, View, cut, cut_mask, reference_view
 from train.data.dataset import Data
 from train.data.mask import decode_mask
 from train.data.source import Sample
@@ -52,7 +52,10 @@ def cards(indices: Sequence[int], found: Survey, data: Data, workers: int, room:
     def card(index: int) -> str:
         sample, picture = found.samples[index], found.pictures[index]
         assert picture is not None
-        views = [view for one_each in zip_longest(*picture.views) for view in one_each if view is not None]
+        by_resolution = [
+            [(view, side) for view in views] for side, views in zip(data.resolutions, picture.views, strict=True)
+        ]
+        views = [view for one_each in zip_longest(*by_resolution) for view in one_each if view is not None]
         with room(picture.width * picture.height):
             drawn = "".join(_views(sample, views[:most], data))
         texts = found.texts[index]
@@ -75,25 +78,43 @@ def _tokens(found: Survey, text: str) -> str:
     return "" if found.lengths is None else f" <small>{found.lengths[text]} tokens</small>"
 
 
-def _views(sample: Sample, views: Sequence[View], data: Data) -> Iterator[str]:
+def _views(sample: Sample, views: Sequence[tuple[View, int]], data: Data) -> Iterator[str]:
+    """Each view with its mask, before it those of its references; views: with the resolution that they are of."""
     picture = decode(sample.read(), sample.name, data.background, data.most_pixels)
-    side = SIDE if len(views) == 1 else SIDE // 2 + 32  # several share the card's width
+    shown = [
+        decode(each.read(), f"the reference {each.name}", data.background, data.most_pixels)
+        for each in sample.references
+    ]
+    # several share the card's width
+    side = SIDE if len(views) == 1 and not shown else SIDE // 2 + 32
     mask = None
     if sample.read_mask is not None:
         mask = decode_mask(sample.read_mask(), sample.name, picture.size, data.most_pixels)
-    for view in views:
-        pixels = ((cut(picture, view).permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
-        crop = Image.fromarray(pixels)
-        crop.thumbnail((side, side), Image.Resampling.LANCZOS)
-        images = f'<img alt="" loading="lazy" width="{crop.width}" height="{crop.height}" src="{_uri(crop, "JPEG")}">'
+    for view, resolution in views:
+        for number, reference in enumerate(shown, start=1):
+            own = reference_view(reference.size, picture.size, view, resolution, data)
+            yield _figure(_crop(reference, own, side), own, f"reference{f' {number}' * (len(shown) > 1)}, ")
+        images = _crop(picture, view, side)
         if mask is not None:
             cover = np.zeros((view.height // LATENT, view.width // LATENT, 4), np.uint8)
             cover[..., :3] = COVER
             cover[..., 3] = ((1 - cut_mask(mask, view).numpy()) * 150).round()
             images += f'<img alt="its mask" src="{_uri(Image.fromarray(cover), "PNG")}">'
-        size = f"{view.width} x {view.height}{', mirrored' if view.flip else ''}"
-        ratio = f"--ratio: {view.width / view.height:.4f}"
-        yield f'<figure class="view"><div class="crop" style="{ratio}">{images}</div><span>{size}</span></figure>'
+        yield _figure(images, view, "")
+
+
+def _crop(picture: Image.Image, view: View, side: int) -> str:
+    """A view as an image whose longest side is `side` at most."""
+    pixels = ((cut(picture, view).permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+    crop = Image.fromarray(pixels)
+    crop.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return f'<img alt="" loading="lazy" width="{crop.width}" height="{crop.height}" src="{_uri(crop, "JPEG")}">'
+
+
+def _figure(images: str, view: View, what: str) -> str:
+    size = f"{what}{view.width} x {view.height}{', mirrored' if view.flip else ''}"
+    ratio = f"--ratio: {view.width / view.height:.4f}"
+    return f'<figure class="view"><div class="crop" style="{ratio}">{images}</div><span>{size}</span></figure>'
 
 
 def _uri(picture: Image.Image, form: str) -> str:

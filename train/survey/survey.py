@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.sample.picture import decode, pixel_hash, pixels_of
-from train.data.buckets import View, bucket_of, views_of
+from train.data.buckets import View, bucket_of, reference_view, views_of
 from train.data.caption import dressed, texts_of
 from train.data.dataset import Data, sources_of
 from train.data.mask import decode_mask
-from train.data.source import Sample, Skipped
+from train.data.source import Reference, Sample, Skipped
 from train.latents.workers import Room, work_ahead
 from train.survey.duplicates import Near, near, perceptual_hash, same
 
@@ -161,9 +161,27 @@ def _examine(sample: Sample, data: Data, room: Room) -> Picture | Skipped:
             if sample.read_mask is not None:
                 decode_mask(sample.read_mask(), f"the mask of {sample.name}", picture.size, data.most_pixels)
             views = views_of(*picture.size, data)
-            return Picture(picture.width, picture.height, views, pixel_hash(picture), perceptual_hash(picture))
+            found = Picture(picture.width, picture.height, views, pixel_hash(picture), perceptual_hash(picture))
+        for reference in sample.references:
+            _examine_reference(reference, found, data, room)
+        return found
     except ValueError as error:
         return Skipped(sample.name, str(error).removeprefix(sample.name).strip())
+
+
+def _examine_reference(reference: Reference, picture: Picture, data: Data, room: Room) -> None:
+    """Raises:
+    ValueError: a sample's reference cannot be used; the message follows the sample's name.
+    """
+    name = f"has the reference {reference.name}, which"
+    content = reference.read()
+    with room(pixels_of(content)):
+        size = decode(content, name, data.background, data.most_pixels).size
+    for resolution, views in zip(data.resolutions, picture.views, strict=True):
+        try:
+            reference_view(size, (picture.width, picture.height), views[0], resolution, data)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
 
 
 def _fits(picture: Picture, data: Data) -> list[Fit]:

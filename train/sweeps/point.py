@@ -113,7 +113,12 @@ def commands_of(
         options.append(f"adapter.path={spell(f'runs/{run}/adapter')}")
         if not any(option.startswith("experiment=") for option in sweep["compare"]):
             options += spell_all({"sampling": config["sampling"], "text_length": config["data"]["text_length"]})
-            options += [f"prompts={spell(config['previews'])}"] if config["previews"] else []
+            edits = config.get("edits") or []
+            options += [f"prompts={spell(config['previews'] or [])}"] if config["previews"] or edits else []
+            if edits:
+                side = config["data"]["resolution"]
+                side = config["data"]["reference_resolution"] or (max(side) if isinstance(side, list) else side)
+                options += [f"edits={spell(edits)}", f"reference_resolution={side}"]
         commands["compare"] = [sys.executable, str(ROOT / "infer/compare.py"), *options, *sweep["compare"]]
         if track["kind"] != "none":
             group = track["group"] or config["run"] if track["kind"] == "wandb" else None

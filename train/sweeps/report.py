@@ -165,7 +165,7 @@ def pictures(points: Sequence[Point], sweep: Path) -> str:
         for row in read_results(file).rows:
             line = "with the adapter" if row.adapter else "without adapter"
             picture = _picture(row, point.name, line, file.parent)
-            found.setdefault(row.prompt, {}).setdefault(row.seed, {}).setdefault(line, {})[point.name] = picture
+            found.setdefault(row.asked, {}).setdefault(row.seed, {}).setdefault(line, {})[point.name] = picture
     if not names:
         return ""
 

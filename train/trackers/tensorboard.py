@@ -62,7 +62,7 @@ class TensorBoard:
             adapter = f", {row.adapter}" if row.adapter else ""
             with Image.open(folder / row.image) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            name = f"comparison/{row.precision}{adapter}/{row.prompt} (seed {row.seed})"
+            name = f"comparison/{row.precision}{adapter}/{row.asked} (seed {row.seed})"
             tracker.log_images({name: pixels[None]}, self.last_step, dataformats="NHWC")
 
     def adapter(self, folder: Path, notes: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class Wandb:
         for row in comparison.rows:
             sizes = [count / 2**30 for count in (row.peak_memory_bytes, row.weights_bytes)]
             picture = self.wandb.Image(str(folder / row.image))
-            names = [row.prompt, row.seed, row.precision, row.adapter or "none"]
+            names = [row.asked, row.seed, row.precision, row.adapter or "none"]
             table.add_data(*names, picture, row.seconds, *sizes, *(row.scores.get(name) for name in scores))
         self.tracker.log({"comparison": table})
 

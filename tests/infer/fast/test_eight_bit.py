@@ -19,8 +19,9 @@ from infer.fast.int8_kernels import by_copies, by_loads, rotate_round
 from infer.fast.memory import KEEP, Memory
 from infer.fast.unpack_8bit import hadamard, rotated
 from infer.fast.weights import Stack, dequantize, stack
+from infer.quantize.eight_bit_products import check_card, without_products
 from infer.quantize.layer import quantized_layer
-from infer.quantize.precision import Precision, check_card, without_products
+from infer.quantize.precision import Precision
 from infer.rounding.settings import Recover, check_recover
 from infer.save import Save, save
 from tests.infer.fast.families import CPU, make, velocity

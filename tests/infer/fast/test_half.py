@@ -24,7 +24,8 @@ from infer.fast.install import install
 from infer.fast.memory import KEEP, Memory
 from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of, product_dtype_of, small_dtype, stored_on
-from infer.quantize.precision import Precision, dequantize_to, multiply_plainly
+from infer.quantize.multiply import dequantize_to, multiply_plainly
+from infer.quantize.precision import Precision
 from infer.sample.encode import decode
 from scripts.check_half import NoBf16, make_loud
 from scripts.tiny.make_style import make_style

@@ -226,7 +226,7 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
 
     own = {"own": lambda picture, prompt: 1.0 + (prompt == "p1"), "light": brightness}
     arguments = drift, bleed, tmp_path / "run", latents, "bf16", own
-    result = score_all(rows, *arguments, networks, str(references), CPU)
+    result = score_all(rows, *arguments, networks, str(references), {}, CPU)
     assert result.absent == {"image_reward": "networks.image_reward is null"}
     for row in rows:
         assert (row.scores["psnr_bf16"] is None) == (row.precision == "bf16")
@@ -262,7 +262,7 @@ def test_every_score_is_there_or_named_as_absent(networks: Networks, tmp_path: P
     assert "no adapter" in table_of(difference_cells(result.summary), 3)
 
     rows, latents = drawn(tmp_path / "bare")
-    absent = score_all(rows, [], [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, CPU).absent
+    absent = score_all(rows, [], [], tmp_path / "bare", latents, "bf16", {}, Networks(), None, {}, CPU).absent
     assert absent["lpips"] == "networks.lpips is null" and absent["nearest_rms"] == "references is null"
     assert absent["drift"] == "unrelated is empty" and absent["bleed"] == "class_prompts is empty"
     assert absent.keys() >= {"clip_t", "clip_i", "cmmd", "dino", "kid", "image_reward"}

@@ -18,7 +18,7 @@ SIZES = [(64, 64), (48, 80), (80, 48)]
 def samplers(draw: st.DrawFn, whole: bool = False) -> BatchSampler:
     count = draw(st.integers(1, 30))
     resolutions = draw(st.integers(1, 3))
-    size = st.lists(st.sampled_from(SIZES), min_size=resolutions, max_size=resolutions)
+    size = st.lists(st.sampled_from([(size,) for size in SIZES]), min_size=resolutions, max_size=resolutions)
     repeat = st.sampled_from([1.0, 2.0] if whole else [0.25, 1 / 3, 0.7, 1.0, 1.5, 3.0])
     return BatchSampler(
         draw(st.integers(0, 5)),
@@ -43,7 +43,7 @@ def test_an_epoch_has_each_sample_once_times_its_repeats(sampler: BatchSampler, 
 def test_batches_are_of_one_size_and_full_but_the_last_of_each(sampler: BatchSampler, epoch: int) -> None:
     short = []
     for batch in epoch_batches(sampler, epoch):
-        found = {sampler.sizes[sampler.samples.index(index.sample)][index.resolution] for index in batch}
+        found = {sampler.forms[sampler.samples.index(index.sample)][index.resolution] for index in batch}
         assert len(found) == 1 and 1 <= len(batch) <= sampler.group
         positions = [index.position for index in batch]
         assert positions == sorted(positions)  # the order of the epoch
@@ -76,7 +76,7 @@ def test_resuming_needs_no_history(sampler: BatchSampler, first: int, count: int
 @given(samplers(), st.integers(1, 4), st.integers(1, 4))
 def test_ranks_share_a_batch(sampler: BatchSampler, ranks: int, batch_size: int) -> None:
     """What the ranks take is the batch, and the mean over ranks of their weighted sums is the mean over the batch."""
-    sampler = BatchSampler(sampler.seed, ranks * batch_size, sampler.samples, sampler.sizes, sampler.repeats)
+    sampler = BatchSampler(sampler.seed, ranks * batch_size, sampler.samples, sampler.forms, sampler.repeats)
     for batch in islice(batches_from(sampler, 0), 20):
         taken, mean = [], 0.0
         for rank in range(ranks):
@@ -103,5 +103,5 @@ def test_resolutions_and_seeds_differ() -> None:
     sampler = BatchSampler(0, 2, list(range(40)), [[(64, 64), (128, 128)]] * 40, [1.0] * 40)
     drawn = [[index.resolution for index in epoch_indices(sampler, epoch)] for epoch in range(4)]
     assert all(8 < sum(epoch) < 32 for epoch in drawn) and len(set(map(tuple, drawn))) == 4
-    other = BatchSampler(1, 2, sampler.samples, sampler.sizes, sampler.repeats)
+    other = BatchSampler(1, 2, sampler.samples, sampler.forms, sampler.repeats)
     assert epoch_indices(other, 0) != epoch_indices(sampler, 0)

@@ -220,6 +220,30 @@ def test_gradients_of_several_micro_batches_lie_beside_those_of_a_captured_step(
     assert footprint(replace(job, memory=Memory(graph=False))).gradients == once
 
 
+def test_references_are_as_many_tokens_as_pictures_of_their_size() -> None:
+    """What is kept for the backward pass grows with the tokens: 512 of text, 4,096 of a picture of 1024."""
+    plain = Train(model=DEV, data=Data("a", 1024), memory=Memory("nothing"))
+    for references, resolution, tokens in ((["before"], None, 8704), (["before", "style"], 512, 512 + 4096 + 2 * 1024)):
+        job = replace(plain, data=replace(plain.data, references=references, reference_resolution=resolution))
+        taken, without = footprint(job), footprint(plain)
+        assert taken.checkpoints / without.checkpoints == pytest.approx(tokens / 4608)
+        assert taken.block > without.block and taken.weights == without.weights
+        assert seconds(job, taken, CARDS["H100"]) > seconds(plain, without, CARDS["H100"])
+        assert f"with {len(references)} reference" in table(job, taken)
+
+
+def test_references_are_planned_as_they_were_measured() -> None:
+    """Memory within 5 %; time is 7 to 12 % short, as attention at 8,704 tokens and more is slower than planned."""
+    lines = (ROOT / "docs" / "benchmarks" / "references.jsonl").read_text().splitlines()
+    found = [row["seen"] for row in map(json.loads, lines) if "seen" in row]
+    assert len(found) == 4
+    for seen in found:
+        job = VARIANTS[seen["variant"]].job
+        taken = footprint(job)
+        assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.05)
+        assert 0.87 < seconds(job, taken, CARDS["H200"]) / seen["seconds"] < 1
+
+
 def test_less_is_kept_in_less_memory_and_more_time() -> None:
     job = Train(model=DEV, data=Data(resolution=1024))
     kept = [replace(job, memory=Memory(keep)) for keep in ("nothing", "attention", "everything")]
@@ -241,6 +265,9 @@ def test_keeping_everything_in_more_blocks_goes_from_balanced_to_fast() -> None:
     whole = replace(job, memory=Memory("everything"))
     assert seconds(whole, footprint(whole), CARDS["H100"]) == pytest.approx(times[-1])
     assert footprint(whole).checkpoints == taken[-1].checkpoints
+    copied = replace(job, memory=Memory("everything", unpacked=True))
+    assert seconds(copied, footprint(copied), CARDS["H100"]) < times[-1]
+    assert 12 < (footprint(copied).weights - taken[-1].weights) / GIB < 20
     # linear between: 10 and 30 blocks
     assert times[0] - times[1] == pytest.approx((times[0] - times[2]) / 3)
 
@@ -254,7 +281,6 @@ def test_auto_takes_what_the_card_has_and_a_resumed_run_keeps_it(tmp_path: Path)
         assert footprint(replace(job, memory=memory)).peak <= gib * GIB
         kept[gib] = 57 if memory.keep == "everything" else memory.keep_all
     assert list(kept.values()) == sorted(kept.values()) and 0 < kept[16.0] < kept[20.0] < 57 == kept[30.0]
-    assert auto.decide(job, [60.0])[0].unpacked and not auto.decide(job, [30.0])[0].unpacked
     assert auto.decide(job, [8.0])[0].budget_gib is not None
     tiny = replace(job, model=Model("scripts/tiny/model"), data=Data(resolution=128))
     assert auto.decide(tiny, [79.0])[0] == Memory("attention", graph=False)  # next to nothing to save

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer.family.family import Text
-from train.data.batches import batches_from, epoch_batches, share
+from train.data.batches import Form, batches_from, epoch_batches, share
 from train.data.buckets import View, views_of
 from train.data.caption import texts_of
 from train.data.dataset import Data, Prior, Sample, Source
@@ -37,6 +37,12 @@ class Numbers:
 
     def views(self, index: int) -> list[list[View]]:
         return views_of(*SIZES[index % len(SIZES)], self.data)
+
+    def forms(self, index: int) -> list[Form]:
+        return [((views[0].height, views[0].width),) for views in self.views(index)]
+
+    def references(self, index: int, view: View, resolution: int) -> list[Tensor]:
+        return []
 
     def identity(self, index: int) -> str:
         return f"pixels {index}"

@@ -91,7 +91,7 @@ def test_what_has_moved_is_left_to_its_content(home: Path) -> None:
 GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep"
 MAY_CHANGE = {
     "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
-    "validate_every", "preview_every", "previews", "push", "mirror", "device", "data.on_error", "data.least",
+    "validate_every", "preview_every", "previews", "edits", "push", "mirror", "device", "data.on_error", "data.least",
     "data.cache",
     "encode.batch_pixels", "encode.workers", "encode.decode_pixels", "encode.shard_mib", "encode.flush_seconds",
     "encode.verify", "validation_levels", "data.image_column", "data.caption_column", "data.caption_lines",
