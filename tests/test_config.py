@@ -414,7 +414,6 @@ WRONG = [
         for name in ("save_every", "validate_every", "preview_every")
     ],
     ("page", "port=-1", "port is -1; it must be 0"),
-    ("page", "folders=[/nowhere]", "folders names '/nowhere', which is no folder"),
     ("choose", "weights=[1,0]", "weights has 0.0; give numbers but 0"),
     ("choose", "weights=[]", "weights is \\[\\]; give at least one"),
     ("choose", "take=last", "'last' is no checkpoint's name"),

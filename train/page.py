@@ -22,8 +22,11 @@ def page(options: Page) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        ValueError: its packages are not installed, or the port is taken.
+        ValueError: its packages are not installed, a folder is not there, or the port is taken.
     """
+    for folder in options.folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"folders names {folder!r}, which is no folder; give folders of pictures")
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise ValueError("the page needs starlette and uvicorn: pip install -e '.[page]'")
     from train.watch.serve import serve

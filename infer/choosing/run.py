@@ -88,6 +88,8 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
             f"run {folder} starts from the quantization's error (adapter.init or adapter.recovery), and its "
             "checkpoints do not say that part; compare its adapter with infer/compare.py"
         )
+    if data.get("references"):
+        raise ValueError(f"run {folder} learned edits of references, which are not drawn here; see its previews")
     return RunFiles(
         folder,
         model,

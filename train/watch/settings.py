@@ -1,7 +1,6 @@
 """The settings of the page."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from infer.program.bounds import check_most
 from infer.program.paths import expanded
@@ -23,6 +22,3 @@ class Page:
         self.folders = [expanded(folder) for folder in self.folders]
         if self.port < 0:
             raise ValueError(f"port is {self.port}; it must be 0 (one that is free) or more, such as 7878")
-        for folder in self.folders:
-            if not Path(folder).is_dir():
-                raise ValueError(f"folders names {folder!r}, which is no folder; give folders of pictures")

@@ -27,6 +27,7 @@ from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from tests.forked import Forked
 from train.data.dataset import Data
+from train.loop.validation import Validation
 from train.objective.ema import Average
 from train.objective.optim import Optim
 from train.run.config import Train
@@ -173,6 +174,8 @@ def test_two_ranks_stop_together_and_one_goes_on(job: Train, place: Path) -> Non
     apart = sum(float((value - two["adapter"][key]).square().sum()) for key, value in one["adapter"].items()) ** 0.5
     assert moved > 0 and apart < 1e-3 * moved
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        for name in ("validation_loss_by_level", "validation_loss_ema_by_level"):
+            assert a.pop(name, []) == pytest.approx(b.pop(name, []), rel=1e-3)
         assert a == pytest.approx(b, rel=1e-3)
 
 
@@ -251,7 +254,7 @@ def test_a_checkpoint_names_its_base_and_holds_none_of_it(
 
 def test_the_best_and_the_last_are_kept(job: Train, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([9.0, 9.0, 3.0, 8.0, 1.0, 7.0, 4.0, 6.0, 5.0, 5.0])  # own and averaged weights in turn
-    monkeypatch.setattr(FIT, "validate", lambda *_: {"validation_loss": next(figures)})
+    monkeypatch.setattr(FIT, "validate", lambda *_: Validation({"validation_loss": next(figures)}, []))
     train(replace(job, run="best", save_every=3, keep=1, keep_best=2, validate_every=2))
     # averaged: step 2 8.0, 4 7.0, 6 6.0, 8 5.0; 8 is the last and among the best too
     assert [path.name for path in list_checkpoints(place / "runs/best/checkpoints")] == ["step-000006", "step-000008"]

@@ -97,6 +97,8 @@ def test_an_idle_page_takes_next_to_nothing_and_a_taken_port_is_said(home: Path)
             port = address.split(":")[3].split("/")[0]
             taken = subprocess.run([*words[:2], f"port={port}", "open=false"], capture_output=True, text=True)
             assert taken.returncode == MEND and f"error: port {port} is taken, perhaps by another page" in taken.stderr
+            absent = subprocess.run([*words[:2], "folders=[nowhere]"], capture_output=True, text=True)
+            assert absent.returncode == MEND and "folders names 'nowhere', which is no folder" in absent.stderr
         finally:
             page.terminate()
     with listen(0) as sock, pytest.raises(ValueError, match="choose another one"):
