@@ -70,6 +70,7 @@ def dump(session: Session, parts: list[RankBatch], step: int, report: dict[str, 
     for part in parts:
         batch = training_batch(job, data.cache, data.samples, part.indices, part.weight, torch.device("cpu"))
         tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        tensors |= {f"references.{i}": latents for i, latents in enumerate(tensors.pop("references"))}
         content = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
         _write(folder / f"batch-{part.micro}-{part.slot}.safetensors", content)
     if report is None:
