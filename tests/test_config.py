@@ -417,6 +417,8 @@ WRONG = [
     ("choose", "weights=[1,0]", "weights has 0.0; give numbers but 0"),
     ("choose", "weights=[]", "weights is \\[\\]; give at least one"),
     ("choose", "take=last", "'last' is no checkpoint's name"),
+    ("choose", "take=best weights=[0.7]", "weights is .*, which has no effect: take=best draws nothing"),
+    ("choose", "take=best sampling.steps=4", "sampling.steps is 4, which has no effect: take=best draws nothing"),
     ("choose", "checkpoints=[200]", "'200' is no checkpoint's name"),
     ("choose", "sampling.model=distilled", "checkpoints are drawn on the run's own model"),
     ("plan", "fit_gib=-1", "fit_gib is -1.0; it must be above 0, or null"),
