@@ -24,7 +24,7 @@ from infer.program.quiet import ready
 from train.data.dataset import check_left, check_taught, read_samples, sources_of
 from train.objective.preservation import check_preserved
 from train.run.config import Train
-from train.run.names import check_names
+from train.run.names import check_names, check_resumed
 from train.state.mirror import mirrored
 from train.state.signals import StopSignals
 
@@ -37,8 +37,12 @@ def train(job: Train) -> Path:
         check_left(job.data, samples, skipped)
         check_taught(job.model, job.data, samples)
         own = (sample for sample in samples if not sources_of(job.data)[sample.source].prior)
-        check_preserved(job.preserve, job.data.trigger, (text for sample in own for text in sample.captions))
-        with mirrored(job.mirror, job.run, folder):
+        prefix, suffix = job.data.prefix, job.data.suffix
+        captions = (f"{prefix}{text}{suffix}" for sample in own for text in sample.captions)
+        check_preserved(job.preserve, job.data.trigger, captions)
+        with mirrored(job.mirror, job.run, folder) as brought_back:
+            if brought_back:
+                check_resumed(job, folder)
             ready()
             from train.loop.repeat import repeating
             from train.loop.run import run

@@ -80,6 +80,8 @@ def write_captions(options: WriteCaptions) -> Path:
     Raises:
         ValueError: the folder, a picture or the captioner cannot be read.
     """
+    if not options.data.path:
+        raise ValueError("data.path is empty; set it to the folder of the pictures")
     check_device_name(options.device)
     folder = Path(options.data.path)
     pictures = list_pictures(folder)

@@ -54,7 +54,9 @@ def _update(address: str, folder: Path, option: str) -> Path:
     try:
         system, root = open_address(address, option)
         there = _list(system, root)
-    except (OSError, RuntimeError, PermissionError) as error:  # each file system raises its own kinds
+    except ValueError:
+        raise
+    except Exception as error:  # botocore's, gcsfs's and aiohttp's errors have no base in common
         if not known["whole"]:
             raise ValueError(
                 f"{option} {address} cannot be listed ({said_of(error)}); check address and access"
@@ -90,7 +92,7 @@ def _update(address: str, folder: Path, option: str) -> Path:
         for i, (name, job) in enumerate(jobs.items()):
             try:
                 job.result()
-            except (OSError, RuntimeError) as error:
+            except Exception as error:
                 _save(record, known)
                 pool.shutdown(cancel_futures=True)
                 raise ValueError(

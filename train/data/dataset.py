@@ -264,6 +264,10 @@ def _here(source: Source, data: Data) -> Source:
     if source.masks is not None and is_cloud(source.masks):
         option = "data.masks" if source.masks == data.masks else "a source's masks"
         source = replace(source, masks=str(local_copy(source.masks, cache, option)))
+    if any(map(is_cloud, source.references)):
+        option = "data.references" if source.references == data.references else "a source's references"
+        here = [str(local_copy(each, cache, option)) if is_cloud(each) else each for each in source.references]
+        source = replace(source, references=here)
     return source
 
 

@@ -69,7 +69,8 @@ def dump(session: Session, parts: list[RankBatch], step: int, report: dict[str, 
     folder = session.run.folder / "skipped" / f"step-{step:06d}"
     for part in parts:
         batch = training_batch(job, data.cache, data.samples, part.indices, part.weight, torch.device("cpu"))
-        tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "references"}
+        tensors |= {f"references.{number}": each for number, each in enumerate(batch.references)}
         content = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
         _write(folder / f"batch-{part.micro}-{part.slot}.safetensors", content)
     if report is None:

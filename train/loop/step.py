@@ -33,14 +33,15 @@ def take_step(loop: Loop) -> tuple[Update, dict[str, float]]:
     average_gradients(parameters, run.accelerator)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     asked = run.requests
+    save, sample = (asked is not None and asked.pop(kind) for kind in ("save", "sample"))
     reduced = reduce_update(
         run.accelerator,
         job.data.batch_size,
         losses,
         norm,
         run.stop.requested(),
-        save_overdue(loop) or (asked is not None and asked.pop("save")),
-        asked is not None and asked.pop("sample"),
+        save or save_overdue(loop),
+        sample,
     )
     # queued before anybody has read the losses, so that the device does not wait
     queued = isinstance(loop.optimizer, torch.optim.AdamW)

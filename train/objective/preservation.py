@@ -62,7 +62,7 @@ def preserved_text(text: str, preserve: Preserve, trigger: str | None) -> str:
 
 
 def check_preserved(preserve: Preserve, trigger: str | None, captions: Iterable[str]) -> None:
-    """Compare the settings with the captions as they are written, those of class pictures left out.
+    """Compare the settings with the captions of all but class pictures, with prefix and suffix and without the trigger.
 
     Raises:
         ValueError: there is no trigger, or the class word is in no caption and the trigger, whose place it would take,

@@ -37,16 +37,24 @@ def check_names(job: Train) -> Path:
     match_targets(layers, job.adapter.targets, job.adapter.rank)
     check_layer_names(job.precision, layers)
     check_edits(job.edits, job.model, job.data.teach_references)
+    if job.mirror is None:  # which brings them back first
+        check_resumed(job, folder)
+    for path in (job.adapter.start, job.adapter.recovery):
+        if path is not None:
+            read_notes(find_adapter(path))
+    return folder
+
+
+def check_resumed(job: Train, folder: Path) -> None:
+    """Raises:
+    ValueError: there is no checkpoint of the name that the run is to go on from.
+    """
     checkpoints = folder / "checkpoints"
     if job.resume is not None and not (checkpoints / job.resume).is_dir():
         names = ", ".join(sorted(path.name for path in checkpoints.glob("step-*"))) or "none"
         raise ValueError(
             f"resume is {job.resume!r}, but the checkpoints in {checkpoints} are: {names}; choose one, or null"
         )
-    for path in (job.adapter.start, job.adapter.recovery):
-        if path is not None:
-            read_notes(find_adapter(path))
-    return folder
 
 
 def check_second(job: Train) -> None:

@@ -8,6 +8,7 @@ Where the run is not here, as on a new machine, it is brought back first, and th
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,22 +17,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.data.cloud import open_address, said_of
+from train.state.checkpoint_names import checkpoint_steps
 
 EVERY = 30.0  # seconds
-FAILURES = (OSError, RuntimeError, ValueError)  # each file system raises its own kinds of these
 State = tuple[int, int]
 """Of a file: size and time of its last change."""
 
 
 @contextmanager
-def mirrored(address: str | None, run: str, folder: Path) -> Iterator[None]:
+def mirrored(address: str | None, run: str, folder: Path) -> Iterator[bool]:
     """Within, a run's folder is brought back from, and copied to, `address`/`run`; address None: nothing is done.
+
+    Yields: whether this process, the main one, has done so.
 
     Raises:
         ValueError: the file system is not known, its library is not installed, or what is there cannot be brought back.
     """
     if address is None or os.environ.get("RANK", "0") != "0":
-        yield
+        yield False
         return
     system, root = open_address(address, "mirror")
     there = f"{root.rstrip('/')}/{run}"
@@ -41,13 +44,13 @@ def mirrored(address: str | None, run: str, folder: Path) -> Iterator[None]:
     thread = threading.Thread(target=_copy_on, args=(system, there, folder, sent, ended, address), daemon=True)
     thread.start()
     try:
-        yield
+        yield True
     finally:
         ended.set()
         thread.join()
         try:
             copy_changed(system, there, folder, sent)
-        except FAILURES as error:
+        except Exception as error:
             _say(f"{folder} could not be copied to {address} ({said_of(error)}); the same command tries again")
 
 
@@ -57,7 +60,7 @@ def _copy_on(
     while not ended.wait(EVERY):
         try:
             copy_changed(system, there, folder, sent)
-        except FAILURES as error:
+        except Exception as error:  # botocore's, gcsfs's and aiohttp's errors have no base in common
             _say(f"{folder} could not be copied to {address} ({said_of(error)}); it is tried again")
 
 
@@ -65,12 +68,15 @@ def bring_back(system: Any, there: str, folder: Path, address: str) -> None:
     """Download a run that is not here.
 
     Raises:
-        ValueError: it cannot be downloaded, or holds a name that leaves its folder.
+        ValueError: it cannot be downloaded, holds a name that leaves its folder, or has gone on further than the one
+            that is here.
     """
-    if (folder / "config.yaml").exists():
-        return
+    is_here = (folder / "config.yaml").exists()
     try:
         names = _names_there(system, there)
+        if is_here:
+            _check_newer(names, folder, address)
+            return
         for name in names:
             if ".." in PurePosixPath(name).parts or "\\" in name:
                 raise ValueError(f"mirror {address} holds {name!r}, whose name leaves its folder; take it out")
@@ -80,10 +86,29 @@ def bring_back(system: Any, there: str, folder: Path, address: str) -> None:
         for name in sorted(names, key=lambda name: name == "config.yaml"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             system.get_file(f"{there}/{name}", str(folder / name))
-    except (OSError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:
+        if is_here:
+            _say(f"{address} cannot be listed ({said_of(error)}); training goes on with what is here")
+            return
         raise ValueError(
             f"{folder} cannot be brought back from mirror {address} ({said_of(error)}); mend that, or set mirror=null"
         ) from error
+
+
+def _check_newer(names: set[str], folder: Path, address: str) -> None:
+    """Raises:
+    ValueError: the copy has gone on further than the run that is here, which would be copied over it.
+    """
+    found = (re.fullmatch(r"checkpoints/step-(\d+)/.+", name) for name in names)
+    copied = max((int(each[1]) for each in found if each), default=0)
+    here = max(checkpoint_steps(folder / "checkpoints"), default=0)
+    if copied > here:
+        raise ValueError(
+            f"mirror {address} holds step {copied} of this run and {folder} step {here} at most: it has gone on "
+            f"elsewhere; delete {folder} to have that brought back, or choose another name with run=..."
+        )
 
 
 def copy_changed(system: Any, there: str, folder: Path, sent: dict[str, State]) -> None:

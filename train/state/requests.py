@@ -26,10 +26,10 @@ class Requests:
 
     def __init__(self, folder: Path, stop: StopSignals) -> None:
         self.folder, self.stop = folder / FOLDER, stop
-        self.asked = dict.fromkeys(KINDS, False)
+        self.asked: set[str] = set()
         self.ended = threading.Event()
         self.take()
-        self.asked = dict.fromkeys(KINDS, False)
+        self.asked.clear()
 
     def take(self) -> None:
         """Move what the folder holds into `asked`."""
@@ -38,7 +38,7 @@ class Requests:
                 (self.folder / kind).unlink()
             except OSError:  # it is not there, or the folder was deleted meanwhile
                 continue
-            self.asked[kind] = True
+            self.asked.add(kind)
 
     def watch(self) -> None:
         """Look again and again until the run ends."""
@@ -49,8 +49,10 @@ class Requests:
 
     def pop(self, kind: str) -> bool:
         """Whether this was asked for since the last call."""
-        was, self.asked[kind] = self.asked[kind], False
-        return was
+        if kind not in self.asked:  # what the thread adds after this is found by the next call
+            return False
+        self.asked.discard(kind)
+        return True
 
 
 @contextmanager

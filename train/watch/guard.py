@@ -8,11 +8,10 @@ JSON, which no foreign form can send.
 
 import hashlib
 import secrets
-from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -103,7 +102,8 @@ class Guard:
             enter = RedirectResponse("/", 303)
             enter.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
             return enter
-        if self._right(_cookies(headers).get(self.cookie, "")):
+        # other programs' cookies may be there and need not be well formed, which SimpleCookie would refuse as a whole
+        if self._right(cookie_parser(headers.get("cookie", "")).get(self.cookie, "")):
             return None
         return PlainTextResponse(
             "This page is opened by the address with the token that train/page.py printed when it started.", 401
@@ -111,13 +111,6 @@ class Guard:
 
     def _right(self, token: str) -> bool:
         return secrets.compare_digest(token.encode(), self.token.encode())
-
-
-def _cookies(headers: Headers) -> Mapping[str, str]:
-    try:
-        return {name: one.value for name, one in SimpleCookie(headers.get("cookie", "")).items()}
-    except CookieError:
-        return {}
 
 
 def _with_headers(send: Send) -> Send:

@@ -103,7 +103,7 @@ def data_folder(named: list[str], name: str) -> Path:
     if name not in folders:
         raise RefusedError(
             f"{name!a} is no folder that this page may show; start it again with folders=[that/folder], or put the "
-            "pictures in a folder within runs/"
+            "pictures in a folder directly within runs/"
         )
     if not folders[name].is_dir():
         raise RefusedError(f"{name!a} is not there any more")

@@ -103,6 +103,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             write_captions(WriteCaptions(Folder(str(path)), device="cpu"))
+    with pytest.raises(ValueError, match=r"data\.path is empty"):  # not: all pictures below the working folder
+        write_captions(WriteCaptions(device="cpu"))
     plain = pictures(tmp_path / "plain", "a.png")
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"captioner .* cannot be loaded .*; give the Hub id or folder"):

@@ -15,6 +15,10 @@ from train.data.cloud import is_cloud, local_copy
 from train.data.dataset import Data, Source, read_samples
 
 
+class RefusedError(Exception):
+    """No OSError, as botocore's NoCredentialsError is none."""
+
+
 @pytest.fixture
 def bucket() -> Iterator[MemoryFileSystem]:
     system = fsspec.filesystem("memory")
@@ -93,7 +97,7 @@ def test_a_download_that_breaks_off_goes_on(
     def breaking(self: MemoryFileSystem, path: str, local: str, **options: Any) -> None:
         if path.endswith("/25.txt"):
             Path(local).write_bytes(b"2")
-            raise OSError("connection lost")
+            raise RefusedError("connection lost")
         get(self, path, local, **options)
 
     with monkeypatch.context() as broken:
@@ -112,7 +116,7 @@ def test_without_a_network_a_whole_copy_is_used(
     copy = local_copy("memory://set", tmp_path / "cache", "data.path")
 
     def gone(*args: Any, **options: Any) -> None:
-        raise OSError("no route to host")
+        raise RefusedError("no route to host")
 
     monkeypatch.setattr(MemoryFileSystem, "find", gone)
     assert local_copy("memory://set", tmp_path / "cache", "data.path") == copy
@@ -129,6 +133,14 @@ def test_a_single_file_and_several_sources(bucket: MemoryFileSystem, tmp_path: P
     sources = [Source(f"file://{twin}"), Source(str(shutil.copytree(twin, tmp_path / "second")))]
     found, _ = read_samples(Data(sources=sources, cache=str(tmp_path / "cache")))
     assert [one.source for one in found] == [0, 0, 1, 1]
+
+
+def test_references_in_the_cloud(bucket: MemoryFileSystem, tmp_path: Path) -> None:
+    after, before = pictures(tmp_path / "after", "a.png", "b.png"), pictures(tmp_path / "before", "b.png", "a.png")
+    bucket.put(str(before), "/before", recursive=True)
+    found, _ = read_samples(Data(str(after), references=["memory://before"], cache=str(tmp_path / "cache")))
+    said = [(Path(one.name).name, one.references[0].read()) for one in found]
+    assert said == [(name, (before / name).read_bytes()) for name in ("a.png", "b.png")]
 
 
 def test_what_cannot_be_copied(bucket: MemoryFileSystem, tmp_path: Path) -> None:

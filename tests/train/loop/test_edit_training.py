@@ -43,6 +43,7 @@ from train.loop.batch import (
     validation_batch,
     validation_items,
 )
+from train.objective.optim import Optim
 from train.run.config import Train
 from train.train import train
 
@@ -224,6 +225,19 @@ def test_a_run_is_drawn_and_resumed_bit_for_bit(
     train(replace(job, run="again", steps=2, previews=[], edits=[]))
     again = load_file(train(replace(job, run="again", previews=[], edits=[])) / FILE)
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_an_update_that_is_left_out_is_dumped_with_its_references(
+    folder: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = replace(job_of(folder, tiny).data, sources=sources(folder)[:1], reference_dropout=0)
+    job = job_of(folder, tiny, data=data, run="wild", optim=Optim(lr=1e9), stop_after_bad=1, previews=[])
+    with pytest.raises(ValueError, match="was not finite 1 times in a row"):
+        train(job)
+    (file,) = Path("runs/wild/skipped").glob("*/batch-0-0.safetensors")
+    dumped = load_file(file)
+    assert dumped["references.0"].shape[0] == dumped["references.1"].shape[0] == dumped["x0"].shape[0]
 
 
 def test_what_cannot_be_is_refused(folder: Path, tiny: Model, klein: Model, tmp_path: Path) -> None:

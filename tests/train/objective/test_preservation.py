@@ -1,6 +1,8 @@
 """Output preservation: which text is preserved, what is refused, and the gradient against one made by hand."""
 
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -75,6 +77,10 @@ def test_it_is_refused_before_torch_is_imported(tiny: Model, tmp_path: Path, mon
     data = Data(str(tmp_path), 64, trigger="sks", validation=0)
     with pytest.raises(ValueError, match=r"preserve\.word is 'dog', which no caption holds, as in 'a ring'"):
         train(Train(tiny, data=data, preserve=Preserve("class", "dog"), device="cpu"))
+    for changes in ({"prefix": "a dog with "}, {"suffix": " on a dog"}):  # the word may stand around every caption
+        monkeypatch.setattr("train.train.ready", Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            train(Train(tiny, data=replace(data, **changes), preserve=Preserve("class", "dog"), device="cpu"))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -13,6 +13,10 @@ from train.state import mirror
 from train.state.mirror import bring_back, copy_changed, mirrored
 
 
+class RefusedError(Exception):
+    """No OSError, as botocore's NoCredentialsError is none."""
+
+
 @pytest.fixture
 def cloud() -> Iterator[MemoryFileSystem]:
     system = fsspec.filesystem("memory")
@@ -76,9 +80,24 @@ def test_a_machine_that_is_taken_away(cloud: MemoryFileSystem, run: Path) -> Non
         assert here(run) == there(cloud)
         (run / "metrics.jsonl").write_text("newer")
     assert there(cloud)["metrics.jsonl"] == b"newer"
-    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "previews")
     with mirrored("memory://bucket", "mine", run):  # the run is here: nothing is brought back
-        assert not (run / "checkpoints").exists()
+        assert not (run / "previews").exists()
+
+
+def test_a_run_that_went_on_elsewhere_is_not_copied_over(cloud: MemoryFileSystem, run: Path) -> None:
+    copy_changed(cloud, "/bucket/mine", run, {})
+    cloud.pipe("/bucket/mine/checkpoints/step-000020/adapter.safetensors", b"further")
+    before = there(cloud)
+    with (
+        pytest.raises(ValueError, match=r"holds step 20 of this run and .*mine step 10 at most: it has gone on els"),
+        mirrored("memory://bucket", "mine", run),
+    ):
+        pass
+    assert there(cloud) == before
+    shutil.rmtree(run)
+    with mirrored("memory://bucket", "mine", run):
+        assert here(run) == before
 
 
 def test_it_is_copied_while_it_trains(cloud: MemoryFileSystem, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,9 +115,10 @@ def test_a_cloud_that_fails_stops_no_training(
     cloud: MemoryFileSystem, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: Any, **options: Any) -> None:
-        raise OSError("quota exceeded")
+        raise RefusedError("quota exceeded")
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", full)
+    monkeypatch.setattr(MemoryFileSystem, "find", full)
     with mirrored("memory://bucket", "mine", run):
         pass
     assert "could not be copied to memory://bucket (quota exceeded)" in capsys.readouterr().err
@@ -109,7 +129,7 @@ def test_what_cannot_be_brought_back(cloud: MemoryFileSystem, run: Path, monkeyp
     shutil.rmtree(run)
 
     def broken(*args: Any, **options: Any) -> None:
-        raise OSError("connection lost")
+        raise RefusedError("connection lost")
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", broken)
     with pytest.raises(ValueError, match=r"brought back from mirror memory://bucket \(connection lost\); mend"):

@@ -31,7 +31,7 @@ def test_requests_reach_a_run_once_and_stop_is_a_signal(tmp_path: Path, monkeypa
         stop.defer()
         assert not requests.pop("save") and not (tmp_path / FOLDER / "save").exists()
         ask(tmp_path, "sample")
-        wait_for(lambda: requests.asked["sample"])
+        wait_for(lambda: "sample" in requests.asked)
         assert requests.pop("sample") and not requests.pop("sample") and not stop.requested()
         ask(tmp_path, "stop")
         wait_for(stop.requested)

@@ -193,6 +193,15 @@ def test_a_checkpoint_by_name(
     assert (folder / "adapter.aside" / FILE).is_file() and (folder / "adapter-ema.aside" / FILE).is_file()
     assert "resuming at step 4 of 8" in said and "step-000006.aside: the run goes on from step 4" in said
     assert not differences(whole, ended(folder))
+    cloud = f"file://{place}/cloud"
+    (place / "cloud").mkdir()
+    shutil.move(copied(place, "back"), place / "cloud/back")
+    with pytest.raises(ValueError, match=r"resume is 'step-000003', but the checkpoints in .* are: step-000002"):
+        train(replace(job, run="back", mirror=cloud, resume="step-000003"))
+    shutil.rmtree(place / "runs/back")  # another machine has only what is in the cloud
+    train(replace(job, run="back", mirror=cloud, resume="step-000006"))
+    assert "resuming at step 6 of 8" in capsys.readouterr().out
+    assert not differences(whole, ended(place / "runs/back"))
     file = folder / "checkpoints/step-000002/ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="step-000002 is damaged"):

@@ -78,6 +78,11 @@ def test_a_wrong_token(served: Served, cookie: str) -> None:
     refused(served, "GET", "/api/runs", {"Cookie": cookie.replace("{name}", name).replace("{token}", TOKEN)})
 
 
+def test_cookies_of_other_programs_on_this_machine(served: Served) -> None:
+    headers = served.good | {"Cookie": f'theirs={{"a": [1, 2]}}; {served.cookie}; more="'}
+    assert served.raw("GET", "/api/runs", headers)[0] == 200
+
+
 @pytest.mark.parametrize("query", ["?token=", "?token=wrong", f"?token={TOKEN}&token={TOKEN}", f"?TOKEN={TOKEN}"])
 def test_a_wrong_token_in_the_address(served: Served, query: str) -> None:
     refused(served, "GET", f"/{query}", {"Cookie": None})
