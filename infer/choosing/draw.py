@@ -23,7 +23,9 @@ from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.choosing.best import Entry, choose_best
 from infer.choosing.run import RunFiles, read_checkpoint_pairs
 from infer.choosing.settings import Choose, references_of
+from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
+from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.program.atomic import replace_file
 from infer.quantize.compute import stored_on
@@ -84,17 +86,30 @@ def _drawn(
     precision = stored_on(decide(model, precision, device, print), device)
     rows: list[Row] = []
     latents: dict[Key, Tensor] = {}
+    if memory.fused and memory.compiles(device):
+        prepare_compiler(device)
     with tqdm(total=len(states) * len(every), unit="picture", desc="draw") as bar:
         with text_encoder(model, precision, device, files.text_length) as encoder:
             texts = dict(zip(every, drawn_texts(model, encoder, every), strict=True))
         transformer = load_transformer(model, precision, device, hold_of(memory))
         vae, scheduler = load_vae(model, device), load_scheduler(model)
-        choose_path(transformer, memory, precision, device, bar.write)
+        path, offload = choose_path(transformer, memory, precision, device, bar.write)
+        if path.graphs(device):
+            Sampler(transformer, offload)
+
+        def warm_up() -> None:
+            """A picture of one step that nobody looks at."""
+            once = replace(sampling, steps=1)
+            decode(vae, draw(transformer, scheduler, texts[every[0]], 0, once, size, device), *size)
+
         on: list[str] = []
         for number, (name, weight) in enumerate(states):
             for old in on:
                 remove_adapter(transformer, old, model)
             on = [] if name is None else load_chosen(transformer, Trained(adapters[name], None, weight), model)
+            if offload is not None:
+                assert memory.budget_gib is not None
+                offload.fit(memory.budget_gib, warm_up)
             bar.set_postfix_str(_label(name, weight) or "base")
             for i, prompt in enumerate(every):
                 began = time.perf_counter()
@@ -107,7 +122,7 @@ def _drawn(
                 rows.append(row)
                 latents[key_of(row)] = packed.cpu()
                 bar.update()
-        del transformer, vae
+        del transformer, vae, offload
         release(device)
     own = [row for row in rows if row.prompt in prompts]
     others = [row for row in rows if row.prompt not in prompts]
