@@ -52,7 +52,10 @@ def choose(options: Choose) -> Path:
         lines.append([entry["name"], f"{entry['weight']:g}", *("" if x is None else number(x) for x in figures)])
     print(text_table(lines))
     best = said["best"]
-    print(f"best: {best['name']}, {best['reason']}\ntake it: python infer/choose.py run={options.run} take=best")
+    strength = "" if best["weight"] == 1 else f" at {best['weight']:g}"
+    print(
+        f"best: {best['name']}{strength}, {best['reason']}\ntake it: python infer/choose.py run={options.run} take=best"
+    )
     return files.folder / "choose" / RESULT
 
 

@@ -185,13 +185,13 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
-    # the model is found from anywhere, not from the repository's root alone; auto asks the card of a run
-    assert differences(made("train"), Train()) == {"model.path", "memory.keep"}
+    # the model is found from anywhere, not from the repository's root alone
+    assert differences(made("train"), Train()) == {"model.path"}
     assert not differences(made("convert"), Convert())
     recovery = made("recover")
     others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
     assert differences(recovery, others) == {"model.path"}
-    assert differences(made("plan"), Plan()) == {"model.path", "memory.keep"}
+    assert differences(made("plan"), Plan()) == {"model.path"}
     for root in ("cache", "draw", "look", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == SendComparison(Track("wandb"))
@@ -417,6 +417,8 @@ WRONG = [
     ("choose", "weights=[1,0]", "weights has 0.0; give numbers but 0"),
     ("choose", "weights=[]", "weights is \\[\\]; give at least one"),
     ("choose", "take=last", "'last' is no checkpoint's name"),
+    ("choose", "take=best weights=[0.7]", "weights is .*, which has no effect: take=best draws nothing"),
+    ("choose", "take=best sampling.steps=4", "sampling.steps is 4, which has no effect: take=best draws nothing"),
     ("choose", "checkpoints=[200]", "'200' is no checkpoint's name"),
     ("choose", "sampling.model=distilled", "checkpoints are drawn on the run's own model"),
     ("plan", "fit_gib=-1", "fit_gib is -1.0; it must be above 0, or null"),

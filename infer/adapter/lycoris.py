@@ -50,7 +50,10 @@ def as_lora(file: Path, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor
             f"{file} adds an update of rank {rank} to {name}, and {MOST} is the most that is read; merge it into the "
             "weights with the program that made it, and give those as model.path"
         )
-    strength = 1.0 if dim is None or "alpha" not in parts else float(parts["alpha"]) / dim
+    alpha = parts.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"{file} does not say how strong {name} is (alpha has {alpha.numel()} values); train it again")
+    strength = 1.0 if dim is None or alpha is None else float(alpha) / dim
     rest = {part: value for part, value in parts.items() if part == "magnitude"}
     return rest | {"down": down.contiguous(), "up": up.contiguous(), "alpha": torch.tensor(strength * rank)}
 

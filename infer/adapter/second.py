@@ -45,7 +45,7 @@ def second_model(model: Model, name: str) -> Model:
     try:
         second = Model(path, weights=model.weights)
         check_model(second)
-        if not second.random and second.local is None and not Path(path).parts[1:]:
+        if not second.random and second.local is None and second.file is None and not Path(path).parts[1:]:
             raise ValueError(f"{path!r} is no folder")
     except ValueError as error:
         raise ValueError(

@@ -71,8 +71,9 @@ def distilled_to(model: Model) -> str | None:
 
 def takes_references(model: Model) -> bool:
     """Whether the checkpoint was trained with reference pictures."""
-    known = model.local is None and model.path in SIZES
-    index = SIZES[model.path]["index"] if known else pipeline_index(model)
+    rest = rest_of(model)
+    known = rest.local is None and rest.path in SIZES  # no network
+    index = SIZES[rest.path]["index"] if known else pipeline_index(rest)
     return family_of(model).takes_references(index)
 
 

@@ -11,7 +11,7 @@ from infer.family.family import Family
 from infer.family.find import of_config, of_pipeline
 from infer.program.paths import is_hub_id, no_hub_id, refuse_file
 from infer.single_file.contents import base_in, check_part
-from infer.single_file.header import read_header
+from infer.single_file.header import check_stored_kinds, read_header
 from infer.single_file.transformer import place_tensors
 
 
@@ -22,7 +22,9 @@ def check_single(model: Model, file: Path) -> None:
         ValueError: it is of no FLUX model, is broken, is stored in a way that is not read, or does not fit them.
     """
     refuse_file(file)
-    found = base_in(file)
+    found, header = base_in(file), read_header(file)
+    own = [name for name in header.tensors if name.startswith(found.prefix) and name.endswith((".weight", ".bias"))]
+    check_stored_kinds(file, header, own)  # before sizes, which those of packed weights are not
     rest = rest_of(model)
     if rest.local is not None:
         _check_rest(model, rest.local, found.family)
@@ -32,7 +34,7 @@ def check_single(model: Model, file: Path) -> None:
         )
     config = known_config(model, "transformer")
     check_axes(model.path, config)
-    place_tensors(file, read_header(file), found, config)
+    place_tensors(file, header, found, config)
     check_channels(model.path, config, known_config(model, "vae"))
     (large,) = (encoder.part for encoder in found.family.ENCODERS if encoder.large)
     check_embeds(model.path, large, found.family.embeds_width, known_config(model, large), config)

@@ -85,7 +85,7 @@ def _drawn(
     rows: list[Row] = []
     latents: dict[Key, Tensor] = {}
     with tqdm(total=len(states) * len(every), unit="picture", desc="draw") as bar:
-        with text_encoder(model, precision, device, None) as encoder:
+        with text_encoder(model, precision, device, files.text_length) as encoder:
             texts = dict(zip(every, drawn_texts(model, encoder, every), strict=True))
         transformer = load_transformer(model, precision, device, hold_of(memory))
         vae, scheduler = load_vae(model, device), load_scheduler(model)

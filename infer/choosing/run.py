@@ -34,6 +34,8 @@ class RunFiles:
     adapter: dict[str, Any]
     """The adapter's recorded settings."""
     trigger: str | None
+    text_length: int | None
+    """Text tokens of its captions and previews; None is the checkpoint's own."""
     data: str | None
     """The folder of its pictures; None if its data is another kind of source."""
     checkpoints: dict[str, int]
@@ -67,7 +69,7 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
         model, precision = known_settings(Model, config["model"]), known_settings(Precision, config["precision"])
         adapter, data = dict(config["adapter"]), config["data"]
-        trigger, path = data.get("trigger"), data.get("path")
+        trigger, path, text_length = (data.get(name) for name in ("trigger", "path", "text_length"))
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.yaml'} does not say what was trained ({error}); train it again") from error
     found = sorted(
@@ -96,6 +98,7 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
         precision,
         adapter,
         trigger,
+        text_length,
         path if isinstance(path, str) and Path(path).is_dir() else None,
         chosen,
         _validation(folder / "metrics.jsonl"),

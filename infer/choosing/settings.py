@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infer.checkpoint.headers import check_model
 from infer.choosing.run import RunFiles, read_run
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import SEED, check_most
 from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
+from infer.program.paths import expand
 from infer.sample.generate import Sampling
 from infer.score.judges import Networks, check_paths, list_pictures
 
@@ -50,6 +52,7 @@ class Choose:
 
     def __post_init__(self) -> None:
         check_most(self, "", seed=SEED, weights=10**6)
+        expand(self, "references")
         for what in ("checkpoints", "prompts", "weights", "unrelated"):
             twice = [one for one, times in Counter(getattr(self, what)).items() if times > 1]
             if twice:
@@ -58,6 +61,11 @@ class Choose:
             if not re.fullmatch(r"step-\d+", str(name)):
                 raise ValueError(f"{name!r} is no checkpoint's name; give one such as step-000200")
         refuse_idle(self.sampling, "sampling.", ("model",), "checkpoints are drawn on the run's own model")
+        if self.take is not None:
+            reason = f"take={self.take} draws nothing"
+            refuse_idle(self, "", ("prompts", "weights", "unrelated", "seed", "references"), reason)
+            refuse_idle(self.networks, "networks.", ("clip", "dino", "lpips", "image_reward"), reason)
+            refuse_idle(self.sampling, "sampling.", ("steps", "guidance", "height", "width"), reason)
         if not self.weights:
             raise ValueError("weights is []; give at least one, as in weights=[1]")
         if bad := [weight for weight in self.weights if not math.isfinite(weight) or not weight]:
@@ -78,6 +86,7 @@ def check_choose(options: Choose) -> tuple[RunFiles, Any]:
         return files, None
     if not (options.prompts or files.prompts):
         raise ValueError('the run has no previews to take prompts from; give prompts=["a cup on a table"]')
+    check_model(files.model)
     check_paths(options.networks)
     if references := options.references or files.data:
         list_pictures(references)

@@ -22,13 +22,15 @@ def best_of(files: RunFiles) -> tuple[str, str | None]:
     file = files.folder / "choose" / "choice.json"
     try:
         best = json.loads(file.read_bytes())["best"]
-        name, reason = str(best["name"]), str(best["reason"])
+        name, reason, weight = str(best["name"]), str(best["reason"]), float(best["weight"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"take is best, but {file} says none; run infer/choose.py without take first") from error
     if name not in files.checkpoints:
         raise ValueError(
             f"the best was {name}, which the run has not kept; choose again among {', '.join(files.checkpoints)}"
         )
+    if weight != 1:  # the file holds the checkpoint at strength 1, whatever it was drawn at
+        reason += f"; drawn at strength {weight:g}: use it with adapter.weight={weight:g}"
     return name, reason
 
 

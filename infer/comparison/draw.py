@@ -259,9 +259,9 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
         plain = (n for n in names if options.precisions[n].kind == "bf16" and options.precisions[n].exact)
         reference = next(plain, None)
         drift, bleed = (
-            [row for row in rows if row.prompt in prompts] for prompts in (options.unrelated, options.class_prompts)
+            [row for row in rows if row.asked in prompts] for prompts in (options.unrelated, options.class_prompts)
         )
-        rows = [row for row in rows if row.prompt not in {*options.unrelated, *options.class_prompts}]
+        rows = [row for row in rows if row.asked not in {*options.unrelated, *options.class_prompts}]
         drawn = rows, drift, bleed, unfinished, latents, reference, scores
         scored = score_all(*drawn, options.networks, options.references, edits, device)
         height, width = size

@@ -130,7 +130,9 @@ def on_second(options: Compare) -> tuple[str, Compare] | None:
     second = second_model(options.model, options.sampling.model)
     # steps and guidance are the second's own
     sampling = Sampling(height=options.sampling.height, width=options.sampling.width)
-    return f"compare-{short_name(second)}", replace(options, model=second, sampling=sampling)
+    # precisions of kind auto are settled in place, of each checkpoint by its own layers
+    settings = replace(options, model=second, sampling=sampling, precisions=dict(options.precisions))
+    return f"compare-{short_name(second)}", settings
 
 
 def check_compare(options: Compare) -> torch.device:
@@ -148,7 +150,8 @@ def check_compare(options: Compare) -> torch.device:
         list_pictures(options.references)
     options.adapter.all()
     if options.sampling.model is not None:
-        second_model(options.model, options.sampling.model)
+        second = second_model(options.model, options.sampling.model)
+        check_edits(options.edits, second, options.adapter.path is not None, scored=True)
         check_same_start([one.path for one in options.adapter.all()], bool(options.recovery))
     for path in options.recovery.values():
         find_adapter(path)

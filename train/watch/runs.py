@@ -77,7 +77,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The recorded settings; empty if they are absent, torn or no settings."""
     try:
         with (folder / CONFIG).open("rb") as stream:
-            said = yaml.load(stream.read(MOST), LOADER)
+            loader = LOADER(stream.read(MOST))
+        try:
+            said = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}

@@ -37,6 +37,7 @@ from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import shape_config
 from infer.comparison.settings import Compare
+from infer.family.family import Text
 from infer.program.literal import literal_arguments
 from infer.program.paths import CONFIGS
 from infer.quantize.precision import Precision
@@ -159,10 +160,10 @@ def test_samples_are_the_adapters_pictures_pixel_for_pixel(
     monkeypatch.setattr(previews, "load_scheduler", lambda model: None)
     monkeypatch.setattr(previews, "load_vae", lambda model, device: None)
     monkeypatch.setattr(previews, "without_adapter", lambda transformer: use("base"))
-    monkeypatch.setattr(previews, "draw", lambda transformer, scheduler, text, *rest: (text, weights[-1]))
+    monkeypatch.setattr(previews, "draw", lambda transformer, scheduler, text, *rest: (text.embeds, weights[-1]))
     monkeypatch.setattr(previews, "decode", lambda vae, drawn, *size: picture(*drawn))
     prompts = ["a cup", "a long prompt that\nneeds\nthree lines", "a cup", "a dog", 'of {"a": [1]} and ünïcode'] * 2
-    cached: Any = {prompt: prompt for prompt in prompts}  # what the run has of each text, one for both of two equals
+    cached: Any = {prompt: Text(prompt, None) for prompt in prompts}  # type: ignore[arg-type]  # what the run has of each text, one for both of two equals
     sheet, folder = tmp_path / "previews" / "step-000010.png", tmp_path / "adapter"
     folder.mkdir()
     (folder / "sample-9.png").write_bytes(b"of an earlier card that showed ten prompts")
@@ -188,7 +189,9 @@ def test_samples_are_the_adapters_pictures_pixel_for_pixel(
                 assert cut.tobytes() == whole.tobytes()
     base: dict[str, Any] = {}
     drawn: list[str] = []
-    monkeypatch.setattr(previews, "draw", lambda t, s, text, *_: drawn.append(weights[-1]) or (text, weights[-1]))
+    monkeypatch.setattr(
+        previews, "draw", lambda t, s, text, *_: drawn.append(weights[-1]) or (text.embeds, weights[-1])
+    )
     monkeypatch.setattr(previews, "nullcontext", lambda: use("adapter"))
     for _ in range(2):  # the base is drawn once in a run
         previews.preview(None, model, cached, Sampling(), size, 0, device, sheet, True, None, base)  # type: ignore[arg-type]
@@ -210,8 +213,8 @@ def test_prompts_of_the_previews_where_none_are_given(tmp_path: Path) -> None:
     data = Data(str(tmp_path), trigger="sks")
     every = [Sample(f"{i}.png", (f"thing {i // 2}",), 0, bytes) for i in range(8)]
     held_out = previews.Samples(every, [0, 1, 2, 3], [7, 6, 5, 4])
-    assert previews.default_prompts(held_out, data) == ["sks, thing 3", "sks, thing 2"]
-    assert previews.default_prompts(previews.Samples(every, [0, 1], []), data) == ["sks, thing 0"]
+    assert list(previews.default_previews(held_out, data)) == ["sks, thing 3", "sks, thing 2"]
+    assert list(previews.default_previews(previews.Samples(every, [0, 1], []), data)) == ["sks, thing 0"]
 
 
 @pytest.mark.parametrize(

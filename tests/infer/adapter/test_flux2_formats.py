@@ -320,14 +320,20 @@ def test_adapters_of_other_models_are_named_with_theirs(how: str, tmp_path: Path
         fitting_pairs(str(tmp_path / "theirs.safetensors"), linear_shapes(config))
 
 
-@pytest.mark.parametrize("key", ["lokr_w1", "hada_w1_a"])
+@pytest.mark.parametrize(
+    "key, said",
+    [
+        ("lokr_w1", "has no lokr_w2_a for"),  # these two are read as the LoRA that adds the same
+        ("hada_w1_a", "has no hada_w1_b for"),
+        ("oft_blocks", "are not LoRA; merge it into the weights with the program"),
+    ],
+)
 @pytest.mark.parametrize(
     "name", ["diffusion_model.single_blocks.0.linear1", "lycoris_transformer_blocks_0_ff_linear_in"]
 )
-def test_other_kinds_of_adapters_are_named(name: str, key: str, tmp_path: Path) -> None:
+def test_other_kinds_of_adapters_are_named(name: str, key: str, said: str, tmp_path: Path) -> None:
     save_file({f"{name}.{key}": torch.ones(2, 2), f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "theirs.safetensors")
-    kind = {"lokr_w1": "LoKr", "hada_w1_a": "LoHa"}[key]
-    with pytest.raises(ValueError, match=f"{kind} adapters are not LoRA; merge it into the weights with the program"):
+    with pytest.raises(ValueError, match=said):
         read_pairs(str(tmp_path / "theirs.safetensors"))
 
 

@@ -260,6 +260,11 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"lora_unet_double_blocks_0_img_mlp_0.hada_w{i}_{j}": torch.ones(2 + (j == "b" and i == 2), 2)
          for i in (1, 2) for j in "ab"}, "do not fit each other",
     ),
+    "alpha of several": (
+        {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(2, 2),
+         "lora_unet_double_blocks_0_img_mlp_0.lokr_w2_a": torch.ones(64, 2),
+         "lora_unet_double_blocks_0_img_mlp_0.lokr_w2_b": torch.ones(2, 16),
+         "lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(3)}, "how strong .* is .alpha has 3 values"),
     "lokr of full rank": (
         {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(40, 40),
          "lora_unet_double_blocks_0_img_mlp_0.lokr_w2": torch.ones(30, 30)}, "an update of rank 1200 to",

@@ -57,6 +57,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["captioner=gone"], "captioner 'gone' is no folder here and no Hub id"),
         (["data.path={root}/configs"], "holds no pictures"),
     ],
+    "train/page.py": [SETTING, (["port=99999999"], "port is 99999999"), (["folders=[/nowhere]"], "/nowhere")],
     "train/plan.py": [
         SETTING, TYPED, MODEL,
         (["adapter.targets=nothing"], "matches no linear layer"),
@@ -69,6 +70,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "infer/draw.py": [
         SETTING, MODEL, DEVICE, ADAPTER, (["seeds=[]"], "seeds is []"), (["like=/nowhere.png"], "/nowhere.png"),
     ],
+    "infer/choose.py": [SETTING, RUN, DEVICE, (["run=no-such-run"], "no-such-run"), (["weights=[]"], "weights is []")],
     "infer/compare.py": [
         SETTING, RUN, MODEL, DEVICE, ADAPTER,
         (["seeds=[]"], "at least one of prompts and of seeds"),

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from infer.adapter.read import Pair
+from infer.adapter.selection import Trained
+from infer.adapter.write import write_pairs
+from infer.checkpoint.files import read_config
+from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
@@ -85,6 +91,19 @@ def test_edits_are_drawn_scored_and_shown_beside_their_references(klein: Model) 
         said = json.loads(opened.text["flux_lora_draw"])  # type: ignore[attr-defined]
     assert said["settings"]["edits"][0]["references"] == ["other.png", "square.png"]
     assert said["references"].keys() == {"other.png", "square.png"}
+
+
+def test_an_edit_with_the_words_of_an_unrelated_prompt_stays_an_edit(klein: Model) -> None:
+    wide = linear_shapes(read_config(klein, "transformer"))["x_embedder"].rows
+    pairs = {"transformer_blocks.0.attn.to_q": Pair(torch.ones(1, wide), torch.ones(wide, 1), 1.0)}
+    options = Compare(
+        model=klein, precisions={"fp32": Precision("fp32")}, prompts=["a fox"], edits=[Edit("a car", ["before.png"])],
+        unrelated=["a car"], sampling=SMALL, text_length=32, device="cpu", run="mine",
+        adapter=Trained(str(write_pairs(pairs, "diffusers", Path("a.safetensors"), {}))),
+    )  # fmt: skip
+    found = read_results(compare(options) / "results.json")
+    assert [row.prompt for row in found.rows if row.adapter] == ["a fox", "a car"]
+    assert [row.references for row in found.drift or ()] == [None, None]
 
 
 def test_what_cannot_be_is_refused(klein: Model, tiny: Model) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from infer.checkpoint.family import latent_map
+from infer.checkpoint.family import latent_map, takes_references
 from infer.checkpoint.file_checks import check_written
 from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.headers import check_model
@@ -238,6 +238,7 @@ def test_the_published_model_of_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         file = files.saved(tmp_path / f"{stem}.safetensors", weights)
         assert published(file) == path, stem
         assert rest_of(Model(str(file))).path == path
+        assert takes_references(Model(str(file))) == ("kontext" in stem or "2" in path.rpartition("/")[2])  # no network
 
 
 def test_files_that_do_not_fit(tiny: Model, klein: Model, tmp_path: Path) -> None:
@@ -255,6 +256,7 @@ def test_files_that_do_not_fit(tiny: Model, klein: Model, tmp_path: Path) -> Non
     lacking = put("lacking", {name: value for name, value in weights.items() if "txt_mlp.2.bias" not in name})
     wide = put("wide", weights | {"double_blocks.1.img_mlp.0.weight": torch.zeros(8, 8)})
     packed = put("packed", weights | {qkv: torch.zeros(weights[qkv].shape, dtype=torch.uint8)})
+    bnb = put("bnb", weights | {qkv: torch.zeros(weights[qkv].numel() // 2, 1, dtype=torch.uint8)})
     blocks = put("blocks", files.fp8(weights) | {qkv.replace("weight", "weight_scale"): torch.ones(3, 8)})
     nvfp4 = put("nvfp4", files.fp8(weights) | {qkv.replace("weight", "weight_scale_2"): torch.ones(())})
     chroma = put("chroma", {"distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)})
@@ -285,6 +287,8 @@ def test_files_that_do_not_fit(tiny: Model, klein: Model, tmp_path: Path) -> Non
         ({"path": lacking, "parts": tiny.path}, r"lacks 2 of the transformer's tensors .*download it again"),
         ({"path": wide, "parts": tiny.path}, r"stores double_blocks\.1\.img_mlp\.0\.weight in the size \(8, 8\)"),
         ({"path": packed, "parts": tiny.path}, r"qkv\.weight as U8, which is not read; give the bf16, fp8 or GGUF"),
+        ({"path": bnb, "parts": tiny.path}, r"qkv\.weight as U8, which is not read; give the bf16, fp8 or GGUF"),
+        ({"path": packed}, r"qkv\.weight as U8, which is not read; give the bf16, fp8 or GGUF"),
         ({"path": blocks, "parts": tiny.path}, r"as e4m3 with scales of size \(3, 8\), where fp8 has one for all"),
         ({"path": nvfp4, "parts": tiny.path}, r"the scale of a format that is not read"),
         ({"path": str(tmp_path / "tq.gguf"), "parts": tiny.path}, r"qkv\.weight as TQ2_0, which is not read; give"),

@@ -18,9 +18,10 @@ from infer.adapter.second import second_model
 from infer.adapter.selection import Trained
 from infer.checkpoint.model import Model
 from infer.compare import compare
-from infer.comparison.settings import Compare, check_compare
+from infer.comparison.settings import Compare, check_compare, on_second
 from infer.merging.settings import Merge
 from infer.quantize.precision import Precision
+from infer.sample.edit import Edit
 from infer.sample.generate import Sampling, noise
 from infer.sample.sheet import Layout
 from scripts.tiny.make_style import make_style
@@ -135,6 +136,34 @@ def test_pairs_that_cannot_be_are_refused(name: str, changes: dict, said: str, j
     path = {"SELF": job.model.path, "SECOND": distilled}.get(name, name)
     with pytest.raises(ValueError, match=said):
         check_names(replace(job, sampling=Sampling(model=path), **changes))
+
+
+def test_a_file_in_the_working_folder_is_a_second_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name without a slash, as no Hub id has; what is in it is checked elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("few.safetensors").write_bytes(b"")
+    for check in ("check_model", "_check_alike"):
+        monkeypatch.setattr(f"infer.adapter.second.{check}", lambda *models: None)
+    assert second_model(Model("owner/base"), "few.safetensors").file == Path("few.safetensors")
+    with pytest.raises(ValueError, match=r"'none\.safetensors' is no folder"):
+        second_model(Model("owner/base"), "none.safetensors")
+
+
+def test_each_checkpoint_settles_its_own_precision_and_takes_the_edits(
+    klein: Model, distilled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Compare(
+        model=klein, precisions={"auto": Precision("auto", budget_gib=1.0)}, prompts=["a fox"], device="cpu",
+        sampling=Sampling(model=distilled),
+    )  # fmt: skip
+    found = on_second(options)
+    assert found is not None
+    options.precisions["auto"] = Precision("nf4")  # as draw_all does
+    assert found[1].precisions["auto"].kind == "auto"
+    monkeypatch.setattr("infer.sample.edit.takes_references", lambda model: model.path == klein.path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "before.png")
+    with pytest.raises(ValueError, match="few-steps was not trained with reference pictures"):
+        check_compare(replace(options, edits=[Edit("make it red", [str(tmp_path / "before.png")])]))
 
 
 def test_names_and_sizes_are_known_without_a_checkpoint() -> None:

@@ -162,9 +162,10 @@ def test_only_the_adapter_is_sent_and_only_at_updates(two: tuple[Path, list[str]
         sent = json.loads((folder / f"told-{rank}.json").read_text())["sent"]
         sums = [given for name, given in sent if name == "c10d::allreduce_"]
         assert sums.count(size) == UPDATES
-        # losses; and what all ranks know of an update: each sample's loss, whether to stop or to save, the norm
-        told = 8 * (2 * ACCUMULATION + 3)
-        assert all(given <= 16 or given == told for given in sums if given != size)
+        # the validation's loss and count, and those of its level; what all ranks know of an update: each sample's loss,
+        # whether to stop, save or draw, the norm
+        told = 8 * (2 * ACCUMULATION + 4)
+        assert all(given <= 32 or given == told for given in sums if given != size)
         assert sums.count(told) == UPDATES
         start = sum(given for name, given in sent if name == "c10d::broadcast_")
         assert start == size  # rank 0's adapter, once
