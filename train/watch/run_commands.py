@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from infer.checkpoint.model import Model
 from infer.choosing.run import known_settings
 from infer.choosing.settings import Choose
@@ -14,7 +16,7 @@ from train.state.checkpoint_names import checkpoint_steps
 from train.state.latest import NAME as LATEST
 from train.watch.commands import LINE, check, lines_of, numbers, text_of, typed, typed_text
 from train.watch.places import RefusedError, run_folder
-from train.watch.runs import read_config
+from train.watch.runs import flat, read_config
 from train.watch.states import read_json
 
 OF_A_TERMINAL = ("hydra", "sweep", "push", "mirror")
@@ -153,9 +155,23 @@ def choose_words(form: dict[str, Any]) -> list[str]:
 
 
 def look_words(train: list[str]) -> list[str]:
-    """A look at the data of a training's command: of its words those that look.py has."""
+    """A look at the data of a training's command: of its words, and of its preset's settings, those that look.py has.
+
+    Raises:
+        RefusedError: neither names pictures.
+    """
     kept = [word for word in train[1:] if word.startswith(("model=", "run=", "data."))]
-    preset = [word for word in train if word.startswith("experiment=")]
-    if preset and not any(word.startswith("data.path=") for word in kept):
+    given = {word.partition("=")[0] for word in kept}
+    for preset in [word.partition("=")[2] for word in train if word.startswith("experiment=")]:
+        kept = [*(word for word in _preset_words(preset) if word.partition("=")[0] not in given), *kept]
+    if not any(word.startswith("data.path=") for word in kept):
         raise RefusedError("choose the folder of the pictures, to look at them")
     return ["train/look.py", *kept]
+
+
+def _preset_words(preset: str) -> list[str]:
+    """The model and the data of a file of configs/experiment, which look.py has none of."""
+    said = yaml.safe_load((CONFIGS / "experiment" / f"{preset}.yaml").read_text())
+    models = [each["override /model"] for each in said.get("defaults", []) if "override /model" in each]
+    data = flat({"data": said["data"]}) if "data" in said else {}
+    return [*(f"model={model}" for model in models), *(f"{name}={value}" for name, value in data.items())]
