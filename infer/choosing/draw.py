@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,8 @@ def _drawn(
         path, offload = choose_path(transformer, memory, precision, device, bar.write)
         if path.graphs(device):
             Sampler(transformer, offload)
-
-        def warm_up() -> None:
-            """A picture of one step that nobody looks at."""
-            once = replace(sampling, steps=1)
-            decode(vae, draw(transformer, scheduler, texts[every[0]], 0, once, size, device), *size)
-
+        once = replace(sampling, steps=1)
+        warm_up = partial(_warm_up, vae, transformer, scheduler, texts[every[0]], 0, once, size, device)
         on: list[str] = []
         for number, (name, weight) in enumerate(states):
             for old in on:
@@ -122,7 +119,7 @@ def _drawn(
                 rows.append(row)
                 latents[key_of(row)] = packed.cpu()
                 bar.update()
-        del transformer, vae, offload
+        del transformer, vae, warm_up, offload
         release(device)
     own = [row for row in rows if row.prompt in prompts]
     others = [row for row in rows if row.prompt not in prompts]
@@ -147,6 +144,11 @@ def _drawn(
         "size": list(size),
         "device": describe_device(device),
     }
+
+
+def _warm_up(vae: Any, *arguments: Any) -> None:
+    """A picture of one step that nobody looks at; arguments: those of `draw`."""
+    decode(vae, draw(*arguments), *arguments[-2])
 
 
 def _label(name: str | None, weight: float) -> str | None:
