@@ -97,7 +97,9 @@ def read_job(folder: Path) -> dict[str, Any]:
         return {}
     found = {key: said.get(key) for key in ("id", "words", "run", "queued", "made")}
     found |= {"reason": None} | read_json(folder / "state.json")
-    if found.get("state") == "running" and not alive(found.get("pid"), found.get("started")):
+    if not isinstance(found.get("state"), str):
+        return found | {"state": "failed", "reason": "its state.json is gone"}
+    if found["state"] == "running" and not alive(found.get("pid"), found.get("started")):
         # read again: it may have ended between the two
         found |= read_json(folder / "state.json")
         if found["state"] == "running" and not alive(found.get("runner"), found.get("runner_started")):

@@ -120,6 +120,9 @@ def test_the_queue_runs_one_after_another_and_says_how_each_ended(home: Path, mo
     assert ends == sorted(ends) and all(found[a]["ended"] <= found[b]["began"] for a, b in itertools.pairwise(ids))
     with pytest.raises(ValueError, match="does not wait any more"):
         jobs.cancel(ids[0])
+    (jobs.job_folder(ids[0]) / "state.json").unlink()  # by hand: the list is still shown
+    said = {job["id"]: job for job in jobs.list_jobs()}
+    assert said[ids[0]]["reason"] == "its state.json is gone" and said[ids[1]] == found[ids[1]]
 
 
 def entry(step: int, validation: float | None, **scores: Any) -> Entry:
