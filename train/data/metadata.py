@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -60,6 +61,24 @@ def read_metadata(
             faults.add(f"{file} line {number}", str(error))
             continue
         listed[name] = Listed(metadata, captions, tuple(str(within / each) for each in references))
+
+
+def most_references(folder: Path) -> int:
+    """The most references that one line of a folder's metadata.jsonl files names; 0 without any.
+
+    Lines that are wrong are passed over: whoever reads the folder says so.
+    """
+    return _most_references(folder, folder.stat().st_mtime_ns) if folder.is_dir() else 0
+
+
+@lru_cache(maxsize=64)
+def _most_references(folder: Path, changed: int) -> int:
+    found = 0
+    for file in folder.rglob("metadata.jsonl"):
+        for _, entry in _read_jsonl(file):
+            named = entry.get(REFERENCES) if isinstance(entry, dict) else None
+            found = max(found, len(named) if isinstance(named, list) else int(isinstance(named, str)))
+    return min(found, MOST)
 
 
 def _check_line(entry: Any, column: str) -> tuple[str, list[str], list[str]]:

@@ -5,6 +5,7 @@ are in bytes. The unit of working memory is one activation of the transformer's 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from infer.adapter.targets import match_targets
@@ -16,6 +17,7 @@ from infer.family.find import of_config
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked, weight_bytes
 from train.data.dataset import sources_of
+from train.data.metadata import most_references
 from train.estimate.flop import tokens_of
 from train.objective.optim import state_bytes
 from train.run.config import Train
@@ -104,8 +106,10 @@ def text_tokens(job: Train) -> int:
 
 
 def references_of(job: Train) -> int:
-    """References of a sample that the settings name; those of a metadata.jsonl are not known before it is read."""
-    return max((len(source.references) for source in sources_of(job.data)), default=0)
+    """The most references of a sample: those that the settings name, or a metadata.jsonl of a folder that is here."""
+    sources = sources_of(job.data)
+    named = (most_references(Path(source.path).expanduser()) for source in sources if source.path)
+    return max((*(len(source.references) for source in sources), *named), default=0)
 
 
 def largest_pixels(job: Train) -> int:

@@ -70,8 +70,8 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
         run.say(f"{count} of {len(samples)} pictures have references, {behind} at most")
     if behind > references_of(job):
         run.say(
-            f"note: the plan counts {references_of(job)} references a sample, as data.references names no more; the "
-            f"{behind} that metadata.jsonl names take more memory and time"
+            f"note: the plan counts {references_of(job)} references a sample; the {behind} that the data itself names "
+            "take more memory and time"
         )
     previews, edits = texts_of_previews(job, chosen, cache, run.device)
     against = cache.text("") if empty else None

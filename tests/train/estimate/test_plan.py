@@ -232,6 +232,15 @@ def test_references_are_as_many_tokens_as_pictures_of_their_size() -> None:
         assert f"with {len(references)} reference" in table(job, taken)
 
 
+def test_references_that_metadata_names_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    lines = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "text": "b", "references": ["x.png", "y.png"]}]
+    (tmp_path / "deeper/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "no JSON\n")
+    job = Train(model=Model("black-forest-labs/FLUX.1-Kontext-dev"), data=Data(str(tmp_path)))
+    named = replace(job, data=replace(job.data, references=["before", "style"]))
+    assert footprint(job) == footprint(named) != footprint(replace(job, data=Data("not/here")))
+
+
 def test_references_are_planned_as_they_were_measured() -> None:
     """Memory within 5 %; time is 7 to 12 % short, as attention at 8,704 tokens and more is slower than planned."""
     lines = (ROOT / "docs" / "benchmarks" / "references.jsonl").read_text().splitlines()
