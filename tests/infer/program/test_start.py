@@ -90,6 +90,7 @@ RIGHT = {  # what each entry needs beside, so that the mistake alone is left
     "train/selfcheck.py": ["data.path={root}/docs"],
     "train/cache.py": ["data.path={root}/docs"],
     "train/look.py": ["data.path={root}/docs"],
+    "train/write_captions.py": ["data.path={root}/docs"],
     "train/gap.py": ["data.path={root}/docs"],
     "train/transfer.py": ["data.path={root}/docs"],
     "infer/draw.py": ["prompt=a star"],
