@@ -1,43 +1,27 @@
 // A run's checkpoints side by side, with their scores; the best marked with the reason; one taken.
-import {copyable, enlarge, field, fileUrl, formOf, h, note, number, post, say, tried, Failed} from "./dom.js";
+import {commandLine, enlarge, field, fileUrl, formOf, h, note, number, post, say, tried} from "./dom.js";
 
 const SCORES = [["validation", "held-out loss ↓"], ["drift", "drift ↓"], ["change", "change"], ["nearest", "nearest"], ["likeness", "likeness ↑"]];
 
 export async function chooseTab(place, name, run) {
-  const answer = h("div", {}), line = copyable(""), result = h("div", {});
-  line.hidden = true;
+  const result = h("div", {});
   const names = run.checkpoints.map((step) => String(step));
-  const form = h("form", {className: "form card", oninput: () => soon(), onsubmit: (event) => { event.preventDefault(); launch(); }},
+  const form = h("form", {className: "form card", oninput: () => command.soon(), onsubmit: (event) => { event.preventDefault(); launch(); }},
     h("label", {className: "all"}, "Prompts, one a line", h("textarea", {name: "prompts", rows: 2, placeholder: "empty: those of the last previews"})),
     field("Checkpoints", h("input", {name: "checkpoints", placeholder: names.join(" ") || "none are kept yet"}), "Empty: all that the run has kept."),
     field("Strengths", h("input", {name: "weights", placeholder: "1, or 0.7 1"})), field("Seed", h("input", {name: "seed", placeholder: "0"})),
     field("Steps", h("input", {name: "steps", inputMode: "numeric", placeholder: "the model's own"})),
     h("div", {className: "line all"}, h("button", {className: "button main"}, "Draw and score, after what waits")));
-  let timer;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(check, 250); };
   const asked = () => ({...formOf(form), what: "choose", run: name});
-  const check = async () => {
-    try {
-      line.set((await post("command", asked())).command);
-      line.hidden = false;
-      answer.replaceChildren();
-      return true;
-    } catch (error) {
-      if (!(error instanceof Failed)) throw error;
-      line.hidden = true;
-      answer.replaceChildren(note(error.message, "bad"));
-      return false;
-    }
-  };
+  const command = commandLine(asked);
   const launch = () => tried(async () => {
-    clearTimeout(timer);
-    if (!await check()) return;
+    if (!await command.check()) return;
     await post("start", {...asked(), when: "queue"});
     say("the choice is in the queue");
   });
   const take = (entry) => tried(async () => {
-    const {command} = await post("start", {what: "choose", run: name, take: String(entry.step), when: "now"});
-    say(`written to runs/${name}/chosen: ${command}`);
+    const written = await post("start", {what: "choose", run: name, take: String(entry.step), when: "now"});
+    say(`written to runs/${name}/chosen: ${written.command}`);
   });
   const cell = (file, what) => h("td", {}, h("button", {className: "picture", type: "button", ariaLabel: `${what}, larger`,
     onclick: () => enlarge(fileUrl(name, `choose/${file}`), what, what)}, h("img", {loading: "lazy", alt: what, src: `${fileUrl(name, `choose/${file}`)}?small=1`})));
@@ -68,8 +52,8 @@ export async function chooseTab(place, name, run) {
           + "Nearest: distance to the nearest training picture", found.usual ? ` (among themselves ${number(found.usual, 3)}; below half of that it is a copy).` : ".",
           found.absent.dino ? " Likeness is not measured: it needs a network (networks=hub on the command line)." : "")] : []));
   };
-  place.append(form, answer, line, result);
+  place.append(form, command.answer, command.line, result);
   if (!run.checkpoints.length) place.prepend(note("No checkpoint is kept yet: they are written while it trains (keep=5 or keep_best=3 keeps more)."));
   await live(run);
-  return {live, stop: () => clearTimeout(timer)};
+  return {live, stop: command.stop};
 }

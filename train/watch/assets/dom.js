@@ -83,6 +83,29 @@ export const select = (name, options, chosen) => h("select", {name},
   options.map(([value, text]) => h("option", {value, selected: value === chosen}, text)));
 export const formOf = (form) => Object.fromEntries(new FormData(form).entries());
 
+// the command line of a form, shown while it is filled in. asked: what the server is asked for; lacking: what is to be
+// said before it can be asked, or nothing
+export function commandLine(asked, lacking = () => "") {
+  const answer = h("div", {}), line = copyable("");
+  let timer;
+  const refuse = (said) => { line.hidden = true; answer.replaceChildren(said); return false; };
+  const check = async () => {
+    clearTimeout(timer);
+    if (lacking()) return refuse(note(lacking()));
+    try {
+      line.set((await post("command", asked())).command);
+      line.hidden = false;
+      answer.replaceChildren();
+      return true;
+    } catch (error) {
+      if (!(error instanceof Failed)) throw error;
+      return refuse(note(error.message, "bad"));
+    }
+  };
+  line.hidden = true;
+  return {answer, line, check, soon: () => { clearTimeout(timer); timer = setTimeout(check, 250); }, stop: () => clearTimeout(timer)};
+}
+
 // a picture as large as the window, with what is said of it; Escape closes it
 export function enlarge(src, text, alt) {
   const box = h("dialog", {ariaLabel: alt}, h("img", {src, alt}), h("p", {}, text),

@@ -1,11 +1,10 @@
 // Pictures from prompts with a run's adapter; each can be drawn again with its settings.
-import {copyable, enlarge, field, fileUrl, formOf, get, h, note, number, post, say, select, tried, Failed} from "./dom.js";
+import {commandLine, enlarge, field, fileUrl, formOf, get, h, note, number, post, say, select, tried} from "./dom.js";
 
 export async function drawTab(place, name, run) {
   const which = [["adapter", "its adapter", run.adapter], ["chosen", "the chosen checkpoint", run.chosen !== null], ["base", "none: the base alone", true]].filter((one) => one[2]);
-  const answer = h("div", {}), line = copyable(""), results = h("div", {});
-  line.hidden = true;
-  const form = h("form", {className: "form card", oninput: () => soon(), onsubmit: (event) => { event.preventDefault(); launch("queue"); }},
+  const results = h("div", {});
+  const form = h("form", {className: "form card", oninput: () => command.soon(), onsubmit: (event) => { event.preventDefault(); launch("queue"); }},
     h("label", {className: "all"}, "Prompts, one a line", h("textarea", {name: "prompts", rows: 2, required: true, placeholder: run.trigger ? `${run.trigger}, a cup on a table` : "a cup on a table"})),
     field("Adapter", select("adapter", which.map(([value, text]) => [value, text]), which[0][0])),
     field("Strengths", h("input", {name: "weights", placeholder: "1, or 0 0.5 1"})),
@@ -16,25 +15,10 @@ export async function drawTab(place, name, run) {
     field("Width", h("input", {name: "width", inputMode: "numeric", placeholder: "the model's own"})),
     h("div", {className: "line all"}, h("button", {className: "button main"}, "Draw, after what waits"),
       h("button", {className: "button", type: "button", onclick: () => launch("now")}, "Draw now, beside what runs")));
-  let timer;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(check, 250); };
   const asked = () => ({...formOf(form), what: "draw", run: name});
-  const check = async () => {
-    try {
-      line.set((await post("command", asked())).command);
-      line.hidden = false;
-      answer.replaceChildren();
-      return true;
-    } catch (error) {
-      if (!(error instanceof Failed)) throw error;
-      line.hidden = true;
-      answer.replaceChildren(note(error.message, "bad"));
-      return false;
-    }
-  };
+  const command = commandLine(asked);
   const launch = (when) => tried(async () => {
-    clearTimeout(timer);
-    if (!await check()) return;
+    if (!await command.check()) return;
     await post("start", {...asked(), when});
     say(when === "now" ? "drawing starts" : "drawing is in the queue");
   });
@@ -46,7 +30,7 @@ export async function drawTab(place, name, run) {
     form.elements.adapter.value = said["adapter.path"] ? which.find(([key]) => said["adapter.path"].endsWith(`/${key}`))?.[0] ?? which[0][0] : "base";
     form.scrollIntoView({block: "start"});
     form.elements.prompts.focus();
-    await check();
+    await command.check();
   });
   let last = "";
   const live = async (now) => {
@@ -61,7 +45,7 @@ export async function drawTab(place, name, run) {
             h("img", {loading: "lazy", alt: "", src: `${fileUrl(name, `${drawing.name}/${file}`)}?small=1`})),
           h("div", {}, h("span", {}, file), h("button", {className: "button", type: "button", onclick: () => again(`${drawing.name}/${file}`)}, "Same settings")))))]));
   };
-  place.append(form, answer, line, results);
+  place.append(form, command.answer, command.line, results);
   await live(run);
-  return {live, stop: () => clearTimeout(timer)};
+  return {live, stop: command.stop};
 }

@@ -1,12 +1,10 @@
 // The form of a training: its command line is shown while it is filled in.
-import {copyable, field, formOf, get, h, note, post, runLink, say, select, tried, Failed} from "./dom.js";
+import {commandLine, field, formOf, get, h, note, post, runLink, say, select, tried} from "./dom.js";
 
 export async function startView(place) {
   const known = await get("form");
-  const answer = h("div", {});
-  const line = copyable("");
   const first = known.folders[0] ?? "";
-  const form = h("form", {className: "form card", onsubmit: (event) => { event.preventDefault(); launch("queue"); }, oninput: () => soon()},
+  const form = h("form", {className: "form card", onsubmit: (event) => { event.preventDefault(); launch("queue"); }, oninput: () => command.soon()},
     field("Name of the run", h("input", {name: "run", required: true, autocomplete: "off", placeholder: "mine"}), "Its folder is runs/<name>."),
     field("Model", select("model", [["", "of the preset, or the bundled tiny one"], ...known.models.map((name) => [name, name])], "")),
     field("Card's preset", select("preset", [["", "none"], ...known.presets.map((name) => [name, name])], ""), "Settings that fit a card of so many GB."),
@@ -21,36 +19,20 @@ export async function startView(place) {
     h("div", {className: "line all"}, h("button", {className: "button main"}, "Start, after what waits"),
       h("button", {className: "button", type: "button", onclick: () => launch("now")}, "Start now"),
       h("button", {className: "button", type: "button", onclick: () => look()}, "Look at the data first")));
-  let timer;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(check, 250); };
-  const check = async () => {
-    if (!form.elements.run.value.trim()) { answer.replaceChildren(note("Give the run a name.")); line.hidden = true; return false; }
-    try {
-      const {command} = await post("command", {...formOf(form), what: "train"});
-      line.set(command); line.hidden = false;
-      answer.replaceChildren();
-      return true;
-    } catch (error) {
-      if (!(error instanceof Failed)) throw error;
-      line.hidden = true;
-      answer.replaceChildren(note(error.message, "bad"));
-      return false;
-    }
-  };
+  const command = commandLine(() => ({...formOf(form), what: "train"}),
+    () => form.elements.run.value.trim() ? "" : "Give the run a name.");
   const launch = (when) => tried(async () => {
-    clearTimeout(timer);
-    if (!await check()) return;
+    if (!await command.check()) return;
     const run = form.elements.run.value.trim();
     await post("start", {...formOf(form), what: "train", when});
     say(`run ${run} ${when === "now" ? "starts" : "is in the queue"}`);
     location.hash = runLink(run);
   });
   const look = () => tried(async () => {
-    clearTimeout(timer);
-    if (!await check()) return;
+    if (!await command.check()) return;
     const run = form.elements.run.value.trim(), {job} = await post("start", {...formOf(form), what: "look", when: "now"});
     const wait = note("The pictures are being read …");
-    answer.replaceChildren(wait);
+    command.answer.replaceChildren(wait);
     for (;;) {
       await new Promise((done) => setTimeout(done, 400));
       const said = await get("job", {id: job});
@@ -61,8 +43,7 @@ export async function startView(place) {
       return;
     }
   });
-  line.hidden = true;
-  place.append(h("h1", {}, "Start a run"), form, answer, line,
+  place.append(h("h1", {}, "Start a run"), form, command.answer, command.line,
     h("p", {}, "The command can be typed in a terminal instead. The same run started again goes on where it was."));
-  return {stop: () => clearTimeout(timer)};
+  return {stop: command.stop};
 }
