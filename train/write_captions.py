@@ -96,7 +96,7 @@ def write_captions(options: WriteCaptions) -> Path:
 def _describe(options: WriteCaptions, absent: list[Picture], device: torch.device) -> None:
     ready()
     from train.captioning.describe import describe, load_captioner
-    from train.data.caption import has_trigger
+    from train.data.words import has_words
 
     captioner, trigger = load_captioner(options.captioner, device), options.data.trigger
     bar = tqdm(total=len(absent), unit="picture", desc="captions")
@@ -104,7 +104,7 @@ def _describe(options: WriteCaptions, absent: list[Picture], device: torch.devic
         batch = absent[first : first + options.batch_size]
         shown = [decode(picture.file.read_bytes(), str(picture.file)) for picture in batch]
         for picture, caption in zip(batch, describe(captioner, shown, options.prompt, options.tokens), strict=True):
-            if trigger and not has_trigger(caption, trigger):
+            if trigger and not has_words(caption, trigger):
                 caption = f"{trigger}, {caption}"
             write_caption(picture, caption)
             bar.update()

@@ -4,7 +4,6 @@ Trigger, prefix, suffix and orders of tags make a small number of texts of each 
 which of them a sample gets is drawn for its position in the epoch.
 """
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from train.data.dataset import Data, sources_of
 from train.data.seeds import generator
 from train.data.source import Sample
+from train.data.words import has_words
 
 
 def texts_of(sample: Sample, data: Data) -> list[list[str]]:
@@ -38,15 +38,10 @@ def draw_text(sample: Sample, data: Data, numbers: torch.Generator) -> str:
     return orders[int(order * len(orders))]
 
 
-def has_trigger(text: str, trigger: str) -> bool:
-    """Whether a text holds the trigger as words of its own."""
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text) is not None
-
-
 def dressed(caption: str, data: Data) -> str:
     """A caption with prefix and suffix, and the trigger in front where it is not there yet."""
     text = f"{data.prefix}{caption}{data.suffix}"
-    return text if not data.trigger or has_trigger(text, data.trigger) else f"{data.trigger}, {text}"
+    return text if not data.trigger or has_words(text, data.trigger) else f"{data.trigger}, {text}"
 
 
 def tag_orders(caption: str, data: Data) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from infer.program.bounds import check_most
 from infer.program.no_effect import refuse_idle
+from train.data.words import as_words, has_words
 
 KINDS = ("none", "class", "empty")
 
@@ -44,17 +45,12 @@ class Preserve:
             refuse_idle(self, "preserve.", ("weight",), "preserve.kind=none preserves nothing")
 
 
-def has_words(text: str, words: str) -> bool:
-    """Whether a text holds these as words of its own."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
-
-
 def preserved_text(text: str, preserve: Preserve, trigger: str | None) -> str:
     """The text that is preserved while `text` is learned."""
     if preserve.kind == "empty":
         return ""
     assert preserve.kind == "class" and trigger, "check_preserved has been called"
-    pattern = rf"(?<!\w){re.escape(trigger)}(?!\w)"
+    pattern = as_words(trigger)
     bare = re.sub(r"\s+", " ", re.sub(rf"{pattern}\s*,?", "", text)).strip(" ,")
     if not preserve.word or has_words(bare, preserve.word):
         return bare

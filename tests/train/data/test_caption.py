@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.caption import all_texts, draw_text, has_trigger, tag_orders, texts_of
+from train.data.caption import all_texts, draw_text, tag_orders, texts_of
 from train.data.dataset import Data, Prior, Sample, Source
 from train.data.seeds import generator
+from train.data.words import has_words
 
 
 def sample(*captions: str, source: int = 0) -> Sample:
@@ -30,7 +31,7 @@ def test_trigger_prefix_and_suffix() -> None:
     assert texts("a fox", trigger="sks", prefix="photo of ") == ["sks, photo of a fox"]
     assert texts("a fox", trigger="sks", prefix="photo of sks, ") == ["photo of sks, a fox"]
     assert texts("ask sksy", trigger="sks") == ["sks, ask sksy"]  # no word of its own
-    assert has_trigger("the [v] dog", "[v]") and not has_trigger("the v dog", "[v]")
+    assert has_words("the [v] dog", "[v]") and not has_words("the v dog", "[v]")
 
 
 def test_class_pictures_keep_their_captions() -> None:
