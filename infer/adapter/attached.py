@@ -42,7 +42,11 @@ def strengths(transformer: nn.Module, name: str = "default") -> dict[str, float]
 
 def adapter_pairs(transformer: nn.Module, name: str = "default") -> Pairs:
     """An attached adapter as pairs, on the CPU."""
-    state = adapter_state(transformer, name)
+    return pairs_of(adapter_state(transformer, name), strengths(transformer, name))
+
+
+def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
+    """`adapter_state` as pairs, of the layers whose strengths are given."""
     return {
         layer: Pair(
             state[f"{layer}.lora_A.weight"],
@@ -50,7 +54,7 @@ def adapter_pairs(transformer: nn.Module, name: str = "default") -> Pairs:
             strength,
             state.get(f"{layer}.lora_magnitude_vector"),
         )
-        for layer, strength in strengths(transformer, name).items()
+        for layer, strength in strengths.items()
     }
 
 

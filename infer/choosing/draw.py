@@ -35,6 +35,7 @@ from infer.report.results import Row, Stage
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import decode, drawn_texts, text_encoder
 from infer.sample.generate import draw, settled
+from infer.sample.warm_up import draw_unseen
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
 from infer.score.score_all import score_all
@@ -98,7 +99,7 @@ def _drawn(
         if path.graphs(device):
             Sampler(transformer, offload)
         once = replace(sampling, steps=1)
-        warm_up = partial(_warm_up, vae, transformer, scheduler, texts[every[0]], 0, once, size, device)
+        warm_up = partial(draw_unseen, vae, transformer, scheduler, texts[every[0]], 0, once, size, device)
         on: list[str] = []
         for number, (name, weight) in enumerate(states):
             for old in on:
@@ -144,11 +145,6 @@ def _drawn(
         "size": list(size),
         "device": describe_device(device),
     }
-
-
-def _warm_up(vae: Any, *arguments: Any) -> None:
-    """A picture of one step that nobody looks at; arguments: those of `draw`."""
-    decode(vae, draw(*arguments), *arguments[-2])
 
 
 def _label(name: str | None, weight: float) -> str | None:

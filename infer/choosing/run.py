@@ -147,7 +147,7 @@ def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from infer.adapter.read import Pair
+    from infer.adapter.attached import pairs_of
 
     folder = files.folder / "checkpoints" / name
     try:
@@ -158,15 +158,7 @@ def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
         state = load(content)
         strength = strength_of(files.adapter)
         layers = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-        return {
-            layer: Pair(
-                state[f"{layer}.lora_A.weight"],
-                state[f"{layer}.lora_B.weight"],
-                strength,
-                state.get(f"{layer}.lora_magnitude_vector"),
-            )
-            for layer in layers
-        }
+        return pairs_of(state, dict.fromkeys(layers, strength))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"checkpoint {folder} is damaged ({error}); choose among the others with checkpoints=[...]"

@@ -43,16 +43,12 @@ from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encode
 from infer.sample.generate import draw, settled
 from infer.sample.picture import decode as decode_file
 from infer.sample.references import encode_files, latents_behind
+from infer.sample.warm_up import draw_unseen
 from infer.score.edits import check_scored, fitted
 from infer.score.judges import find_scores
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
 from infer.score.score_all import score_all
-
-
-def _draw_one(vae: Any, *arguments: Any) -> None:
-    """A picture that nobody looks at; arguments: those of `draw`."""
-    decode(vae, draw(*arguments), *arguments[-2])
 
 
 def _stage(measured: Measure) -> Stage:
@@ -105,7 +101,7 @@ def draw_precision(
     assert steps is not None, "the settings are not settled"
     forms = {tuple(each.shape for each in text.references): text for text in texts}
     largest = max(texts, key=latents_behind)
-    warm_up = partial(_draw_one, vae, transformer, scheduler, largest, 0, one_step, size, device)
+    warm_up = partial(draw_unseen, vae, transformer, scheduler, largest, 0, one_step, size, device)
     if path.graphs(device):
         Sampler(transformer, offload)
     load = Stage(load_text.seconds + load_rest.seconds, max(load_text.peak_memory_bytes, load_rest.peak_memory_bytes))
@@ -126,7 +122,7 @@ def draw_precision(
         # loading kernels, compiling and capturing are not a picture's cost
         for text in forms.values():
             for _ in range(2 if path.graphs(device) else 1):
-                _draw_one(vae, transformer, scheduler, text, 0, one_step, size, device)
+                draw_unseen(vae, transformer, scheduler, text, 0, one_step, size, device)
         for i, (prompt, files) in enumerate(listed(asked)):
             for seed in options.seeds:
                 bar.set_postfix_str(f"{name}{' + ' + variant[0] if variant else ''}")

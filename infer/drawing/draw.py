@@ -33,6 +33,7 @@ from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encode
 from infer.sample.generate import draw, settled
 from infer.sample.references import encode_files, latents_behind
 from infer.sample.sheet import Layout, sheet_of
+from infer.sample.warm_up import draw_unseen
 
 
 def draw_pictures(options: Draw, device: torch.device) -> list[Path]:
@@ -96,7 +97,7 @@ def draw_pictures(options: Draw, device: torch.device) -> list[Path]:
 def _draw_one(vae: Any, *arguments: Any) -> None:
     """A picture that nobody looks at; arguments: those of `draw`."""
     try:
-        decode(vae, draw(*arguments), *arguments[-2])
+        draw_unseen(vae, *arguments)
     except NotFiniteError:
         return  # said of each picture that is asked for, by its name
 
