@@ -6,6 +6,7 @@ checkpoints where the network would be asked.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from infer.checkpoint.files import part_folder, pipeline_index, read_config
@@ -95,7 +96,8 @@ def own_size(model: Model) -> int:
 
 
 def latent_map(model: Model) -> LatentMap:
-    """How the autoencoder's latents become those that the transformer expects; reads single tensors of it at most.
+    """How the autoencoder's latents become those that the transformer expects. Of a folder single tensors are read, a
+    single file once.
 
     Raises:
         ValueError: its config or its weights do not say.
@@ -107,12 +109,18 @@ def latent_map(model: Model) -> LatentMap:
 
     config, file = read_config(model, "vae"), file_of(model, "vae")
 
+    @cache
+    def weights() -> dict[str, torch.Tensor]:
+        """Of a single file, whose tensors have other names and forms: all of them, at once."""
+        assert file is not None
+        return autoencoder_weights(file, of_config(config), config)
+
     def tensor(name: str) -> torch.Tensor:
         if model.random:
             size = (config["latent_channels"] * 4,)
             return torch.full(size, 1.0 if name.endswith("var") else 0.0)
         if file is not None:
-            return autoencoder_weights(file, of_config(config), config)[name]
+            return weights()[name]
         with safe_open(part_folder(model, "vae") / VAE_FILE, framework="pt") as reader:
             found: torch.Tensor = reader.get_tensor(name)
             return found
