@@ -2,7 +2,6 @@
 this machine."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from tests.memory_cloud import RefusedError, emptied
 from train.data.cloud import is_cloud, local_copy
 from train.data.dataset import Data, Source, read_samples
 
-
-class RefusedError(Exception):
-    """No OSError, as botocore's NoCredentialsError is none."""
-
-
-@pytest.fixture
-def bucket() -> Iterator[MemoryFileSystem]:
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
+bucket = pytest.fixture(emptied, name="bucket")
 
 
 @pytest.fixture

@@ -1,29 +1,17 @@
 """A run's folder in the cloud: copied while it changes, brought back where it is gone, by fsspec's file systems."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.memory_cloud import RefusedError, emptied
 from train.state import mirror
 from train.state.mirror import bring_back, copy_changed, mirrored
 
-
-class RefusedError(Exception):
-    """No OSError, as botocore's NoCredentialsError is none."""
-
-
-@pytest.fixture
-def cloud() -> Iterator[MemoryFileSystem]:
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
+cloud = pytest.fixture(emptied, name="cloud")
 
 
 @pytest.fixture
