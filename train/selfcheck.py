@@ -32,7 +32,8 @@ import psutil
 from infer.program.command import run_command
 from infer.program.errors import DIFFERS, DONE
 from infer.program.paths import ROOT
-from train.data.dataset import check_left, check_taught, read_samples
+from train.data.references import check_taught
+from train.data.samples import check_left, read_samples
 from train.run.config import Train
 from train.run.names import check_names
 from train.trackers.metrics import read_events

@@ -24,7 +24,8 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.quantize.compute import NAMES
 from infer.quantize.layer import quantized_layer
-from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
+from infer.quantize.precision import Precision, kind_asked, kind_of
+from infer.quantize.storage import dequantized
 
 START = "start.safetensors"
 TURNS = 5  # LoftQ's T in the paper's experiments

@@ -40,7 +40,8 @@ from infer.merge import merge
 from infer.merging.settings import Merge
 from infer.merging.update import merged
 from infer.program.paths import ROOT
-from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
+from infer.quantize.precision import Precision, kind_asked, kind_of
+from infer.quantize.storage import dequantized
 from infer.recover import recover
 from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling

@@ -23,7 +23,8 @@ from infer.checkpoint.model import Model
 from infer.fast.install import install
 from infer.fast.memory import KEEP, Memory, device_bytes
 from infer.program.paths import ROOT
-from infer.quantize.precision import KINDS, Precision, stored_bytes
+from infer.quantize.precision import KINDS, Precision
+from infer.quantize.storage import stored_bytes
 from infer.sample.encode import text_encoder
 from scripts.bench import plan_rows
 from scripts.bench_grid import job_of
