@@ -39,10 +39,10 @@ def encode_pictures(
     device: torch.device,
     show: bool,
 ) -> dict[int, Picture | Skipped]:
-    """Write what the cache lacks of these samples, and return what each of them is: of every missing view the posterior
-    (`mean` and, where the family is trained on samples of it, `deviation`, [channels, h / 8, w / 8], as the autoencoder
-    gives it), of a mask's views `mask`,
-    [h / 8, w / 8] in [0, 1]. Under data.on_error=raise it stops at the first sample that cannot be used.
+    """Write what the cache lacks of these samples, and return what each of them is. A missing view is written as the
+    autoencoder's posterior: `mean` and, where the family is trained on samples of it, `deviation`, [channels, h / 8, w
+    / 8]. A mask's view is written as `mask`, [h / 8, w / 8] in [0, 1]. Under data.on_error=raise it stops at the first
+    sample that cannot be used.
 
     load: gives the autoencoder, and is called when the first view has to be encoded. writers: by kind.
     """

@@ -10,8 +10,8 @@ from train.latents.writer import ShardWriter, rounds
 
 def encode_texts(cache: Cache, encoder: TextEncoder, texts: list[str], writer: ShardWriter, show: bool) -> None:
     """Write the embeddings of the texts that are missing, one by one so that none depends on its neighbours: `embeds`
-    [tokens, width], `pooled` [width] where there is one, and `tokens`: what the whole text has, and what is seen of it
-    at most."""
+    [tokens, width], and `pooled` [width] where there is one. `tokens` are two numbers: those of the whole text, and
+    those that the encoder sees at most."""
 
     def absent(text: str) -> bool:
         return bool(writer.index.absent([cache.keys.text(text)]))

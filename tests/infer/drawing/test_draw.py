@@ -1,6 +1,7 @@
 """Pictures from a command: against the comparison's, read back from their PNGs, and what is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from infer.quantize.precision import Precision
 from infer.sample import generate
 from infer.sample.generate import Sampling
 from infer.sample.sheet import Layout
+from tests.forked import Forked
 
 SMALL = Sampling(steps=1, height=64, width=64)
 HARD = [
@@ -108,8 +110,9 @@ def test_strengths_are_the_comparisons_and_a_picture_is_drawn_again(tiny: Model)
     assert found["settings"]["sampling.steps"] == 1 and found["settings"]["precision.kind"] == "nf4"
     assert found["adapters"].keys() == {path} and re.fullmatch("[0-9a-f]{64}", found["adapters"][path])
     assert torch.__version__.startswith(found["versions"]["torch"]) and found["seconds"] > 0
-    command = [sys.executable, str(ROOT / "infer/draw.py"), f"like={files[1]}", "device=cpu", "out=again"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [str(ROOT / "infer/draw.py"), f"like={files[1]}", "device=cpu", "out=again"]
+    code, words = Forked(command, Path.cwd(), os.environ, Path("words").absolute()).finish(120)
+    assert code == 0, words
     assert [file.name for file in Path("again").iterdir()] == ["a-star-3.png"]
     assert (pixels(Path("again/a-star-3.png")) == pixels(files[1])).all()
     save_random(tiny, Path("lora"), seed=2)
