@@ -123,10 +123,10 @@ class Held:
 
 KERNELS = {  # the first that a kernel's name holds
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
-    "dequantize": ("unpack", "kdequant", "dequantize"),
+    "dequantize": ("unpack", "fold", "kdequant", "dequantize"),
     "matrix products": ("gemm", "with_copies", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
     "copies": ("memcpy", "memset"),
-    "fused": ("triton",),
+    "fused": ("triton", "norm_", "gate_", "heads_", "activation_", "round_rows", "scale_product", "pack"),
     "optimizer": ("multi_tensor", "optimizer", "adam"),
 }
 

@@ -16,12 +16,15 @@ from infer.fast.dequantize import BLOCK, four_bit_values
 from infer.fast.thin import Thin
 from infer.fast.weights import Stack, dequantize, four_bit_ends
 
-TALL, WIDE = 32, 256  # of a program's tile
+TALL, WIDE = 64, 256  # of a program's tile
+MOST = 16  # rank of a layer's adapter: beyond, adding it to the weights takes longer than adding it to the product
 
 
-def folds(frozen: Stack) -> bool:
+def folds(frozen: Stack, thin: Thin | None) -> bool:
     """Whether adapters are added to these weights, and not to their products."""
-    return frozen.kind != "plain" and frozen.eight is None
+    if frozen.kind == "plain" or frozen.eight is not None:
+        return False
+    return thin is None or thin.down.shape[0] <= MOST * (1 + len(thin.starts or ()))
 
 
 def folded(frozen: Stack, thin: Thin | None, dtype: torch.dtype, turn: int = 0) -> Tensor:
@@ -44,9 +47,9 @@ def _kernel() -> Any:
     @triton.jit
     def fold(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         stored, scale, outer, code, offsets, values, down, up, out, rows, columns, end0, end1, end2,
-        first, last, rank, part, row0, row1, row2,
-        int8: tl.constexpr, nested: tl.constexpr, adapted: tl.constexpr, deep: tl.constexpr,
-        tall: tl.constexpr, wide: tl.constexpr, per: tl.constexpr,
+        first, last, rank, shift, row0, row1, row2,
+        int8: tl.constexpr, nested: tl.constexpr, part: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+        per: tl.constexpr,
     ) -> None:  # fmt: skip
         row = tl.program_id(0) * tall + tl.arange(0, tall)
         start = tl.program_id(1) * wide
@@ -76,20 +79,15 @@ def _kernel() -> Any:
             high = tl.load(values + (pairs >> 4)) * spread
             low = tl.load(values + (pairs & 15)) * spread
             whole = tl.interleave(high, low)
-        if adapted:
-            inner = tl.arange(0, deep)
-            # the columns of up that this tile's layer has: `part` of them, or all where a tile may have two layers
-            head = tl.program_id(0) * tall
-            own = (head >= row0).to(tl.int32) + (head >= row1).to(tl.int32) + (head >= row2).to(tl.int32)
-            begin = own * part
-            if part == rank:
-                begin = 0
-            mine = (inner < part) & (begin + inner < rank)
-            place = (row - first)[:, None] * rank + (begin + inner)[None, :]
-            b = tl.load(up + place, mask=((row >= first) & (row < last))[:, None] & mine[None, :], other=0.0)
-            place = (begin + inner)[:, None] * columns + column[None, :]
-            a = tl.load(down + place, mask=mine[:, None] & across[None, :], other=0.0)
-            whole = tl.dot(b, a, whole, input_precision="ieee")
+        # the columns of up that this tile's layer has: `part` of them, or all where a tile may have two layers
+        head = tl.program_id(0) * tall
+        own = (head >= row0).to(tl.int32) + (head >= row1).to(tl.int32) + (head >= row2).to(tl.int32)
+        for i in tl.static_range(part):
+            inner = own * shift + i
+            b = tl.load(up + (row - first) * rank + inner, mask=(row >= first) & (row < last), other=0.0)
+            a = tl.load(down + inner * columns + column, mask=across, other=0.0)
+            by = tl.broadcast_to(b.to(tl.float32)[:, None], (tall, wide))
+            whole = tl.fma(by, tl.broadcast_to(a.to(tl.float32)[None, :], (tall, wide)), whole)
         place = line[:, None] * columns + column[None, :]
         tl.store(out + place, whole.to(out.dtype.element_ty), mask=inside[:, None] & across[None, :])
 
@@ -106,19 +104,19 @@ def _on_cuda(frozen: Stack, thin: Thin | None, dtype: torch.dtype) -> Tensor:
     values = scale if int8 else four_bit_values(frozen.kind, out.device)
     ends = [] if int8 else four_bit_ends(frozen)[:-1]
     far = [*ends, *[2**31 - 1] * 4][:3]
-    first, last, rank, part, layers = 0, 0, 8, 8, [2**31 - 1] * 3
+    first, last, rank, part, shift, layers = 0, 0, 0, 0, 0, [2**31 - 1] * 3
     down, up = out, out
     if thin is not None:
         down, up, first, last = thin.down, thin.up, thin.first, thin.first + thin.up.shape[0]
         rank = part = down.shape[0]
         if thin.starts is not None and all(start % TALL == 0 for start in (first, *thin.starts)):
-            part = rank // (1 + len(thin.starts))
+            part = shift = rank // (1 + len(thin.starts))
             layers = [*[first + start for start in thin.starts], *layers][:3]
     with torch.cuda.device(out.device):
         _kernel()[(-(-rows // TALL), -(-columns // WIDE))](
             frozen.stored, scale, outer, code, offsets, values, down, up, out, rows, columns, *far,
-            first, last, rank, part, *layers, int8=int8, nested=frozen.nested is not None, adapted=thin is not None,
-            deep=max(16, 1 << (part - 1).bit_length()), tall=TALL, wide=WIDE, per=BLOCK // 2, num_warps=8,
+            first, last, rank, shift, *layers, int8=int8, nested=frozen.nested is not None, part=part,
+            tall=TALL, wide=WIDE, per=BLOCK // 2, num_warps=8,
             enable_fp_fusion=False,  # a product, then a sum, as bitsandbytes rounds them
         )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ class _Activated(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         ctx.kind, ctx.rows, ctx.start = kind, rows, start
         ctx.width = 0 if attended is None else attended.shape[2]
-        return _forward(kind, attended, hidden)
+        return forward(kind, attended, hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -32,7 +32,7 @@ class _Activated(torch.autograd.Function):
             shape = *hidden.shape[:2], ctx.start + hidden.shape[2]
             ctx.rows.whole = hidden.new_empty(shape)
             into = ctx.rows.whole[..., ctx.start :]
-        passed = _backward(ctx.kind, hidden, gradient, ctx.width, into)
+        passed = backward(ctx.kind, hidden, gradient, ctx.width, into)
         return None, passed, into, None, None
 
 
@@ -55,14 +55,14 @@ def _value(kind: str, hidden: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def _forward(kind: str, attended: Tensor | None, hidden: Tensor) -> Tensor:
+def forward(kind: str, attended: Tensor | None, hidden: Tensor) -> Tensor:
     if hidden.is_cuda:
         return _forward_on_cuda(kind, attended, hidden)
     y = _value(kind, hidden).to(hidden.dtype)
     return y if attended is None else torch.cat([attended, y], dim=-1)
 
 
-def _backward(kind: str, hidden: Tensor, gradient: Tensor, width: int, into: Tensor) -> Tensor | None:
+def backward(kind: str, hidden: Tensor, gradient: Tensor, width: int, into: Tensor) -> Tensor | None:
     """Write hidden's gradient; returns attended's, in one piece."""
     if hidden.is_cuda:
         return _backward_on_cuda(kind, hidden, gradient, width, into)
@@ -80,7 +80,7 @@ def _kernels() -> tuple[Any, Any]:
     import triton.language as tl
 
     @triton.jit
-    def forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+    def activation_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         attended, hidden, out, width, columns, attended_row, hidden_row, out_row, copies,
         gelu: tl.constexpr, size: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -102,7 +102,7 @@ def _kernels() -> tuple[Any, Any]:
             tl.store(out + row * out_row + width + column, y.to(out.dtype.element_ty), mask=within)
 
     @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
+    def activation_backward(  # type: ignore[no-untyped-def]
         hidden, gradient, passed, into, width, columns, hidden_row, gradient_row, into_row, copies,
         gelu: tl.constexpr, size: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -128,7 +128,7 @@ def _kernels() -> tuple[Any, Any]:
                 g *= up * s * (1 + x * (1 - s))
             tl.store(into + row * into_row + column, g.to(into.dtype.element_ty), mask=within)
 
-    return forward, backward
+    return activation_forward, activation_backward
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ are compiled once for all sizes, batches, precisions and adapters, in about a se
 The numbers are those of the blocks there, to rounding.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from infer.fast.double_block import Double
@@ -15,18 +17,17 @@ from infer.fast.fused_gate import gated
 from infer.fast.fused_heads import Heads, Rows, heads_and_rest, heads_of
 from infer.fast.fused_linear import fused_linear
 from infer.fast.fused_norm import normed
-from infer.fast.group import Group
 from infer.fast.kept_attention import kept_attention
 from infer.fast.weights import Linear, rows_of
 
 Block = Double | Single1 | Single2
 
 
-def reached(groups: list[Group]) -> bool:
-    """Whether the layers of a block, with the adapters that are on, can be computed so: DoRA's cannot."""
-    return not any(
-        lora.magnitude is not None for group in groups for adapters in group.linear().adapters for lora in adapters
-    )
+def reached(part: Any) -> bool:
+    """Whether a block, with the adapters that are on, can be computed so: DoRA's cannot."""
+    if isinstance(part, Linear):
+        return not any(lora.magnitude is not None for adapters in part.adapters for lora in adapters)
+    return not isinstance(part, tuple) or all(map(reached, part))
 
 
 def compute(block: Block, tensors: tuple[Tensor, ...], again: bool) -> tuple[Tensor, ...]:

@@ -15,11 +15,11 @@ class _Gated(torch.autograd.Function):
         ctx.gate = gate  # of the modulation, which learns nothing here
         if not value:
             return tuple(torch.empty_like(x) for x in streams)
-        return _forward(gate, y, streams)
+        return forward(gate, y, streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _backward(ctx.gate, gradients), None, *gradients
+        return None, backward(ctx.gate, gradients), None, *gradients
 
 
 def gated(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...], value: bool = True) -> tuple[Tensor, ...]:
@@ -32,7 +32,7 @@ def gated(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...], value: bool = Tr
     return found
 
 
-def _forward(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def forward(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if y.is_cuda:
         given, out = [x.contiguous() for x in streams], [torch.empty_like(x) for x in streams]
         _launch(0, gate, y.contiguous(), (given[0], given[-1]), (out[0], out[-1]), given[0].shape[1])
@@ -42,7 +42,7 @@ def _forward(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...]) -> tuple[Tens
     return tuple((x.float() + by * part.float()).to(x.dtype) for x, part in zip(streams, parts, strict=True))
 
 
-def _backward(gate: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+def backward(gate: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
     if not gradients[0].is_cuda:
         return (torch.cat(gradients, dim=1).float() * gate.float()[:, None]).to(gradients[0].dtype)
     given = [x.contiguous() for x in gradients]
@@ -59,7 +59,7 @@ def _kernels() -> tuple[Any, Any]:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["early", "tokens"])
-    def forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+    def gate_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         first, second, gate, y, out_first, out_second, early, tokens, width, gate_row, size: tl.constexpr
     ) -> None:
         row = tl.program_id(0).to(tl.int64)
@@ -77,7 +77,7 @@ def _kernels() -> tuple[Any, Any]:
         tl.store(out_second + behind, x.to(out_second.dtype.element_ty), mask=other)
 
     @triton.jit(do_not_specialize=["early", "tokens"])
-    def backward(  # type: ignore[no-untyped-def]
+    def gate_backward(  # type: ignore[no-untyped-def]
         first, second, gate, y, out_first, out_second, early, tokens, width, gate_row, size: tl.constexpr
     ) -> None:
         row = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def _kernels() -> tuple[Any, Any]:
         g *= tl.load(gate + batch * gate_row + column, mask=within, other=0.0).to(tl.float32)
         tl.store(y + row * width + column, g.to(y.dtype.element_ty), mask=within)
 
-    return forward, backward
+    return gate_forward, gate_backward
 
 
 def _launch(

@@ -40,7 +40,7 @@ class _Heads(torch.autograd.Function):
     def forward(ctx: Any, how: Heads, rows: Rows | None, *products: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*products)
         ctx.how, ctx.rows = how, rows
-        q, k, v = _forward(how, products)
+        q, k, v = forward(how, products)
         rest = products[0][..., 3 * _width(how) :]
         return (q, k, v, rest) if rows is not None else (q, k, v)
 
@@ -54,7 +54,7 @@ class _Heads(torch.autograd.Function):
             if rest.data_ptr() != whole[..., width:].data_ptr():  # nobody wrote it there
                 whole[..., width:] = rest
             out.insert(0, whole)
-        _backward(how, products, (dq, dk, dv), out)
+        backward(how, products, (dq, dk, dv), out)
         return None, None, *out
 
 
@@ -75,7 +75,7 @@ def _width(how: Heads) -> int:
     return how.heads * how.cos.shape[1]
 
 
-def _forward(how: Heads, products: tuple[Tensor, ...]) -> list[Tensor]:
+def forward(how: Heads, products: tuple[Tensor, ...]) -> list[Tensor]:
     width = _width(how)
     batch, tokens = products[0].shape[0], sum(x.shape[1] for x in products)
     shape = batch, tokens, how.heads, width // how.heads
@@ -106,7 +106,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[None, :, None] + turned * sin[None, :, None]
 
 
-def _backward(how: Heads, products: tuple[Tensor, ...], gradients: tuple[Tensor, ...], out: list[Tensor]) -> None:
+def backward(how: Heads, products: tuple[Tensor, ...], gradients: tuple[Tensor, ...], out: list[Tensor]) -> None:
     """Write the gradients of the products' first columns."""
     width, start = _width(how), 0
     for i, (x, into) in enumerate(zip(products, out, strict=True)):
@@ -139,7 +139,7 @@ def _kernels() -> tuple[Any, Any]:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["tokens", "every", "start"])
-    def forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+    def heads_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         given, norm_q, norm_k, cos, sin, q, k, v, columns, tokens, every, start, heads, each, epsilon,
         with_v: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -166,7 +166,7 @@ def _kernels() -> tuple[Any, Any]:
             tl.store(v + target, tl.load(source + 2 * heads * each, mask=within), mask=within)
 
     @triton.jit(do_not_specialize=["tokens", "start"])
-    def backward(  # type: ignore[no-untyped-def]
+    def heads_backward(  # type: ignore[no-untyped-def]
         given, norm_q, norm_k, cos, sin, dq, dk, dv, out, columns, tokens, start, heads, each, epsilon,
         qb, qt, qh, kb, kt, kh, vb, vt, vh, tall: tl.constexpr, wide: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -197,7 +197,7 @@ def _kernels() -> tuple[Any, Any]:
         place = dv + batch * vb + (start + token) * vt + head[:, None] * vh + column[None, :]
         tl.store(out + 2 * heads * each + cell, tl.load(place, mask=within), mask=within)
 
-    return forward, backward
+    return heads_forward, heads_backward
 
 
 def _tile(how: Heads) -> dict[str, int]:

@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         """weights: W, with the update where it folds; None: made here and for the gradient, and not kept between.
         down, up: those of `thin`."""
-        ctx.frozen, ctx.thin, ctx.weights = frozen, thin, weights
+        ctx.frozen, ctx.thin, ctx.weights, fold = frozen, thin, weights, folds(frozen, thin)
         learns = down is not None and any(ctx.needs_input_grad[4:6])
         if not value:
             y = x.new_empty(*x.shape[:-1], frozen.shape[0])
@@ -44,9 +44,9 @@ class _Linear(torch.autograd.Function):
             else:
                 y = functional.linear(x, _weights(frozen, thin, x.dtype) if weights is None else weights, bias)
         inner = None
-        if thin is not None and down is not None and (learns or (value and not folds(frozen))):
+        if thin is not None and down is not None and (learns or (value and not fold)):
             inner = functional.linear(x, down)
-            if value and not folds(frozen):
+            if value and not fold:
                 add_product(y[..., thin.first : thin.first + thin.up.shape[0]], inner, thin.up)
         ctx.save_for_backward(*((x, inner) if learns else (None, None)))
         return y
@@ -54,8 +54,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (x, inner), thin, frozen = ctx.saved_tensors, ctx.thin, ctx.frozen
+        fold = folds(frozen, thin)
         passed = across = of_down = of_up = None
-        if thin is not None and (x is not None or not folds(frozen)):
+        if thin is not None and (x is not None or not fold):
             part = gradient[..., thin.first : thin.first + thin.up.shape[0]]
             across = part @ thin.up
             if x is not None:
@@ -66,13 +67,13 @@ class _Linear(torch.autograd.Function):
                 passed = product(gradient, frozen, across=True)
             else:
                 passed = gradient @ (_weights(frozen, thin, gradient.dtype, 1) if ctx.weights is None else ctx.weights)
-            if across is not None and not folds(frozen):
+            if across is not None and not fold:
                 add_product(passed, across, thin.down.T.contiguous())
         return passed, None, None, None, of_down, of_up, None
 
 
 def _weights(frozen: Stack, thin: Thin | None, dtype: torch.dtype, turn: int = 0) -> Tensor:
-    return folded(frozen, thin if folds(frozen) else None, dtype, turn)
+    return folded(frozen, thin if folds(frozen, thin) else None, dtype, turn)
 
 
 def fused_linear(x: Tensor, layers: Linear, again: bool, value: bool = True) -> Tensor:

@@ -21,11 +21,11 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*streams)
         ctx.scale = scale  # of the modulation, which learns nothing here
-        return _forward(shift, scale, streams), *(x.view_as(x) for x in streams)
+        return forward(shift, scale, streams), *(x.view_as(x) for x in streams)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *beside: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_backward(gradient, ctx.scale, ctx.saved_tensors, beside)
+        return None, None, *backward(gradient, ctx.scale, ctx.saved_tensors, beside)
 
 
 def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +41,7 @@ def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]
     return found
 
 
-def _forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+def forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
     if streams[0].is_cuda:
         return _forward_on_cuda(shift, scale, streams)
     x = torch.cat(streams, dim=1).float()
@@ -49,7 +49,7 @@ def _forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tenso
     return (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(streams[0].dtype)
 
 
-def _backward(
+def backward(
     gradient: Tensor, scale: Tensor, streams: tuple[Tensor, ...], beside: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     if gradient.is_cuda:
@@ -70,7 +70,7 @@ def _kernels() -> tuple[Any, Any]:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["early", "tokens"])
-    def forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
+    def norm_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, epsilon, size: tl.constexpr
     ) -> None:
         row = tl.program_id(0).to(tl.int64)
@@ -87,7 +87,7 @@ def _kernels() -> tuple[Any, Any]:
         tl.store(out + row * width + column, y.to(out.dtype.element_ty), mask=within)
 
     @triton.jit(do_not_specialize=["early", "tokens"])
-    def backward(  # type: ignore[no-untyped-def]
+    def norm_backward(  # type: ignore[no-untyped-def]
         first, second, scale, gradient, beside_first, beside_second, out_first, out_second,
         early, tokens, width, scale_row, epsilon, size: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -111,7 +111,7 @@ def _kernels() -> tuple[Any, Any]:
         tl.store(out_first + at, g.to(out_first.dtype.element_ty), mask=one)
         tl.store(out_second + behind, g.to(out_second.dtype.element_ty), mask=other)
 
-    return forward, backward
+    return norm_forward, norm_backward
 
 
 def _size(width: int) -> int:

@@ -96,7 +96,7 @@ def install(
             if offload is not None:
                 streams = offload.before(i, *streams)
             block = parts(heads)._replace(repeatable=repeatable)
-            if kernels and keeps[i] in KEEPS and reached(groups):
+            if kernels and keeps[i] in KEEPS and reached(block):
                 streams = form.compute(partial(fused, keeps[i]), block, *streams, *rest)
             elif compiles:
                 streams = call_compiled(run, groups, block, streams, rest)

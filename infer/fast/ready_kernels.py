@@ -1,23 +1,21 @@
-"""The kernels of fused blocks, compiled in a thread while a model is loaded.
+"""The kernels of fused blocks, compiled in threads while a model is loaded.
 
 Triton compiles a kernel when it is first called, in half a second, and keeps it on disk (infer/device/compiler.py).
 What it compiles depends on dtypes and on which numbers are multiples of 16, not on sizes: so calls of a few rows
 compile the kernels that a whole step needs.
 """
 
-from collections.abc import Mapping
-from threading import Thread
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infer.device.compiler import prepare_compiler
+from infer.fast import fused_activation, fused_gate, fused_heads, fused_norm
 from infer.fast.fold import folded
-from infer.fast.fused_activation import activated
-from infer.fast.fused_gate import gated
-from infer.fast.fused_heads import Heads, Rows, heads_and_rest, heads_of
-from infer.fast.fused_norm import normed
+from infer.fast.fused_heads import Heads
 from infer.fast.kept_attention import kept_attention
 from infer.fast.memory import Memory
 from infer.fast.thin import thin_of
@@ -25,7 +23,8 @@ from infer.fast.weights import Linear, Lora, Stack, dequantize
 from infer.quantize.precision import Precision
 
 ROWS = 32
-_threads: list[Thread] = []
+BESIDE = 6  # kernels that are compiled beside each other: most of that is not Python
+_begun: list[Future[object]] = []
 
 
 def prepare_kernels(
@@ -47,56 +46,79 @@ def prepare_kernels(
     own = memory.kernels(device) and not dora and precision.dtype != torch.float16
     prepare_compiler(device, pool=not own)
     if own and device.type == "cuda":
-        before = _threads[-1] if _threads else None
-        given = before, config, precision, rank, learns, device
-        _threads.append(Thread(target=_compile, args=given, name="kernels", daemon=True))
-        _threads[-1].start()
+        pool = ThreadPoolExecutor(BESIDE, thread_name_prefix="kernels")
+        _begun.extend(pool.submit(_apart, device, work) for work in _works(config, precision, rank, learns, device))
+        pool.shutdown(wait=False)
 
 
 def wait() -> None:
     """Until what was begun is done: two threads would compile a kernel twice."""
-    while _threads:
-        _threads.pop().join()
+    while _begun:
+        _begun.pop().result()
 
 
-def _compile(
-    before: Thread | None,
-    config: Mapping[str, Any],
-    precision: Precision,
-    rank: int,
-    learns: bool,
-    device: torch.device,
-) -> None:
-    if before is not None:
-        before.join()
-    heads, each = config["num_attention_heads"], config["attention_head_dim"]
-    width, dtype = heads * each, precision.dtype
-    swiglu = "pooled_projection_dim" not in config  # FLUX.2
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device).requires_grad_(learns)
-
+def _apart(device: torch.device, work: Callable[[], object]) -> None:
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        shift, scale, gate = zeros(1, 3 * width).detach().chunk(3, dim=-1)
-        txt, img = zeros(1, ROWS, width), zeros(1, ROWS, width)
-        x, *streams = normed(shift, scale, txt, img)
-        angles = torch.zeros(2 * ROWS, each, device=device)
-        norm = zeros(each).detach()
-        products = zeros(1, ROWS, 3 * width), zeros(1, ROWS, 3 * width)
-        joint = heads_of(Heads(heads, (norm,) * 4, angles, angles), *products)
-        kind, hidden = ("swiglu", 6) if swiglu else ("gelu", 4)
-        rows, product = Rows(), zeros(1, 2 * ROWS, (3 + hidden) * width)
-        *_, rest = heads_and_rest(Heads(heads, (norm,) * 2, angles, angles), product, rows)
-        y = activated(kind, rest, kept_attention(*joint, False), rows, 3 * width)
-        out = gated(gate, y[..., :width] + x, tuple(streams))
-        adapters = _adapted(precision, width, rank, learns, device)
-        if learns:
-            torch.autograd.backward([each.sum() for each in (*out, *adapters)])
+        work()
     torch.cuda.empty_cache()
 
 
-def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: torch.device) -> tuple[Tensor, ...]:
-    """Weights of a few rows, dequantized without and with adapters; returns the latter's two thin matrices."""
+def _works(
+    config: Mapping[str, Any], precision: Precision, rank: int, learns: bool, device: torch.device
+) -> list[Callable[[], object]]:
+    """Calls that need every kernel between them. Gradients are called by themselves: autograd has one thread a card."""
+    heads, each = config["num_attention_heads"], config["attention_head_dim"]
+    width, dtype = heads * each, precision.dtype
+    kind, hidden = ("swiglu", 6) if "pooled_projection_dim" not in config else ("gelu", 4)  # FLUX.2, FLUX.1
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def streams(count: int = 2) -> tuple[Tensor, ...]:
+        return tuple(zeros(1, ROWS, width) for _ in range(count))
+
+    def part(i: int) -> Tensor:
+        return zeros(1, 3 * width).chunk(3, dim=-1)[i]
+
+    def heads_for(count: int) -> tuple[Heads, tuple[Tensor, ...]]:
+        angles = torch.zeros(count * ROWS, each, device=device)
+        how = Heads(heads, (zeros(each),) * (2 * count), angles, angles)
+        return how, tuple(zeros(1, ROWS, 3 * width) for _ in range(count))
+
+    def of_heads() -> None:
+        how, products = heads_for(1)
+        given = tuple(zeros(1, ROWS, heads, each) for _ in range(3))
+        fused_heads.backward(how, products, given, [zeros(1, ROWS, 3 * width)])
+
+    def attended() -> None:
+        q, k, v = (zeros(1, ROWS, heads, each).requires_grad_(learns) for _ in range(3))
+        out = kept_attention(q, k, v, False)
+        if learns:
+            out.sum().backward()
+
+    behind, product = zeros(1, ROWS, width), zeros(1, ROWS, (3 + hidden) * width)
+    rest, wide = product[..., 3 * width :], hidden * width // (2 if kind == "swiglu" else 1)
+    found: list[Callable[[], object]] = [
+        lambda: fused_norm.forward(part(0), part(1), streams()),
+        lambda: fused_gate.forward(part(2), zeros(1, 2 * ROWS, width), streams()),
+        lambda: fused_heads.forward(*heads_for(1)),
+        lambda: fused_heads.forward(*heads_for(2)),
+        lambda: fused_activation.forward(kind, behind, rest),
+        attended,
+        lambda: _adapted(precision, width, rank, learns, device),
+    ]
+    if learns:
+        found += [
+            lambda: fused_norm.backward(zeros(1, 2 * ROWS, width), part(1), streams(), streams()),
+            lambda: fused_gate.backward(part(2), streams()),
+            of_heads,
+            lambda: fused_activation.backward(kind, rest, zeros(1, ROWS, width + wide), width, torch.empty_like(rest)),
+        ]
+    return found
+
+
+def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: torch.device) -> None:
+    """Weights of a few rows, dequantized without and with adapters."""
     kind = precision.kind if precision.quantized else "plain"
     own = torch.float32 if learns else precision.dtype
 
@@ -122,4 +144,3 @@ def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: 
         dequantize(stack, precision.dtype)
         folded(stack, None, precision.dtype)
         folded(stack, thin._replace(down=thin.down.detach(), up=thin.up.detach()), precision.dtype)
-    return thin.down, thin.up
