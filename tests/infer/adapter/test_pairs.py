@@ -96,7 +96,7 @@ FACTORS = {
 }
 MAIN = FACTORS | {
     "origin": ["default", "residual", "loftq", "start_loftq"],
-    "precision": ["bf16", "int8", "nf4", "double", "mixture"],
+    "precision": ["bf16", "int8", "nf4", "mixture"],
     "memory": ["balanced", "fast", "plain"],
     "optimizer": ["adamw", "adamw8bit", *OPTIMIZERS[3:]],
     "flow": ["logit_normal", "shifted"],
