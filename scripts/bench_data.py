@@ -64,7 +64,8 @@ def build_once(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[st
     from infer.device.device import pick_device
     from infer.quantize.precision import Precision
     from train.data.caption import all_texts
-    from train.data.dataset import Data, read_samples
+    from train.data.dataset import Data
+    from train.data.samples import read_samples
     from train.latents.build import build
     from train.latents.settings import Encode
 
@@ -133,11 +134,12 @@ def index(args: argparse.Namespace, pictures: Path, cache: Path) -> dict[str, An
     from infer.program.remembered import Remembered
     from train.data.batches import epoch_batches
     from train.data.caption import all_texts
-    from train.data.dataset import Data, read_samples
+    from train.data.dataset import Data
+    from train.data.samples import read_samples
     from train.latents.build import admit
-    from train.latents.encoding import make_preparer
     from train.latents.identities import known_identities, write_identities
     from train.latents.keys import Keys
+    from train.latents.prepare import make_preparer
     from train.latents.settings import Encode
     from train.latents.store import Cache
     from train.latents.workers import work_ahead

@@ -42,6 +42,7 @@ from infer.quantize.precision import Precision
 from infer.sample.encode import decode, text_encoder
 from infer.sample.generate import Sampling, draw
 from scripts import bench_rows
+from scripts.bench_gang import alone
 from scripts.bench_rows import Row, make_row
 
 GIB = 2**30
@@ -117,7 +118,7 @@ def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> 
     inputs: dict[str, Any] = {"prompt_embeds": t5.half(), "pooled_prompt_embeds": pooled.half(), "output_type": "pil"}
     inputs |= {"height": SIZE[0], "width": SIZE[1], "guidance_scale": 3.5}
     pipeline(num_inference_steps=2, **inputs)
-    with bench_rows.alone(gang), measured(device) as found:
+    with alone(gang), measured(device) as found:
         pipeline(num_inference_steps=variant.steps, generator=torch.Generator().manual_seed(0), **inputs)
     return seen(found, variant)
 
@@ -162,7 +163,7 @@ def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> R
     latents = picture(2)
     more["digest"] = hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()
     more["warm_up_seconds"] = time.perf_counter() - start
-    with bench_rows.alone(gang), measured(device) as found:
+    with alone(gang), measured(device) as found:
         picture(variant.steps)
     return seen(found, variant, **more)
 

@@ -5,17 +5,14 @@ A row has `name`, `unit`, `target`, `measured`, `card`, `date`, `versions` and `
 
 import argparse
 import datetime
-import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import torch
 from infer.device.allocator import prepare
 from infer.program.atomic import replace_file
 from infer.program.paths import ROOT
+from scripts.bench_gang import run_gang
 
 Row = dict[str, Any]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")
@@ -156,7 +154,7 @@ def run_gangs(
             start = [sys.executable, str(script), *together, "--out", str(out), "--gang", folder, "--worker"]
             running = {name: subprocess.Popen([*start, name]) for name in gang}
             try:
-                _run_gang(running, Path(folder), seconds)
+                run_gang(running, Path(folder), seconds)
             finally:
                 for process in running.values():
                     process.kill()
@@ -165,38 +163,6 @@ def run_gangs(
         for name, process in running.items():
             if name not in done:
                 note_lost(out, name, process.returncode)
-
-
-def _run_gang(running: dict[str, "subprocess.Popen[bytes]"], folder: Path, seconds: float) -> None:
-    """Let them begin to be timed once all are ready, or late; return when all have ended."""
-    start, begun = time.monotonic(), False
-    while any(process.poll() is None for process in running.values()):
-        waited_for = [p for p in running.values() if p.poll() is None and not (folder / f"{p.pid}.ready").exists()]
-        if time.monotonic() - start > seconds:
-            for process in running.values() if begun else waited_for:
-                process.kill()
-                process.wait()
-            waited_for = []
-        if not begun and not waited_for:
-            (folder / "go").touch()
-            start, begun = time.monotonic(), True
-        time.sleep(0.1)
-
-
-@contextmanager
-def alone(folder: Path | None) -> Iterator[None]:
-    """In a gang's worker: have the device alone, once all of the gang are ready for that."""
-    if folder is None:
-        yield
-        return
-    (folder / f"{os.getpid()}.ready").touch()
-    while not (folder / "go").exists():
-        if not folder.exists():
-            raise RuntimeError("the benchmark that started this process is gone")
-        time.sleep(0.1)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def note_lost(out: Path, name: str, code: int) -> None:

@@ -34,8 +34,9 @@ from infer.device.device import release
 from infer.family.flux1_sizes import DEV
 from infer.fast.install import choose_path, hold_of, uninstall
 from infer.quantize.eight_bit_products import without_products
-from infer.quantize.precision import stored_bytes
+from infer.quantize.storage import stored_bytes
 from scripts import bench_rows
+from scripts.bench_gang import alone
 from scripts.bench_rows import Row, make_row
 from scripts.bench_variants import MEMORY, PROFILED, RATIOS, SECONDS, SLOWER, TEXT, VARIANTS, Variant, need
 from train.data.batches import SampleIndex
@@ -148,7 +149,7 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
 def measure(
     variant: Variant, held: Held, accelerator: Accelerator, name: str = "", gang: Path | None = None, steps: int = STEPS
 ) -> Row:
-    """steps: how many are timed. gang: where other processes are at work too (bench_rows.alone)."""
+    """steps: how many are timed. gang: where other processes are at work too (scripts/bench_gang.py)."""
     device, job = held.device, variant.job
     transformer, parameters = held.get(job)
     torch.cuda.synchronize(device)
@@ -198,7 +199,7 @@ def measure(
     torch.cuda.synchronize(device)
     result["warm_up_seconds"] = time.perf_counter() - start
     seconds = []
-    with bench_rows.alone(gang):
+    with alone(gang):
         for _ in range(steps):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -228,7 +229,7 @@ def worker(names: list[str], out: Path, gang: Path | None) -> None:
 
     def work(name: str) -> Row:
         if name == RATE:
-            with bench_rows.alone(gang):
+            with alone(gang):
                 return {"flop_per_second": matrix_rate(held.device)}
         with repeating(VARIANTS[name].deterministic):
             return measure(VARIANTS[name], held, accelerator, name, gang)

@@ -36,8 +36,8 @@ if __name__ == "__main__":
 from infer.program.errors import MEND, reason
 from scripts.bad.case import inside, meet
 from scripts.fault.disk import FAULTS, Disk
+from scripts.fault.jobs import Job, clear, jobs, prepare
 from scripts.fault.things import Thing, things
-from scripts.soak import Job, clear, jobs, prepare
 
 
 class Matrix:

@@ -1,8 +1,12 @@
-"""What several tests share."""
+"""What several tests share, and what keeps them quick."""
 
+import copy
 import gc
+import hashlib
+import os
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -20,17 +24,82 @@ settings.register_profile("untimed", deadline=None)  # seconds are no property, 
 settings.load_profile("untimed")
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of every garbage collection: the trainer asks for them, and each would look
-    through all objects of torch and of the tests again, for half a second."""
-    gc.collect()
-    gc.freeze()
+DEAREST = (
+    "infer/adapter/test_pairs.py",
+    "infer/fast/test_fast.py",
+    "infer/fast/test_half.py",
+    "infer/fast/test_families.py",
+    "infer/fast/test_attention.py",
+    "infer/fast/test_eight_bit.py",
+    "train/loop/test_train.py",
+    "train/state/test_resume.py",
+    "test_terminal.py",
+    "scripts/test_proofs.py",
+    "scripts/test_notebook.py",
+    "infer/adapter/test_residual.py",
+    "infer/quantize/test_compute.py",
+    "train/loop/test_klein.py",
+    "test_config.py",
+    "infer/program",
+    "train/watch",
+    "train/latents",
+    "train/sweeps",
+    "train/state",
+    "train/loop",
+    "infer/report",
+)
+"""Files and folders whose tests take longest. They come first: what is begun last is short, and no process waits long
+for another one."""
+_modules = 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        own = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((i for i, name in enumerate(DEAREST) if f"{own}/".startswith(f"{name}/")), len(DEAREST))
+
+    items.sort(key=place)
     for item in items:
         if any(mark.kwargs.get("reason") == "needs a GPU" for mark in item.iter_markers("skipif")):
             item.add_marker("gpu")
+
+
+def pytest_collection_finish() -> None:
+    pytest_runtest_logfinish()
+    if "bitsandbytes" in sys.modules:
+        _remember_quantized()
+    os.fsync = lambda file: None  # no test takes the machine's power away; those of failing disks put in their own
+
+
+def pytest_runtest_logfinish() -> None:
+    """Leave what is imported by now out of every garbage collection: the trainer asks for them, and each would look
+    through all objects of torch and of the tests again, for half a second."""
+    global _modules
+    if len(sys.modules) > _modules + 100:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
+
+
+def _remember_quantized() -> None:
+    """Have bitsandbytes quantize each weight to 4 bits once: on a CPU that is most of loading the bundled model, which
+    hundreds of tests do."""
+    import torch
+    from bitsandbytes import functional
+
+    found: dict[Any, Any] = {}
+    quantize = functional.quantize_4bit
+
+    def remembered(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
+            return quantize(weight, *args, **kwargs)
+        content = weight.detach().contiguous().view(torch.uint8).numpy()
+        key = hashlib.blake2b(content, digest_size=16).digest(), weight.shape, weight.dtype, *sorted(kwargs.items())
+        if key not in found:
+            found[key] = quantize(weight, **kwargs)
+        return copy.deepcopy(found[key])
+
+    functional.quantize_4bit = remembered
 
 
 @pytest.fixture(scope="session")

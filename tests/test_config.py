@@ -40,7 +40,7 @@ from train.data.dataset import Data
 from train.estimate.memory import footprint
 from train.estimate.plan import Plan
 from train.gap import Gap
-from train.latents.encoding import Encode
+from train.latents.settings import Encode
 from train.look import Look
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim

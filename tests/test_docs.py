@@ -49,6 +49,20 @@ def test_every_error_text_of_ours_stands_in_the_code(quote: str) -> None:
     assert quote in TEXTS
 
 
+def test_the_ways_name_what_is_defined_in_their_files() -> None:
+    """Each line of a way: a file, the names of what is passed there, a remark in brackets, what is in hand."""
+    lines = re.findall(r"^((?:train|infer)/\S+\.py) +([\w.]+(?:, \w+)*)", (DOCS / "ways.md").read_text(), re.MULTILINE)
+    assert len(lines) > 40
+    for file, names in lines:
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        for name in names.replace(".", ", ").split(", "):
+            assert name in defined, (file, name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):

@@ -26,7 +26,8 @@ from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
 from infer.program.remembered import forget
 from infer.quantize.precision import Precision
-from train.data.dataset import Data, check_left, read_samples
+from train.data.dataset import Data
+from train.data.samples import check_left, read_samples
 from train.latents.settings import Encode
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def fill(options: Fill) -> dict[str, int]:
     samples += prior_samples(data, options.model, precision, device, rank, ranks)
     state.wait_for_everyone()
     texts = [*all_texts(samples, data), *options.previews]
-    place = device, rank, ranks, gather_object
-    cache = build(data, samples, texts, options.model, options.precision, options.encode, *place)
+    here = device, rank, ranks, gather_object
+    cache = build(data, samples, texts, options.model, options.precision, options.encode, *here)
     skipped += cache.skipped
     check_left(data, [samples[i] for i in cache.kept], skipped)
     counts = dict(cache.counts)

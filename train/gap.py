@@ -31,11 +31,14 @@ from infer.program.bounds import MANY, SEED, check_most
 from infer.program.command import check_run_name, run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
-from infer.quantize.precision import Precision, stored_bytes
+from infer.quantize.precision import Precision
+from infer.quantize.storage import stored_bytes
 from infer.report.cells import text_table
 from infer.report.markdown import plain_table
 from infer.report.results import to_json
-from train.data.dataset import Data, check_left, check_taught, read_samples
+from train.data.dataset import Data
+from train.data.references import check_taught
+from train.data.samples import check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.run.config import Train

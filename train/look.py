@@ -29,7 +29,9 @@ from infer.program.atomic import replace_file
 from infer.program.bounds import PIXELS, check_most
 from infer.program.command import check_run_name, run_command
 from infer.program.quiet import ready
-from train.data.dataset import Data, check_left, read_samples, sources_of, split
+from train.data.dataset import Data, sources_of
+from train.data.samples import check_left, read_samples
+from train.data.split import split
 from train.latents.workers import make_room, own_cores
 
 if TYPE_CHECKING:

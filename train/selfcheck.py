@@ -5,8 +5,8 @@
 takes what train.py takes, and trains a few steps of it twice under runs/<run>/selfcheck/: straight on, and in processes
 of their own that are killed (SIGKILL) and started again. Then it compares the adapter, its average, the optimizer, the
 schedule, all counters and every figure, bit for bit. Where they differ it says in what and by how much, and trains
-straight on once more: if that differs too, the machine's kernels sum in any order, and it is not the resuming (on a GPU
-they do, unless deterministic=true is among the settings). The last line is one JSON object; exit code 0: the same, 4:
+without a stop once more. If that differs too, the cause is not the resuming: the machine's kernels sum in any order, as
+a GPU's do without deterministic=true. The last line is one JSON object; exit code 0: the same, 4:
 not. FLUX_LAUNCH="accelerate launch --config_file ..." is put in the place of `python` for the runs on several GPUs.
 """
 
@@ -32,7 +32,8 @@ import psutil
 from infer.program.command import run_command
 from infer.program.errors import DIFFERS, DONE
 from infer.program.paths import ROOT
-from train.data.dataset import check_left, check_taught, read_samples
+from train.data.references import check_taught
+from train.data.samples import check_left, read_samples
 from train.run.config import Train
 from train.run.names import check_names
 from train.trackers.metrics import read_events

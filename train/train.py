@@ -21,7 +21,9 @@ if __name__ == "__main__":
 
 from infer.program.command import run_command
 from infer.program.quiet import ready
-from train.data.dataset import check_left, check_taught, read_samples, sources_of
+from train.data.dataset import sources_of
+from train.data.references import check_taught
+from train.data.samples import check_left, read_samples
 from train.objective.preservation import check_preserved
 from train.run.config import Train
 from train.run.names import check_names, check_resumed

@@ -41,7 +41,9 @@ from infer.report.cells import text_table
 from infer.report.markdown import plain_table
 from infer.report.results import to_json
 from infer.sample.generate import Sampling, draw, settled
-from train.data.dataset import Data, check_left, check_taught, read_samples
+from train.data.dataset import Data
+from train.data.references import check_taught
+from train.data.samples import check_left, read_samples
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim

@@ -4,8 +4,8 @@ residual: B A is the best approximation of W - Q of its rank, Q as it is (as PEF
 knows PeftModel and CUDA alone). loftq: Q is rounded again around B A, and so on in turn (LoftQ, Li et al. 2023,
 algorithm 1).
 
-What such an adapter starts with is kept beside it as start.safetensors: LoftQ's Q is made again from it, and on another
-precision than the adapter's own, where there is nothing to make up for, it is taken off.
+What such an adapter starts with is kept beside it as start.safetensors. LoftQ's Q is made again from it. On another
+precision than the adapter's own there is nothing to make up for, and it is subtracted.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
 from infer.quantize.compute import NAMES
 from infer.quantize.layer import quantized_layer
-from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
+from infer.quantize.precision import Precision, kind_asked, kind_of
+from infer.quantize.storage import dequantized
 
 START = "start.safetensors"
 TURNS = 5  # LoftQ's T in the paper's experiments

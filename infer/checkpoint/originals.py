@@ -89,8 +89,8 @@ def _shards(weights: Weights) -> dict[str, list[str]]:
 
 
 def transformer_from_shards(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    """The unquantized transformer, each block read from its shard for the time of its forward pass: a 24 GB card runs
-    FLUX.1-dev in bf16, a pass at the speed of the disk or of the system's cache of it."""
+    """The unquantized transformer, each block read from its shard for the time of its forward pass. So a 24 GB card
+    runs FLUX.1-dev in bf16; a pass takes as long as the disk, or the system's cache of it, takes to be read."""
     originals = Originals(model)
     with init_empty_weights():
         cls = getattr(diffusers, family_of(model).TRANSFORMER)

@@ -34,9 +34,10 @@ from infer.fast.weights import obstacle
 from infer.program.atomic import clear_partials, partial_of
 from infer.program.command import check_run_name
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
-from infer.quantize.precision import stored_bytes
+from infer.quantize.storage import stored_bytes
 from infer.report.results import Comparison, Row, Stage
-from infer.report.write import print_comparison, write
+from infer.report.terminal import print_comparison
+from infer.report.write import write
 from infer.rounding.layer_errors import decide
 from infer.sample.edit import Edit, label
 from infer.sample.encode import NotFiniteError, decode, drawn_texts, text_encoder

@@ -21,7 +21,7 @@ from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.drawing.record import KEY, digests, record, versions
-from infer.drawing.settings import Draw, Place, adapters_at, column, places, sheet_file
+from infer.drawing.settings import Draw, Planned, adapters_at, column, plan_pictures, sheet_file
 from infer.family.family import Text
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
@@ -50,7 +50,7 @@ def draw_pictures(options: Draw, device: torch.device) -> list[Path]:
     assert sampling.steps is not None
     asked = replace(options, sampling=replace(sampling, guidance=None) if unguided(model) else sampling)
     size = sampling.size(own_size(model))
-    digest, planned = digests(options.adapter), places(options)
+    digest, planned = digests(options.adapter), plan_pictures(options)
     precision = options.precision
     for turn in range(2):  # before anything is measured, and with the mixture that came of it
         for strength in options.strengths():
@@ -62,22 +62,22 @@ def draw_pictures(options: Draw, device: torch.device) -> list[Path]:
     broken: dict[Path, NotFiniteError] = {}
     seconds: list[float] = []
 
-    def keep(place: Place, picture: Image.Image, took: float) -> None:
+    def keep(one: Planned, picture: Image.Image, took: float) -> None:
         seconds.append(took)
-        pictures[place.row, place.column] = picture
+        pictures[one.row, one.column] = picture
         info = PngImagePlugin.PngInfo()
-        said = record(asked, place, digest, size, facts | {"seconds": round(took, 3)})
+        said = record(asked, one, digest, size, facts | {"seconds": round(took, 3)})
         info.add_itxt(KEY, said)
-        replace_file(place.file, lambda path: picture.save(path, format="PNG", pnginfo=info))
+        replace_file(one.file, lambda path: picture.save(path, format="PNG", pnginfo=info))
 
     began = time.perf_counter()
     with tqdm(total=len(planned), unit="picture", desc="draw") as bar:
         drawn = replace(options, precision=precision, memory=memory, sampling=sampling)
         before = _draw_all(drawn, planned, size, device, bar, keep, broken) - began
-    files = [place.file for place in planned if place.file not in broken]
+    files = [one.file for one in planned if one.file not in broken]
     sheet = sheet_file(options)
     if sheet is not None and not broken:
-        rows = list(dict.fromkeys(place.row for place in planned))
+        rows = list(dict.fromkeys(one.row for one in planned))
         board = sheet_of(Layout(rows, [column(strength) for strength in options.strengths()], size), pictures)
         replace_file(sheet, lambda path: board.save(path, format="PNG"))
         files.append(sheet)
@@ -104,11 +104,11 @@ def _draw_one(vae: Any, *arguments: Any) -> None:
 
 def _draw_all(
     options: Draw,
-    planned: list[Place],
+    planned: list[Planned],
     size: tuple[int, int],
     device: torch.device,
     bar: tqdm[Any],
-    keep: Callable[[Place, Image.Image, float], None],
+    keep: Callable[[Planned, Image.Image, float], None],
     broken: dict[Path, NotFiniteError],
 ) -> float:
     """Load, draw and free; `keep` is given each picture with its seconds, `broken` those that are not finite. Returns
@@ -117,7 +117,7 @@ def _draw_all(
     options: with what the device made of precision, memory and sampling.
     """
     model, precision, memory = options.model, options.precision, options.memory
-    prompts = list(dict.fromkeys(place.prompt for place in planned))
+    prompts = list(dict.fromkeys(one.prompt for one in planned))
     if memory.fused and memory.compiles(device):
         prepare_compiler(device)
     bar.set_postfix_str("prompts")
@@ -128,12 +128,10 @@ def _draw_all(
     bar.set_postfix_str("loading")
     transformer = load_transformer(model, precision, device, hold_of(memory))
     vae, scheduler = load_vae(model, device), load_scheduler(model)
-    latents_of = encode_files(
-        vae, (file for place in planned for file in place.references), options.reference_resolution
-    )
+    latents_of = encode_files(vae, (file for one in planned for file in one.references), options.reference_resolution)
 
-    def text_of(place: Place) -> Text:
-        return replace(texts[place.prompt], references=tuple(latents_of[file] for file in place.references))
+    def text_of(one: Planned) -> Text:
+        return replace(texts[one.prompt], references=tuple(latents_of[file] for file in one.references))
 
     path, offload = choose_path(transformer, memory, precision, device, bar.write)
     if path.graphs(device):
@@ -156,18 +154,18 @@ def _draw_all(
             assert memory.budget_gib is not None
             offload.fit(memory.budget_gib, warm_up)
         bar.set_postfix_str(column(strength))
-        for place in planned:
-            if place.strength != strength:
+        for one in planned:
+            if one.strength != strength:
                 continue
             started = time.perf_counter()
             first = started if first is None else first
             try:
-                latents = draw(transformer, scheduler, text_of(place), place.seed, options.sampling, size, device)
+                latents = draw(transformer, scheduler, text_of(one), one.seed, options.sampling, size, device)
                 picture = decode(vae, latents, *size)  # on the CPU: the device has finished
             except NotFiniteError as error:
-                broken[place.file] = error
+                broken[one.file] = error
             else:
-                keep(place, picture, time.perf_counter() - started)
+                keep(one, picture, time.perf_counter() - started)
             bar.update()
     del transformer, vae, warm_up, offload
     release(device)

@@ -13,7 +13,7 @@ from typing import Any
 
 from infer.adapter.read import find_adapter
 from infer.adapter.selection import Trained
-from infer.drawing.settings import Draw, Place
+from infer.drawing.settings import Draw, Planned
 from infer.program.literal import kind_of, quote
 from infer.program.paths import expanded
 from infer.program.settings import settings
@@ -50,23 +50,23 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def record(options: Draw, place: Place, digest: dict[str, str], size: tuple[int, int], facts: dict[str, Any]) -> str:
+def record(options: Draw, one: Planned, digest: dict[str, str], size: tuple[int, int], facts: dict[str, Any]) -> str:
     """The text in a picture's PNG: JSON of its settings by dotted name, its adapters' digests, and `facts`.
 
     size: height and width in pixels.
     """
-    values: dict[str, Any] = {"seeds": [place.seed], "text_length": options.text_length}
-    if place.references:
-        values["edits"] = [{"prompt": place.prompt, "references": [*place.references]}]
+    values: dict[str, Any] = {"seeds": [one.seed], "text_length": options.text_length}
+    if one.references:
+        values["edits"] = [{"prompt": one.prompt, "references": [*one.references]}]
         values["reference_resolution"] = options.reference_resolution
     else:
-        values["prompt"] = place.prompt
+        values["prompt"] = one.prompt
     for group in ("model", "precision", "adapter", "sampling"):
         values |= {f"{group}.{name}": value for name, value in asdict(getattr(options, group)).items()}
-    if place.strength is not None:
-        values["adapter.weight"] = place.strength
+    if one.strength is not None:
+        values["adapter.weight"] = one.strength
     values["sampling.height"], values["sampling.width"] = size
-    shown = {"references": {path: file_digest(Path(path)) for path in place.references}} if place.references else {}
+    shown = {"references": {path: file_digest(Path(path)) for path in one.references}} if one.references else {}
     said = {"layout": LAYOUT, "settings": values, "adapters": digest, **shown, **facts}
     return json.dumps(said, ensure_ascii=False)
 
@@ -101,7 +101,8 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def like_arguments(arguments: list[str]) -> list[str]:
     """A command line in which like=FILE is replaced by the settings in that PNG, before all others, which win. A group
-    that the command line chooses (`model=dev`), or another adapter, takes the place of all that the PNG says of it.
+    that the command line chooses (`model=dev`), or another adapter or model by its path, takes the place of all that
+    the PNG says of it.
 
     Raises:
         ValueError: the file says no settings, or its adapter's file is another one now.
@@ -115,7 +116,7 @@ def like_arguments(arguments: list[str]) -> list[str]:
     values: dict[str, Any] = found["settings"]
     given = {argument.partition("=")[0].lstrip("+") for argument in others}
     replaced = given & {name for name in TAKEN if is_dataclass(kind_of(Draw, name))}
-    replaced |= {"adapter"} if "adapter.path" in given else set()
+    replaced |= {group for group in ("adapter", "model") if f"{group}.path" in given}
     if given & {"prompt", "prompts", "edits"}:
         replaced |= {"prompt", "edits", "reference_resolution"}
     kept = {name: value for name, value in values.items() if name.partition(".")[0] not in replaced}

@@ -99,7 +99,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Place:
+class Planned:
     """One picture: what it shows, and its file."""
 
     prompt: str
@@ -131,7 +131,7 @@ def adapters_at(chosen: Trained, strength: float | None) -> Trained:
     return Trained(on[0].path, None, on[0].weight, on[1:]) if on else Trained()
 
 
-def places(options: Draw) -> list[Place]:
+def plan_pictures(options: Draw) -> list[Planned]:
     """Every picture in the order of the contact sheet, named by its prompt's first words, its seed and its strength."""
     found, taken = [], set[str]()
     for asked in options.all_prompts():
@@ -146,13 +146,13 @@ def places(options: Draw) -> list[Place]:
             for strength in options.strengths():
                 # repr, not :g, of which two strengths may have one
                 end = "" if len(options.strengths()) == 1 else f"-w{strength!r}"
-                found.append(Place(prompt, seed, strength, Path(options.out) / f"{name}-{seed}{end}.png", references))
+                found.append(Planned(prompt, seed, strength, Path(options.out) / f"{name}-{seed}{end}.png", references))
     return found
 
 
 def sheet_file(options: Draw) -> Path | None:
     """The contact sheet's file; None for a single picture."""
-    return Path(options.out) / "sheet.png" if len(places(options)) > 1 else None
+    return Path(options.out) / "sheet.png" if len(plan_pictures(options)) > 1 else None
 
 
 def check_draw(options: Draw) -> torch.device:
@@ -169,7 +169,7 @@ def check_draw(options: Draw) -> torch.device:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {options.out!r}, which is a file; give a folder")
-    files = [place.file for place in places(options)]
+    files = [one.file for one in plan_pictures(options)]
     sheet = sheet_file(options)
     if there := [file for file in (*files, *([] if sheet is None else [sheet])) if file.exists()]:
         free = next(name for n in range(2, 10**6) if not Path(name := f"{options.out.rstrip('/')}-{n}").exists())

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infer.quantize.precision import int8_values, kind_of, scales_of
+from infer.quantize.precision import kind_of
+from infer.quantize.storage import int8_values, scales_of
 
 LEAST = 2.0**-100  # a row of zeros is divided by it
 HEAD = 8.0  # largest magnitude of a head's values, and of its gradient: sums over 8,000 tokens stay below 65504

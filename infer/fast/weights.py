@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from infer.fast.dequantize import dequantize_4bit
-from infer.quantize.precision import int8_values, kind_of, linear_layers
+from infer.quantize.precision import kind_of, linear_layers
+from infer.quantize.storage import int8_values
 
 # layers of a block that read one input; what a block lacks (proj_mlp, of a double one) is left out
 TOGETHER = (

@@ -16,7 +16,8 @@ from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.merging.update import Part, merged
 from infer.quantize.layer import rounded
-from infer.quantize.precision import Precision, dequantized
+from infer.quantize.precision import Precision
+from infer.quantize.storage import dequantized
 from infer.sample.encode import decode, drawn_texts, text_encoder
 from infer.sample.generate import Sampling, draw, settled
 from infer.score.pairs import distance

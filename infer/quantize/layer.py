@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infer.quantize.precision import Precision, dequantized, int8_values
+from infer.quantize.precision import Precision
+from infer.quantize.storage import dequantized, int8_values
 
 
 def quantized_layer(weight: Tensor, precision: Precision, device: torch.device) -> nn.Linear:

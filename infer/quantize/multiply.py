@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from infer.quantize.precision import int8_values, kind_of, scales_of
+from infer.quantize.precision import kind_of
+from infer.quantize.storage import int8_values, scales_of
 
 if TYPE_CHECKING:
     import torch

@@ -75,7 +75,8 @@ def plain(cell: Cell) -> str:
 
 def text_table(lines: list[list[str]], names: int = 2, width: int = LINE) -> str:
     """Cells under their titles (the first line) for the terminal. The first `names` columns are aligned left, and are
-    repeated in each part of a table that is wider than `width` characters."""
+    repeated in each part of a table that is wider than `width` characters. (tabulate neither parts a table nor cuts it
+    to the terminal's width.)"""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     parts: list[list[int]] = [[]]  # columns

@@ -1,7 +1,7 @@
 """A comparison's figure: one column a precision, pictures above, memory curves below, saved as one PNG.
 
-Everything is laid out in pixels, and pictures are copied onto the figure at a whole multiple of their size (or reduced
-once by Pillow), because matplotlib's own resampling would blur exactly the detail that a comparison is about.
+Everything is laid out in pixels, and pictures are copied onto the figure at a whole multiple of their size, or reduced
+once by Pillow: matplotlib's own resampling would blur the detail that a comparison is about.
 
     python -m infer.report runs/compare    # draws it again, with the rest of the report
 """

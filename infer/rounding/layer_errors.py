@@ -22,7 +22,8 @@ from infer.fast.weights import groups
 from infer.program.atomic import replace_file
 from infer.quantize.compute import compute_dtype_of, product_dtype_of
 from infer.quantize.layer import quantized_values
-from infer.quantize.precision import Precision, linear_layers, stored_bytes, weight_bytes
+from infer.quantize.precision import Precision, linear_layers
+from infer.quantize.storage import stored_bytes, weight_bytes
 from infer.rounding.budget import choose
 from infer.rounding.records import Record, record, stacked, velocities
 from infer.rounding.settings import Sensitivity

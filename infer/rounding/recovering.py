@@ -25,7 +25,8 @@ from infer.device.device import release
 from infer.program.atomic import replace_file
 from infer.program.command import check_run_name
 from infer.quantize.compute import compute_dtype, compute_dtype_of
-from infer.quantize.precision import dequantized, kind_asked, stored_bytes
+from infer.quantize.precision import kind_asked
+from infer.quantize.storage import dequantized, stored_bytes
 from infer.rounding.calibration import Rows, collect
 from infer.rounding.layer_errors import decide
 from infer.rounding.lowrank import Factors, allot, approximate

@@ -18,7 +18,8 @@ from infer.family.family import Text
 from infer.family.find import of_model
 from infer.family.packing import FACTOR, unpack
 from infer.quantize.compute import compute_dtype_of
-from infer.quantize.precision import Precision, stored_bytes
+from infer.quantize.precision import Precision
+from infer.quantize.storage import stored_bytes
 
 
 class NotFiniteError(ValueError):

@@ -111,9 +111,9 @@ def denoise(
     sampling: Sampling,
     size: tuple[int, int],
 ) -> Tensor:
-    """Packed noise -> packed latents, as the families' pipelines in diffusers do it, bit for bit: theirs differ in what
-    the transformer is given and in whether guidance takes two calls, and Flux2KleinPipeline gives no latents without an
-    autoencoder. The text's references stand behind the latents at every step, as they are."""
+    """Packed noise -> packed latents, as the families' pipelines in diffusers do it, bit for bit. Those differ in what
+    the transformer is given and in whether guidance takes two calls. (Flux2KleinPipeline gives no latents without an
+    autoencoder.) The text's references stand behind the latents at every step, as they are."""
     import numpy as np
     import torch
 

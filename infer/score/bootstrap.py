@@ -1,7 +1,8 @@
 """Means with intervals over prompts and seeds.
 
-Pictures of one prompt are alike, and so are those of one seed: prompts and seeds are drawn anew, with replacement, each
-by itself, and a picture counts as often as its prompt times as often as its seed (Owen 2007, the pigeonhole bootstrap).
+Pictures of one prompt are alike, and so are those of one seed. So prompts and seeds are drawn anew, with replacement,
+each by itself, and a picture counts as often as its prompt times as often as its seed (Owen 2007, the pigeonhole
+bootstrap).
 With one seed this is the ordinary bootstrap over prompts, and with one prompt that over seeds. Limits are percentiles:
 with fewer than ten prompts they are narrower than they should be.
 """

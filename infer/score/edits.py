@@ -70,7 +70,7 @@ def score_edits(rows: Sequence[Row], folder: Path, edits: Mapping[str, Edit], lp
     """Fill in the scores of rows whose prompt has references. edits: by `Row.asked`.
 
     With a mask: `kept_psnr`, in dB over the pixels outside of it against the first reference (None where they are
-    equal), `kept_lpips` of the picture with the reference put within the mask, and `changed`, the root mean square
+    equal); `kept_lpips`, of the picture with the reference put within the mask; `changed`, the root mean square
     difference within it, from 0 to 1. With a target: `target_psnr`, `target_ssim` and `target_lpips`.
     """
     for row in rows:

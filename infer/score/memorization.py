@@ -35,8 +35,8 @@ def score_likeness(
     """Fill in each row's likeness to the training images; returns what is known of these, and KID and CMMD where their
     networks are there.
 
-    Rows get `nearest_rms` (root mean square difference to the nearest image at 32 x 32 pixels, of which the middle part
-    of the row's shape is taken), that image's name as `nearest`, and with networks `nearest_dino` (largest cosine),
+    Rows get `nearest_rms`, the root mean square difference to the nearest image at 32 x 32 pixels, whose middle part of
+    the row's shape is taken, and that image's name as `nearest`; with networks `nearest_dino` (largest cosine),
     `dino` and `clip_i` (mean cosine to all; Ruiz et al. 2023). The same two of the training images among themselves say
     what is usual.
     """

@@ -70,6 +70,9 @@ def published(file: Path) -> str | None:
     """The Hub id of the published model whose sizes a file's transformer has; None if there is none.
 
     Of several the one whose name is most like the file's: klein and its base differ in nothing else.
+
+    Raises:
+        ValueError: the file lacks a tensor that says a size.
     """
     header, found = read_header(file), base_in(file)
     words = set(_words(file.stem))
@@ -77,7 +80,11 @@ def published(file: Path) -> str | None:
     for path, sizes in found.family.SIZES.items():
         given = sizes["transformer"]
         shapes = found.family.linear_shapes
-        if shapes(file_config(header, found, given)) != shapes(given):
+        try:
+            config = file_config(header, found, given)
+        except ValueError as error:
+            raise ValueError(f"model.path {file}: {error}") from error
+        if shapes(config) != shapes(given):
             continue
         own = set(_words(path.rpartition("/")[2]))
         likeness = len(own & words) - len(own - words)
@@ -105,11 +112,14 @@ def check_part(file: Path, family: Family, part: str, config: Mapping[str, Any])
     if header.architecture is None:
         mark = prefix + family.FILE_MARKS[part]
         check_stored_kinds(file, header, [mark])
-        found, text = header.tensors[mark].shape[1], config.get("text_config", config)
+        shape, text = header.tensors[mark].shape, config.get("text_config", config)
+        if len(shape) < 2:
+            raise ValueError(f"{option} {file} is damaged: {mark} is of size {shape}; download it again")
+        found = shape[1]
         asked = config.get("latent_channels") if part == "vae" else text.get("hidden_size", text.get("d_model", found))
         if found != asked:
             raise ValueError(
-                f"{option} {file} is of another size: {mark} is of size {header.tensors[mark].shape}, where the config "
+                f"{option} {file} is of another size: {mark} is of size {shape}, where the config "
                 f"of the {part} asks for {asked} in place of {found}; give the file that belongs to the model"
             )
     return prefix

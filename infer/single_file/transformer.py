@@ -92,17 +92,19 @@ def file_config(header: Header, found: Found, given: Mapping[str, Any]) -> dict[
     """A transformer's config.json: that of the other parts' checkpoint, with the numbers that the file's sizes say.
 
     Raises:
-        ValueError: a tensor is absent that says one.
+        ValueError: a tensor that says one is absent, or has another number of dimensions.
     """
     named = _sizes(header, found)
 
-    def size(layer: str) -> tuple[int, ...]:
+    def size(layer: str, dimensions: int) -> tuple[int, ...]:
         if layer not in named:
             raise ValueError(f"it lacks {layer}; download it again")
+        if len(named[layer]) != dimensions:
+            raise ValueError(f"{layer} is of size {named[layer]}, where {dimensions} are due; download it again")
         return named[layer]
 
-    width, channels = size("x_embedder.weight")
-    head = size("transformer_blocks.0.attn.norm_q.weight")[0]
+    width, channels = size("x_embedder.weight", 2)
+    (head,) = size("transformer_blocks.0.attn.norm_q.weight", 1)
     config = dict(given) | {
         "_class_name": found.family.TRANSFORMER,
         "in_channels": channels,
@@ -110,13 +112,13 @@ def file_config(header: Header, found: Found, given: Mapping[str, Any]) -> dict[
         "num_single_layers": _count(named, "single_transformer_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": size("context_embedder.weight")[1],
+        "joint_attention_dim": size("context_embedder.weight", 2)[1],
         "guidance_embeds": any(".guidance_embedder." in name for name in named),
     }
     config.pop("quantization_config", None)
-    pooled = named.get("time_text_embed.text_embedder.linear_1.weight")
-    if pooled:
-        config["pooled_projection_dim"] = pooled[1]
+    pooled = "time_text_embed.text_embedder.linear_1.weight"
+    if pooled in named:
+        config["pooled_projection_dim"] = size(pooled, 2)[1]
     return config
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from infer.sample.picture import decode, pixel_hash
 from scripts import bench_data, painted
-from train.data.dataset import Data, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
 
 
 def test_pictures_differ_and_are_painted_once(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_worker_that_dies_loses_the_variant_it_was_at(tmp_path: Path) -> None:
 GANG_WORKER = """
 import json, os, sys, time
 from pathlib import Path
-from scripts.bench_rows import alone
+from scripts.bench_gang import alone
 out, gang, name = sys.argv[4], Path(sys.argv[6]), sys.argv[8]
 if name == "dies":
     sys.exit(3)
@@ -56,7 +56,7 @@ def test_a_gang_is_timed_one_by_one_once_all_are_ready(tmp_path: Path, monkeypat
     script, out = tmp_path / "worker.py", tmp_path / "seen.jsonl"
     script.write_text(GANG_WORKER)
     names = ["a", "dies", "b", "never ready", "large"]
-    bench_rows.run_gangs(script, names, out, 20, lambda name: 7.0 if name == "large" else 2.0, 8.0)
+    bench_rows.run_gangs(script, names, out, 5, lambda name: 7.0 if name == "large" else 2.0, 8.0)
     seen = {line["variant"]: line for line in bench_rows.read_lines(out)}
     assert seen.keys() == set(names)
     assert seen["dies"]["error"] == "the process ended with code 3"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from infer.program.paths import ROOT
+from tests.forked import Forked
 
 NOTEBOOK = ROOT / "docs" / "free-notebook.ipynb"
 
@@ -21,7 +23,8 @@ def sources() -> list[str]:
 
 
 def run_cell(source: str, names: dict[str, Any], environment: dict[str, str]) -> Any:
-    """`!` lines go to a shell that knows the names, `%cd` changes the folder, the rest is Python; the last value."""
+    """`!` lines go to a shell that knows the names, those of plain commands to processes whose libraries are imported
+    (tests/forked.py); `%cd` changes the folder, the rest is Python; the last value."""
     plain = []
     for line in source.splitlines():
         if line.startswith("%cd "):
@@ -31,7 +34,12 @@ def run_cell(source: str, names: dict[str, Any], environment: dict[str, str]) ->
             # a notebook puts values into the line before a shell splits it
             for name, value in sorted(known.items(), key=lambda pair: -len(pair[0])):
                 line = line.replace(f"${name}", value)
-            subprocess.run(["bash", "-c", line[1:]], check=True, env=environment)
+            words = shlex.split(line[1:])
+            if words[0] == "python":
+                code, said = Forked(words[1:], Path.cwd(), environment, Path.cwd() / "said").finish(300)
+                assert code == 0, said
+            else:
+                subprocess.run(["bash", "-c", line[1:]], check=True, env=environment)
         else:
             plain.append(line)
     if not plain:

@@ -12,7 +12,8 @@ from infer.checkpoint.model import Model
 from infer.sample.picture import decode
 from scripts.tiny import check, world
 from scripts.tiny.make_style import make_style
-from train.data.dataset import Data, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
 
 
 @pytest.mark.parametrize("style", ["plain", "inked"])

@@ -2,8 +2,8 @@
 
 An epoch shuffles its samples and takes them in that order into queues, one a form, which is the size of the picture and
 those of its references; a queue that is full is a batch, and what is left in the queues at the end goes out as short
-batches. So each sample is seen once an epoch (times its repeats), in a batch of one form, and everything follows from
-(seed, epoch): the number of ranks changes nothing but who takes which part of a batch, and a run that resumes needs no
+batches. So each sample is seen once an epoch (times its repeats), in a batch of one form. Everything follows from
+(seed, epoch): the number of ranks decides only who takes which part of a batch, and a run that resumes needs no
 history.
 """
 

@@ -37,9 +37,9 @@ class View:
 def bucket_of(width: int, height: int, resolution: int, step: int, aspect: float, upscale: bool) -> tuple[int, int]:
     """Width and height of the bucket of a picture of width x height pixels.
 
-    Of the sizes whose sides are multiples of `step`, whose area is at most resolution^2, whose longer side is at most
-    `aspect` times the shorter, which the picture covers (unless upscale), and of which neither side could be longer:
-    the one that cuts least, then the largest.
+    Possible are sizes whose sides are multiples of `step`, whose area is at most resolution^2, whose longer side is at
+    most `aspect` times the shorter, and which the picture covers (unless upscale). Of those whose sides could not be
+    longer it is the one that cuts least, then the largest.
 
     Raises:
         ValueError: a side of the picture is shorter than 16 pixels; the message follows its name.

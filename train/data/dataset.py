@@ -1,27 +1,16 @@
-"""The training set: what it is made of, and how its pictures and captions are used."""
+"""The training set's settings: what it is made of, and how its pictures and captions are used."""
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from PIL import ImageColor
 
-from infer.checkpoint.family import takes_references
-from infer.checkpoint.model import Model
 from infer.program.bounds import SEED, TOKENS, check_most
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded
-from infer.sample.edit import check_resolution, untaught
+from infer.sample.edit import check_resolution
 from infer.sample.picture import MOST_PIXELS
-from train.data.cloud import is_cloud, local_copy
-from train.data.hf_table import is_table, read_table
-from train.data.image_folder import METADATA, SIDECARS, no_source, read_folder
-from train.data.source import BY_CONTENT, POLICIES, Faults, Sample, Skipped, Source, check_references
-
-__all__ = ["Data", "Prior", "Sample", "Skipped", "Source", "read_samples", "sources_of", "split"]
+from train.data.source import BY_CONTENT, POLICIES, Source, check_references
 
 
 @dataclass
@@ -222,132 +211,3 @@ def sources_of(data: Data) -> list[Source]:
         path = prior.path or f"{prior.count} pictures drawn by the base"
         sources.append(Source(path, weight=prior.weight, caption=prior.prompt or None, prior=True))
     return sources
-
-
-def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
-    """Every sample in a fixed order, and under data.on_error=skip what is left out; pictures are not decoded yet.
-
-    Pictures that the base draws for prior preservation are not among them: see train/latents/prior.py.
-
-    Raises:
-        ValueError: a source cannot be read at all; or, under data.on_error=raise, anything is wrong with a sample.
-    """
-    if not data.path and not data.sources:
-        raise ValueError("data.path is empty; set it to a folder of pictures with captions")
-    faults = Faults(data.on_error)
-    samples = []
-    sources = [_here(source, data) for source in sources_of(data)]
-    _refuse_idle(data, [source.path for source in sources if not source.prior])
-    for index, source in enumerate(sources[:-1] if data.prior.count else sources):
-        column = source.caption_column or data.caption_column
-        if is_table(source.path):
-            image_column = source.image_column or data.image_column
-            samples += read_table(source, index, image_column, column, Path(data.cache), faults)
-        elif Path(source.path).is_dir():
-            samples += read_folder(source, index, column, data.caption_lines, faults)
-        else:
-            what = "data.path" if sources_of(data)[index].path == data.path else "a source's path"
-            raise ValueError(f"{what} {no_source(Path(source.path))}")
-    if not any(sample.references for sample in samples):
-        reason = "no sample has references; name their folders in data.references, or the files in metadata.jsonl"
-        names = ("reference_resolution", "reference_dropout", "teach_references")
-        refuse_idle(data, "data.", names, reason)
-    return samples, faults.skipped
-
-
-def _here(source: Source, data: Data) -> Source:
-    """A source with local copies of what it names in the cloud."""
-    cache = Path(data.cache)
-    if is_cloud(source.path):
-        option = "data.path" if source.path == data.path else "a source's path"
-        source = replace(source, path=str(local_copy(source.path, cache, option)))
-    if source.masks is not None and is_cloud(source.masks):
-        option = "data.masks" if source.masks == data.masks else "a source's masks"
-        source = replace(source, masks=str(local_copy(source.masks, cache, option)))
-    if any(map(is_cloud, source.references)):
-        option = "data.references" if source.references == data.references else "a source's references"
-        here = [str(local_copy(each, cache, option)) if is_cloud(each) else each for each in source.references]
-        source = replace(source, references=here)
-    return source
-
-
-def _refuse_idle(data: Data, paths: list[str]) -> None:
-    """Refuse what is set for tables where all sources are folders, and the other way round."""
-    tables = [path for path in paths if is_table(path)]
-    folders = [path for path in paths if path not in tables]
-    listed = [path for path in folders if any(next(Path(path).rglob(name), None) for name in METADATA)]
-    if not tables:
-        refuse_idle(data, "data.", ("image_column",), "no source is a table; pictures of a folder are files")
-    if not tables and not listed:
-        reason = "no source is a table or has a metadata file; captions are in .txt or .caption files"
-        refuse_idle(data, "data.", ("caption_column",), reason)
-    if not any(next(Path(path).rglob(f"*{end}"), None) for path in folders for end in SIDECARS):
-        reason = "it splits .txt and .caption files, and no source has one"
-        refuse_idle(data, "data.", ("caption_lines",), reason)
-
-
-def check_taught(model: Model, data: Data, samples: Sequence[Sample]) -> None:
-    """See that the checkpoint was trained with references, if samples have some, or that it is to be taught.
-
-    Raises:
-        ValueError: it was not; or it was, and data.teach_references has no effect.
-    """
-    with_references = next((sample for sample in samples if sample.references), None)
-    if with_references is None:
-        return
-    known = takes_references(model)
-    if not known and not data.teach_references:
-        raise ValueError(
-            f"{with_references.name} has references, but {untaught(model)}; set data.teach_references=true to have the "
-            "adapter learn what they are for, which takes more steps"
-        )
-    if known and data.teach_references:
-        reason = f"{model.path} was trained with references"
-        refuse_idle(data, "data.", ("teach_references",), reason)
-
-
-def check_left(data: Data, samples: list[Sample], skipped: list[Skipped]) -> None:
-    """See that enough is left to train on.
-
-    Raises:
-        ValueError: less than data.least, nothing at all, or too few to hold one out.
-    """
-    sources = sources_of(data)
-    kept = sum(not sources[sample.source].prior for sample in samples)
-    said = f"; the first: {skipped[0].name} {skipped[0].reason}" if skipped else ""
-    if kept == 0:
-        raise ValueError(f"nothing is left to train on ({len(skipped)} skipped{said}); mend the pictures or captions")
-    if len(samples) < data.least * (len(samples) + len(skipped)):
-        raise ValueError(
-            f"{len(skipped)} of {len(samples) + len(skipped)} samples are skipped, and data.least={data.least} of them "
-            f"must be left; mend them, or lower data.least{said}"
-        )
-    if kept < 2 and data.validation > 0:
-        raise ValueError(f"there are {kept} pictures, too few to hold one out; set data.validation=0")
-
-
-def split(keys: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation. Depends on each sample's key and the seed, not on the order.
-
-    Samples of the same key stay together, so that nothing that is trained is held out; so the share is met within the
-    largest group of them.
-
-    Raises:
-        ValueError: all have the same key.
-    """
-    if share == 0:
-        return list(range(len(keys))), []
-    groups = defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
-    if len(groups) < 2:
-        raise ValueError(f"all {len(keys)} pictures are the same, so none can be held out; set data.validation=0")
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
-    wanted = max(1, round(share * len(keys)))
-    held: list[int] = []
-    for key in order[:-1]:  # the last is trained on in any case
-        if len(held) + len(groups[key]) <= wanted:
-            held += groups[key]
-    held = held or min((groups[key] for key in order), key=len)
-    there = set(held)
-    return [i for i in range(len(keys)) if i not in there], sorted(held)

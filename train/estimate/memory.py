@@ -15,7 +15,8 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.sources import rest_of
 from infer.family.find import of_config
 from infer.fast.memory import device_bytes, residents
-from infer.quantize.precision import Precision, kind_asked, weight_bytes
+from infer.quantize.precision import Precision, kind_asked
+from infer.quantize.storage import weight_bytes
 from train.data.dataset import sources_of
 from train.data.metadata import most_references
 from train.estimate.flop import tokens_of

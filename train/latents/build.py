@@ -26,13 +26,14 @@ from infer.quantize.precision import Precision
 from infer.sample.encode import text_encoder
 from train.data.dataset import Data
 from train.data.source import Faults, Sample, Skipped
-from train.latents.encoding import encode_pictures, encode_texts
+from train.latents.encoding import encode_pictures
 from train.latents.identities import Picture
 from train.latents.keys import make_keys
 from train.latents.locks import hold
 from train.latents.settings import Encode
 from train.latents.shards import DamagedError, ShardIndex, read_part, verify
 from train.latents.store import Cache
+from train.latents.texts import encode_texts
 from train.latents.workers import work_ahead
 from train.latents.writer import ShardWriter
 

@@ -58,7 +58,8 @@ def fit(session: Session) -> TrainingState | None:
             measure(loop)
         if loop.step > 0 and (loop.due(job.preview_every) or loop.sample_requested):
             draw_previews(loop)
-            draw_loss(session.run)
+            if loop.step < job.steps:  # after the last step it is drawn below
+                draw_loss(session.run)
         if loop.step == job.steps:
             break
         started = time.perf_counter()

@@ -12,7 +12,7 @@ from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from train.data.buckets import is_smaller
 from train.data.caption import all_texts
-from train.data.dataset import check_left
+from train.data.samples import check_left
 from train.data.source import Sample, Skipped
 from train.estimate.memory import references_of
 from train.latents.build import build
@@ -68,7 +68,7 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     if behind:
         count = sum(bool(sample.references) for sample in samples)
         run.say(f"{count} of {len(samples)} pictures have references, {behind} at most")
-    if behind > references_of(job):
+    if behind and behind > references_of(job):
         run.say(
             f"note: the plan counts {references_of(job)} references a sample; the {behind} that the data itself names "
             "take more memory and time"

@@ -1,10 +1,10 @@
 """How the loss of each training picture stands, in runs/<run>/pictures.json: which are learned, which stand out.
 
 A sample's loss depends on its noise level more than on its picture, so it is compared with others of about the same
-level: `relative` is its loss over what is usual there now (1 is usual, 2 stands out), `left` over what was usual there
-when the run began (0.3: most of it is learned). Both are moving averages over the picture's own visits. It is figured
-on the main rank from that rank's samples, after the update's losses were read anyway; nothing that is learned depends
-on it. A run that goes on takes over what is there.
+level. `relative` divides it by what is usual there now: 1 is usual, 2 stands out. `left` divides it by what was usual
+there when the run began: at 0.3 most of it is learned. Both are moving averages over the picture's own visits. It is
+figured on the main rank from that rank's samples, after the update's losses were read anyway; nothing that is learned
+depends on it. A run that goes on takes over what is there.
 """
 
 import json

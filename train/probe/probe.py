@@ -15,7 +15,7 @@ from infer.fast.install import choose_path, hold_of
 from infer.fast.weights import obstacle
 from infer.sample.generate import mend_of
 from train.data.caption import all_texts
-from train.data.dataset import check_left, read_samples
+from train.data.samples import check_left, read_samples
 from train.latents.build import build
 from train.latents.store import Cache
 from train.loop.batch import Samples, split_samples, validation_batch, validation_items

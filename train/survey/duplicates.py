@@ -2,7 +2,7 @@
 
 The perceptual hash is a grid of average colours. Pictures whose grids are alike at all are laid over each other, each
 as a crop of the other, and what then still differs decides. The usual 64 signs of a cosine transform see neither colour
-nor anything small: among 600 scenes of the bundled world they took 1 pair in 40 for the same picture, and missed half
+nor anything small. Among 600 scenes of the bundled world they took 1 pair in 40 for the same picture, and missed half
 of the copies that had lost a twentieth at their sides.
 """
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from infer.program.atomic import replace_file
 from infer.sample.picture import SUFFIXES
-from train.data.dataset import Data, read_samples
+from train.data.dataset import Data
 from train.data.image_folder import SIDECARS
 from train.data.metadata import METADATA, read_text
+from train.data.samples import read_samples
 from train.watch.places import PRIVATE, RefusedError, runs_folder, within
 
 LONGEST = 20_000  # letters of a caption

@@ -1,8 +1,8 @@
 """Who may ask for what: this page in a browser on this machine, opened by the address with the token, and nobody else.
 
 A page of another site that the browser shows can send requests to 127.0.0.1 too. So each request must name this machine
-as its host (a name of somebody else's that leads here is refused), must not come from another origin, and must bring
-the token: in the address once, in a cookie that scripts cannot read afterwards. What changes something is a POST of
+as its host: another name that leads here is refused. It must not come from another origin. And it must bring the token,
+once in the address, afterwards in a cookie that scripts cannot read. What changes something is a POST of
 JSON, which no foreign form can send.
 """
 

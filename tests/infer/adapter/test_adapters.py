@@ -16,7 +16,8 @@ from infer.adapter.read import FILE, read_notes
 from infer.adapter.targets import PRESETS, match_targets
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
-from infer.quantize.precision import Precision, dequantized, linear_layers
+from infer.quantize.precision import Precision, linear_layers
+from infer.quantize.storage import dequantized
 
 CPU = torch.device("cpu")
 TINY = Model("scripts/tiny/model")

@@ -40,7 +40,8 @@ from infer.merge import merge
 from infer.merging.settings import Merge
 from infer.merging.update import merged
 from infer.program.paths import ROOT
-from infer.quantize.precision import Precision, dequantized, kind_asked, kind_of
+from infer.quantize.precision import Precision, kind_asked, kind_of
+from infer.quantize.storage import dequantized
 from infer.recover import recover
 from infer.rounding.settings import Recover
 from infer.sample.generate import Sampling
@@ -406,14 +407,12 @@ def name_of(row: Row) -> str:
 
 
 # here each command with a few rows; among the slow tests, with every value of every factor
+COSTS = {"transfer": 3, "recover": 3}  # rows of other commands that one of these counts as: they train several adapters
 TRAINING = {name: values for name, values in MAIN.items() if name != "command"}
 FEW = [row | {"command": "train"} for row in covering(TRAINING, allowed)]
 for turn, row in enumerate(FEW):
     possible = [name for name in FACTORS["command"] if allowed(row | {"command": name})]
-    # a transfer trains four adapters: it counts as three of the others
-    cost = {
-        name: sum(one["command"] == name for one in FEW[:turn]) * (3 if name == "transfer" else 1) for name in possible
-    }
+    cost = {name: sum(one["command"] == name for one in FEW[:turn]) * COSTS.get(name, 1) for name in possible}
     row["command"] = min(possible, key=lambda name: (cost[name], name))
 PARTS = 24
 

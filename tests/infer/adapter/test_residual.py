@@ -19,7 +19,8 @@ from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, transformer_from_shards
 from infer.fast.install import Memory, choose_path
 from infer.quantize.compute import compute_dtype
-from infer.quantize.precision import Precision, dequantized, kind_asked
+from infer.quantize.precision import Precision, kind_asked
+from infer.quantize.storage import dequantized
 from infer.recover import recover
 from infer.rounding.lowrank import allot, approximate
 from infer.rounding.settings import Recover

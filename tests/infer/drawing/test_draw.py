@@ -1,6 +1,7 @@
 """Pictures from a command: against the comparison's, read back from their PNGs, and what is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,13 +27,14 @@ from infer.compare import compare
 from infer.comparison.settings import Compare
 from infer.draw import draw
 from infer.drawing.record import KEY, like_arguments, record
-from infer.drawing.settings import Draw, check_draw, places
+from infer.drawing.settings import Draw, check_draw, plan_pictures
 from infer.program.literal import literal_arguments
 from infer.program.paths import CONFIGS, ROOT
 from infer.quantize.precision import Precision
 from infer.sample import generate
 from infer.sample.generate import Sampling
 from infer.sample.sheet import Layout
+from tests.forked import Forked
 
 SMALL = Sampling(steps=1, height=64, width=64)
 HARD = [
@@ -76,7 +78,7 @@ def made(arguments: list[str]) -> Draw:
 def written(options: Draw, file: str = "drawn.png", **change: Any) -> Path:
     """A picture with the record of the first place of `options`."""
     info = PngImagePlugin.PngInfo()
-    found = json.loads(record(options, places(options)[0], {}, (64, 64), {})) | change
+    found = json.loads(record(options, plan_pictures(options)[0], {}, (64, 64), {})) | change
     info.add_itxt(KEY, json.dumps(found))
     Image.new("RGB", (16, 16)).save(file, pnginfo=info)
     return Path(file)
@@ -108,8 +110,9 @@ def test_strengths_are_the_comparisons_and_a_picture_is_drawn_again(tiny: Model)
     assert found["settings"]["sampling.steps"] == 1 and found["settings"]["precision.kind"] == "nf4"
     assert found["adapters"].keys() == {path} and re.fullmatch("[0-9a-f]{64}", found["adapters"][path])
     assert torch.__version__.startswith(found["versions"]["torch"]) and found["seconds"] > 0
-    command = [sys.executable, str(ROOT / "infer/draw.py"), f"like={files[1]}", "device=cpu", "out=again"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [str(ROOT / "infer/draw.py"), f"like={files[1]}", "device=cpu", "out=again"]
+    code, words = Forked(command, Path.cwd(), os.environ, Path("words").absolute()).finish(120)
+    assert code == 0, words
     assert [file.name for file in Path("again").iterdir()] == ["a-star-3.png"]
     assert (pixels(Path("again/a-star-3.png")) == pixels(files[1])).all()
     save_random(tiny, Path("lora"), seed=2)
@@ -123,7 +126,7 @@ def test_flux2_and_the_contact_sheet(klein: Model) -> None:
     *files, sheet = draw(options)
     names = ["a-cup-0.png", "a-cup-7.png", "a-cup-2-0.png", "a-cup-2-7.png"]
     assert [file.name for file in files] == names
-    layout = Layout([place.row for place in places(options)], ["base"], (64, 64))
+    layout = Layout([one.row for one in plan_pictures(options)], ["base"], (64, 64))
     with Image.open(sheet) as board:
         for row, file in enumerate(files):
             cell = board.crop(layout.cell(row, 0)).resize((64, 64), Image.Resampling.NEAREST)
@@ -162,6 +165,9 @@ def test_what_the_command_line_says_wins(tiny: Model) -> None:
     file = written(options)
     assert made([f"like={file}", "precision=fp4"]).precision == Precision("fp4")
     assert made([f"like={file}", "model=klein4b"]).model == Model("black-forest-labs/FLUX.2-klein-base-4B")
+    decoder = written(replace(options, model=replace(tiny, vae=str(file))), "decoder.png")  # any file serves as a name
+    assert made([f"like={decoder}"]).model == replace(tiny, vae=str(file))
+    assert made([f"like={decoder}", f"model.path={tiny.path}"]).model == tiny  # the old model's parts go with it
     several = made([f"like={file}", "prompts=[a,b]", "sampling.steps=9"])
     assert several.all_prompts() == ["a", "b"] and several.sampling == replace(SMALL, steps=9)
     assert several.precision == Precision("int8") and several.seeds == [1]

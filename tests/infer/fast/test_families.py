@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 
 from infer.adapter.attach import attach, put_pairs, set_adapters
 from infer.adapter.attached import adapter_pairs
@@ -82,13 +81,14 @@ def test_blocks_of_several_kinds_beside_each_other(keep: str, budget: float | No
     assert error(step(transformer, parameters, precision), expected) < 1e-5
 
 
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", ["attention", "everything"])
 def test_each_kind_of_block_is_compiled_once(keep: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where blocks keep nothing or their products, test_fast.py counts."""
     compiled: list[str] = []
 
-    def counting(graph: Any, inputs: Any) -> Any:
+    def counting(graph: Any, inputs: Any) -> Any:  # traced, and run as it is: what differentiates it is not counted
         compiled.append("graph")
-        return aot_eager(graph, inputs)
+        return graph.forward
 
     monkeypatch.setattr(fast, "BACKEND", counting)
     torch._dynamo.reset()

@@ -24,7 +24,8 @@ from infer.fast.install import install, uninstall
 from infer.fast.memory import KEEP, Memory, device_bytes, residents
 from infer.fast.weights import Linear, Lora, Stack, obstacle
 from infer.quantize.compute import compute_dtype
-from infer.quantize.precision import KINDS, Precision, check_quantized, linear_layers, stored_bytes
+from infer.quantize.precision import KINDS, Precision, check_quantized, linear_layers
+from infer.quantize.storage import stored_bytes
 from infer.sample.encode import text_encoder
 from tests.infer.fast.families import CPU, load, make, velocity
 from train.objective.flow_matching import predict
@@ -106,9 +107,10 @@ def test_compiled_is_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
         finally:
             switch(transformer, True)
 
+    keep = "nothing" if isinstance(transformer, FluxTransformer2DModel) else "products"
     shapes = (2, 12, 16), (2, 8, 12)
     plain, base = [draw(shape) for shape in shapes], without()
-    install(transformer, Memory(keep="nothing", compile=True), CPU)
+    install(transformer, Memory(keep=keep, compile=True), CPU)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert error([draw(shape) for shape in shapes], plain) < 1e-5
@@ -116,7 +118,7 @@ def test_compiled_is_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
     assert error([without()], [base]) < 1e-5 and error([base], [plain[1]]) > 1e-3
     assert not any(parameter.grad is None for parameter in parameters)
     transformer, parameters = make(precision, ADAPTERS["rslora"], model)
-    install(transformer, Memory(keep="nothing", compile=True), CPU)
+    install(transformer, Memory(keep=keep, compile=True), CPU)
     assert error(step(transformer, parameters, precision), expected) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # one for each form of block
 

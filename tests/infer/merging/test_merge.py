@@ -20,7 +20,8 @@ from infer.checkpoint.originals import Originals
 from infer.fast import install as fast
 from infer.merge import merge
 from infer.merging.settings import Merge
-from infer.quantize.precision import Precision, dequantized, linear_layers
+from infer.quantize.precision import Precision, linear_layers
+from infer.quantize.storage import dequantized
 from infer.save import Save, save
 from tests.infer.adapter.test_adapters import TINY, inputs, randomise
 

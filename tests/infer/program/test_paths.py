@@ -24,8 +24,9 @@ from infer.rounding.settings import Sensitivity
 from infer.save import Save
 from infer.score.judges import list_pictures
 from infer.score.networks import Networks, check_networks
-from train.data.dataset import Data, Prior, read_samples
+from train.data.dataset import Data, Prior
 from train.data.hf_table import is_table
+from train.data.samples import read_samples
 from train.data.source import Source as Pictures
 
 

@@ -13,16 +13,9 @@ from torch import nn
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
-from infer.quantize.precision import (
-    KINDS,
-    Precision,
-    check_quantized,
-    dequantized,
-    kind_of,
-    linear_layers,
-    stored_bytes,
-)
+from infer.quantize.precision import KINDS, Precision, check_quantized, kind_of, linear_layers
 from infer.quantize.quantizer import LayerQuantizer, held, quantizing_on
+from infer.quantize.storage import dequantized, stored_bytes
 from infer.save import Save, save
 
 CPU = torch.device("cpu")

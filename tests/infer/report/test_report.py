@@ -32,8 +32,8 @@ from infer.report.results import (
     read_results,
     results_text,
 )
+from infer.report.terminal import print_comparison
 from infer.report.words import arrow, in_words, meaning, unmeasured
-from infer.report.write import print_comparison
 from infer.score.judges import GIVES
 
 HOSTILE = "a $x_1$ | \"b\" 'c'\n<script>alert(1)</script> </style> [l](http://x.y) & `d` \\"

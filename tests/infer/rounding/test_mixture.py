@@ -21,15 +21,8 @@ from infer.fast.install import Memory, choose_path, uninstall
 from infer.fast.weights import groups, obstacle
 from infer.quantize import compute
 from infer.quantize.layer import quantized_values
-from infer.quantize.precision import (
-    Precision,
-    dequantized,
-    kind_asked,
-    kind_of,
-    linear_layers,
-    stored_bytes,
-    weight_bytes,
-)
+from infer.quantize.precision import Precision, kind_asked, kind_of, linear_layers
+from infer.quantize.storage import dequantized, stored_bytes, weight_bytes
 from infer.rounding.budget import LADDER, Mixture, choose
 from infer.rounding.layer_errors import calls_of, decide, kept_file, measure
 from infer.rounding.records import Record, record, velocities

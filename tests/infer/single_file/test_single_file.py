@@ -262,6 +262,9 @@ def test_files_that_do_not_fit(tiny: Model, klein: Model, tmp_path: Path) -> Non
     chroma = put("chroma", {"distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)})
     nothing = put("nothing", {"a.weight": torch.ones(2, 2)})
     clip = put("clip", {"text_model.embeddings.token_embedding.weight": torch.ones(9, 7)})
+    line = put("line", {"text_model.embeddings.token_embedding.weight": torch.ones(9)})
+    mark = put("mark", weights | {"img_in.weight": torch.zeros(8)})
+    norm = put("norm", weights | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(())})
     (tmp_path / "cut.safetensors").write_bytes(Path(good).read_bytes()[:-9])
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(9))
     llama = files.gguf_file(tmp_path / "llama.gguf", {"token_embd.weight": torch.ones(2, 32)}, "F16", "llama")
@@ -299,6 +302,9 @@ def test_files_that_do_not_fit(tiny: Model, klein: Model, tmp_path: Path) -> Non
         ({"path": tiny.path, "text_2": good}, r"model\.text_2 .* it holds a transformer: give it as model\.path"),
         ({"path": tiny.path, "text_2": qwen}, r"it holds the text_encoder of FLUX\.2: give the file that belongs"),
         ({"path": tiny.path, "text": clip}, r"model\.text .* is of another size: .* asks for 128 in place of 7"),
+        ({"path": tiny.path, "text": line}, r"model\.text .* is damaged: .* is of size \(9,\); download it again"),
+        ({"path": mark, "parts": tiny.path}, r"x_embedder\.weight is of size \(8,\), where 2 are due; download"),
+        ({"path": norm}, r"norm_q\.weight is of size \(\), where 1 are due; download it again"),
         ({"path": tiny.path, "text_2": str(llama)}, r"is a GGUF of llama, where qwen3 and t5 and t5encoder are read"),
         ({"path": klein.path, "text_2": t5}, r"\.text_2 names a file of the text_encoder_2, which FLUX\.2 has not"),
     ):  # fmt: skip

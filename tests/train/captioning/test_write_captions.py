@@ -11,7 +11,8 @@ from PIL import Image
 from tests.train.captioning.tiny import make_florence, make_llava
 from train.captioning import describe as describing
 from train.captioning.describe import TASK, describe, load_captioner
-from train.data.dataset import Data, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
 from train.write_captions import Folder, WriteCaptions, write_captions
 
 KINDS: dict[str, Callable[[Path], Path]] = {"florence": make_florence, "chat": make_llava}

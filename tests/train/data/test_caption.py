@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data.caption import all_texts, draw_text, tag_orders, texts_of
-from train.data.dataset import Data, Prior, Sample, Source
+from train.data.dataset import Data, Prior
 from train.data.seeds import generator
+from train.data.source import Sample, Source
 from train.data.words import has_words
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from tests.memory_cloud import RefusedError, emptied
 from train.data.cloud import is_cloud, local_copy
-from train.data.dataset import Data, Source, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
+from train.data.source import Source
 
 bucket = pytest.fixture(emptied, name="bucket")
 

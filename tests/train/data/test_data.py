@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.dataset import Data, Prior, Sample, Skipped, Source, check_left, sources_of, split
+from train.data.dataset import Data, Prior, sources_of
+from train.data.samples import check_left
+from train.data.source import Sample, Skipped, Source
+from train.data.split import split
 
 
 @given(st.sets(st.text(), min_size=2, max_size=40), st.floats(0.001, 0.999), st.integers(0, 9), st.randoms())

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from tests.train.data.test_folder import colour, faults, put, samples_of
-from train.data.dataset import Data, read_samples
+from train.data.dataset import Data
 from train.data.names import key_of, stem_of
+from train.data.samples import read_samples
 
 NFC, NFD = (unicodedata.normalize(form, "ñandú é Å 한국 ガ") for form in ("NFC", "NFD"))
 

@@ -17,7 +17,9 @@ from PIL import Image
 
 from infer.sample.picture import decode
 from train.data import image_folder
-from train.data.dataset import Data, Sample, Skipped, Source, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
+from train.data.source import Sample, Skipped, Source
 
 NAMES = ("a.png", "with space/b c.PNG", "deep/er/a.jpg", "日本/ñandú 🦩.webp", "x.y.z.bmp", "a.tiff")
 

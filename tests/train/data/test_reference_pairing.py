@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train.data.buckets import View, cut, reference_view, views_of
-from train.data.dataset import Data, Source, read_samples
-from train.data.source import Sample
+from train.data.dataset import Data
+from train.data.samples import read_samples
+from train.data.source import Sample, Source
 
 SPELLINGS = {  # of a picture's name, what its reference may be called
     "same": lambda stem, end: stem + end,

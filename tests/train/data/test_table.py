@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from infer.sample.picture import decode, pixel_hash
-from train.data.dataset import Data, Sample, Source, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
+from train.data.source import Sample, Source
 
 COLUMNS = {"image_column": "photo", "caption_column": "words"}
 

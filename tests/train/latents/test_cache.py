@@ -34,15 +34,16 @@ from infer.sample.picture import decode, pixel_hash
 from tests.forked import Forked
 from train.data.buckets import View
 from train.data.caption import all_texts
-from train.data.dataset import Data, Prior, read_samples
+from train.data.dataset import Data, Prior
+from train.data.samples import read_samples
 from train.data.source import Sample, Source
 from train.latents import build as build_module
 from train.latents.build import build
-from train.latents.encoding import Encode
 from train.latents.identities import Picture, digest, known_identities
 from train.latents.keys import Keys, make_keys
 from train.latents.prior import prior_folder
 from train.latents.prune import folders_used, prune_cache
+from train.latents.settings import Encode
 from train.latents.shards import list_shards, read_keys
 from train.latents.store import Cache
 from train.latents.users import forget_gone, record_use, uses
@@ -219,7 +220,7 @@ def test_a_new_picture_is_read_and_decoded_once(data: Data, tiny: Model, monkeyp
         decoded[Path(name).name] += 1
         return decode(content, name, *rest)
 
-    monkeypatch.setattr("train.latents.encoding.decode", decoding)
+    monkeypatch.setattr("train.latents.prepare.decode", decoding)
     samples = [counting(sample) for sample in read_samples(data)[0]]
     several = replace(data, resolution=[32, 48], flip=True, crops=2)
     built = make(several, tiny, samples, encode=Encode(workers=1))
@@ -258,7 +259,7 @@ def test_second_build_encodes_nothing(data: Data, tiny: Model, monkeypatch: pyte
 
     monkeypatch.setattr(build_module, "load_vae", never)
     monkeypatch.setattr(build_module, "text_encoder", never)
-    monkeypatch.setattr("train.latents.encoding.decode", never)
+    monkeypatch.setattr("train.latents.prepare.decode", never)
     second = make(data, tiny)
     assert misses(second) == (0, 0) and second.counts["pictures_hits"] == second.counts["texts_hits"] == 4
     assert files(data) == before

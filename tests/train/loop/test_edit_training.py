@@ -30,7 +30,9 @@ from infer.sample.generate import Sampling
 from train.cache import Fill, fill
 from train.data.batches import epoch_batches
 from train.data.caption import all_texts
-from train.data.dataset import Data, Source, read_samples
+from train.data.dataset import Data
+from train.data.samples import read_samples
+from train.data.source import Source
 from train.latents.build import build
 from train.latents.settings import Encode
 from train.latents.store import Cache

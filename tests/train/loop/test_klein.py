@@ -24,8 +24,9 @@ from infer.family import find, flux2_sizes
 from infer.fast.memory import Memory
 from infer.merge import merge
 from infer.merging.settings import Merge, check_merge
-from infer.quantize.precision import Precision, dequantized, stored_bytes
+from infer.quantize.precision import Precision
 from infer.quantize.quantizer import quantizing_on
+from infer.quantize.storage import dequantized, stored_bytes
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling
 from infer.save import Save, save

@@ -20,7 +20,8 @@ from infer.program.paths import ROOT
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from tests.forked import ranks
-from train.data.dataset import Data, Prior, Source
+from train.data.dataset import Data, Prior
+from train.data.source import Source
 from train.run.config import Train
 
 RECORD = """

@@ -28,7 +28,8 @@ from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from tests.forked import ranks
 from tests.wandb_file import read_wandb
-from train.data.dataset import Data, Source
+from train.data.dataset import Data
+from train.data.source import Source
 from train.objective.optim import Optim
 from train.run.config import Train
 from train.trackers.options import Track

@@ -21,7 +21,8 @@ from infer.program.paths import ROOT
 from infer.sample.encode import NotFiniteError
 from infer.sample.generate import Sampling
 from scripts.tiny.make_style import make_style
-from train.data.dataset import Data, Prior, Source
+from train.data.dataset import Data, Prior
+from train.data.source import Source
 from train.objective.optim import Optim, make_schedule, rate_at
 from train.run.config import Train
 from train.state.identity import record_config, recorded_steps
