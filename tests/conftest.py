@@ -50,6 +50,7 @@ DEAREST = (
 )
 """Files and folders whose tests take longest. They come first: what is begun last is short, and no process waits long
 for another one."""
+REMEMBERED = 2000  # weights, some 80 MB; those of the bundled model are met first
 _modules = 0
 
 
@@ -95,9 +96,13 @@ def _remember_quantized() -> None:
             return quantize(weight, *args, **kwargs)
         content = weight.detach().contiguous().view(torch.uint8).numpy()
         key = hashlib.blake2b(content, digest_size=16).digest(), weight.shape, weight.dtype, *sorted(kwargs.items())
-        if key not in found:
-            found[key] = quantize(weight, **kwargs)
-        return copy.deepcopy(found[key])
+        made = found.get(key)
+        if made is None:
+            made = quantize(weight, **kwargs)
+            if len(found) >= REMEMBERED:
+                return made
+            found[key] = made
+        return copy.deepcopy(made)
 
     functional.quantize_4bit = remembered
 

@@ -165,8 +165,8 @@ def draw_precision(
 
 
 def all_prompts(options: Compare) -> list[Edit | str]:
-    """What is drawn: the prompts, those with references, then with an adapter those that it has nothing to do with and
-    those of its class."""
+    """What is drawn: the prompts, then those with references. With an adapter also unrelated prompts, and prompts of
+    its class."""
     apart = [*options.unrelated, *options.class_prompts] if options.adapter.path is not None else []
     return [*options.prompts, *options.edits, *apart]
 
