@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from scripts.tiny import make_text, parts, world
-from scripts.tiny.pace import Pace, captured
+from scripts.tiny.pace import Pace, captured, move_average
 
 CAPTIONS = 3  # for each picture
 CHUNK = 512  # pictures painted and encoded at once
@@ -174,10 +174,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            ways = torch._foreach_sub(list(self.flow.parameters()), list(self.average.parameters()))
-            # a tensor, not a number: a captured graph would keep the number for ever
-            torch._foreach_mul_(ways, self.move)
-            torch._foreach_add_(list(self.average.parameters()), ways)
+            move_average(list(self.average.parameters()), list(self.flow.parameters()), self.move)
 
     def backward(self) -> None:
         """Draw a batch and set its gradients."""

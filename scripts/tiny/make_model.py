@@ -33,7 +33,8 @@ def main() -> None:
         "--start", type=Path, help="go on from this model: its autoencoder is kept, the rest trained on"
     )
     parser.add_argument("--vae", type=Path, help="keep the autoencoder of this model")
-    parser.add_argument("--vae-steps", type=int, default=7000)
+    parser.add_argument("--vae-steps", type=int, default=20_000)
+    parser.add_argument("--vae-seconds", type=float, default=float("inf"), help="take fewer steps if these run out")
     parser.add_argument("--flow-steps", type=int, default=40_000)
     parser.add_argument(
         "--flow-until",
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
-    vae_batch, workers = 40, len(os.sched_getaffinity(0))
+    vae_batch, workers = 24, len(os.sched_getaffinity(0))
     if args.smoke:
         args.samples, args.vae_steps, args.flow_steps, args.guidance_steps = 64, 3, 3, 3
         args.batch, vae_batch = 4, 4
@@ -72,7 +73,11 @@ def main() -> None:
         vae = AutoencoderKL.from_pretrained(kept / "vae").float().to(device)
     else:
         vae = parts.vae()
-        decibels = make_vae.train(vae, args.vae_steps, vae_batch, args.seed, device)
+        # latents start sharp: at the default a deviation of 1 drowns them for hundreds of steps
+        torch.nn.init.constant_(vae.encoder.conv_out.bias[vae.config.latent_channels :], -6.0)
+        decibels = make_vae.train(
+            vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds, not args.eager
+        )
         report(f"autoencoder, PSNR on unseen pictures: { {name: round(value, 2) for name, value in decibels.items()} }")
         copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(args.out / "vae")
         if decibels["world"] < 30 and not args.smoke:

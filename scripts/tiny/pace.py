@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 MEASURED = 60  # steps from whose time the number of steps is found
 
@@ -55,7 +56,12 @@ class Pace:
 
 
 def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A whole step as one CUDA graph; the warm-up steps that it needs run at the rate that the optimizer holds, 0."""
+    """A whole step as one CUDA graph; the warm-up steps that it needs run at the rate that the optimizer holds, 0.
+
+    Without a GPU it is the step itself.
+    """
+    if not torch.cuda.is_available():
+        return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -67,3 +73,13 @@ def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Call
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def move_average(average: list[Tensor], values: list[Tensor], share: Tensor) -> None:
+    """Move each average so far towards its value.
+
+    The share is a tensor: a captured graph would keep a number for ever.
+    """
+    ways = torch._foreach_sub(values, average)
+    torch._foreach_mul_(ways, share)
+    torch._foreach_add_(average, ways)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.tiny import make_flow, make_text, make_vae, parts, world
+from scripts.tiny import klein_parts, make_flow, make_klein, make_text, make_vae, parts, world
 from scripts.tiny.pace import Pace
 
 
@@ -79,6 +80,58 @@ def test_the_rate_rises_stays_and_falls() -> None:
 
 
 def test_the_autoencoder_learns_from_more_than_the_world() -> None:
-    pictures = make_vae.pictures(6, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    pictures = make_vae.pictures(6, torch.device("cpu"))
     assert pictures.shape == (6, 3, world.SIZE, world.SIZE)
     assert pictures.min() >= -1 and pictures.max() <= 1 and pictures.std() > 0.1
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_graph_can_hold_the_autoencoders_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = klein_parts.vae(parts.vae()) if wide else parts.vae()
+    trainer = make_vae.Trainer(vae, 1, 1e-3, torch.device("cpu"))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    with Silent():
+        trainer.step()
+    assert torch.isfinite(trainer.figures).all() and trainer.figures[0] > 0
+
+
+def test_the_wider_autoencoder_begins_as_the_narrow_one() -> None:
+    torch.manual_seed(1)
+    narrow = parts.vae().eval()
+    wide = klein_parts.vae(narrow).eval()
+    image = make_vae.pictures(1, torch.device("cpu"))
+    with torch.no_grad():
+        mean, _ = make_vae._moments(narrow, image)
+        wider, _ = make_vae._moments(wide, image)
+    torch.testing.assert_close(wider[:, :16], mean)
+    assert wider.shape[1] == 32 and wider[:, 16:].abs().max() > 0
+
+
+def test_a_graph_can_hold_kleins_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(step: Any, optimizer: torch.optim.Optimizer) -> Any:
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+
+        def run() -> None:
+            with Silent():
+                step()
+
+        return run
+
+    monkeypatch.setattr(make_klein, "captured", silent)
+    reader = klein_parts.tokenizer()
+    encoder = klein_parts.text_encoder(reader)
+    (_, (ids, masks, wanted)) = make_klein._draw((0, 2, 0, 0.5))
+    given = [torch.from_numpy(each).flatten(0, -3 if each is wanted else -2) for each in (ids, masks, wanted)]
+    make_klein.teach_text(encoder, reader, *given, steps=1, batch=2)
+    flow = make_klein.Flow(klein_parts.transformer())
+    x = torch.randn(2, (world.SIZE // 16) ** 2, 128)
+    texts = make_klein.embed(encoder, *given[:2]).detach()[:2]
+    average = make_klein.train("flow", flow, lambda: (x, texts, torch.tensor([0.2, 0.9]), x), 1, 1e-3, 0.5, 1e9)
+    assert all(torch.isfinite(parameter).all() for parameter in average.parameters())
+    # the pipeline's own way to the text's states
+    own = Flux2KleinPipeline._get_qwen3_prompt_embeds(
+        encoder, reader, ["a red star"], max_sequence_length=klein_parts.TEXT_TOKENS
+    )
+    ours = make_klein.embed(encoder, *(torch.from_numpy(each) for each in make_klein.chat(reader, ["a red star"])))
+    torch.testing.assert_close(own, ours, rtol=1e-4, atol=1e-4)
