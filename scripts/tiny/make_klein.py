@@ -341,7 +341,7 @@ def main() -> None:
     if args.compile:
         base.compile_blocks()
     chosen = torch.randperm(len(data.texts), device=device)[: args.paths]
-    stands = paths(base, data.texts[chosen], empty, args.batch, (shape[0], shape[1]))
+    stands = paths(base, data.texts[chosen], empty, args.batch // 2, (shape[0], shape[1]))
     report(f"{len(stands)} paths of {FEW * FINE} steps at guidance {GUIDANCE} drawn")
     levels = torch.tensor(sigmas(shape[0], FEW), device=device)
 
