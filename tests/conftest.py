@@ -134,6 +134,12 @@ def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
     return Model("black-forest-labs/FLUX.1-dev", weights="random")
 
 
+@pytest.fixture
+def no_loss_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings do not draw loss.png, which takes as long as several of their steps."""
+    monkeypatch.setattr("train.loop.fit.draw_loss", lambda run: None)
+
+
 @pytest.fixture(scope="session")
 def browser() -> "Iterator[Browser]":
     """A headless Chromium; see tests/browser.py."""
