@@ -63,6 +63,18 @@ def no_hub_id(path: str) -> str:
     return f"write {found[1]}" if found else "check the spelling"
 
 
+def nowhere(option: str, path: str) -> str:
+    """The message about a path that is neither here nor a Hub id: of a file by its ending, that it is not there."""
+    if not path.lower().endswith(FILES):
+        return f"{option} {path!r} is no folder here and no Hub id (owner/name); {no_hub_id(path)}"
+    folder = Path(path).expanduser().absolute().parent
+    if not folder.is_dir():
+        return f"{option} {path!r} is not there, nor is its folder {folder}; give the file's own path"
+    there = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(FILES))
+    also = f"; there {'are' if there[1:] else 'is'} {', '.join(there[:3])}" if there else ""
+    return f"{option} {path!r} is not there: {folder} has no such file{also}; give the file's own path"
+
+
 def kind_of_file(file: Path) -> str:
     """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive
     or other."""
