@@ -18,12 +18,12 @@ from infer.adapter.attach import remove_adapter
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.read import FILE
 from infer.adapter.selection import Trained, load_chosen
-from infer.adapter.write import write_pairs
+from infer.adapter.write import write_own
 from infer.checkpoint.family import own_size, unguided
 from infer.checkpoint.files import read_config
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.choosing.best import Entry, choose_best
-from infer.choosing.run import RunFiles, read_checkpoint_pairs
+from infer.choosing.run import RunFiles, read_checkpoint
 from infer.choosing.settings import Choose, references_of
 from infer.device.device import describe_device, release
 from infer.fast.cuda_graph import Sampler
@@ -31,14 +31,14 @@ from infer.fast.install import choose_path, hold_of
 from infer.fast.ready_kernels import prepare_kernels
 from infer.program.atomic import replace_file
 from infer.quantize.compute import stored_on
-from infer.report.curves import STAGES
-from infer.report.results import Row, Stage
+from infer.report.results import Row
 from infer.rounding.layer_errors import decide
 from infer.sample.encode import decode, drawn_texts, text_encoder
 from infer.sample.generate import draw, settled
 from infer.sample.warm_up import draw_unseen
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
+from infer.score.rows import drawn_row
 from infer.score.score_all import score_all
 
 RESULT = "choice.json"
@@ -61,7 +61,7 @@ def draw_choice(options: Choose, files: RunFiles, device: torch.device) -> dict[
     adapters: dict[str, str] = {}
     for name in files.checkpoints:
         place = out / "new" / "adapters" / name
-        write_pairs(read_checkpoint_pairs(files, name), "diffusers", place / FILE, {"step": files.checkpoints[name]})
+        write_own(read_checkpoint(files, name), place / FILE, {"step": files.checkpoints[name]})
         adapters[name] = str(place)
     try:
         said = _drawn(options, files, device, sampling, out / "new", adapters)
@@ -114,7 +114,7 @@ def _drawn(
                 packed = draw(transformer, scheduler, texts[prompt], options.seed, sampling, size, device)
                 picture, image = decode(vae, packed, *size), f"images/{number:03d}-{i:02d}.png"
                 picture.save(out / image)
-                row = _row(
+                row = drawn_row(
                     precision.kind, _label(name, weight), prompt, options.seed, image, time.perf_counter() - began
                 )
                 rows.append(row)
@@ -149,22 +149,6 @@ def _drawn(
 
 def _label(name: str | None, weight: float) -> str | None:
     return None if name is None else f"{name}@{weight!r}"
-
-
-def _row(precision: str, adapter: str | None, prompt: str, seed: int, image: str, seconds: float) -> Row:
-    return Row(
-        precision=precision,
-        adapter=adapter,
-        prompt=prompt,
-        seed=seed,
-        image=image,
-        seconds=seconds,
-        seconds_per_step=0.0,
-        weights_bytes=0,
-        peak_memory_bytes=0,
-        scores={},
-        stages={stage: Stage(0.0, 0) for stage in STAGES},
-    )
 
 
 def _entry(name: str, step: int, weight: float, files: RunFiles, own: list[Row], others: list[Row]) -> Entry:

@@ -17,6 +17,7 @@ from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision
 
 if TYPE_CHECKING:
+    from infer.adapter.factors import Factors
     from infer.adapter.read import Pairs
 
 SHEET = "flux_lora_sheet"
@@ -138,8 +139,8 @@ def strength_of(adapter: dict[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if adapter.get("rslora") else rank)
 
 
-def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
-    """A checkpoint's adapter as pairs.
+def read_checkpoint(files: RunFiles, name: str) -> Pairs | Factors:
+    """A checkpoint's adapter as pairs, or, if it is no LoRA, as its factors.
 
     Raises:
         ValueError: it is damaged.
@@ -147,7 +148,7 @@ def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from infer.adapter.attached import pairs_of
+    from infer.adapter.attached import factors_of_state, pairs_of
 
     folder = files.folder / "checkpoints" / name
     try:
@@ -156,7 +157,9 @@ def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
         if hashlib.sha256(content).hexdigest() != sums["adapter.safetensors"]:
             raise ValueError("its checksum differs from what was written")
         state = load(content)
-        strength = strength_of(files.adapter)
+        strength, kind = strength_of(files.adapter), files.adapter.get("kind", "lora")
+        if kind != "lora":
+            return factors_of_state(kind, state, strength)
         layers = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
         return pairs_of(state, dict.fromkeys(layers, strength))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from infer.adapter.lora import Adapter
 from infer.adapter.model_card import Card, write_card
 from infer.adapter.read import FILE
-from infer.adapter.write import write_pairs
+from infer.adapter.write import write_own
 from infer.checkpoint.family import pipeline_of
-from infer.choosing.run import RunFiles, read_checkpoint_pairs
+from infer.choosing.run import RunFiles, read_checkpoint
 from infer.program.atomic import replace_file
 
 
@@ -40,7 +41,7 @@ def write_taken(files: RunFiles, name: str, reason: str | None) -> Path:
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    pairs, step = read_checkpoint_pairs(files, name), files.checkpoints[name]
+    adapter, step = read_checkpoint(files, name), files.checkpoints[name]
     folder = files.folder / "chosen"
     loss = files.loss_at(step)
     notes = {
@@ -50,19 +51,23 @@ def write_taken(files: RunFiles, name: str, reason: str | None) -> Path:
         "chosen": name,
         "validation": {} if loss is None else {str(step): loss},
     }
-    rank = next(iter(pairs.values())).down.shape[0]
+    settings = Adapter(**files.adapter)
     card = Card(
         name=files.folder.name,
         base=files.model.path,
         pipeline=pipeline_of(files.model),
         trigger=files.trigger,
         precision=files.precision.kind,
-        facts={"kind": f"rank {rank}, {len(pairs)} layers", "steps": f"{step}, chosen among the run's checkpoints"},
+        facts={
+            "kind": f"{settings.words()}, layers {settings.targets}",
+            "steps": f"{step}, chosen among the run's checkpoints",
+        },
         figures={} if loss is None else {str(step): loss},
+        kind=settings.kind,
         place=str(folder),
     )
     write_card(folder, card)
-    file = write_pairs(pairs, "diffusers", folder / FILE, notes)
+    file = write_own(adapter, folder / FILE, notes)
     said = json.dumps({"name": name, "step": step, "reason": reason}, ensure_ascii=False)
     replace_file(folder / "choice.json", lambda path: path.write_text(said, encoding="utf-8"))
     return file
