@@ -16,6 +16,7 @@ INSTALLED = SHIPPED != ROOT
 CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
+WEIGHTS = (".safetensors", ".sft", ".gguf")
 FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",
          ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".png", ".jpg", ".jpeg", ".webp")  # fmt: skip
 """Endings that no name on the Hub has."""
@@ -70,7 +71,7 @@ def nowhere(option: str, path: str) -> str:
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
         return f"{option} {path!r} is not there, nor is its folder {folder}; give the file's own path"
-    there = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(FILES))
+    there = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(WEIGHTS))
     also = f"; there {'are' if there[1:] else 'is'} {', '.join(there[:3])}" if there else ""
     return f"{option} {path!r} is not there: {folder} has no such file{also}; give the file's own path"
 

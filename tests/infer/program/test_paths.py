@@ -117,7 +117,7 @@ def test_files_for_a_model(tmp_path: Path, tiny: Model, monkeypatch: pytest.Monk
         (str(whole.parent), "holds no model_index.json, but model in it does; set model.path to that folder"),
         (
             "models/gone.safetensors",
-            r"'models/gone.safetensors' is not there: .* has no such file; there are all.sft, flux.ckpt",
+            r"'models/gone.safetensors' is not there: .* has no such file; there are all.sft, flux1-dev",
         ),
         ("gone/gone.gguf", r"'gone/gone.gguf' is not there, nor is its folder .*gone; give the file's own path"),
         ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", "; write black-forest-labs/FLUX.1-dev"),
