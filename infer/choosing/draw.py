@@ -20,14 +20,15 @@ from infer.adapter.read import FILE
 from infer.adapter.selection import Trained, load_chosen
 from infer.adapter.write import write_pairs
 from infer.checkpoint.family import own_size, unguided
+from infer.checkpoint.files import read_config
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.choosing.best import Entry, choose_best
 from infer.choosing.run import RunFiles, read_checkpoint_pairs
 from infer.choosing.settings import Choose, references_of
-from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
+from infer.fast.ready_kernels import prepare_kernels
 from infer.program.atomic import replace_file
 from infer.quantize.compute import stored_on
 from infer.report.curves import STAGES
@@ -88,8 +89,7 @@ def _drawn(
     precision = stored_on(decide(model, precision, device, print), device)
     rows: list[Row] = []
     latents: dict[Key, Tensor] = {}
-    if memory.fused and memory.compiles(device):
-        prepare_compiler(device)
+    prepare_kernels(read_config(model, "transformer"), precision, memory, device)
     with tqdm(total=len(states) * len(every), unit="picture", desc="draw") as bar:
         with text_encoder(model, precision, device, files.text_length) as encoder:
             texts = dict(zip(every, drawn_texts(model, encoder, every), strict=True))

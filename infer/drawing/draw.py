@@ -17,14 +17,15 @@ from infer.adapter.attach import remove_adapter
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.family import own_size, unguided
+from infer.checkpoint.files import read_config
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
-from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.drawing.record import KEY, digests, record, versions
 from infer.drawing.settings import Draw, Planned, adapters_at, column, plan_pictures, sheet_file
 from infer.family.family import Text
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
+from infer.fast.ready_kernels import prepare_kernels
 from infer.fast.weights import obstacle
 from infer.program.atomic import replace_file
 from infer.quantize.compute import stored_on
@@ -119,8 +120,7 @@ def _draw_all(
     """
     model, precision, memory = options.model, options.precision, options.memory
     prompts = list(dict.fromkeys(one.prompt for one in planned))
-    if memory.fused and memory.compiles(device):
-        prepare_compiler(device)
+    prepare_kernels(read_config(model, "transformer"), precision, memory, device)
     bar.set_postfix_str("prompts")
     with text_encoder(model, precision, device, options.text_length) as encoder:
         texts = dict(zip(prompts, drawn_texts(model, encoder, prompts), strict=True))
