@@ -8,6 +8,7 @@ fuse, and in where the strength stands (strengths.py).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container
 from pathlib import Path
@@ -21,7 +22,8 @@ from infer.adapter.layer_names import families_with, halves_swapped, layers_of, 
 from infer.adapter.lycoris import PARTS, as_lora, is_lycoris
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
-from infer.program.paths import is_hub_id, kind_of_file
+from infer.program.absent import meant
+from infer.program.paths import POINTER, is_hub_id, kind_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +76,8 @@ def find_adapter(path: str) -> Path:
         file = next((c for c in candidates if c.is_file()), candidates[0])
     if not file.is_file():
         mend = f"give a .safetensors file or a folder that holds {FILE}"
+        if not os.path.lexists(path):
+            mend = meant(path, mend)
         if is_hub_id(path):
             mend += f"; one that is on the Hub is downloaded first: hf download {path} --local-dir adapters"
         elif Path(path).is_dir() and (others := sorted(each.name for each in Path(path).glob("*.safetensors"))):
@@ -94,11 +98,19 @@ def read_notes(file: Path) -> dict[str, Any]:
         if not isinstance(notes, dict):
             raise ValueError(f"its notes are {notes!r}")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is no adapter that can be read ({error}); take it away: train.py makes it again from the last "
-            "checkpoint"
-        ) from error
+        mend = "take it away: train.py makes it again from the last checkpoint"
+        raise ValueError(f"{file} is no adapter that can be read: {_other_kind(file) or f'{error}; {mend}'}") from error
     return notes
+
+
+def _other_kind(file: Path) -> str | None:
+    """What a file is that is no safetensors file, where its first bytes tell, and the mend."""
+    return {
+        "gguf": "it is a GGUF file, which holds a whole model; give a LoRA file",
+        "pickle": "it is a pickle, which could run programs; ask for the .safetensors of it",
+        "archive": "it is an archive; unpack it",
+        "pointer": POINTER,
+    }.get(kind_of_file(file))
 
 
 def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs:
@@ -117,13 +129,7 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
             header = reader.metadata() or {}
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        kind = kind_of_file(file)
-        what = {
-            "gguf": "a GGUF file, which holds a whole model",
-            "pickle": "a pickle, which could run programs; ask for the .safetensors of it",
-            "archive": "an archive; unpack it",
-        }.get(kind, str(error))
-        raise ValueError(f"{file} is no LoRA file that can be read: {what}") from error
+        raise ValueError(f"{file} is no LoRA file that can be read: {_other_kind(file) or error}") from error
     text = [key for key in state if _TEXT.match(key)]
     if text and not drop_text_encoder:
         words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)

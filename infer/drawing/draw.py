@@ -85,9 +85,10 @@ def draw_pictures(options: Draw, device: torch.device) -> list[Path]:
     for file in files:
         print(file)
     if seconds:
+        drawn = f"{len(seconds)} picture{'s' * (len(seconds) > 1)} of {size[1]}x{size[0]}"
         print(
-            f"{len(seconds)} pictures of {size[1]}x{size[0]} in {time.perf_counter() - began:.1f} s: {before:.1f} s "
-            f"until the first was begun, then {sum(seconds) / len(seconds):.2f} s each ({sampling.steps} steps)"
+            f"{drawn} in {time.perf_counter() - began:.1f} s: {before:.1f} s until the first was begun, then "
+            f"{sum(seconds) / len(seconds):.2f} s each ({sampling.steps} steps)"
         )
     if broken:
         said = "; ".join(f"{file.name}: {error}" for file, error in broken.items())
