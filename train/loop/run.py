@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infer.device.compiler import prepare_compiler
 from infer.program.errors import STOPPED
+from infer.resident.turns import training_turn
 from train.data.source import Sample, Skipped
 from train.loop.begin import begin
 from train.loop.finish import finish
@@ -35,6 +36,7 @@ def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped],
             this.lock = held.enter_context(lock_run(folder, accelerator.print))
             held.enter_context(recorded(folder, this.ranks, lambda: stop.reason))
             this.requests = held.enter_context(heard(folder, stop))
+            held.enter_context(training_turn(accelerator.print))
         adapter = train_on_rank(this, samples, skipped)
     if adapter is None:
         sys.exit(STOPPED)
