@@ -95,8 +95,8 @@ FASTER = [("nf4", "guide-nf4", ">= 1.4"), ("int8", "guide-int8", ">= 2.8")]
 SLOWER = [
     ("nf4-fp8", "nf4", "<= 0.77"),
     ("nf4-fp8-adapter", "nf4-fp8", "<= 1.03"),
-    ("nf4-adapter", "nf4", "<= 1.05"),
-    ("int8-adapter", "int8", "<= 1.05"),
+    ("nf4-adapter", "nf4", "<= 1.03"),
+    ("int8-adapter", "int8", "<= 1.03"),
     *((f"{name}-nf4-adapter", f"{name}-nf4", "<= 1.05") for name in ("klein4b", "klein9b")),
 ]
 MEMORY = {"nf4-8gib": "<= 8.0", "nf4-6gib": "<= 6.0"}

@@ -123,10 +123,10 @@ class Held:
 
 KERNELS = {  # the first that a kernel's name holds
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
-    "dequantize": ("unpack", "kdequant", "dequantize"),
+    "dequantize": ("unpack", "fold", "kdequant", "dequantize"),
     "matrix products": ("gemm", "with_copies", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
     "copies": ("memcpy", "memset"),
-    "fused": ("triton",),
+    "fused": ("triton", "norm_", "gate_", "heads_", "activation_", "round_rows", "scale_product", "pack"),
     "optimizer": ("multi_tensor", "optimizer", "adam"),
 }
 
@@ -246,15 +246,13 @@ def need_of(name: str) -> float:
 def groups(names: list[str]) -> list[list[str]]:
     """Variants of one precision share a process, and so its model; streamed ones have their own."""
     found: dict[str, list[str]] = {}
-    for name in names:
-        if name == RATE:
-            found[name] = [name]
-            continue
+    for name in (name for name in names if name != RATE):
         variant = VARIANTS[name]
         shared = f"{variant.model} {without_products(variant.precision)}"
         key = name if variant.memory.budget_gib is not None else shared
         found.setdefault(key, []).append(name)
-    return list(found.values())
+    parts, rate = list(found.values()), [name for name in names if name == RATE]
+    return [rate + parts[0], *parts[1:]] if parts else [rate]
 
 
 def rows_of(results: dict[str, Row]) -> list[Row]:

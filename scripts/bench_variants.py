@@ -70,6 +70,9 @@ def _variants() -> dict[str, Variant]:
             f"nf4-{size}-fast-fp8": Variant(FP8, size, FAST),
             f"nf4-{size}-lean-fp8": Variant(FP8, size, LEAN),
             f"nf4-{size}-balanced-int8": Variant(EIGHT, size, BALANCED),
+            f"nf4-{size}-some": Variant(NF4, size, Memory("attention", keep_all=26)),
+            f"nf4-{size}-unpacked": Variant(NF4, size, Memory("everything", unpacked=True)),
+            f"nf4-{size}-compiled": Variant(NF4, size, Memory("attention", compile=True)),
             f"nf4-{size}-products": Variant(NF4, size, PRODUCTS),
             f"nested-{size}-lean": Variant(NESTED, size, LEAN),
             f"nf4-{size}-dora": Variant(NF4, size, BALANCED, Adapter(rank=4, alpha=4.0, dora=True)),
@@ -126,6 +129,8 @@ def need(variant: Variant) -> float:
     weights = {"nf4": 6.5, "fp4": 6.5, "int8": 12.0, "bf16": 23.5}[variant.precision.kind] * size
     tokens = ((1 + variant.references) * (variant.resolution // 16) ** 2 + TEXT) * variant.batch / 4608 * max(size, 1.0)
     work = {"nothing": 4.0, "attention": 5.0, "products": 20.0, "everything": 27.0}[variant.memory.keep]
+    work += 0.3 * variant.memory.keep_all
+    weights += 16 * size * variant.memory.unpacked
     if variant.memory.budget_gib is not None:
         return variant.memory.budget_gib + 1
     return weights + work * tokens + 1.5
@@ -155,6 +160,8 @@ SLOWER: list[tuple[str, str, str | None]] = [
     ("nf4-512-deterministic", "nf4-512-balanced", None),
 ]
 SECONDS = {
+    "nf4-1024-balanced": "<= 0.39",
+    "nf4-512-some": "<= 0.115",
     "nf4-1024-streamed": "<= 0.60",
     "nf4-512-streamed": "<= 0.38",
     "klein4b-nf4-1024-balanced": "<= 0.19",

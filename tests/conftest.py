@@ -50,6 +50,7 @@ DEAREST = (
 )
 """Files and folders whose tests take longest. They come first: what is begun last is short, and no process waits long
 for another one."""
+REMEMBERED = 2000  # weights, some 80 MB; those of the bundled model are met first
 _modules = 0
 
 
@@ -95,9 +96,13 @@ def _remember_quantized() -> None:
             return quantize(weight, *args, **kwargs)
         content = weight.detach().contiguous().view(torch.uint8).numpy()
         key = hashlib.blake2b(content, digest_size=16).digest(), weight.shape, weight.dtype, *sorted(kwargs.items())
-        if key not in found:
-            found[key] = quantize(weight, **kwargs)
-        return copy.deepcopy(found[key])
+        made = found.get(key)
+        if made is None:
+            made = quantize(weight, **kwargs)
+            if len(found) >= REMEMBERED:
+                return made
+            found[key] = made
+        return copy.deepcopy(made)
 
     functional.quantize_4bit = remembered
 
@@ -132,6 +137,12 @@ def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
     """FLUX.1-dev's code paths at a small size."""
     monkeypatch.setitem(find.SIZES, "black-forest-labs/FLUX.1-dev", SMALL)
     return Model("black-forest-labs/FLUX.1-dev", weights="random")
+
+
+@pytest.fixture
+def no_loss_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings do not draw loss.png, which takes as long as several of their steps."""
+    monkeypatch.setattr("train.loop.fit.draw_loss", lambda run: None)
 
 
 @pytest.fixture(scope="session")

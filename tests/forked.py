@@ -35,11 +35,14 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _become(command: Sequence[str], folder: str, environment: Mapping[str, str], out: str) -> None:
-    """What a fork does: the script's own code, under its own name, its words in a file."""
+def _become(command: Sequence[str], folder: str, environment: Mapping[str, str], out: str, terminal: bool) -> None:
+    """What a fork does: the script's own code, under its own name, its words in a file or on a terminal of its own."""
     assert sys.modules.keys() >= set(IMPORTED)
     gc.freeze()
-    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    if terminal:
+        os.setsid()
+        os.dup2(os.open(out, os.O_RDWR), 0)  # the first one that a session opens is its own: Ctrl-C goes to it
+    file = os.open(out, os.O_WRONLY if terminal else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -53,11 +56,16 @@ def _become(command: Sequence[str], folder: str, environment: Mapping[str, str],
 
 
 class Forked:
-    """A command that runs: `[script, *arguments]` in a folder, as subprocess.Popen would run it with Python."""
+    """A command that runs: `[script, *arguments]` in a folder, as subprocess.Popen would run it with Python.
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path) -> None:
+    out: the file of its words; or a terminal, which the command has for its own.
+    """
+
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path, terminal: bool = False
+    ) -> None:
         self.out = out
-        given = (list(command), str(folder), dict(environment), str(out))
+        given = (list(command), str(folder), dict(environment), str(out), terminal)
         self.process = _server().Process(target=_become, args=given)
         self.process.start()
         assert self.process.pid is not None

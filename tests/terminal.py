@@ -4,13 +4,17 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
+import subprocess
 import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.forked import Forked
 
 ROWS, COLUMNS = 40, 110
 # OpenMP's threads wait asleep: beside other work they would else burn three times the time that they compute
@@ -38,37 +42,48 @@ class Screen:
         return [line for line in self.lines if ALARMING.search(line)]
 
 
-def watch(command: Sequence[str], folder: Path, interrupt_after: str | None = None, seconds: float = 300) -> Screen:
+def watch(
+    command: Sequence[str], folder: Path, interrupt_after: str | None = None, seconds: float = 300, forked: bool = False
+) -> Screen:
     """Run a command to its end; Ctrl-C is typed once `interrupt_after` stands on the screen.
+
+    forked: the command, without its Python, is a fork of a process that has imported the libraries (forked.py).
 
     Raises:
         AssertionError: it took longer than `seconds`, or the text never came.
     """
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(folder)
-        for name in QUIET:
-            os.environ.pop(name, None)
-        os.environ |= PASSIVE
-        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored where tests run in the background
-            signal.signal(number, signal.SIG_DFL)
-        os.execvp(command[0], list(command))
+    terminal, own = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    seen, until = b"", time.monotonic() + seconds
+    environment = {name: value for name, value in os.environ.items() if name not in QUIET} | PASSIVE
+    process: Forked | subprocess.Popen[bytes]
+    if forked:
+        process = Forked(command, folder, environment, Path(os.ttyname(own)), terminal=True)
+    else:
+        process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=lambda: _enter(own))
+    seen, until, ended = b"", time.monotonic() + seconds, False
     while True:
-        try:
-            more = os.read(terminal, 2**16)
-        except OSError:  # Linux says so when the last process has closed it
-            break
-        if not more:
-            break
-        seen += more
+        if select.select([terminal], [], [], 0.05)[0]:
+            seen += os.read(terminal, 2**16)
+        elif ended:
+            break  # what it said last was read since
+        ended = process.poll() is not None
         if interrupt_after is not None and interrupt_after.encode() in seen:
             os.write(terminal, b"\x03")
             interrupt_after = None
         assert time.monotonic() < until, seen.decode(errors="replace")
     os.close(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert interrupt_after is None, seen.decode(errors="replace")
+    os.close(own)
+    code = process.poll()
+    assert code is not None and interrupt_after is None, seen.decode(errors="replace")
     drawn = ([part for part in line.split("\r") if part.strip()] for line in seen.decode(errors="replace").split("\n"))
     return Screen(code, [parts[-1].rstrip() for parts in drawn if parts])
+
+
+def _enter(own: int) -> None:
+    """Make a terminal this process's own, as a shell's is."""
+    os.setsid()
+    fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+    for number in (0, 1, 2):
+        os.dup2(own, number)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored where tests run in the background
+        signal.signal(number, signal.SIG_DFL)

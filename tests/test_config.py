@@ -187,13 +187,13 @@ def differences(a: Any, b: Any, name: str = "") -> set[str]:
 
 
 def test_defaults_are_said_the_same_in_yaml_and_python() -> None:
-    # the model is found from anywhere, not from the repository's root alone
-    assert differences(made("train"), Train()) == {"model.path"}
+    # the model is found from anywhere, not from the repository's root alone; auto asks the card of a run
+    assert differences(made("train"), Train()) == {"model.path", "memory.keep"}
     assert not differences(made("convert"), Convert())
     recovery = made("recover")
     others = Recover(prompts=recovery.prompts, held_out=recovery.held_out, sampling=Sampling(steps=8))
     assert differences(recovery, others) == {"model.path"}
-    assert differences(made("plan"), Plan()) == {"model.path"}
+    assert differences(made("plan"), Plan()) == {"model.path", "memory.keep"}
     for root in ("cache", "draw", "look", "save", "merge", "sensitivity"):
         assert differences(made(root), ROOTS[root]()) == {"model.path"}
     assert made("track") == SendComparison(Track("wandb"))

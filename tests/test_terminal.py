@@ -1,4 +1,7 @@
-"""The first hour on a terminal: no traceback and no warning, and each command ends in a sentence."""
+"""The first hour on a terminal: no traceback and no warning, and each command ends in a sentence.
+
+Training and comparison start once as processes of their own, whose imports must be silent too; their second runs are
+forked."""
 
 import re
 import sys
@@ -35,13 +38,13 @@ def test_a_training_that_is_stopped_and_gone_on_with(place: Path) -> None:
     assert stopped.code == STOPPED and not stopped.alarming, stopped.text
     assert stopped.lines[-1] == "stopped (SIGINT); its state is saved, the same command goes on"
     step = int(re.findall(r" (\d+)/400", stopped.text)[-1])
-    resumed = watch([*TRAIN, f"steps={step + 2}"], place)
+    resumed = watch([*TRAIN[1:], f"steps={step + 2}"], place, forked=True)
     assert resumed.code == 0 and not resumed.alarming, resumed.text
     assert f"resuming at step {step} of {step + 2}" in resumed.lines
 
 
 def test_a_comparison_and_one_that_is_stopped(place: Path) -> None:
-    stopped = watch([*COMPARE, "sampling.steps=400"], place, interrupt_after="bf16")
+    stopped = watch([*COMPARE[1:], "sampling.steps=400"], place, interrupt_after="bf16", forked=True)
     assert stopped.code == INTERRUPTED and not stopped.alarming, stopped.text
     assert stopped.lines[-1] == "stopped by Ctrl-C; nothing half-written is left, the same command starts again"
     assert not list((place / "runs/first").rglob("*.partial"))

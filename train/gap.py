@@ -109,7 +109,8 @@ class Gap:
 def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> list[GapRow]:
     """One row for each precision, adapter, picture and noise level. memory: by precision, the settings that all of it
     can run with."""
-    from infer.device.compiler import prepare_compiler
+    from infer.checkpoint.files import read_config
+    from infer.fast.ready_kernels import prepare_kernels
     from infer.score.pairs import relative_error
     from train.probe.gap_summary import GapRow
     from train.probe.probe import loaded, prepare, probe, switch_on
@@ -117,8 +118,8 @@ def measure(options: Gap, memory: dict[str, Memory], device: torch.device) -> li
     rows: list[GapRow] = []
     reference: dict[str | None, list[Probe]] = {}  # of the first precision, for each adapter
     adapter = options.adapter.path and (options.adapter.name or Path(options.run).name)
-    if any(each.fused and each.compiles(device) for each in memory.values()):
-        prepare_compiler(device)
+    for name, each in memory.items():
+        prepare_kernels(read_config(options.model, "transformer"), options.precisions[name], each, device)
     bar = tqdm(unit="forward", desc="gap")
     for precision in options.order():
         job = Train(

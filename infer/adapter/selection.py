@@ -68,8 +68,8 @@ class Trained:
 
 
 def load_chosen(transformer: Any, chosen: Trained, model: Model) -> list[str]:
-    """Load all of them, on together; returns what they are called in the model, which no other adapter was before
-    them: what the user calls an adapter could be the name of a module's method, and captured graphs go by it."""
+    """Load all of them, on together; returns their names in the model. These are new ones each time: the user's name
+    could be that of a module's method, and captured graphs are told apart by names."""
     from infer.adapter.attach import load_adapter, set_adapters
 
     weights = {}

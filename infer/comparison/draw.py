@@ -22,14 +22,15 @@ from infer.adapter.attach import load_recovery
 from infer.adapter.checks import check_guidance, check_running
 from infer.adapter.selection import load_chosen
 from infer.checkpoint.family import own_size
+from infer.checkpoint.files import read_config
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.comparison.settings import Compare
-from infer.device.compiler import prepare_compiler
 from infer.device.device import describe_device, release
 from infer.device.measure import Measure, measure
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
+from infer.fast.ready_kernels import prepare_kernels
 from infer.fast.weights import obstacle
 from infer.program.atomic import clear_partials, partial_of
 from infer.program.command import check_run_name
@@ -165,8 +166,8 @@ def draw_precision(
 
 
 def all_prompts(options: Compare) -> list[Edit | str]:
-    """What is drawn: the prompts, those with references, then with an adapter those that it has nothing to do with and
-    those of its class."""
+    """What is drawn: the prompts, then those with references. With an adapter also unrelated prompts, and prompts of
+    its class."""
     apart = [*options.unrelated, *options.class_prompts] if options.adapter.path is not None else []
     return [*options.prompts, *options.edits, *apart]
 
@@ -227,8 +228,8 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             options.precisions[name] = stored_on(decide(options.model, options.precisions[name], device, print), device)
     size = options.sampling.size(own_size(options.model))
     check_scored(options.edits, size[::-1])
-    if any(each.fused and each.compiles(device) for each in memory.values()):
-        prepare_compiler(device)
+    for name, each in memory.items():
+        prepare_kernels(read_config(options.model, "transformer"), options.precisions[name], each, device)
     for name, score in scores.items():  # before an hour of drawing, not after it
         for prompt, _ in listed(all_prompts(options)):
             try:

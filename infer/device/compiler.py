@@ -12,11 +12,12 @@ import torch
 FOLDER = Path("runs/cache/compiled")
 
 
-def prepare_compiler(device: torch.device) -> None:
+def prepare_compiler(device: torch.device, pool: bool = True) -> None:
     """Call before a model is loaded for a GPU, once the user's settings are checked.
 
-    The processes that compile kernels need as long to start as Python does, while the model is loaded; without them the
-    first kernels are compiled one after another. A user's own folders (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR) stay.
+    pool: start the processes that compile for torch.compile. They need as long to start as Python does, while the model
+    is loaded; without them the first kernels are compiled one after another. A user's own folders
+    (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR) stay.
     """
     if device.type != "cuda":
         return
@@ -27,4 +28,5 @@ def prepare_compiler(device: torch.device) -> None:
 
     # without it, what is differentiated by hand (infer/fast/blocks.py) is traced and divided again by each process
     config.autograd_cache_allow_custom_autograd_functions = True
-    maybe_warm_pool()
+    if pool:
+        maybe_warm_pool()

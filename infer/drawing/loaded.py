@@ -19,13 +19,13 @@ from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
-from infer.device.compiler import prepare_compiler
 from infer.device.device import release
 from infer.family.family import Text
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
 from infer.fast.offload import Offload
+from infer.fast.ready_kernels import prepare_kernels
 from infer.fast.weights import obstacle
 from infer.quantize.compute import stored_on
 from infer.quantize.precision import Precision, kind_asked
@@ -109,8 +109,7 @@ def take(
         if now == (model, precision, memory, device, text_length, files):
             return old
         free(held)
-    if memory.fused and memory.compiles(device):
-        prepare_compiler(device)
+    prepare_kernels(read_config(model, "transformer"), precision, memory, device)
     held.loaded = Loaded(model, precision, memory, device, text_length, files)
     return held.loaded
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from infer.fast.add_product import add_product
 from infer.fast.attention import repeatable_attention
 from infer.fast.eight_bit import product
+from infer.fast.few_rows import few_rows_int8
 from infer.fast.half import attend, scaled_product
 from infer.fast.weights import Linear, Lora, Stack, dequantize
 
@@ -145,8 +146,11 @@ def modulation(x: Tensor, layers: Linear) -> Tensor:
         return linear(x, layers._replace(frozen=frozen._replace(eight=None)))[0]
     assert frozen.scale is not None
     if frozen.kind == "int8":
-        rows = [(frozen.stored.float() * row.float()).sum(1) for row in x]
-        y = torch.stack(rows) * (frozen.scale / 127.0)
+        if torch.compiler.is_compiling():
+            rows = [(frozen.stored.float() * row.float()).sum(1) for row in x]
+            y = torch.stack(rows) * (frozen.scale / 127.0)
+        else:
+            y = few_rows_int8(x, frozen.stored, frozen.scale)
         y = (y if frozen.bias is None else y + frozen.bias).to(x.dtype)
     else:
         y = _few_rows_4bit(x, frozen)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infer.fast.int8_kernels import multiply_int8, rotate_round
+from infer.fast.round_rows import round_rows, scale_product
 from infer.fast.unpack_8bit import LIMITS, rotated, rounded, unpack_8bit
 from infer.fast.weights import Eight, Stack, dequantize, four_bit_ends
 
@@ -45,14 +46,14 @@ def _turned(weights: Tensor, products: str, across: bool) -> Tensor:
     return rotated(weights) if products == "int8" else weights
 
 
-def product(x: Tensor, frozen: Stack, across: bool) -> Tensor:
-    """x [..., in] times the weights, [..., out] without bias; across: a gradient [..., out] times them, [..., in]."""
+def product(x: Tensor, frozen: Stack, across: bool, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times the weights, [..., out], plus bias; across: a gradient [..., out] times them, [..., in]."""
     eight = frozen.eight
     assert eight is not None
     values, scales = _rounded_rows(x.flatten(0, -2), eight.products)
     own = eight.columns if across else eight.rows
     weights = _weights(frozen, eight, own, across)
-    y: Tensor = _multiply(values, weights, scales, own, eight.one, x.dtype)
+    y: Tensor = _multiply(values, weights, scales, own, eight.one, x.dtype, bias)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -61,6 +62,8 @@ def _rounded_rows(x: Tensor, products: str) -> tuple[Tensor, Tensor]:
     if products == "int8" and x.is_cuda:
         values, scales = rotate_round(x)
         return values, scales
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return round_rows(x)
     # plain operators for fp8, which torch.compile has a part of what makes x
     turned = rotated(x.float()) if products == "int8" else x.float()
     top, limit = turned.abs().amax(-1, keepdim=True).clamp_min(LEAST), LIMITS[products]
@@ -80,16 +83,20 @@ def _weights(frozen: Stack, eight: Eight, scales: Tensor, across: bool) -> Tenso
     return weights
 
 
-def _multiply(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, one: Tensor, dtype: torch.dtype) -> Tensor:
-    """a [m, k] times b [n, k] transposed, times the scales rows [m, 1] and columns [n]."""
-    if not a.is_cuda:
-        return ((a.float() @ b.float().T) * rows * columns).to(dtype)
-    if a.dtype == torch.int8:
-        y: Tensor = multiply_int8(a, b, rows, columns)
-        return y
-    multiply = torch._scaled_mm
-    if a.shape[1] <= b.shape[0]:
-        return multiply(a, b.T, rows, columns[None], out_dtype=dtype, use_fast_accum=True)
-    # long sums: cuBLAS is up to 15 % faster without the rows' scales, which what reads y applies on its way
-    y = multiply(a, b.T, one, one, out_dtype=dtype, use_fast_accum=True)
-    return (y.float() * rows * columns).to(dtype)
+def _multiply(
+    a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, one: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    """a [m, k] times b [n, k] transposed, times the scales rows [m, 1] and columns [n], plus bias [n]."""
+    if a.is_cuda and a.dtype != torch.int8 and a.shape[1] > b.shape[0]:
+        # long sums: cuBLAS is up to 15 % faster without the rows' scales, which what reads y applies on its way
+        y = torch._scaled_mm(a, b.T, one, one, out_dtype=dtype, use_fast_accum=True)
+        if not torch.compiler.is_compiling():
+            return scale_product(y, rows, columns, bias)
+        y = (y.float() * rows * columns).to(dtype)
+    elif a.is_cuda and a.dtype != torch.int8:
+        return torch._scaled_mm(a, b.T, rows, columns[None], bias=bias, out_dtype=dtype, use_fast_accum=True)
+    elif a.is_cuda:
+        y = multiply_int8(a, b, rows, columns)
+    else:
+        y = ((a.float() @ b.float().T) * rows * columns).to(dtype)
+    return y if bias is None else y.add_(bias)

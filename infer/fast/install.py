@@ -1,9 +1,10 @@
-"""The fast path in the place of a transformer's blocks, compiled once for each kind of block.
+"""The fast path in the place of a transformer's blocks: fused operators, or code compiled once for each kind of block.
 
 What the backward pass needs is computed again, block by block, except for what `keep` names.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
 from infer.fast.compiled import call_compiled, run_of
 from infer.fast.eight_bit import eight_of
 from infer.fast.form import Form
+from infer.fast.fused_again import KEEPS, fused
+from infer.fast.fused_blocks import reached
 from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
 from infer.fast.offload import Offload
+from infer.fast.ready_kernels import wait
 from infer.fast.weights import obstacle, unpacked
 from infer.quantize.compute import compute_dtype_of, in_half
 from infer.quantize.precision import Precision, kind_of
@@ -36,16 +40,19 @@ def install(
     keep: str | None = None,
     repeatable: bool = False,
     products: str = "bf16",
+    kernels: bool | None = None,
 ) -> Offload | None:
     """Replace every block's forward; returns the offload of its blocks where a budget asks for one.
 
     repeatable: with an attention whose gradient is the same every time (infer/fast/attention.py); products: bf16, or
-    fp8 or int8 for products of frozen weights in 8 bits (infer/fast/eight_bit.py).
+    fp8 or int8 for products of frozen weights in 8 bits (infer/fast/eight_bit.py); kernels: blocks of fused operators
+    (infer/fast/fused_blocks.py) where they can be; None: on a GPU where memory.compile leaves the choice.
 
     Raises:
         ValueError: the layers cannot be stacked.
     """
     keep = keep or memory.without_auto().keep
+    wait()
     heads, compiles = transformer.config.num_attention_heads, memory.compiles(device)
     modules = list(_blocks(transformer))
     whole = len(modules) - memory.keep_all  # from here on
@@ -60,6 +67,7 @@ def install(
     torch._dynamo.config.recompile_limit = limit = 64 * len(mixtures)
     torch._dynamo.config.accumulated_recompile_limit = max(4 * limit, 256)
     half = in_half(transformer)
+    kernels = (memory.kernels(device) if kernels is None else kernels) and not half
     for kept, group in ((kept, group) for kept, (groups, _) in zip(keeps, built, strict=True) for group in groups):
         if memory.unpacked and not group.names[0].startswith("norm"):  # modulations read theirs packed
             group.frozen = unpacked(group.frozen, torch.float16 if half else compute_dtype_of(transformer))
@@ -69,7 +77,7 @@ def install(
         shared = shared and eight is None  # the gradient takes another layout
         # a product that is kept has to stay as it is; not compiled, what adds in place takes longer than it saves
         in_place = kept != "products" and compiles and not half
-        group.holds = compiles and group.learns()
+        group.holds = compiles and not kernels and group.learns()
         group.frozen = group.frozen._replace(shared=shared, in_place=in_place, half=half, eight=eight)
     offload = None
     if memory.budget_gib is not None:
@@ -87,10 +95,13 @@ def install(
                 streams = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in streams)
             if offload is not None:
                 streams = offload.before(i, *streams)
-            if compiles:
-                streams = call_compiled(run, groups, parts(heads)._replace(repeatable=repeatable), streams, rest)
+            block = parts(heads)._replace(repeatable=repeatable)
+            if kernels and keeps[i] in KEEPS and reached(block):
+                streams = form.compute(partial(fused, keeps[i]), block, *streams, *rest)
+            elif compiles:
+                streams = call_compiled(run, groups, block, streams, rest)
             else:
-                streams = run(parts(heads)._replace(repeatable=repeatable), *streams, *rest)
+                streams = run(block, *streams, *rest)
             if offload is not None:
                 streams = offload.after(i, *streams)
             return streams if len(streams) > 1 else streams[0]

@@ -34,7 +34,8 @@ class Memory:
     fused: bool = True
     """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
     compile: bool | None = None
-    """torch.compile the blocks; null does so on CUDA."""
+    """torch.compile the blocks (true) or not (false); null: on CUDA the toolkit's own kernels, which are
+    compiled at once, and torch.compile where they do not reach: products in fp16, DoRA, keep=products."""
     graph: bool | None = None
     """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA."""
     budget_gib: float | None = None
@@ -74,7 +75,12 @@ class Memory:
         return replace(self, keep="attention" if self.fused else "nothing") if self.keep == AUTO else self
 
     def compiles(self, device: torch.device) -> bool:
+        """Whether blocks may be compiled."""
         return device.type == "cuda" if self.compile is None else self.compile
+
+    def kernels(self, device: torch.device) -> bool:
+        """Whether blocks are computed by the toolkit's own kernels (infer/fast/fused_blocks.py), where these reach."""
+        return self.fused and self.compile is None and device.type == "cuda" and self.keep != "products"
 
     def graphs(self, device: torch.device) -> bool:
         """Whether sampling is captured."""

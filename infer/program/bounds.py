@@ -10,7 +10,7 @@ SEED = 2**63 - 1
 GIB = 10**6
 TOKENS = 4096
 PIXELS = 2**40
-SIGNED = ("seed", "seeds", "guidance", "logit_mean", "weight")
+SIGNED = ("seed", "seeds", "guidance", "logit_mean", "weight", "weights")
 
 
 def check_most(holder: Any, within: str, **most: float) -> None:

@@ -94,7 +94,7 @@ def _cost(entries: Sequence[Summary], names: Sequence[str]) -> list[str]:
         first = not parts
         share = f"{name}{' takes' if first else ''} {100 * bare[name].weights_bytes / whole.weights_bytes:.0f} %"
         like = score_of(bare[name], "psnr_bf16")
-        how = "its pictures are {} dB like bf16's" if first else "{} dB"
+        how = "the likeness of its pictures to bf16's is {} dB" if first else "{} dB"
         parts.append(share + (" of that" if first else "") + (f" ({how.format(number(like.mean))})" if like else ""))
     if not parts or whole is None:
         return []
@@ -121,13 +121,15 @@ def _adapter(entries: Sequence[Summary]) -> list[str]:
             if key.startswith(f"{adapter} ") and all(map(_certain, estimates)):
                 mean = fmean(one.mean for one in estimates)
                 sure.append(f"{key.removeprefix(f'{adapter} ')} by {mean:+.3g}")
-        parts = [f"{number(fmean(changes[adapter]))} dB like those without it"] if adapter in changes else ["drawn"]
-        parts += [f"for certain it moves {_listed(sure)}"] if sure else []
+        likeness = f" (likeness {number(fmean(changes[adapter]))} dB)" if adapter in changes else ""
+        parts = [f"with {adapter} the pictures depart from those without it{likeness}"]
+        parts += [f"beyond chance it changes {_listed(sure)}"] if sure else []
         for kind, where in ELSEWHERE.items():
             alike = [entry.scores.get(f"{kind}_psnr") for entry in entries if entry.adapter == adapter]
             leaks = [value for value in alike if value is not None]
-            parts += [f"on {where} they stay {number(fmean(leaks))} dB alike"] if leaks else []
-        said.append(f"with {adapter} the pictures are {', '.join(parts)}")
+            higher = "the higher, the less it leaks"
+            parts += [f"on {where} the likeness is {number(fmean(leaks))} dB ({higher})"] if leaks else []
+        said.append(_listed(parts))
     return [f"{_upper('; '.join(said))}."] if said else []
 
 

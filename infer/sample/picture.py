@@ -163,8 +163,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """A picture without transparency, of whose colours its ICC profile says what they are, in sRGB; as it is where that
-    profile is none that can be used, as everybody shows it."""
+    """A picture without transparency, converted to sRGB from the colours of its ICC profile. Where that profile cannot
+    be used the picture is returned unchanged, as other programs show it."""
     if not profile:
         return picture
     try:

@@ -24,9 +24,9 @@ def summarise_scores(
     - `intervals`: of each score its 95 % limits, where there are two pictures or more;
     - `differences`: to the `reference` precision with the same adapter, and to `base`, the same precision without the
       adapter: of each score the mean of the differences at the same prompt and seed, with its limits;
-    - among the scores `drift_...` and `bleed_...`: what the adapter changes on prompts that it has nothing to do with,
-      and on those of its class (the rows of `elsewhere`, by these names); of the user's scores (`own`) the mean
-      difference to the picture without the adapter;
+    - among the scores `drift_...` and `bleed_...`: what the adapter changes on unrelated prompts, and on prompts of its
+      class (the rows of `elsewhere`, by these names). Of the user's scores (`own`) it is the mean difference to the
+      picture without the adapter;
     - the distances of whole sets (`sets`).
     """
     groups = by_variant(rows)

@@ -135,12 +135,12 @@ def training(
     """A training of a few steps, in the folder where the check works."""
     defaults: dict[str, Any] = {"steps": STEPS, "previews": PROMPTS, "sampling": Sampling(steps=2)}
     defaults |= {"optim": Optim(lr=1e-3), "model": replace(BUNDLED)}
+    defaults["data"] = Data("pictures", resolution, 2, validation=validation, cache=f"cache-{os.getpid()}")
     if memory is None:
         memory = Memory() if device.type == "cuda" else Memory(compile=False, graph=False)
     return Train(
         precision=replace(precision),
         adapter=adapter,
-        data=Data("pictures", resolution, 2, validation=validation, cache=f"cache-{os.getpid()}"),
         memory=memory,
         run=run,
         accumulation=2,

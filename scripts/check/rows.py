@@ -14,6 +14,7 @@ from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
 from scripts.check.memory import check_budget, check_short, check_spill, check_stays
 from scripts.check.recovery import check_recovery
+from scripts.check.references import check_references
 from scripts.check.second import check_second
 from train.objective.optim import NAMES
 
@@ -26,6 +27,8 @@ WORK |= {
     "recover": check_recovery,
     "merge": partial(check_merge, ""),
     "resolutions": partial(check_resolutions, ""),
+    "references": partial(check_references, ""),
+    f"{KLEIN}-references": partial(check_references, KLEIN),
     f"{KLEIN}-merge": partial(check_merge, KLEIN),
     f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
     f"{KLEIN}-second": check_second,

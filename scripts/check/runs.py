@@ -58,14 +58,15 @@ def pictures(run: str, model: Model, precision: Precision, memory: Memory, devic
             device=device.type,
         )
     )
-    return _opened(folder)
+    return opened(folder)
 
 
 def pictures_of(run: str) -> list[Image.Image]:
     """Those that a comparison left."""
-    return _opened(Path("runs", run, "compare"))
+    return opened(Path("runs", run, "compare"))
 
 
-def _opened(folder: Path) -> list[Image.Image]:
+def opened(folder: Path) -> list[Image.Image]:
+    """The pictures of a comparison's folder."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
     return [Image.open(folder / row["image"]).convert("RGB") for row in rows]

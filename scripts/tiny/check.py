@@ -4,10 +4,12 @@ The reader knows nothing of how a picture was made. It finds the ground's colour
 from it, and names each component by the best overlap with the shapes drawn into its box.
 
     python scripts/tiny/check.py --count 200          # held-out captions through the bundled model, bf16
+    python scripts/tiny/check.py --precision nf4      # the same at another precision
     python scripts/tiny/check.py --reader             # the reader itself, on 1,000 pictures that were painted
 """
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -231,30 +233,17 @@ def check_reader(count: int, style: str) -> dict[str, float]:
 
 
 def check_model(
-    path: Path, captions: list[str], steps: int, guidance: float, sheet: Path | None
+    path: Path, captions: list[str], steps: int, guidance: float, sheet: Path | None, precision: str = "bf16"
 ) -> list[dict[str, bool]]:
-    """Draw the captions with the model at `path` in bf16, seed 0 upwards, and read the pictures back."""
-    from diffusers import FluxPipeline
+    """Draw the captions with the model at `path`, seed 0 upwards, and read the pictures back."""
+    from infer.checkpoint.model import Model
+    from infer.device.device import pick_device
+    from infer.quantize.precision import Precision
+    from scripts.tiny.drawing import pictures
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = FluxPipeline.from_pretrained(path, torch_dtype=torch.bfloat16).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    results, tiles = [], []
-    batch = 25
-    for first in range(0, len(captions), batch):
-        part = captions[first : first + batch]
-        seeds = range(first, first + len(part))
-        images = pipeline(
-            part,
-            height=world.SIZE,
-            width=world.SIZE,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=pipeline.tokenizer_2.model_max_length,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        results += [compare(parse(caption), read(image)) for caption, image in zip(part, images, strict=True)]
-        tiles += images
+    drawn = pictures(Model(str(path)), Precision(precision), captions, world.SIZE, steps, guidance, pick_device("auto"))
+    tiles = list(drawn)
+    results = [compare(parse(caption), read(image)) for caption, image in zip(captions, tiles, strict=True)]
     for caption, result in zip(captions, results, strict=True):
         if not result["right"]:
             print("wrong:", caption, {key for key, value in result.items() if not value and key != "inked"})
@@ -272,26 +261,34 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="captions (with --reader: pictures)")
     parser.add_argument("--reader", action="store_true", help="check the reader on painted pictures instead")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--precision", default="bf16", help="bf16, int8, fp4 or nf4")
+    parser.add_argument("--json", type=Path, help="write the counts here")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--sheet", type=Path, help="write all pictures as one PNG here")
     args: Any = parser.parse_args()
     if args.reader:
-        for style in ("plain", "inked"):
-            shares = check_reader(args.count, style)
+        styles = {style: check_reader(args.count, style) for style in ("plain", "inked")}
+        for style, shares in styles.items():
             print(style, {key: round(value, 4) for key, value in shares.items()})
+        if args.json is not None:
+            args.json.write_text(json.dumps(styles) + "\n")
         return
     captions = held_out_captions(args.count)
-    results = check_model(args.model, captions, args.steps, args.guidance, args.sheet)
+    results = check_model(args.model, captions, args.steps, args.guidance, args.sheet, args.precision)
     pairs = [parse(caption).relation is not None for caption in captions]
+    counts = {}
     for name, kinds in (
         ("all", (True, False)),
-        ("one or several of a kind", (False,)),
+        ("one thing, or several of a kind", (False,)),
         ("two different things", (True,)),
     ):
         chosen = [result for result, pair in zip(results, pairs, strict=True) if pair in kinds]
         right = sum(result["right"] for result in chosen)
+        counts[name] = [right, len(chosen)]
         print(f"{name}: {right} of {len(chosen)} right", {k: round(v, 3) for k, v in tally(chosen).items()})
+    if args.json is not None:
+        args.json.write_text(json.dumps({"precision": args.precision, "right": counts}) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.tiny import make_flow, make_vae, parts
+from scripts.tiny import make_flow, make_text, make_vae, parts
 
 
 def main() -> None:
@@ -32,20 +32,29 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="go on from this model: its autoencoder is kept, the rest trained on"
     )
-    parser.add_argument("--vae-steps", type=int, default=7000)
+    parser.add_argument("--vae", type=Path, help="keep the autoencoder of this model")
+    parser.add_argument("--vae-steps", type=int, default=20_000)
+    parser.add_argument("--vae-seconds", type=float, default=float("inf"), help="take fewer steps if these run out")
     parser.add_argument("--flow-steps", type=int, default=40_000)
-    parser.add_argument("--flow-seconds", type=float, default=float("inf"), help="take fewer steps if these run out")
+    parser.add_argument(
+        "--flow-until",
+        type=float,
+        default=float("inf"),
+        help="take fewer steps than would last beyond so many seconds after the start of all",
+    )
     parser.add_argument("--guidance-steps", type=int, default=2000)
     parser.add_argument("--guidance-seconds", type=float, default=float("inf"))
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of flow matching")
+    parser.add_argument("--decay", type=float, default=0.3, help="over which last share of the steps the rate falls")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
-    vae_batch, workers = 40, os.cpu_count() or 1
+    vae_batch, workers = 24, len(os.sched_getaffinity(0))
     if args.smoke:
-        args.samples, args.vae_steps, args.flow_steps, args.guidance_steps = 256, 3, 3, 3
-        args.batch, vae_batch = 16, 4
+        args.samples, args.vae_steps, args.flow_steps, args.guidance_steps = 64, 3, 3, 3
+        args.batch, vae_batch = 4, 4
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     start = time.monotonic()
@@ -56,17 +65,21 @@ def main() -> None:
     drawn = make_flow.draw(args.samples, args.seed, workers, args.pairs, args.start)
     report(f"{args.samples} scenes and captions drawn")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    graphed = device.type == "cuda" and not args.eager
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads beyond its bounds under autocast (torch 2.11)
     tokenizers = parts.tokenizers(args.start)
-    if args.start:
-        vae = AutoencoderKL.from_pretrained(args.start / "vae").to(device)
+    kept = args.start or args.vae
+    if kept:
+        vae = AutoencoderKL.from_pretrained(kept / "vae").float().to(device)
     else:
         vae = parts.vae()
-        decibels = make_vae.train(vae, args.vae_steps, vae_batch, args.seed, device)
-        report(f"autoencoder, PSNR on unseen pictures: { {name: round(value, 1) for name, value in decibels.items()} }")
-        vae.save_pretrained(args.out / "vae")
+        # latents start sharp: at the default a deviation of 1 drowns them for hundreds of steps
+        torch.nn.init.constant_(vae.encoder.conv_out.bias[vae.config.latent_channels :], -6.0)
+        decibels = make_vae.train(
+            vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds, not args.eager
+        )
+        report(f"autoencoder, PSNR on unseen pictures: { {name: round(value, 2) for name, value in decibels.items()} }")
+        copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(args.out / "vae")
         if decibels["world"] < 30 and not args.smoke:
             raise SystemExit("the autoencoder is below 30 dB on the small world: nothing good can be built on it")
     data = make_flow.encode(vae, drawn, device)
@@ -88,33 +101,52 @@ def main() -> None:
     else:
         flow = make_flow.Flow(parts.transformer(), parts.t5(tokenizers[0]), parts.clip(tokenizers[1]))
     flow.to(device)
+    lesson = make_text.Lesson(flow.t5, flow.clip, tokenizers[0]).to(device)
+    if args.compile:
+        make_flow.compile_blocks(flow)
     teacher = make_flow.train(
-        flow, data, empty, args.flow_steps, args.batch, args.rate, args.seed + 1, graphed, seconds=args.flow_seconds
-    )
-    report("flow matching done")
-    student = make_flow.train(
-        copy.deepcopy(teacher).requires_grad_(True),
+        flow,
         data,
         empty,
-        args.guidance_steps,
+        args.flow_steps,
         args.batch,
-        2e-4,
-        args.seed + 2,
-        graphed,
-        teacher,
-        args.guidance_seconds,
+        args.rate,
+        args.seed + 1,
+        lesson=lesson,
+        decay=args.decay,
+        seconds=args.flow_until - (time.monotonic() - start),
+        graphed=not args.eager,
+        kept=lambda average: save(average, vae, tokenizers, args.out),
     )
-    report("guidance distilled")
+    report("flow matching done")
+    save(teacher, vae, tokenizers, args.out)
+    if args.guidance_steps:
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        if args.compile:
+            make_flow.compile_blocks(teacher)
+            make_flow.compile_blocks(student)
+        student = make_flow.train(
+            student, data, empty, args.guidance_steps, args.batch, 2e-4, args.seed + 2, teacher,
+            seconds=args.guidance_seconds,
+            graphed=not args.eager,
+        )  # fmt: skip
+        report("guidance distilled")
+        save(student, vae, tokenizers, args.out)
+
+
+def save(
+    flow: make_flow.Flow, vae: AutoencoderKL, tokenizers: tuple[T5TokenizerFast, CLIPTokenizer], folder: Path
+) -> None:
+    """Write a checkpoint in bf16; what is being trained stays as it is."""
     FluxPipeline(
         scheduler=parts.scheduler(),
-        vae=vae.to(torch.bfloat16),
-        text_encoder=student.clip.to(torch.bfloat16),
+        vae=copy.deepcopy(vae).to(torch.bfloat16),
+        text_encoder=copy.deepcopy(flow.clip).to(torch.bfloat16),
         tokenizer=tokenizers[1],
-        text_encoder_2=student.t5.to(torch.bfloat16),
+        text_encoder_2=copy.deepcopy(flow.t5).to(torch.bfloat16),
         tokenizer_2=tokenizers[0],
-        transformer=student.transformer.to(torch.bfloat16),
-    ).save_pretrained(args.out, max_shard_size="10MB")
-    report(f"saved to {args.out}")
+        transformer=copy.deepcopy(flow.transformer).to(torch.bfloat16),
+    ).save_pretrained(folder, max_shard_size="10MB")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
 """Train the bundled model's autoencoder on pictures far broader than the small world.
 
-A VAE must encode what users bring, so half of its pictures have colours, gradients, outlines and noise that no caption
-of the small world speaks of. The transformer never sees those.
+A VAE must encode what users bring, so half of its pictures have colours, outlines and noise that no caption of the
+small world speaks of. The transformer never sees those.
 """
 
+import copy
+import math
 import random
-import time
 from statistics import fmean
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
 from scripts.tiny import world
+from scripts.tiny.pace import Pace, captured, move_average
+
+AT_ONCE = 8  # batches that are painted together: fewer launches
 
 
-def pictures(batch: int, generator: torch.Generator) -> Tensor:
-    """Random pictures [batch, 3, 128, 128] in [-1, 1] on the generator's device."""
-    device = generator.device
+def pictures(batch: int, device: torch.device) -> Tensor:
+    """Random pictures [batch, 3, SIZE, SIZE] in [-1, 1], half of them of the world's own colours."""
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+        return torch.rand(shape, device=device) * (high - low) + low
 
     things = 4
     palette = torch.tensor(list(world.COLOURS.values()), device=device) / 255
@@ -46,59 +49,132 @@ def pictures(batch: int, generator: torch.Generator) -> Tensor:
         style=(uniform(batch) < 0.25).long() * world.STYLES.index("neon"),
     )
     drawn = world.paint(canvas)
-    noise = torch.randn((batch, 3, 8, 8), generator=generator, device=device)
+    noise = torch.randn((batch, 3, 8, 8), device=device)
     clouds = torch.nn.functional.interpolate(noise, size=drawn.shape[-2:], mode="bicubic") * 0.15
     strength = torch.where(in_world, 0.0, uniform(batch, 1))[..., None, None]
     return ((drawn + clouds * strength).clamp(0, 1) * 2 - 1).float()
 
 
-def train(vae: AutoencoderKL, steps: int, batch: int, seed: int, device: torch.device) -> dict[str, float]:
-    """Train in place and set `scaling_factor` and `shift_factor`; returns PSNRs in dB on unseen pictures."""
-    vae.to(device).train()
-    generator = torch.Generator(device).manual_seed(seed)
-    # latents start sharp: at the default a deviation of 1 drowns them for hundreds of steps
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[vae.config.latent_channels :], -6.0)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1e-3, total_steps=steps, pct_start=0.08, cycle_momentum=False
-    )
-    start = time.monotonic()
-    for step in range(steps):
-        image = pictures(batch, generator)
-        with torch.autocast(device.type, torch.bfloat16):
-            mean, log_variance = vae.encoder(image).float().chunk(2, 1)
+class Trainer:
+    """The step: all on the device, so that a CUDA graph can hold it."""
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderKLFlux2, batch: int, rate: float, device: torch.device) -> None:
+        self.vae, self.cuda = vae, device.type == "cuda"
+        self.parameters = [p for p in vae.parameters() if p.requires_grad]
+        self.average = copy.deepcopy([p.detach() for p in self.parameters])
+        self.rate = torch.zeros((), device=device)
+        self.move = torch.zeros((), device=device)  # the share of the way that the average moves
+        self.figures = torch.zeros(3, device=device)  # sums of loss, squared error and divergence
+        self.image = pictures(batch, device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.rate if self.cuda else rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-4,
+            fused=self.cuda,
+            capturable=self.cuda,
+        )
+
+    def step(self) -> None:
+        """Learn from `image` and move the average."""
+        with torch.autocast(self.image.device.type, torch.bfloat16, cache_enabled=False):
+            mean, log_variance = _moments(self.vae, self.image)
             log_variance = log_variance.clamp(-20, 10)
-            noise = torch.randn(mean.shape, generator=generator, device=device)
-            output = vae.decoder(mean + torch.exp(0.5 * log_variance) * noise).float()
-        error = output - image
+            output = _decoded(self.vae, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        error = output - self.image
+        square = error.square().mean()
         # nats a latent element; the weight leaves informative latents sharp and lets spare ones be noise
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = error.abs().mean() + error.square().mean() + 1e-4 * divergence
+        loss = 0.3 * error.abs().mean() + 10 * square + 1e-4 * divergence
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 250 == 0 or step == steps - 1:
-            decibel = -10 * torch.log10(error.square().mean() / 4).item()
-            seconds = time.monotonic() - start
-            print(
-                f"vae {step} loss {loss.item():.4f} psnr {decibel:.1f} kl {divergence.item():.2f} {seconds:.0f} s",
-                flush=True,
-            )
-    vae.eval()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            move_average(self.average, self.parameters, self.move)
+            self.figures += torch.stack([loss, square, divergence])
+
+
+def train(
+    vae: AutoencoderKL | AutoencoderKLFlux2,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    device: torch.device,
+    seconds: float = float("inf"),
+    graphed: bool = True,
+) -> dict[str, float]:
+    """Train in place, leave the average of its weights, and set how its latents are normalised.
+
+    Returns PSNRs in dB on unseen pictures. `seconds`: fewer steps are taken if so many would take longer.
+    """
+    torch.manual_seed(seed)
+    vae.to(device).train()
+    trainer = Trainer(vae, batch, rate, device)
+    graphed = graphed and trainer.cuda
+    run = captured(trainer.step, trainer.optimizer) if graphed else trainer.step
+    pace = Pace("vae", steps, seconds)
+    trainer.figures.zero_()
+    while pace.more():
+        if (pace.done - 1) % AT_ONCE == 0:
+            pool = pictures(AT_ONCE * batch, device).view(AT_ONCE, *trainer.image.shape)
+        trainer.image.copy_(pool[(pace.done - 1) % AT_ONCE])
+        now = pace.rate(rate, warmup=200, decay=0.6)
+        if trainer.cuda:
+            trainer.rate.fill_(now)
+        else:
+            trainer.optimizer.param_groups[0]["lr"] = now
+        trainer.move.fill_(1 - pace.keep())
+        if not graphed:
+            trainer.optimizer.zero_grad()
+        run()
+        if pace.report():
+            loss, square, divergence = (trainer.figures / pace.since()).tolist()
+            pace.say(f"loss {loss:.4f} psnr {-10 * math.log10(square / 4):.1f} kl {divergence:.2f}")
+            trainer.figures.zero_()
     with torch.no_grad():
-        painted = [world.sample_scene(random.Random(f"vae {seed} {i}")) for i in range(512)]
-        image = world.paint(world.canvas(painted, device=device)) * 2 - 1
-        latents = torch.cat([vae.encode(part).latent_dist.sample(generator) for part in image.split(64)])
-        vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-        neon = world.paint(world.canvas(painted, "neon", device=device)) * 2 - 1
+        for parameter, mean in zip(trainer.parameters, trainer.average, strict=True):
+            parameter.copy_(mean)
+    vae.eval()
+    return _normalise(vae, seed, device)
+
+
+def _moments(vae: AutoencoderKL | AutoencoderKLFlux2, image: Tensor) -> tuple[Tensor, Tensor]:
+    moments = vae.encoder(image)
+    if vae.quant_conv is not None:
+        moments = vae.quant_conv(moments)
+    mean, log_variance = moments.float().chunk(2, 1)
+    return mean, log_variance
+
+
+def _decoded(vae: AutoencoderKL | AutoencoderKLFlux2, latents: Tensor) -> Tensor:
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    picture: Tensor = vae.decoder(latents).float()
+    return picture
+
+
+def _normalise(vae: AutoencoderKL | AutoencoderKLFlux2, seed: int, device: torch.device) -> dict[str, float]:
+    """One scale and shift for all channels (FLUX.1), or running figures of every packed channel (FLUX.2)."""
+    rng = random.Random(f"vae {seed}")
+    scenes = [world.sample_scene(rng) for _ in range(256 if device.type == "cuda" else 8)]
+    with torch.no_grad():
+        image = world.paint(world.canvas(scenes, device=device)) * 2 - 1
+        latents = torch.cat([vae.encode(part).latent_dist.sample() for part in image.split(32)])
+        if isinstance(vae, AutoencoderKLFlux2):
+            packed = torch.nn.functional.pixel_unshuffle(latents, 2)
+            vae.bn.running_mean.copy_(packed.mean((0, 2, 3)))
+            vae.bn.running_var.copy_(packed.var((0, 2, 3)))
+        else:
+            vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+        neon = world.paint(world.canvas(scenes, "neon", device)) * 2 - 1
         return {
-            name: fmean(_psnr(vae, part) for part in unseen.split(64))
-            for name, unseen in (("world", image), ("neon", neon), ("broad", pictures(512, generator)))
+            name: fmean(_psnr(vae, part) for part in unseen.split(32))
+            for name, unseen in (("world", image), ("neon", neon), ("broad", pictures(len(scenes), device)))
         }
 
 
-def _psnr(vae: AutoencoderKL, image: Tensor) -> float:
+def _psnr(vae: AutoencoderKL | AutoencoderKLFlux2, image: Tensor) -> float:
+    """Mean over pictures of each one's decibels."""
     output = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
-    return float(-10 * torch.log10((output - image).square().mean() / 4))
+    return float(-10 * torch.log10((output - image).square().mean((1, 2, 3)) / 4).mean())

@@ -34,10 +34,9 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
-def _byte_pairs(vocabulary: list[str]) -> list[tuple[str, str]]:
+def byte_pairs(split: list[list[str]]) -> list[tuple[str, str]]:
     """Merges that make one piece of every word (Sennrich et al. 2016), ties broken by the alphabet: the trainer of
-    `tokenizers` breaks them differently on each machine."""
-    split = [[*word[:-1], f"{word[-1]}</w>"] for word in vocabulary]
+    `tokenizers` breaks them differently on each machine. The words are given as their first pieces, and merged."""
     merges = []
     while pairs := Counter(pair for pieces in split for pair in pairwise(pieces)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -52,7 +51,7 @@ def _byte_pairs(vocabulary: list[str]) -> list[tuple[str, str]]:
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte pairs with end-of-word marks, merged into the world's words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _byte_pairs(words())
+    merges = byte_pairs([[*word[:-1], f"{word[-1]}</w>"] for word in words()])
     pieces = alphabet + [f"{c}</w>" for c in alphabet] + ["".join(pair) for pair in merges]
     pieces = [*list(dict.fromkeys(pieces)), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(

@@ -1,8 +1,8 @@
 """A quick part of each of the programs that prove that nothing is lost; the long ones are in docs/nothing-lost.md."""
 
 import json
+import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from scripts.bad_input import KINDS, cases, commands, spread
 from scripts.fault.things import things
 from scripts.faults import Matrix
 from scripts.fuzz import fuzz, mutate, targets
+from tests.forked import Forked
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +93,10 @@ def test_every_mutation_is_another_file() -> None:
     assert len({mutate(content, rng) for _ in range(300)} - {content}) > 250
 
 
-def test_three_kills() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--kills=3", "--only=train"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_three_kills(tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts" / "soak.py"), "--kills=3", "--only=train"]
+    code, said = Forked(command, tmp_path, os.environ, tmp_path / "said").finish(600)
+    assert code == 0, said
+    figures = json.loads(said.splitlines()[-1])
     assert figures["kills"] == 3 and figures["finished"] >= 1
     assert figures["lost"] == figures["differing"] == figures["broken"] == figures["left"] == 0

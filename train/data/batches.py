@@ -1,8 +1,8 @@
 """The batch sampler: which samples are trained together, in which order, at which resolution, without an end.
 
-An epoch shuffles its samples and takes them in that order into queues, one a form, which is the size of the picture and
-those of its references; a queue that is full is a batch, and what is left in the queues at the end goes out as short
-batches. So each sample is seen once an epoch (times its repeats), in a batch of one form. Everything follows from
+An epoch shuffles its samples and puts them into queues in that order. There is one queue for each form: the size of the
+picture and the sizes of its references. A full queue is a batch; the rest of each queue becomes a short batch at the
+end. So each sample is seen once an epoch (times its repeats), in a batch of one form. Everything follows from
 (seed, epoch): the number of ranks decides only who takes which part of a batch, and a run that resumes needs no
 history.
 """

@@ -1,8 +1,9 @@
 """memory=auto: the fastest memory settings that the plan says fit the card that a run is on.
 
 One trade: every block keeps its attention, and as many blocks as there is room for keep everything, about 4 ms a GiB at
-1024x1024 on an H100. Where that brings next to nothing, as with the bundled model, and on a CPU, it is
-memory=balanced. What was decided stays for the run: numbers differ by rounding between the settings.
+1024x1024 on an H100; beyond that weights are kept unpacked, 1 ms a GiB. Where that brings next to nothing, as with the
+bundled model, and on a CPU, it is memory=balanced. What was decided stays for the run: numbers differ by rounding
+between the settings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from train.run.config import Train
 FILE = "memory.yaml"
 SHARE = 0.06  # of the card is left, as the plan may be wrong by half of that
 DECODING = 3.0  # GiB that are left to a preview's autoencoder, for each 1024 x 1024 pixels
+NEAR = 0.01  # share of a step that is not worth more memory, nor blocks in host memory
 LEAST = 0.01, 0.002  # share of a step, and seconds, that keeping more has to save
 
 
@@ -53,12 +55,14 @@ def decide(job: Train, rooms: list[float]) -> tuple[Memory, str]:
             break
     else:
         return balanced, "memory.keep=attention, though the plan has no room for it"
-    after, wanted, _ = min(found, key=lambda each: each[0])
+    quickest = min(each[0] for each in found)
+    near = [each for each in found if each[0] <= (1 + NEAR) * quickest]
+    after, wanted, _ = min(near, key=lambda each: (each[1].memory.budget_gib is not None, each[2].peak))
     fits = taken.peak <= gib * GIB
     if fits and before - after < max(LEAST[0] * before, LEAST[1]):
         return balanced, "memory.keep=attention; keeping more does not fit, or saves next to nothing"
     new = wanted.memory
-    chosen = replace(balanced, keep=new.keep, keep_all=new.keep_all, budget_gib=new.budget_gib)
+    chosen = replace(balanced, keep=new.keep, keep_all=new.keep_all, unpacked=new.unpacked, budget_gib=new.budget_gib)
     return chosen, f"{_words(new, taken)}, the fastest that the plan fits into {gib:.1f} GiB"
 
 
@@ -66,6 +70,8 @@ def _words(memory: Memory, taken: Footprint) -> str:
     said = f"memory.keep={memory.keep}"
     if memory.keep_all:
         said += f" memory.keep_all={memory.keep_all} (of {taken.blocks} blocks)"
+    if memory.unpacked:
+        said += " memory.unpacked=true"
     if memory.budget_gib is not None:
         said += f" memory.budget_gib={memory.budget_gib:.1f}"
     return said

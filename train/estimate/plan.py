@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +96,14 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
 
     They change time and memory, not what is learned.
     """
-    for keep in ("everything", "products", "attention", "nothing"):
+    copies = job.precision.quantized and job.precision.products == "bf16"  # others are unpacked for each product
+    # products are never kept alone: for the same memory, more blocks that keep everything save more
+    unpack = (True,) if job.memory.unpacked else (False, True) if copies else (False,)
+    for keep, unpacked in product(("everything", "attention", "nothing"), unpack):
         for budget in (None, gib - 1):
-            if budget is not None and (budget <= 0 or keep not in ("attention", "nothing")):
+            if budget is not None and (budget <= 0 or keep == "everything" or unpacked):
                 continue
-            changed = replace(job, memory=Memory(keep, budget_gib=budget))
+            changed = replace(job, memory=Memory(keep, budget_gib=budget, unpacked=unpacked))
             try:
                 taken = footprint(changed)
             except ValueError:

@@ -167,8 +167,8 @@ def admit(cache: Cache, samples: list[Sample], found: dict[int, Picture | Skippe
 
 
 def check(index: ShardIndex, used: Collection[str], encode: Encode, gather: Gather, remembered: Remembered) -> None:
-    """Find what is there, compared with its checksums if encode.verify, unless it was before and its file is as it was;
-    a shard that any rank finds damaged counts for all as absent."""
+    """Read the index of the shards. With encode.verify each shard is compared with its checksums, unless it was before
+    and its file has not changed. A shard that any rank finds damaged counts as absent for all."""
 
     def compare(group: tuple[Path, list[str]]) -> DamagedError | None:
         file, keys = group

@@ -1,8 +1,8 @@
 """Pictures that are not in the cache yet -> shards.
 
-Threads read ahead: a file's bytes are hashed; what these bytes are known to decode to, and is in the cache, is done.
-Else they are decoded, hashed and cut to the sample's views at once, so that a new picture is read and decoded once
-(prepare.py). The autoencoder takes the views in batches of one size.
+Threads read ahead (prepare.py). They hash a file's bytes. If it is known what these decode to, and all its views are
+stored, nothing more is done. Else the bytes are decoded, hashed and cut to the sample's views at once: a new picture is
+read and decoded once. The autoencoder takes the views in batches of one size.
 """
 
 import time

@@ -44,7 +44,7 @@ class Cache:
     counts: dict[str, int] = field(default_factory=dict)
     """What was there and what was encoded, over all ranks: distinct views, their masks, texts."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of this rank: to read and encode pictures, to load the autoencoder meanwhile, to check what is there, to encode
+    """Of this rank: to read and encode pictures, to load the autoencoder meanwhile, to check stored shards, to encode
     texts."""
     indexes: dict[str, ShardIndex] = field(default_factory=dict)
     """Of the pictures, the masks and the texts."""

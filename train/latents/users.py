@@ -1,4 +1,4 @@
-"""Which runs have used a cache, and what of it: `users/` in its folder holds a file for each.
+"""The runs that have used a cache: `users/` in its folder holds a file for each, with the keys and folders it uses.
 
     {"run": "/home/me/runs/mine", "folders": ["tables/5f0c..."], "keys": "00c1a5...ff"}
 

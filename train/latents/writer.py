@@ -97,10 +97,10 @@ class ShardWriter:
 
 
 def rounds(todo: list[T], settle: Callable[[], None], absent: Callable[[T], bool]) -> Iterator[tuple[list[T], list[T]]]:
-    """What is to be made, round by round: first all, then what another process claimed and has not made after all.
+    """The items to make, round by round: first all of them, then those that another process claimed and did not make.
 
-    Each round is the list to go through, and an empty one to which the caller adds what somebody else is making.
-    settle: writes what was made. absent: whether something is still to be made.
+    Each round gives the list to go through, and an empty list: to that the caller adds the items that another process
+    is making. settle: writes what was made. absent: whether an item is not stored yet.
     """
     while todo:
         later: list[T] = []

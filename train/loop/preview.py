@@ -53,7 +53,7 @@ def default_previews(samples: Samples, data: Data) -> dict[str, int]:
 def texts_of_previews(
     job: Train, samples: Samples, cache: Cache, device: torch.device
 ) -> tuple[dict[str, Text], dict[str, Edit]]:
-    """What the previews are drawn from, by what they are called; and of those with references in files, these."""
+    """The texts of the previews by their names, and for previews with reference files the edits that name those."""
     texts: dict[str, Text] = {prompt: cache.text(prompt) for prompt in job.previews or []}
     edits: dict[str, Edit] = {}
     for name, i in default_previews(samples, job.data).items() if job.previews is None else ():

@@ -80,7 +80,7 @@ def _tokens(found: Survey, text: str) -> str:
 
 
 def _views(sample: Sample, views: Sequence[tuple[View, int]], data: Data) -> Iterator[str]:
-    """Each view with its mask, before it those of its references; views: with the resolution that they are of."""
+    """Each view with its mask, and before it the views of its references. views: with their resolutions."""
     picture = decode(sample.read(), sample.name, data.background, data.most_pixels)
     shown = [
         decode(each.read(), f"the reference {each.name}", data.background, data.most_pixels)

@@ -25,6 +25,8 @@ def test_code_is_kept_beside_the_other_caches_unless_the_user_says_where(
     assert not started and "TRITON_CACHE_DIR" not in os.environ
 
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    prepare_compiler(torch.device("cuda"), pool=False)
+    assert not started
     prepare_compiler(torch.device("cuda"))
     assert started == [str(tmp_path / "runs/cache/compiled/inductor")]  # known to the helpers when they start
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"

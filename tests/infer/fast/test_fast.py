@@ -1,6 +1,7 @@
 """The fast path against diffusers' and PEFT's own layers: outputs, gradients, switches, streaming, full-size shapes."""
 
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,15 @@ def exact(kind: str, **options: Any) -> Precision:
     return Precision(kind, compute_dtype="fp32", **options)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int8", "fp4", "nf4", "double"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+# a strength and layers outside of the blocks go with any kind of weights: each with some
+@pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [
+        *product(("lora", "dora"), ("fp32", "int8", "fp4", "nf4", "double")),
+        ("rslora", "nf4"),
+        *product(("all layers",), ("fp32", "int8", "double")),
+    ],
+)
 def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: str, model: Model) -> None:
     precision = exact("nf4", double_quant=True) if kind == "double" else exact(kind)
     transformer, parameters = make(precision, ADAPTERS[adapter], model)

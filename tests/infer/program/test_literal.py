@@ -21,7 +21,8 @@ from train.sweeps.sweep import main as sweep_main
 MISREAD = ["1e3", "2024_08_20", "1_000", "007", "0.10", "true", "False", "NaN", "inf", "-1", "12:30", "1e-400",
            "photosété", "läufe", "日本", "a b", " a ", "a, b", "a=b", "it's", 'say "a"', "a\\b", "C:\\x\\", "(", "[a",
            "a]", "{a", "#1", "100%", "a\nb", "choice(a,b)", "str(1)", "~/pictures", "@a", "!", "?", "", "'",
-           '"a" or "b"', "\\\\", "a\\'b", "$HOME", "^.*\\.attn\\.to_(q|k)$"]  # fmt: skip
+           '"a" or "b"', "\\\\", "a\\'b", "$HOME", "^.*\\.attn\\.to_(q|k)$",
+           "*", "-"]  # fmt: skip
 
 
 def got(monkeypatch: pytest.MonkeyPatch, schema: type[Any], name: str, *arguments: str) -> Any:
@@ -33,10 +34,11 @@ def got(monkeypatch: pytest.MonkeyPatch, schema: type[Any], name: str, *argument
     return found[0]
 
 
-@pytest.mark.parametrize("text", MISREAD)
-def test_a_text_is_used_as_it_is_typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    options = got(monkeypatch, Train, "train", f"data.trigger={text}", f"run={text}", f"track.group={text}")
-    assert (options.data.trigger, options.run, options.track.group) == (text, text, text)
+@pytest.mark.parametrize("texts", list(zip(*[iter(MISREAD)] * 3, strict=True)))  # three at a time
+def test_texts_are_used_as_they_are_typed(monkeypatch: pytest.MonkeyPatch, texts: tuple[str, str, str]) -> None:
+    trigger, run, group = texts
+    options = got(monkeypatch, Train, "train", f"data.trigger={trigger}", f"run={run}", f"track.group={group}")
+    assert (options.data.trigger, options.run, options.track.group) == texts
 
 
 LISTS = [

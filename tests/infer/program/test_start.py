@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from infer.program.errors import MEND
 from infer.program.paths import ROOT
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "scipy")
-# runs an entry with one command line after another; after each it says how it ended, and what is imported by then
+# runs one command line after another; after each it says how it ended, and what is imported by then
 PROBE = """
 import contextlib, io, json, runpy, sys
-entry, heavy, lines = json.loads(sys.argv[1])
-for line in lines:
+heavy, lines = json.loads(sys.argv[1])
+for entry, *line in lines:
     sys.argv = [entry, *line]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -105,12 +106,34 @@ RIGHT = {  # what each entry needs beside, so that the mistake alone is left
 }
 
 
-def answers(entry: str, lines: list[list[str]]) -> list[tuple[int, str, list[str]]]:
-    given = json.dumps([str(ROOT / entry), HEAVY, [[word.format(root=ROOT) for word in line] for line in lines]])
-    done = subprocess.run([sys.executable, "-c", PROBE, given], cwd=ROOT, capture_output=True, text=True, timeout=120)
+Answer = tuple[int, str, list[str]]
+
+
+def answers(lines: list[list[str]]) -> list[Answer]:
+    """Of one process; the first word of each line is the entry."""
+    words = [[str(ROOT / entry), *(word.format(root=ROOT) for word in line)] for entry, *line in lines]
+    given = json.dumps([HEAVY, words])
+    done = subprocess.run([sys.executable, "-c", PROBE, given], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]
     return [(code, said, imported) for code, said, imported in found]
+
+
+def lines_of(entry: str) -> list[list[str]]:
+    """Each mistake alone, and --help."""
+    lines = [
+        [word for word in RIGHT.get(entry, []) if word.partition("=")[0] not in " ".join(mistake)] + mistake
+        for mistake, _ in MISTAKES[entry]
+    ]
+    return [[entry, *line] for line in lines + ([["--help"]] if entry != "train/sweep_report.py" else [])]
+
+
+@cache
+def answers_of(wing: str) -> dict[str, list[Answer]]:
+    """Those of all entries of a wing, which share a process: what none of them imports, no line has imported."""
+    entries = [entry for entry in MISTAKES if entry.startswith(wing)]
+    found = iter(answers([line for entry in entries for line in lines_of(entry)]))
+    return {entry: [next(found) for _ in lines_of(entry)] for entry in entries}
 
 
 def test_every_entry_is_here() -> None:
@@ -125,21 +148,16 @@ def test_every_entry_is_here() -> None:
 
 @pytest.mark.parametrize("entry", MISTAKES)
 def test_a_mistake_and_help_import_nothing_heavy(entry: str) -> None:
-    lines = [
-        [word for word in RIGHT.get(entry, []) if word.partition("=")[0] not in " ".join(mistake)] + mistake
-        for mistake, _ in MISTAKES[entry]
-    ]
-    with_help = [["--help"]] if entry != "train/sweep_report.py" else []
-    found = answers(entry, lines + with_help)
+    found = answers_of(entry.partition("/")[0])[entry]
     for (code, said, imported), (mistake, expected) in zip(found, MISTAKES[entry], strict=False):
         assert code == MEND and expected in said, (mistake, code, said)
         assert imported == [], mistake
-    for code, said, imported in found[len(lines) :]:
+    for code, said, imported in found[len(MISTAKES[entry]) :]:
         assert code == 0 and said.startswith("usage: python ") and imported == []
 
 
 def test_a_plan_computes_without_torch() -> None:
-    for code, said, imported in answers("train/plan.py", [["model=dev", "fit_gib=12", "json=true"]]):
+    for code, said, imported in answers([["train/plan.py", "model=dev", "fit_gib=12", "json=true"]]):
         assert code == 0 and '"peak_memory_bytes"' in said and imported == []
 
 

@@ -637,13 +637,13 @@ def test_what_a_comparison_showed_in_words(tmp_path: Path, capsys: pytest.Captur
     words = in_words(result)
     assert len(words) <= 5
     assert words[1] == (
-        "The transformer's weights take 200 MiB in bf16; nf4 takes 43 % of that (its pictures are 34.95 dB like bf16's"
-        "); from 30 dB on the eye hardly sees a difference."
+        "The transformer's weights take 200 MiB in bf16; nf4 takes 43 % of that (the likeness of its pictures to "
+        "bf16's is 34.95 dB); from 30 dB on the eye hardly sees a difference."
     )
     adapter = next(entry.adapter for entry in entries if entry.adapter)
     assert words[2] == (
-        f"With {adapter} the pictures are 15.00 dB like those without it, for certain it moves right by +0.5, on "
-        "unrelated prompts they stay 12.00 dB alike."
+        f"With {adapter} the pictures depart from those without it (likeness 15.00 dB), beyond chance it changes "
+        "right by +0.5 and on unrelated prompts the likeness is 12.00 dB (the higher, the less it leaks)."
     )
     assert "few: trust differences whose 95 % limits leave out 0" in words[3]
     assert unmeasured(result) == "Not measured: kid, dino (a is null); lpips (b is null)."

@@ -32,7 +32,18 @@ from scripts.bench_variants import VARIANTS
 from train.data.dataset import Data
 from train.estimate import auto
 from train.estimate.memory import footprint, text_bytes, weights_by_module
-from train.estimate.plan import MARGIN, Plan, announce, check_fits, duration, overrides, plan, propose, table
+from train.estimate.plan import (
+    MARGIN,
+    Plan,
+    announce,
+    check_fits,
+    duration,
+    overrides,
+    plan,
+    propose,
+    seen_gib,
+    table,
+)
 from train.estimate.step_time import CARDS, Card, seconds
 from train.loop.micro_step import fit_budget
 from train.objective.optim import NAMES, Optim, make_optimizer, state_bytes
@@ -311,6 +322,23 @@ def test_auto_takes_what_the_card_has_and_a_resumed_run_keeps_it(tmp_path: Path)
     (tmp_path / "run" / "memory.yaml").write_text("keep: [")
     with pytest.raises(ValueError, match=r"memory.yaml is not what this run wrote .*; delete it, or set memory.keep"):
         settled(job, True, 79.0)
+
+
+def test_auto_on_cards_as_they_are_sold() -> None:
+    """What is chosen fits with a margin, and a larger card is never slower."""
+    job = Train(model=DEV, memory=Memory("auto"), data=Data(resolution=1024))
+    found = []
+    for card in (8.0, 12.0, 16.0, 24.0, 80.0, 141.0):
+        gib = seen_gib(card)
+        memory, said = auto.decide(job, auto.rooms(gib, gib - 0.85, 1024**2))
+        taken = footprint(replace(job, memory=memory))
+        assert taken.peak < (gib - MARGIN) * GIB and memory.keep in said
+        found.append((memory, seconds(replace(job, memory=memory), taken, CARDS["H100"])))
+    settings = [memory for memory, _ in found]
+    assert all(memory.budget_gib is not None for memory in settings[:3]) and 0 < settings[3].keep_all < 57
+    assert settings[4] == settings[5] == Memory("everything", unpacked=True)
+    times = [step for _, step in found]
+    assert times == sorted(times, reverse=True) and times[5] < 0.85 * times[0]
 
 
 def test_a_preview_and_other_programs_leave_less_room() -> None:

@@ -283,7 +283,7 @@ def test_validation_is_held_out_fixed_and_falls(job: Train) -> None:
     )
     train(job)
     losses = {event["step"]: event["validation_loss"] for event in metrics("falls") if "validation_loss" in event}
-    assert list(losses) == [0, 12, 24]
+    assert list(losses) == [0, 12, 24] and Path("runs/falls/loss.png").is_file()
     assert losses[24] < 0.8 * losses[0]
     for event in metrics("falls"):  # every picture counts once at each noise level
         if "validation_loss" in event:

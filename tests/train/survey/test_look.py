@@ -3,8 +3,7 @@
 import base64
 import io
 import json
-import subprocess
-import sys
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 
 from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
+from tests.forked import Forked
 from train.data.dataset import Data, Prior
 from train.data.source import Source
 from train.look import Look, look
@@ -275,10 +275,10 @@ def test_terminal_takes_no_orders_from_names(folder: Path, tiny: Model, capsys: 
 
 def test_command(messy: Path) -> None:
     """As a person types it: the exit code, and one JSON object as the last line."""
-    command = [sys.executable, str(ROOT / "train/look.py"), f"data.path={messy}", "data.resolution=64"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert json.loads(done.stdout.rstrip("\n").split("\n")[-1])["skipped"] == 4
+    command = [str(ROOT / "train/look.py"), f"data.path={messy}", "data.resolution=64"]
+    code, said = Forked(command, Path.cwd(), os.environ, Path("said").absolute()).finish(120)
+    assert code == 2
+    assert json.loads(said.rstrip("\n").split("\n")[-1])["skipped"] == 4
 
 
 def test_wrong_options_are_refused() -> None:

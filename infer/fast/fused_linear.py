@@ -1,0 +1,97 @@
+"""Layers that read one input as one product, with the adapters' updates in it: without a compiler.
+
+Updates are added to the weights as these are dequantized (infer/fast/fold.py), or in place to the product, and then to
+the gradient of the input, of weights that are not quantized.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from infer.fast.add_product import add_product
+from infer.fast.eight_bit import product
+from infer.fast.fold import folded, folds
+from infer.fast.thin import Thin, thin_of
+from infer.fast.weights import Linear, Stack
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + bias + x down^T up^T, with frozen W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frozen: Stack,
+        weights: Tensor | None,
+        thin: Thin | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        value: bool,
+    ) -> Tensor:
+        """weights: W, with the update where it folds; None: made here and for the gradient, and not kept between.
+        down, up: those of `thin`."""
+        ctx.frozen, ctx.thin, ctx.weights, fold = frozen, thin, weights, folds(frozen, thin)
+        learns = down is not None and any(ctx.needs_input_grad[4:6])
+        if not value:
+            y = x.new_empty(*x.shape[:-1], frozen.shape[0])
+        else:
+            bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
+            if frozen.eight is not None:
+                y = product(x, frozen, across=False, bias=bias)
+            else:
+                y = functional.linear(x, _weights(frozen, thin, x.dtype) if weights is None else weights, bias)
+        inner = None
+        if thin is not None and down is not None and (learns or (value and not fold)):
+            inner = functional.linear(x, down)
+            if value and not fold:
+                add_product(y[..., thin.first : thin.first + thin.up.shape[0]], inner, thin.up)
+        ctx.save_for_backward(*((x, inner) if learns else (None, None)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (x, inner), thin, frozen = ctx.saved_tensors, ctx.thin, ctx.frozen
+        fold = folds(frozen, thin)
+        passed = across = of_down = of_up = None
+        if thin is not None and (x is not None or not fold):
+            part = gradient[..., thin.first : thin.first + thin.up.shape[0]]
+            across = part @ thin.up
+            if x is not None:
+                of_up = part.flatten(0, -2).T @ inner.flatten(0, -2)
+                of_down = across.flatten(0, -2).T @ x.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            if frozen.eight is not None:
+                passed = product(gradient, frozen, across=True)
+            else:
+                passed = gradient @ (_weights(frozen, thin, gradient.dtype, 1) if ctx.weights is None else ctx.weights)
+            if across is not None and not fold:
+                add_product(passed, across, thin.down.T.contiguous())
+        return passed, None, None, None, of_down, of_up, None
+
+
+def _weights(frozen: Stack, thin: Thin | None, dtype: torch.dtype, turn: int = 0) -> Tensor:
+    return folded(frozen, thin if folds(frozen, thin) else None, dtype, turn)
+
+
+def fused_linear(x: Tensor, layers: Linear, again: bool, value: bool = True) -> Tensor:
+    """The layers' outputs [..., out], behind each other, for x [..., in]; adapters included, DoRA's not.
+
+    again: the gradient is next, for which the dequantized weights are kept where `shared` says so. value: whether the
+    outputs are wanted, and not their gradients alone.
+    """
+    frozen, thin = layers.frozen, thin_of(layers, x.dtype)
+    weights = None
+    if frozen.eight is not None:
+        weights = None  # each product takes a layout of its own
+    elif frozen.kind == "plain" and frozen.stored.dtype == x.dtype:
+        weights = frozen.stored
+    elif again and frozen.shared:
+        with torch.no_grad():
+            weights = _weights(frozen, thin, x.dtype)
+    down, up = (None, None) if thin is None else (thin.down, thin.up)
+    held = None if thin is None else thin._replace(down=thin.down.detach(), up=thin.up.detach())
+    y: Tensor = _Linear.apply(x, frozen, weights, held, down, up, value)
+    return y

@@ -1,0 +1,181 @@
+"""Measure the bundled model again and write the tables of the docs that name it.
+
+    python scripts/tables.py                    # all of them, an hour or more on two cores
+    python scripts/tables.py captions gap       # some
+
+Each table stands in its page between `<!-- NAME -->` and `<!-- /NAME -->` and is replaced there, with the date, the
+device and the versions that it was measured with. The programs are the toolkit's own, their files in runs/tables.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from infer.program.atomic import replace_file
+from infer.program.errors import explained
+from infer.program.paths import ROOT
+from infer.report.markdown import plain_table
+from scripts.tiny.make_edits import make_edits
+from scripts.tiny.make_style import make_style
+
+PRECISIONS = ("bf16", "int8", "fp4", "nf4")
+LAYERS = 6  # of the sensitivity's table: those that suffer most
+
+
+def program(*command: str) -> None:
+    """One of the toolkit's programs; what it prints is seen."""
+    print("python " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def captions() -> str:
+    """Held-out captions drawn right, by precision."""
+    lines = []
+    for precision in PRECISIONS:
+        file = ROOT / "runs" / "tables" / f"captions-{precision}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        program("scripts/tiny/check.py", "--count", "400", "--precision", precision, "--json", str(file))
+        counts = read(file)["right"]
+        lines.append([precision, *(f"{right} of {of} ({right / of:.1%})" for right, of in counts.values())])
+    return plain_table([["precision", *counts], *lines])
+
+
+def reader() -> str:
+    """How often the reader is right on what was painted, by style."""
+    file = ROOT / "runs" / "tables" / "reader.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    program("scripts/tiny/check.py", "--reader", "--count", "1000", "--json", str(file))
+    styles = read(file)
+    parts = list(next(iter(styles.values())))
+    return plain_table([["style", *parts], *([name, *(f"{of[p]:.1%}" for p in parts)] for name, of in styles.items())])
+
+
+def gap() -> str:
+    """The demo's style at each precision and at three mixtures."""
+    style()
+    program(
+        "train/gap.py", "run=tables", "data.path=runs/demo-pictures", f"data.resolution={side()}",
+        "data.trigger='zelk style'", "data.validation=0", "data.batch_size=4", "pictures=12",
+        "only=[bf16,nf4,equal,ends,six]", "+precision@precisions.equal=auto",
+        "precisions.equal.budget_gib=0.0048837662", "precisions.equal.double_quant=true",
+        "+precision@precisions.six=auto", "precisions.six.budget_gib=0.006", "+precision@precisions.ends=nf4",
+        "++precisions.ends.layers={x_embedder:bf16,proj_out:bf16}",
+    )  # fmt: skip
+    return (ROOT / "runs" / "tables" / "gap" / "gap.md").read_text()
+
+
+def sensitivity() -> str:
+    """The layers that suffer most."""
+    program("infer/sensitivity.py", "budget_gib=0.006", "out=runs/tables/six.yaml", "run=tables")
+    groups = read(ROOT / "runs" / "tables" / "sensitivity.json")["groups"]
+    groups.sort(key=lambda group: -group["errors"]["nf4"])
+    lines = [
+        [
+            ", ".join(group["layers"]),
+            *(f"{100 * group['errors'][kind]:.2f}" for kind in ("nf4", "int8")),
+            f"{group['bytes']['nf4'] / 1024:.0f}",
+        ]
+        for group in groups[:LAYERS]
+    ]
+    return plain_table([["layers", "error %, alone NF4", "alone int8", "KiB as NF4"], *lines])
+
+
+def transfer() -> str:
+    """Adapters trained at one precision and run at another; five seeds, the longest of all."""
+    style()
+    program("train/transfer.py", "experiment=tiny_transfer")
+    return (ROOT / "runs" / "transfer" / "transfer.md").read_text()
+
+
+def edit() -> str:
+    """The edit demo."""
+    make_edits(ROOT / "runs" / "edit-pictures", 160, 6, 0)
+    program("train/train.py", "experiment=edit")
+    program("infer/compare.py", "experiment=edit_compare")
+    rows = read(ROOT / "runs" / "edit" / "compare" / "results.json")["rows"]
+    lines = []
+    for precision in PRECISIONS:
+        of = {bool(adapted): [r for r in rows if r["precision"] == precision and bool(r["adapter"]) == adapted]
+              for adapted in (False, True)}  # fmt: skip
+        cells = [f"{sum(r['right'] for r in own):.0f} of {len(own)}" for own in of.values()]
+        for name in ("kept_psnr", "target_psnr"):
+            cells.append(", ".join(f"{sum(r[name] for r in own) / len(own):.1f}" for own in of.values()))
+        lines.append([precision, *cells])
+    return plain_table([["precision", "right: base", "adapter", "kept_psnr, dB", "target_psnr, dB"], *lines])
+
+
+def style() -> None:
+    make_style(ROOT / "runs" / "demo-pictures", 40, 0)
+
+
+def side() -> int:
+    from scripts.tiny import world
+
+    return world.SIZE
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "reader": ("docs/bundled-model.md", reader),
+    "captions": ("docs/bundled-model.md", captions),
+    "sensitivity": ("docs/measurement.md", sensitivity),
+    "gap": ("docs/measurement.md", gap),
+    "edit": ("docs/edit-training.md", edit),
+    "transfer": ("docs/measurement.md", transfer),
+}
+
+
+def machine(seconds: float) -> str:
+    """When, on what and with which versions a table was measured."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "bitsandbytes"))
+    return f"({date.today()}, {device}, {packages}, {seconds:.0f} s)"
+
+
+def placed(page: str, name: str, text: str) -> str:
+    """A page with what stands between the marks of `name` replaced.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page has no {begin.strip()} with a {end.strip()} below it; put them around the table")
+    return page[: page.index(begin) + len(begin)] + f"{text.strip()}\n" + page[page.index(end) :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}; none: all")
+    names = parser.parse_args().names or list(TABLES)
+    if unknown := set(names) - set(TABLES):
+        raise ValueError(f"there is no table {sorted(unknown)}; choose from {', '.join(TABLES)}")
+    for name in names:
+        page, measure = TABLES[name]
+        placed((ROOT / page).read_text(), name, "")  # before an hour is spent
+        began = time.monotonic()
+        text = f"{measure().strip()}\n\n{machine(time.monotonic() - began)}"
+        content = placed((ROOT / page).read_text(), name, text)
+        replace_file(ROOT / page, lambda path, content=content: path.write_text(content))
+        print(f"{name}: {page}", flush=True)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,26 @@
+"""The tables of the docs that name the bundled model: where they stand, and what stays when one is written."""
+
+import pytest
+
+from infer.program.paths import ROOT
+from scripts import tables
+
+
+def test_every_table_has_its_place() -> None:
+    for name, (page, _) in tables.TABLES.items():
+        text = (ROOT / page).read_text()
+        assert tables.placed(text, name, "| a |\n").count(f"<!-- {name} -->\n| a |\n<!-- /{name} -->\n") == 1
+
+
+def test_only_what_stands_between_the_marks_is_replaced() -> None:
+    page = "before\n<!-- gap -->\nold\n<!-- /gap -->\nafter\n<!-- edit -->\nkept\n<!-- /edit -->\n"
+    assert tables.placed(page, "gap", "\nnew\n") == page.replace("old", "new")
+    for broken in (page.replace("<!-- gap -->\n", ""), page + "<!-- gap -->\n", page.replace("<!-- /gap -->", "")):
+        with pytest.raises(ValueError, match="the page has no <!-- gap -->"):
+            tables.placed(broken, "gap", "new")
+
+
+def test_a_table_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tables.py", "captions", "gaps"])
+    with pytest.raises(ValueError, match=r"there is no table \['gaps'\]; choose from reader, captions"):
+        tables.main()
