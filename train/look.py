@@ -2,8 +2,9 @@
 
     python train/look.py model=dev data.path=my_pictures data.resolution=512 run=mine
 
-Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline; json=true prints
-the counts as a JSON object below. Exit code 0: training could start; 2: it could not, and the text says what to mend.
+Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline, and data.json for
+programs; json=true prints the counts as a JSON object below. Exit code 0: training could start; 2: it could not, and the
+text says what to mend.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def look(options: Look) -> None:
     # all that is broken is listed, whatever training does at the first of it
     samples, skipped = read_samples(replace(data, on_error="skip"))
     ready()
+    from train.survey.record import NAME, record
     from train.survey.sheet import render
     from train.survey.survey import survey
 
@@ -216,6 +218,8 @@ def look(options: Look) -> None:
         facts["prior preservation"] = f"{data.prior.count} pictures that the base draws are not here yet"
     content = render(f"Data of {options.run}", facts, why_not, found, data, options.shown, workers, room)
     replace_file(page, lambda path: path.write_bytes(content.encode()))
+    listed = json.dumps(record(found, data, why_not, numbers), ensure_ascii=False)
+    replace_file(page.with_name(NAME), lambda path: path.write_text(listed, encoding="utf-8"))
     print(summary(found, numbers))
     if absent:
         print(absent)

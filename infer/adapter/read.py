@@ -20,6 +20,7 @@ from infer.adapter.file_family import file_family
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
 from infer.adapter.lycoris import PARTS, as_lora, is_lycoris
+from infer.adapter.own_checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
 from infer.program.absent import meant
@@ -65,14 +66,14 @@ Pairs = dict[str, Pair]
 
 
 def find_adapter(path: str) -> Path:
-    """The adapter's file from a path to it or to its folder.
+    """The adapter's file from a path to it or to its folder, which may be a checkpoint of a run.
 
     Raises:
         ValueError: there is none.
     """
     file = Path(path)
     if file.is_dir():
-        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE]
+        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE, file / WEIGHTS]
         file = next((c for c in candidates if c.is_file()), candidates[0])
     if not file.is_file():
         mend = f"give a .safetensors file or a folder that holds {FILE}"
@@ -124,6 +125,9 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
             family.
     """
     file = find_adapter(path)
+    if is_checkpoint(file):
+        own, strength = read_checkpoint(file)
+        return pairs_of(own, dict.fromkeys(map(_layer, own), strength))
     try:
         with safe_open(file, framework="pt") as reader:
             header = reader.metadata() or {}
@@ -186,6 +190,24 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor under PEFT's names."""
+    return key.partition(".lora_")[0]
+
+
+def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
+    """`adapter_state` as pairs, of the layers whose strengths are given."""
+    return {
+        layer: Pair(
+            state[f"{layer}.lora_A.weight"],
+            state[f"{layer}.lora_B.weight"],
+            strength,
+            state.get(f"{layer}.lora_magnitude_vector"),
+        )
+        for layer, strength in strengths.items()
+    }
 
 
 def _check_scale(file: Path, key: str, scale: Tensor) -> None:

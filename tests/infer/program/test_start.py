@@ -78,7 +78,10 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "train/sweep_report.py": [([], "give the sweep's folder"), (["/nowhere"], "/nowhere holds no points")],
     "infer/draw.py": [
         SETTING, MODEL, DEVICE, ADAPTER, (["seeds=[]"], "seeds is []"), (["like=/nowhere.png"], "/nowhere.png"),
+        (["adapters=[/nowhere]"], "no adapter at /nowhere"), (["precisions=[nf5]"], "precisions has 'nf5'"),
+        (["resident=true", "adapters=[/nowhere]"], "no adapter at /nowhere"),
     ],
+    "infer/serve.py": [SETTING, (["idle=0"], "idle is 0")],
     "infer/choose.py": [SETTING, RUN, DEVICE, (["run=no-such-run"], "no-such-run"), (["weights=[]"], "weights is []")],
     "infer/compare.py": [
         SETTING, RUN, MODEL, DEVICE, ADAPTER,

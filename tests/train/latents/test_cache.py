@@ -32,11 +32,11 @@ from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.picture import decode, pixel_hash
 from tests.forked import Forked
-from train.data.buckets import View
 from train.data.caption import all_texts
 from train.data.dataset import Data, Prior
 from train.data.samples import read_samples
 from train.data.source import Sample, Source
+from train.data.view import View
 from train.latents import build as build_module
 from train.latents.build import build
 from train.latents.identities import Picture, digest, known_identities
