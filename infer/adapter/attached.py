@@ -11,8 +11,8 @@ from typing import Any
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from infer.adapter.factors import Factors, Parts, turn, update
-from infer.adapter.read import FILE, Pair, Pairs
+from infer.adapter.factors import Factors, turn, update
+from infer.adapter.read import FILE, Pairs, pairs_of
 from infer.adapter.tuner import attached_layers, factors_of, kind_attached, set_factors
 from infer.adapter.write import write_own
 
@@ -55,19 +55,6 @@ def adapter_pairs(transformer: nn.Module, name: str = "default") -> Pairs:
     return pairs_of(adapter_state(transformer, name), strengths(transformer, name))
 
 
-def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
-    """`adapter_state` as pairs, of the layers whose strengths are given."""
-    return {
-        layer: Pair(
-            state[f"{layer}.lora_A.weight"],
-            state[f"{layer}.lora_B.weight"],
-            strength,
-            state.get(f"{layer}.lora_magnitude_vector"),
-        )
-        for layer, strength in strengths.items()
-    }
-
-
 def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], name: str = "default") -> Path:
     """Write `folder/pytorch_lora_weights.safetensors` whole or not at all; `notes` go into its header as JSON.
 
@@ -107,12 +94,3 @@ def factors_norm(factors: Factors) -> float:
         whole = turn(wide["oft_R.weight"]) if factors.kind == "oft" else factors.strengths[layer] * update(wide)
         total += float(whole.square().sum())
     return math.sqrt(total)
-
-
-def factors_of_state(kind: str, state: dict[str, Tensor], strength: float) -> Factors:
-    """`adapter_state` of LoKr, LoHa or OFT as factors, all of one strength, which OFT has not."""
-    layers: dict[str, Parts] = {}
-    for key, value in state.items():
-        layer, _, part = key.removesuffix(".weight").rpartition(".")
-        layers.setdefault(layer, {})[f"{part}.weight" if key.endswith(".weight") else part] = value
-    return Factors(kind, layers, dict.fromkeys(layers, 1.0 if kind == "oft" else strength))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with
 from infer.adapter.lycoris import PARTS
-from infer.program.paths import kind_of_file
+from infer.program.paths import POINTER, kind_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,13 +58,7 @@ def read_contents(file: Path, drop_text_encoder: bool = False) -> Contents:
             header = reader.metadata() or {}
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        kind = kind_of_file(file)
-        what = {
-            "gguf": "a GGUF file, which holds a whole model",
-            "pickle": "a pickle, which could run programs; ask for the .safetensors of it",
-            "archive": "an archive; unpack it",
-        }.get(kind, str(error))
-        raise ValueError(f"{file} is no LoRA file that can be read: {what}") from error
+        raise ValueError(f"{file} is no LoRA file that can be read: {other_kind(file) or error}") from error
     text = [key for key in state if _TEXT.match(key)]
     if text and not drop_text_encoder:
         words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)
@@ -109,6 +103,16 @@ def read_contents(file: Path, drop_text_encoder: bool = False) -> Contents:
     if bad:
         raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
     return Contents(file, header, list(state), found)
+
+
+def other_kind(file: Path) -> str | None:
+    """What a file is that is no safetensors file, where its first bytes tell, and the mend."""
+    return {
+        "gguf": "it is a GGUF file, which holds a whole model; give a LoRA file",
+        "pickle": "it is a pickle, which could run programs; ask for the .safetensors of it",
+        "archive": "it is an archive; unpack it",
+        "pointer": POINTER,
+    }.get(kind_of_file(file))
 
 
 def _check_scale(file: Path, key: str, scale: Tensor) -> None:

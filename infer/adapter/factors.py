@@ -83,3 +83,12 @@ def changed(weight: Tensor, parts: Parts, strength: float) -> Tensor:
         # (x R) W^T = x (W R^T)^T
         return turned(weight, turn(parts["oft_R.weight"].float()).mT)
     return weight + strength * update({part: value.float() for part, value in parts.items()})
+
+
+def factors_of_state(kind: str, state: dict[str, Tensor], strength: float) -> Factors:
+    """`adapter_state` of LoKr, LoHa or OFT as factors, all of one strength, which OFT has not."""
+    layers: dict[str, Parts] = {}
+    for key, value in state.items():
+        layer, _, part = key.removesuffix(".weight").rpartition(".")
+        layers.setdefault(layer, {})[f"{part}.weight" if key.endswith(".weight") else part] = value
+    return Factors(kind, layers, dict.fromkeys(layers, 1.0 if kind == "oft" else strength))

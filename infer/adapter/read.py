@@ -8,20 +8,23 @@ fuse, and in where the strength stands (strengths.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+import os
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from infer.adapter.contents import Contents, read_contents
-from infer.adapter.factors import NAMES, Factors, kind_of_parts
+from infer.adapter.contents import Contents, other_kind, read_contents
+from infer.adapter.factors import NAMES, Factors, factors_of_state, kind_of_parts
 from infer.adapter.file_family import file_family
 from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
 from infer.adapter.lycoris import MOST, as_lora, rank_as_lora
+from infer.adapter.own_checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from infer.adapter.read_factors import factors_in, peft_settings, peft_strength
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
+from infer.program.absent import meant
 from infer.program.paths import is_hub_id
 
 if TYPE_CHECKING:
@@ -44,17 +47,19 @@ Pairs = dict[str, Pair]
 
 
 def find_adapter(path: str) -> Path:
-    """The adapter's file from a path to it or to its folder.
+    """The adapter's file from a path to it or to its folder, which may be a checkpoint of a run.
 
     Raises:
         ValueError: there is none.
     """
     file = Path(path)
     if file.is_dir():
-        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE]
+        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE, file / WEIGHTS]
         file = next((c for c in candidates if c.is_file()), candidates[0])
     if not file.is_file():
         mend = f"give a .safetensors file or a folder that holds {FILE}"
+        if not os.path.lexists(path):
+            mend = meant(path, mend)
         if is_hub_id(path):
             mend += f"; one that is on the Hub is downloaded first: hf download {path} --local-dir adapters"
         elif Path(path).is_dir() and (others := sorted(each.name for each in Path(path).glob("*.safetensors"))):
@@ -75,10 +80,8 @@ def read_notes(file: Path) -> dict[str, Any]:
         if not isinstance(notes, dict):
             raise ValueError(f"its notes are {notes!r}")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is no adapter that can be read ({error}); take it away: train.py makes it again from the last "
-            "checkpoint"
-        ) from error
+        mend = "take it away: train.py makes it again from the last checkpoint"
+        raise ValueError(f"{file} is no adapter that can be read: {other_kind(file) or f'{error}; {mend}'}") from error
     return notes
 
 
@@ -93,12 +96,34 @@ def read_adapter(path: str, drop_text_encoder: bool = False, model: Container[st
         ValueError: it is unreadable, not finite or zero, half a pair is absent, a key is unknown, or nothing tells its
             family.
     """
-    contents = read_contents(find_adapter(path), drop_text_encoder)
+    file = find_adapter(path)
+    if is_checkpoint(file):
+        return _of_checkpoint(file)
+    contents = read_contents(file, drop_text_encoder)
     kinds = {kind_of_parts(parts) for parts in contents.found.values()}
-    high = any(rank_as_lora(parts) > MOST for parts in contents.found.values() if kind_of_parts(parts))
-    if high or "oft" in kinds:
+    if "oft" in kinds or _too_high(contents.found.values()):
         return factors_in(contents, model)
     return _pairs_in(contents, model)
+
+
+def _too_high(layers: Iterable[dict[str, Tensor]]) -> bool:
+    """Whether one of them is LoHa or LoKr of too high a rank to be a pair."""
+    return any(rank_as_lora(parts) > MOST for parts in layers if kind_of_parts(parts))
+
+
+def _of_checkpoint(file: Path) -> Pairs | Factors:
+    """The weights of a run's checkpoint."""
+    kind, state, strength = read_checkpoint(file)
+    if kind == "lora":
+        return pairs_of(state, dict.fromkeys(map(_layer, state), strength))
+    factors = factors_of_state(kind, state, strength)
+    if kind == "oft" or _too_high(factors.layers.values()):
+        return factors
+    pairs: Pairs = {}
+    for layer, parts in factors.layers.items():
+        found = as_lora(file, layer, parts, strength)
+        pairs[layer] = Pair(found["down"], found["up"], float(found["alpha"]) / found["down"].shape[0])
+    return pairs
 
 
 def read_whole(path: str, drop_text_encoder: bool = False) -> Pairs | Factors:
@@ -107,7 +132,11 @@ def read_whole(path: str, drop_text_encoder: bool = False) -> Pairs | Factors:
     Raises:
         ValueError: as `read_adapter`.
     """
-    contents = read_contents(find_adapter(path), drop_text_encoder)
+    file = find_adapter(path)
+    if is_checkpoint(file):
+        kind, state, strength = read_checkpoint(file)
+        return _of_checkpoint(file) if kind == "lora" else factors_of_state(kind, state, strength)
+    contents = read_contents(file, drop_text_encoder)
     alone = all(len(layers_of(name, family)) == 1 for name in contents.found for family in families_with([name])[:1])
     if alone and all(map(kind_of_parts, contents.found.values())):
         return factors_in(contents, None)
@@ -154,6 +183,24 @@ def _pairs_in(contents: Contents, model: Container[str] | None) -> Pairs:
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor under PEFT's names."""
+    return key.partition(".lora_")[0]
+
+
+def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
+    """`adapter_state` as pairs, of the layers whose strengths are given."""
+    return {
+        layer: Pair(
+            state[f"{layer}.lora_A.weight"],
+            state[f"{layer}.lora_B.weight"],
+            strength,
+            state.get(f"{layer}.lora_magnitude_vector"),
+        )
+        for layer, strength in strengths.items()
+    }
 
 
 def _shape(file: Path, name: str, parts: dict[str, Tensor]) -> Linear:

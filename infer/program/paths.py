@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from infer.program.absent import meant
+
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of infer/ and train/: the repository, or the one that a wheel was installed into."""
 SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() else ROOT
@@ -15,13 +17,13 @@ SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() el
 INSTALLED = SHIPPED != ROOT
 CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",
          ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".png", ".jpg", ".jpeg", ".webp")  # fmt: skip
 """Endings that no name on the Hub has."""
 LORA = ("lora", "lokr_", "hada_", "oft_")  # in the names of an adapter's tensors
 FLUX = ("double_blocks.", "single_blocks.", "transformer_blocks.")  # in those of a FLUX.1 transformer
+POINTER = "it is a pointer of Git LFS and not the file itself; fetch that: git lfs pull"
 HEADER = 100 * 2**20  # bytes: the longest header that safetensors reads
 
 READ = ("gguf", "flux", "safetensors")  # kinds of files that may hold a model
@@ -58,32 +60,28 @@ def roots_of(folder: Path) -> list[Path]:
     return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
 
 
-def no_hub_id(path: str) -> str:
-    """The mend for a path that is not there and no Hub id either."""
-    found = ADDRESS.match(path)
-    return f"write {found[1]}" if found else "check the spelling"
-
-
 def nowhere(option: str, path: str) -> str:
     """The message about a path that is neither here nor a Hub id: of a file by its ending, that it is not there."""
     if not path.lower().endswith(FILES):
-        return f"{option} {path!r} is no folder here and no Hub id (owner/name); {no_hub_id(path)}"
+        return f"{option} {path!r} is no folder here and no Hub id (owner/name); {meant(path)}"
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
-        return f"{option} {path!r} is not there, nor is its folder {folder}; give the file's own path"
+        return f"{option} {path!r} is not there, nor is its folder {folder}; {meant(path, 'give the file itself')}"
     there = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(WEIGHTS))
     also = f"; there {'are' if there[1:] else 'is'} {', '.join(there[:3])}" if there else ""
-    return f"{option} {path!r} is not there: {folder} has no such file{also}; give the file's own path"
+    return f"{option} {path!r} is not there: {folder} has no such file{also}; {meant(path, 'give the file itself')}"
 
 
 def kind_of_file(file: Path) -> str:
-    """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive
-    or other."""
+    """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive,
+    pointer (of Git LFS, in the place of the file itself) or other."""
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
             if head.startswith(b"GGUF"):
                 return "gguf"
+            if head == b"version " and stream.read(24) == b"https://git-lfs.github.c":
+                return "pointer"
             if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
                 return "pickle" if file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin") else "archive"
             if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -121,6 +119,8 @@ def refuse_file(path: Path) -> None:
             f"model.path {path} is a pickled checkpoint, which may run any program when it is read; give the model as "
             "safetensors or GGUF"
         )
+    if kind == "pointer":
+        raise ValueError(f"model.path {path} is no checkpoint: {POINTER}")
     if path.name == "model_index.json":
         raise ValueError(f"model.path {path} is a file of the checkpoint {path.parent}; set model.path to that folder")
     if kind not in READ:

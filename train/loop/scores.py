@@ -19,11 +19,10 @@ from infer.checkpoint.load import load_scheduler, load_vae
 from infer.choosing.best import COPIED
 from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.report.results import Row
 from infer.sample.encode import NotFiniteError, decode
 from infer.sample.generate import draw, settled
 from infer.score.pairs import Key, key_of
-from infer.score.rows import drawn_row
+from infer.score.picture import Picture
 from infer.score.score_all import score_all
 from train.loop.memory import start_memory
 from train.loop.preview import preview_size
@@ -80,7 +79,7 @@ def _scored(loop: Loop) -> dict[str, float]:
     return found
 
 
-def _drawn(loop: Loop) -> tuple[list[Row], dict[Key, torch.Tensor], Path]:
+def _drawn(loop: Loop) -> tuple[list[Picture], dict[Key, torch.Tensor], Path]:
     """Pictures of every prompt without and with the adapter, in a folder of this step."""
     session, job = loop.session, loop.session.job
     transformer, device, average = session.model.transformer, session.run.device, loop.training.average
@@ -98,7 +97,7 @@ def _drawn(loop: Loop) -> tuple[list[Row], dict[Key, torch.Tensor], Path]:
             drawn = draw(transformer, scheduler, text, job.seed, sampling, size, device)
             for adapter, packed in ((None, loop.base_latents[prompt]), ("adapter", drawn)):
                 name = f"{number:02d}{'' if adapter else '-base'}.png"
-                row = drawn_row(job.precision.kind, adapter, prompt, job.seed, name)
+                row = Picture(job.precision.kind, adapter, prompt, job.seed, name)
                 rows.append(row)
                 latents[key_of(row)] = packed.cpu()
     vae = load_vae(job.model, device)
@@ -107,7 +106,7 @@ def _drawn(loop: Loop) -> tuple[list[Row], dict[Key, torch.Tensor], Path]:
     return rows, latents, folder
 
 
-def summary(own: Iterable[Row], others: Iterable[Row], usual: float | None) -> dict[str, float]:
+def summary(own: Iterable[Picture], others: Iterable[Picture], usual: float | None) -> dict[str, float]:
     """The figures of one step, by what is known.
 
     likeness: mean cosine of DINO, else CLIP, to the training pictures. copying: share of the pictures that are nearer
@@ -117,7 +116,7 @@ def summary(own: Iterable[Row], others: Iterable[Row], usual: float | None) -> d
     """
     mine, apart = ([row for row in rows if row.adapter is not None] for rows in (own, others))
 
-    def values(rows: list[Row], name: str) -> list[float]:
+    def values(rows: list[Picture], name: str) -> list[float]:
         return [value for row in rows if (value := row.scores.get(name)) is not None]
 
     found: dict[str, float] = {}

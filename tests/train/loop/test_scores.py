@@ -18,11 +18,10 @@ from infer.checkpoint.load import load_scheduler, load_transformer
 from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
-from infer.report.results import Row
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling, draw, settled
 from infer.score.judges import Networks
-from infer.score.rows import drawn_row
+from infer.score.picture import Picture
 from train.data.dataset import Data
 from train.loop.scores import summary
 from train.objective.optim import Optim
@@ -133,11 +132,11 @@ def test_what_ends_a_run() -> None:
 
 
 def test_the_figures_are_means_over_pictures_with_the_adapter() -> None:
-    rows: list[Row] = []
+    rows: list[Picture] = []
     for i, (adapter, nearest, moved, liked) in enumerate(
         ((None, 0.1, None, 0.9), ("adapter", 0.4, 0.2, 0.5), ("adapter", 1.2, 0.4, 0.7))
     ):
-        rows.append(drawn_row("nf4", adapter, f"prompt {i}", 0, "x.png"))
+        rows.append(Picture("nf4", adapter, f"prompt {i}", 0, "x.png"))
         rows[-1].scores.update(nearest_rms=nearest, latents_base=moved, dino=liked)
     found = summary(rows, rows[:2], 1.0)
     assert found == pytest.approx({"likeness": 0.6, "copying": 0.5, "nearest": 0.4, "change": 0.3, "drift": 0.2})
