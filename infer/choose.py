@@ -8,13 +8,15 @@ Writes runs/<run>/choose/choice.json with its pictures, which train/page.py show
 have checkpoints to choose from.
 """
 
+import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infer.choosing.settings import Choose, check_choose
+from infer.choosing.run import RESULT
+from infer.choosing.settings import Choose, check_choose, check_named
 from infer.program.command import run_command
 from infer.program.quiet import ready
 from infer.report.cells import number, text_table
@@ -26,19 +28,30 @@ def choose(options: Choose) -> Path:
     Raises:
         ValueError: something is absent or damaged.
     """
-    files, device = check_choose(options)
     if options.take is not None:
+        files = check_named(options)
         ready()
         from infer.choosing.take import best_of, write_taken
 
-        name, reason = best_of(files) if options.take == "best" else (options.take, None)
-        taken = write_taken(files, name, reason)
-        print(f"{name} is {taken}{f': {reason}' if reason else ''}")
+        name, reason = options.take, ""
+        if name == "best":
+            name, reason, files = best_of(files, options.average)
+        taken = write_taken(files, name, reason or None)
+        what = f"the averaged weights of {name} are" if files.average else f"{name} is"
+        print(f"{what} {taken}{f': {reason}' if reason else ''}")
         return taken
-    ready()
-    from infer.choosing.draw import RESULT, draw_choice
+    if options.resident:
+        from infer.resident.ask import ask
 
-    said = draw_choice(options, files, device)
+        files = check_named(options)
+        ask("choose", options)
+        said = json.loads((files.folder / "choose" / RESULT).read_bytes())
+    else:
+        files, device = check_choose(options)
+        ready()
+        from infer.choosing.draw import draw_choice
+
+        said = draw_choice(options, files, device)
     titles = {
         "validation": "held-out loss",
         "drift": "drift",
@@ -51,6 +64,8 @@ def choose(options: Choose) -> Path:
         figures = [entry[key] for key in titles]
         lines.append([entry["name"], f"{entry['weight']:g}", *("" if x is None else number(x) for x in figures)])
     print(text_table(lines))
+    if said["average"]:
+        print("drawn and judged are the averaged weights of each; average=false takes the weights themselves")
     best = said["best"]
     strength = "" if best["weight"] == 1 else f" at {best['weight']:g}"
     print(

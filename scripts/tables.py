@@ -10,13 +10,16 @@ device and the versions that it was measured with. The programs are the toolkit'
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 if __name__ == "__main__":
@@ -26,11 +29,13 @@ from infer.program.atomic import replace_file
 from infer.program.errors import explained
 from infer.program.paths import ROOT
 from infer.report.markdown import plain_table
+from scripts.tiny import world
 from scripts.tiny.make_edits import make_edits
 from scripts.tiny.make_style import make_style
 
 PRECISIONS = ("bf16", "int8", "fp4", "nf4")
 LAYERS = 6  # of the sensitivity's table: those that suffer most
+PROMPTS = 20  # of the table of the demo's style, two seeds each
 
 
 def program(*command: str) -> None:
@@ -69,7 +74,7 @@ def gap() -> str:
     """The demo's style at each precision and at three mixtures."""
     style()
     program(
-        "train/gap.py", "run=tables", "data.path=runs/demo-pictures", f"data.resolution={side()}",
+        "train/gap.py", "run=tables", "data.path=runs/demo-pictures", f"data.resolution={world.SIZE}",
         "data.trigger='zelk style'", "data.validation=0", "data.batch_size=4", "pictures=12",
         "only=[bf16,nf4,equal,ends,six]", "+precision@precisions.equal=auto",
         "precisions.equal.budget_gib=0.0048837662", "precisions.equal.double_quant=true",
@@ -112,26 +117,59 @@ def edit() -> str:
     for precision in PRECISIONS:
         of = {bool(adapted): [r for r in rows if r["precision"] == precision and bool(r["adapter"]) == adapted]
               for adapted in (False, True)}  # fmt: skip
-        cells = [f"{sum(r['right'] for r in own):.0f} of {len(own)}" for own in of.values()]
+        cells = [f"{sum(r['scores']['right'] for r in own):.0f} of {len(own)}" for own in of.values()]
         for name in ("kept_psnr", "target_psnr"):
-            cells.append(", ".join(f"{sum(r[name] for r in own) / len(own):.1f}" for own in of.values()))
+            cells.append(", ".join(f"{fmean(r['scores'][name] for r in own):.1f}" for own in of.values()))
         lines.append([precision, *cells])
     return plain_table([["precision", "right: base", "adapter", "kept_psnr, dB", "target_psnr, dB"], *lines])
+
+
+def demo() -> str:
+    """The demo: its own six prompts."""
+    style()
+    program("train/train.py", "experiment=demo")
+    program("infer/compare.py", "experiment=demo_compare")
+    lines = []
+    for row in read(ROOT / "runs" / "demo" / "compare" / "results.json")["summary"]:
+        scores, psnr = row["scores"], row["scores"]["psnr_bf16"]
+        lines.append([
+            row["precision"], row["adapter"] or "none", f"{row['weights_bytes'] / 2**20:.2f}", f"{row['seconds']:.3f}",
+            "" if psnr is None else f"{psnr:.1f}", f"{scores['right']:.2f}", f"{scores['inked']:.2f}",
+        ])  # fmt: skip
+    titles = ["precision", "adapter", "weights MiB", "s/image", "PSNR to bf16", "things right", "in the style"]
+    return plain_table([titles, *lines])
+
+
+def style_of_many() -> str:
+    """The demo's adapter on more prompts, of pairs of shape and colour that the model never saw."""
+    rng = random.Random("style of many")
+    scenes = [world.sample_scene(rng, held=True) for _ in range(PROMPTS)]
+    plain = [
+        replace(scene, things=tuple(replace(thing, texture="plain") for thing in scene.things)) for scene in scenes
+    ]
+    prompts = json.dumps([f"zelk style, {world.describe(scene)}" for scene in plain])
+    program(
+        "infer/compare.py", "experiment=demo_compare", "run=tables-style", f"prompts={prompts}", "seeds=[0,1]",
+        "unrelated=[]",
+    )  # fmt: skip
+    summary = read(ROOT / "runs" / "tables-style" / "compare" / "results.json")["summary"]
+    lines = [
+        [row["precision"], row["adapter"] or "none", str(row["images"])]
+        + [f"{row['scores'][name]:.3f}" for name in ("right", "inked")]
+        for row in summary
+    ]
+    return plain_table([["precision", "adapter", "pictures", "things right", "in the style"], *lines])
 
 
 def style() -> None:
     make_style(ROOT / "runs" / "demo-pictures", 40, 0)
 
 
-def side() -> int:
-    from scripts.tiny import world
-
-    return world.SIZE
-
-
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "reader": ("docs/bundled-model.md", reader),
     "captions": ("docs/bundled-model.md", captions),
+    "demo": ("docs/bundled-model.md", demo),
+    "style": ("docs/bundled-model.md", style_of_many),
     "sensitivity": ("docs/measurement.md", sensitivity),
     "gap": ("docs/measurement.md", gap),
     "edit": ("docs/edit-training.md", edit),

@@ -39,6 +39,8 @@ DEAREST = (
     "infer/adapter/test_residual.py",
     "infer/quantize/test_compute.py",
     "train/loop/test_klein.py",
+    "train/ranks",
+    "train/probe",
     "test_config.py",
     "infer/program",
     "train/watch",

@@ -31,6 +31,7 @@ from infer.merging.settings import Merge
 from infer.program.command import check_run_name
 from infer.program.paths import ROOT
 from infer.quantize.precision import KINDS, Precision
+from infer.resident.settings import Serve
 from infer.rounding.settings import Recover, Sensitivity
 from infer.sample.generate import Sampling
 from infer.save import Save
@@ -63,6 +64,7 @@ ROOTS: dict[str, Any] = {
     "choose": Choose,
     "compare": Compare,
     "draw": Draw,
+    "serve": Serve,
     "save": Save,
     "convert": Convert,
     "merge": Merge,
@@ -431,6 +433,12 @@ WRONG = [
     ("draw", "adapter.path=a weights=[0,1] adapter.weight=0.5", "adapter.weight is 0.5, .*weights says the strengths"),
     ("draw", "adapter.path=a weights=[nan]", "weights has nan; give numbers"),
     ("draw", "adapter.path=a adapter.name=b", "adapter.name is b, .*pictures are named by their prompts"),
+    ("draw", "adapter.path=a adapters=[b]", "adapters and adapter.path are both given"),
+    ("draw", "precision=int8 precisions=[nf4]", "precisions and precision are both given"),
+    ("draw", "precisions=[nf5]", "precisions has 'nf5'; choose among auto, bf16"),
+    ("draw", "adapters=[a,a]", "adapters has 'a' twice"),
+    ("choose", "take=best resident=true", "resident is true, which has no effect: take=best draws nothing"),
+    ("serve", "idle=0", "idle is 0; give seconds above 0"),
     ("draw", "text_length=0", "text_length is 0; it must be 1 or more"),
     ("draw", "out=''", "out is empty; give a folder"),
     ("compare", "only=[bf16,nf5]", r"only names \['nf5'\]; choose from bf16, int8, fp4, nf4"),

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from infer.program.literal import literal_arguments
 from infer.program.paths import ROOT
 from infer.program.settings import settings as all_settings
+from infer.quantize.precision import Precision
 from scripts.settings_page import commands as entries
 
 DOCS = ROOT / "docs"
@@ -150,3 +151,56 @@ def composes(command: str) -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         OmegaConf.to_object(compose(name, overrides))
     GlobalHydra.instance().clear()
+
+
+def test_every_launch_by_accelerate_names_its_config_file() -> None:
+    """Without one accelerate begins with a paragraph about values that were not passed."""
+    shown = [block for _, block in blocks()] + [
+        text
+        for page in PAGES
+        for text in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    ]
+    launches = [line for text in shown for line in text.splitlines() if re.search(r"accelerate launch .*train", line)]
+    assert len(launches) > 3 and all("--config_file" in line for line in launches)
+
+
+FOREIGN = {  # of other programs, of Hydra's launchers, and examples that stand for a name
+    "gradient_accumulation_steps", "init", "init_lora_weights", "lr", "metadata", "name", "precisions.nf4_fp8",
+    "precisions.nf4_int8", "scores.name", "sweep.objectives.psnr_base",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "settings.md"], ids=lambda page: page.name)
+def test_settings_within_lines_of_text_are_there(page: Path) -> None:
+    known = {"precisions.nf4." + name for name in all_settings(Precision)} | GROUPS | FOREIGN
+    known = known.union(*(all_settings(schema) for _, schema in SCHEMAS.values()))
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for code in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", text):
+        for name in re.findall(r"(?<![\w.\-/\[{,:'\"(])([a-z_]+(?:\.[a-z_0-9]+)*)=", code):
+            assert name in known or name.startswith("hydra."), f"{name} in `{code}`"
+
+
+def scripts_shown() -> list[tuple[str, str, str]]:
+    """(page, script, its arguments) of the programs in scripts/ that the pages call, comments left out."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r" *\\\n\s*", " ", page.read_text())
+        for file, rest in re.findall(r"python3? (scripts/[\w/]+\.py)([^`\n]*)", text):
+            found.append((page.name, file, re.split(r" +#| [|&>]", rest)[0]))
+    return found
+
+
+@pytest.mark.parametrize("page, file, arguments", scripts_shown())
+def test_flags_of_scripts_are_there(page: str, file: str, arguments: str) -> None:
+    text = (ROOT / file).read_text()
+    beside = [ROOT / f"{module.replace('.', '/')}.py" for module in re.findall(r"from (scripts\.[\w.]+) import", text)]
+    texts = [text, *(each.read_text() for each in beside if each.is_file())]
+    calls = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    flags = {
+        word.value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+        for word in call.args
+        if isinstance(word, ast.Constant)
+    }
+    assert {word for word in shlex.split(arguments) if word.startswith("--")} <= flags

@@ -3,7 +3,7 @@
     python train/cache.py model=dev precision=nf4 data.path=my_pictures data.resolution=512
 
 fills the cache (train/latents/build.py); several GPUs share the work under `accelerate launch`, and prune=true then
-removes all else and says what; force=true what other runs have used too. Its last line is one JSON object.
+removes all else and says what; force=true what other runs have used too. json=true prints the counts as JSON too.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Fill:
     """With prune, remove what other runs have used too: they will encode it again."""
     recheck: bool = False
     """Read all weights, pictures and encodings again, though their files are as they were when they were last read."""
+    json: bool = False
+    """Print the counts as JSON too, as the last line."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
 
@@ -72,7 +74,7 @@ def summary(cache: Cache) -> list[str]:
 
 
 def fill(options: Fill) -> dict[str, int]:
-    """Build, prune if asked, and print what there is; the last line is one JSON object."""
+    """Build, prune if asked, and print what there is."""
     check_device_name(options.device)
     check_model(options.model)
     data = options.data
@@ -126,7 +128,8 @@ def fill(options: Fill) -> dict[str, int]:
             print(f"the text encoder does not see the end of {text!r}")
         for line in summary(cache):
             print(line)
-        print(json.dumps(figures))
+        if options.json:
+            print(json.dumps(figures))
     state.destroy_process_group()
     return figures
 

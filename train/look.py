@@ -2,8 +2,9 @@
 
     python train/look.py model=dev data.path=my_pictures data.resolution=512 run=mine
 
-Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline. The last line is
-one JSON object with the counts. Exit code 0: training could start; 2: it could not, and the text says what to mend.
+Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline, and data.json for
+programs; json=true prints the counts as a JSON object below. Exit code 0: training could start; 2: it could not, and the
+text says what to mend.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Look:
     """Pictures whose crops are on the page; the table has all."""
     workers: int | None = None
     """Threads that decode; null takes one a core."""
+    json: bool = False
+    """Print the counts as JSON too, as the last line."""
     decode_pixels: int = 2**26
     """Pixels decoded at the same time by all threads, at 8 to 21 bytes each; a larger picture is decoded alone."""
 
@@ -95,10 +98,8 @@ def refusal(found: Survey, data: Data) -> str | None:
     """Why training could not start on this, and the mend; None if it could."""
     if found.skipped and data.on_error == "raise":
         total = len(found.usable) + len(found.skipped)
-        return (
-            f"{len(found.skipped)} of {total} samples cannot be used, each for a reason of its own; mend them, or set "
-            "data.on_error=skip to train without them"
-        )
+        leave = ", or set data.on_error=skip to train without them" if found.usable else ""
+        return f"{len(found.skipped)} of {total} samples cannot be used, for the reasons above; mend them{leave}"
     usable = [found.samples[i] for i in found.usable]
     given = sources_of(data)
     keys = [
@@ -180,7 +181,8 @@ def summary(found: Survey, numbers: dict[str, Any]) -> str:
         lines.append(f"{numbers['shared_captions']:,} captions stand for several pictures")
     if found.lengths:
         most = max(found.lengths.values())
-        lines.append(f"{numbers['texts']:,} texts of up to {most:,} text tokens, of which {found.length:,} are seen")
+        seen = f"the text encoder sees the first {found.length:,}"
+        lines.append(f"{numbers['texts']:,} texts of up to {most:,} text tokens; {seen}")
         listed("truncated:", [f"{found.lengths[text]:,} tokens: {text}" for text in found.truncated])
     return "\n".join(lines)
 
@@ -192,6 +194,7 @@ def look(options: Look) -> None:
     # all that is broken is listed, whatever training does at the first of it
     samples, skipped = read_samples(replace(data, on_error="skip"))
     ready()
+    from train.survey.record import NAME, record
     from train.survey.sheet import render
     from train.survey.survey import survey
 
@@ -215,12 +218,15 @@ def look(options: Look) -> None:
         facts["prior preservation"] = f"{data.prior.count} pictures that the base draws are not here yet"
     content = render(f"Data of {options.run}", facts, why_not, found, data, options.shown, workers, room)
     replace_file(page, lambda path: path.write_bytes(content.encode()))
+    listed = json.dumps(record(found, data, why_not, numbers), ensure_ascii=False)
+    replace_file(page.with_name(NAME), lambda path: path.write_text(listed, encoding="utf-8"))
     print(summary(found, numbers))
     if absent:
         print(absent)
     print(f"page: {page}")
     print("training can start on this data" if why_not is None else f"training cannot start: {why_not}")
-    print(json.dumps({"can_start": why_not is None, **numbers, "page": str(page)}, ensure_ascii=False), flush=True)
+    if options.json:
+        print(json.dumps({"can_start": why_not is None, **numbers, "page": str(page)}, ensure_ascii=False), flush=True)
     if why_not is not None:
         sys.exit(2)
 

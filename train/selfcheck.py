@@ -136,7 +136,8 @@ def differences(a: Any, b: Any) -> list[dict[str, Any]]:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """All that a finished run has come to."""
-    from train.state.checkpoint import list_checkpoints, read_checkpoint
+    from train.state.checkpoint import read_checkpoint
+    from train.state.steps import list_checkpoints
 
     adapter, optimizer, state = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     return {"adapter": adapter, "optimizer": optimizer, "state": state, "metrics": lines(folder)}
@@ -159,7 +160,7 @@ def check(job: Train) -> None:
     check_taught(job.model, job.data, samples)
     from torch import Tensor
 
-    from train.state.checkpoint import list_checkpoints
+    from train.state.steps import list_checkpoints
 
     shutil.rmtree(folder, ignore_errors=True)
     runs = {name: command_of(sys.argv[1:], f"{job.run}/selfcheck/{name}") for name in ("straight", "killed", "again")}

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from infer.device.device import check_device_name, pick_device
+from infer.program.absent import meant
 from infer.program.bounds import check_most
 from infer.program.command import run_command
 from infer.program.paths import expand, is_hub_id
@@ -68,7 +69,7 @@ class WriteCaptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not Path(self.captioner).is_dir() and not is_hub_id(self.captioner):
             raise ValueError(
-                f"captioner {self.captioner!r} is no folder here and no Hub id (owner/name); check the spelling"
+                f"captioner {self.captioner!r} is no folder here and no Hub id (owner/name); {meant(self.captioner)}"
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty; write what the captioner is asked, or set it to null")

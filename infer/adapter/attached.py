@@ -11,7 +11,7 @@ from typing import Any
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from infer.adapter.read import FILE, Pair, Pairs
+from infer.adapter.read import FILE, Pairs, pairs_of
 from infer.adapter.write import write_pairs
 
 
@@ -43,19 +43,6 @@ def strengths(transformer: nn.Module, name: str = "default") -> dict[str, float]
 def adapter_pairs(transformer: nn.Module, name: str = "default") -> Pairs:
     """An attached adapter as pairs, on the CPU."""
     return pairs_of(adapter_state(transformer, name), strengths(transformer, name))
-
-
-def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
-    """`adapter_state` as pairs, of the layers whose strengths are given."""
-    return {
-        layer: Pair(
-            state[f"{layer}.lora_A.weight"],
-            state[f"{layer}.lora_B.weight"],
-            strength,
-            state.get(f"{layer}.lora_magnitude_vector"),
-        )
-        for layer, strength in strengths.items()
-    }
 
 
 def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], name: str = "default") -> Path:

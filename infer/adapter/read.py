@@ -8,6 +8,7 @@ fuse, and in where the strength stands (strengths.py).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container
 from pathlib import Path
@@ -19,9 +20,11 @@ from infer.adapter.file_family import file_family
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
 from infer.adapter.lycoris import PARTS, as_lora, is_lycoris
+from infer.adapter.own_checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
-from infer.program.paths import is_hub_id, kind_of_file
+from infer.program.absent import meant
+from infer.program.paths import POINTER, is_hub_id, kind_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,17 +66,19 @@ Pairs = dict[str, Pair]
 
 
 def find_adapter(path: str) -> Path:
-    """The adapter's file from a path to it or to its folder.
+    """The adapter's file from a path to it or to its folder, which may be a checkpoint of a run.
 
     Raises:
         ValueError: there is none.
     """
     file = Path(path)
     if file.is_dir():
-        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE]
+        candidates = [file / FILE, file / "adapter" / FILE, file / PEFT_FILE, file / WEIGHTS]
         file = next((c for c in candidates if c.is_file()), candidates[0])
     if not file.is_file():
         mend = f"give a .safetensors file or a folder that holds {FILE}"
+        if not os.path.lexists(path):
+            mend = meant(path, mend)
         if is_hub_id(path):
             mend += f"; one that is on the Hub is downloaded first: hf download {path} --local-dir adapters"
         elif Path(path).is_dir() and (others := sorted(each.name for each in Path(path).glob("*.safetensors"))):
@@ -94,11 +99,19 @@ def read_notes(file: Path) -> dict[str, Any]:
         if not isinstance(notes, dict):
             raise ValueError(f"its notes are {notes!r}")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is no adapter that can be read ({error}); take it away: train.py makes it again from the last "
-            "checkpoint"
-        ) from error
+        mend = "take it away: train.py makes it again from the last checkpoint"
+        raise ValueError(f"{file} is no adapter that can be read: {_other_kind(file) or f'{error}; {mend}'}") from error
     return notes
+
+
+def _other_kind(file: Path) -> str | None:
+    """What a file is that is no safetensors file, where its first bytes tell, and the mend."""
+    return {
+        "gguf": "it is a GGUF file, which holds a whole model; give a LoRA file",
+        "pickle": "it is a pickle, which could run programs; ask for the .safetensors of it",
+        "archive": "it is an archive; unpack it",
+        "pointer": POINTER,
+    }.get(kind_of_file(file))
 
 
 def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs:
@@ -112,18 +125,15 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
             family.
     """
     file = find_adapter(path)
+    if is_checkpoint(file):
+        own, strength = read_checkpoint(file)
+        return pairs_of(own, dict.fromkeys(map(_layer, own), strength))
     try:
         with safe_open(file, framework="pt") as reader:
             header = reader.metadata() or {}
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        kind = kind_of_file(file)
-        what = {
-            "gguf": "a GGUF file, which holds a whole model",
-            "pickle": "a pickle, which could run programs; ask for the .safetensors of it",
-            "archive": "an archive; unpack it",
-        }.get(kind, str(error))
-        raise ValueError(f"{file} is no LoRA file that can be read: {what}") from error
+        raise ValueError(f"{file} is no LoRA file that can be read: {_other_kind(file) or error}") from error
     text = [key for key in state if _TEXT.match(key)]
     if text and not drop_text_encoder:
         words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)
@@ -180,6 +190,24 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")
     return pairs
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor under PEFT's names."""
+    return key.partition(".lora_")[0]
+
+
+def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
+    """`adapter_state` as pairs, of the layers whose strengths are given."""
+    return {
+        layer: Pair(
+            state[f"{layer}.lora_A.weight"],
+            state[f"{layer}.lora_B.weight"],
+            strength,
+            state.get(f"{layer}.lora_magnitude_vector"),
+        )
+        for layer, strength in strengths.items()
+    }
 
 
 def _check_scale(file: Path, key: str, scale: Tensor) -> None:

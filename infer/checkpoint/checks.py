@@ -27,6 +27,10 @@ def check_stored(path: str, stored: dict[str, Any], precision: Precision, part: 
     Raises:
         ValueError: the kind or another setting of the precision differs.
     """
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"quantization_config in config.json of the {part} of {path} is {stored!r}, and no object; copy it again"
+        )
     kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
     if precision.layers or precision.kind != kind:
         other = "a mixture of kinds" if precision.layers else precision.kind

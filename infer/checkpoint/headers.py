@@ -13,7 +13,8 @@ from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.family.find import of_config, of_pipeline
-from infer.program.paths import is_hub_id, no_hub_id, no_index
+from infer.program.absent import meant
+from infer.program.paths import POINTER, is_hub_id, kind_of_file, no_index
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 
@@ -39,7 +40,7 @@ def _check_folder(model: Model) -> None:
     if folder is None:
         if not is_hub_id(model.path):
             raise ValueError(
-                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {no_hub_id(model.path)}"
+                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {meant(model.path)}"
             )
         return
     index = folder / "model_index.json"
@@ -90,7 +91,8 @@ def stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="numpy") as reader:
                 found |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"cannot load the transformer: {file}: {error}; copy the checkpoint again") from error
+            what = POINTER if kind_of_file(file) == "pointer" else f"{error}; copy the checkpoint again"
+            raise ValueError(f"cannot load the transformer: {file}: {what}") from error
     return found
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from PIL import Image, UnidentifiedImageError
 
+from infer.adapter.lora import FROM_ERROR
+from infer.adapter.own_checkpoint import AVERAGE, WEIGHTS
 from infer.checkpoint.model import Model
 from infer.quantize.precision import Precision
 
-if TYPE_CHECKING:
-    from infer.adapter.read import Pairs
-
 SHEET = "flux_lora_sheet"
 """The text of a preview sheet's PNG that says what is drawn where (train/loop/preview.py)."""
-FROM_ERROR = ("residual", "loftq")
+RESULT = "choice.json"
+"""What a choice found, in the run's folder `choose`."""
 
 
 @dataclass
@@ -40,8 +38,10 @@ class RunFiles:
     """The folder of its pictures; None if its data is another kind of source."""
     checkpoints: dict[str, int]
     """Steps by name, the earliest first."""
+    average: bool
+    """Whether the moving averages of the checkpoints' weights (train.py's ema) are meant, not the weights."""
     validation: dict[int, float]
-    """Losses of the held-out pictures by step."""
+    """Losses of the held-out pictures by step, of the same weights."""
     prompts: list[str]
     """Of its last previews."""
 
@@ -57,8 +57,9 @@ def known_settings(kind: Any, values: Any) -> Any:
     return kind(**{name: value for name, value in values.items() if name in there})
 
 
-def read_run(folder: Path, wanted: list[str]) -> RunFiles:
-    """Read a run; wanted: names of its checkpoints, none for all.
+def read_run(folder: Path, wanted: list[str], average: bool | None) -> RunFiles:
+    """Read a run; wanted: names of its checkpoints, none for all; average: whether their averaged weights are meant,
+    None takes them where all have some.
 
     Raises:
         ValueError: it is not there, has no such checkpoint, or cannot be read.
@@ -85,6 +86,13 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
         raise ValueError(
             f"run {folder} has no checkpoints; train with keep=5 or keep_best=3 to have some to choose from"
         )
+    without = [name for name in chosen if not (folder / "checkpoints" / name / AVERAGE).is_file()]
+    if average and without:
+        raise ValueError(
+            f"average is true, but checkpoint {without[0]} of {folder} has no averaged weights; train with ema=0.99 to "
+            "have some, or set average=false"
+        )
+    average = not without if average is None else average
     if adapter.get("init") in FROM_ERROR or adapter.get("recovery"):
         raise ValueError(
             f"run {folder} starts from the quantization's error (adapter.init or adapter.recovery), and its "
@@ -101,19 +109,20 @@ def read_run(folder: Path, wanted: list[str]) -> RunFiles:
         text_length,
         path if isinstance(path, str) and Path(path).is_dir() else None,
         chosen,
-        _validation(folder / "metrics.jsonl"),
+        average,
+        _validation(folder / "metrics.jsonl", "validation_loss_ema" if average else "validation_loss"),
         _prompts(folder / "previews"),
     )
 
 
-def _validation(file: Path) -> dict[int, float]:
+def _validation(file: Path, name: str) -> dict[int, float]:
     losses: dict[int, float] = {}
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        if '"validation_loss"' not in line:
+        if f'"{name}"' not in line:
             continue
         try:
             entry = json.loads(line)
-            losses[int(entry["step"])] = float(entry["validation_loss"])
+            losses[int(entry["step"])] = float(entry[name])
         except (ValueError, LookupError, TypeError):  # torn
             continue
     return losses
@@ -132,34 +141,6 @@ def _prompts(previews: Path) -> list[str]:
     return []
 
 
-def strength_of(adapter: dict[str, Any]) -> float:
-    """What the recorded settings multiply B A with: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
-    rank, alpha = int(adapter["rank"]), float(adapter["alpha"])
-    return alpha / (math.sqrt(rank) if adapter.get("rslora") else rank)
-
-
-def read_checkpoint_pairs(files: RunFiles, name: str) -> Pairs:
-    """A checkpoint's adapter as pairs.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from infer.adapter.attached import pairs_of
-
-    folder = files.folder / "checkpoints" / name
-    try:
-        content = (folder / "adapter.safetensors").read_bytes()
-        sums = json.loads((folder / "state.json").read_bytes())["sha256"]
-        if hashlib.sha256(content).hexdigest() != sums["adapter.safetensors"]:
-            raise ValueError("its checksum differs from what was written")
-        state = load(content)
-        strength = strength_of(files.adapter)
-        layers = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-        return pairs_of(state, dict.fromkeys(layers, strength))
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"checkpoint {folder} is damaged ({error}); choose among the others with checkpoints=[...]"
-        ) from error
+def checkpoint_file(files: RunFiles, name: str) -> Path:
+    """The weights of a checkpoint that are meant."""
+    return files.folder / "checkpoints" / name / (AVERAGE if files.average else WEIGHTS)

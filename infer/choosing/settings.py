@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infer.checkpoint.headers import check_model
 from infer.choosing.run import RunFiles, read_run
@@ -38,6 +38,9 @@ class Choose:
     """Strengths at which each checkpoint is drawn."""
     unrelated: list[str] = field(default_factory=lambda: ["a street with cars", "a bowl of fruit on a table"])
     """Prompts that the adapter has nothing to do with: how far it moves them is its drift."""
+    average: bool | None = None
+    """Draw and take the moving averages of the checkpoints' weights (train.py's ema) rather than the weights; null
+    takes them where every checkpoint has one."""
     seed: int = 0
     """Of the noise: all pictures have the same."""
     references: str | None = None
@@ -45,6 +48,8 @@ class Choose:
     networks: Networks = field(default_factory=Networks)
     sampling: Sampling = field(default_factory=Sampling)
     memory: Memory = field(default_factory=Memory)
+    resident: bool = False
+    """Have a process draw that stays with the model loaded (infer/serve.py); it is started if there is none."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
     take: str | None = None
@@ -63,7 +68,7 @@ class Choose:
         refuse_idle(self.sampling, "sampling.", ("model",), "checkpoints are drawn on the run's own model")
         if self.take is not None:
             reason = f"take={self.take} draws nothing"
-            refuse_idle(self, "", ("prompts", "weights", "unrelated", "seed", "references"), reason)
+            refuse_idle(self, "", ("prompts", "weights", "unrelated", "seed", "references", "resident"), reason)
             refuse_idle(self.networks, "networks.", ("clip", "dino", "lpips", "image_reward"), reason)
             refuse_idle(self.sampling, "sampling.", ("steps", "guidance", "height", "width"), reason)
         if not self.weights:
@@ -72,26 +77,30 @@ class Choose:
             raise ValueError(f"weights has {bad[0]}; give numbers but 0: the base is drawn beside in any case")
 
 
-def check_choose(options: Choose) -> tuple[RunFiles, Any]:
+def check_choose(options: Choose) -> tuple[RunFiles, torch.device]:
     """See that everything that a choice names is there; returns the run's files and the device.
 
     Raises:
         ValueError: something is not.
     """
+    return check_named(options), pick_device(options.device)
+
+
+def check_named(options: Choose) -> RunFiles:
+    """The same without the device, for which torch is imported."""
     check_device_name(options.device)
-    files = read_run(check_run_name(options.run), options.checkpoints)
+    files = read_run(check_run_name(options.run), options.checkpoints, options.average)
     if options.take is not None:
         if options.take != "best" and options.take not in files.checkpoints:
             raise ValueError(f"take is {options.take!r}; the run has {', '.join(files.checkpoints)}")
-        return files, None
+        return files
     if not (options.prompts or files.prompts):
         raise ValueError('the run has no previews to take prompts from; give prompts=["a cup on a table"]')
     check_model(files.model)
     check_paths(options.networks)
     if references := options.references or files.data:
         list_pictures(references)
-    device: torch.device = pick_device(options.device)
-    return files, device
+    return files
 
 
 def references_of(options: Choose, files: RunFiles) -> str | None:

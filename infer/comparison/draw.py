@@ -51,6 +51,7 @@ from infer.score.judges import find_scores
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
 from infer.score.score_all import score_all
+from infer.score.summary import summarise_scores
 
 
 def _stage(measured: Measure) -> Stage:
@@ -262,6 +263,7 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
         rows = [row for row in rows if row.asked not in {*options.unrelated, *options.class_prompts}]
         drawn = rows, drift, bleed, unfinished, latents, reference, scores
         scored = score_all(*drawn, options.networks, options.references, edits, device)
+        summary = summarise_scores(rows, {"drift": drift, "bleed": bleed}, scored.sets, reference, list(scores))
         height, width = size
         libraries = ("torch", "diffusers", "transformers", "bitsandbytes", "peft")
         comparison = Comparison(
@@ -277,7 +279,7 @@ def draw_all(options: Compare, device: torch.device, folder: str = "compare") ->
             rows=rows,
             drift=drift,
             bleed=bleed,
-            summary=scored.summary,
+            summary=summary,
             references=scored.references,
             absent=scored.absent,
         )

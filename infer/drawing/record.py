@@ -39,9 +39,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def digests(adapter: Trained) -> dict[str, str]:
+def digests(*adapters: Trained) -> dict[str, str]:
     """SHA-256 of the adapters' files by their paths, as they were given."""
-    return {one.path: file_digest(find_adapter(one.path)) for one in adapter.all()}
+    paths = dict.fromkeys(one.path for adapter in adapters for one in adapter.all())
+    return {path: file_digest(find_adapter(path)) for path in paths}
+
+
+def paths_of(adapter: Trained) -> list[str]:
+    """The paths of the adapters that are on."""
+    return [] if adapter.path is None else [adapter.path, *(one.path for one in adapter.also)]
 
 
 def file_digest(file: Path) -> str:
@@ -53,8 +59,10 @@ def file_digest(file: Path) -> str:
 def record(options: Draw, one: Planned, digest: dict[str, str], size: tuple[int, int], facts: dict[str, Any]) -> str:
     """The text in a picture's PNG: JSON of its settings by dotted name, its adapters' digests, and `facts`.
 
-    size: height and width in pixels.
+    digest: of all adapters; size: height and width in pixels.
     """
+    options = options.at(one.column)
+    digest = {path: digest[path] for path in paths_of(options.adapter) if path in digest}
     values: dict[str, Any] = {"seeds": [one.seed], "text_length": options.text_length}
     if one.references:
         values["edits"] = [{"prompt": one.prompt, "references": [*one.references]}]
@@ -63,8 +71,6 @@ def record(options: Draw, one: Planned, digest: dict[str, str], size: tuple[int,
         values["prompt"] = one.prompt
     for group in ("model", "precision", "adapter", "sampling"):
         values |= {f"{group}.{name}": value for name, value in asdict(getattr(options, group)).items()}
-    if one.strength is not None:
-        values["adapter.weight"] = one.strength
     values["sampling.height"], values["sampling.width"] = size
     shown = {"references": {path: file_digest(Path(path)) for path in one.references}} if one.references else {}
     said = {"layout": LAYOUT, "settings": values, "adapters": digest, **shown, **facts}
@@ -117,6 +123,7 @@ def like_arguments(arguments: list[str]) -> list[str]:
     given = {argument.partition("=")[0].lstrip("+") for argument in others}
     replaced = given & {name for name in TAKEN if is_dataclass(kind_of(Draw, name))}
     replaced |= {group for group in ("adapter", "model") if f"{group}.path" in given}
+    replaced |= {group for group in ("adapter", "precision") if f"{group}s" in given}
     if given & {"prompt", "prompts", "edits"}:
         replaced |= {"prompt", "edits", "reference_resolution"}
     kept = {name: value for name, value in values.items() if name.partition(".")[0] not in replaced}

@@ -23,9 +23,10 @@ from infer.program.errors import explained, refuse
 from infer.program.help import FLAGS, print_help
 from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, SHIPPED
+from infer.program.peers import PEERS
 from infer.program.prompts import prompt_notes, read_prompt_files
 from infer.program.secrets import check_values
-from infer.program.settings import REFUSED, check_settings, explain
+from infer.program.settings import REFUSED, check_settings, explain, settings
 
 T = TypeVar("T")
 FOLDERS = {
@@ -65,7 +66,7 @@ def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:
             work(options)
 
     with explained(), _refused(schema), _raising():
-        _check_flags(sys.argv[1:])
+        _check_flags(sys.argv[1:], schema)
         sys.argv[1:] = read_prompt_files(sys.argv[1:], schema)
         notes = prompt_notes(sys.argv[1:], schema)
         sys.argv[1:] = literal_arguments(sys.argv[1:], schema, bool({"-m", "--multirun"} & set(sys.argv)))
@@ -100,7 +101,7 @@ def _raising() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _check_flags(arguments: list[str]) -> None:
+def _check_flags(arguments: list[str], schema: Any) -> None:
     """Refuse --steps 5, which other programs take and Hydra answers with its own usage alone."""
     if nameless := [a for a in arguments if a.startswith("=")]:
         raise ValueError(f"the argument {nameless[0]!r} has no name; write name=value")
@@ -110,9 +111,12 @@ def _check_flags(arguments: list[str]) -> None:
         flag, _, value = argument.partition("=")
         if flag not in known and not any(flag.startswith(short) for short in known if len(short) == 2):
             word = flag.lstrip("-").replace("-", "_")
-            raise ValueError(
-                f"{argument!r} is no flag; settings are written without dashes, as {word}={value or '...'}"
-            )
+            word, every = PEERS.get(word, word), list(settings(schema))
+            if word not in every:  # a name within a group
+                word = next((name for name in every if name.rpartition(".")[2] == word), word)
+            after = arguments[arguments.index(argument) + 1 :][:1]
+            value = value or next((one for one in after if not one.startswith("-") and "=" not in one), "...")
+            raise ValueError(f"{argument!r} is no flag; settings are written without dashes, as {word}={value}")
 
 
 def _folder(options: Any) -> Path | None:

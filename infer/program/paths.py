@@ -15,12 +15,12 @@ SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() el
 INSTALLED = SHIPPED != ROOT
 CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
 FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",
          ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".png", ".jpg", ".jpeg", ".webp")  # fmt: skip
 """Endings that no name on the Hub has."""
 LORA = ("lora", "lokr_", "hada_", "oft_")  # in the names of an adapter's tensors
 FLUX = ("double_blocks.", "single_blocks.", "transformer_blocks.")  # in those of a FLUX.1 transformer
+POINTER = "it is a pointer of Git LFS and not the file itself; fetch that: git lfs pull"
 HEADER = 100 * 2**20  # bytes: the longest header that safetensors reads
 
 READ = ("gguf", "flux", "safetensors")  # kinds of files that may hold a model
@@ -57,20 +57,16 @@ def roots_of(folder: Path) -> list[Path]:
     return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
 
 
-def no_hub_id(path: str) -> str:
-    """The mend for a path that is not there and no Hub id either."""
-    found = ADDRESS.match(path)
-    return f"write {found[1]}" if found else "check the spelling"
-
-
 def kind_of_file(file: Path) -> str:
-    """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive
-    or other."""
+    """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive,
+    pointer (of Git LFS, in the place of the file itself) or other."""
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
             if head.startswith(b"GGUF"):
                 return "gguf"
+            if head == b"version " and stream.read(24) == b"https://git-lfs.github.c":
+                return "pointer"
             if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
                 return "pickle" if file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin") else "archive"
             if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -108,6 +104,8 @@ def refuse_file(path: Path) -> None:
             f"model.path {path} is a pickled checkpoint, which may run any program when it is read; give the model as "
             "safetensors or GGUF"
         )
+    if kind == "pointer":
+        raise ValueError(f"model.path {path} is no checkpoint: {POINTER}")
     if path.name == "model_index.json":
         raise ValueError(f"model.path {path} is a file of the checkpoint {path.parent}; set model.path to that folder")
     if kind not in READ:

@@ -4,6 +4,7 @@ marks off, so that a comma made two prompts of one."""
 from pathlib import Path
 from typing import Any, get_origin
 
+from infer.program.absent import meant
 from infer.program.literal import inside, kind_of, quote, required
 from infer.program.paths import expanded
 
@@ -36,7 +37,8 @@ def _read(argument: str, schema: Any) -> str:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
-        raise ValueError(f"{argument}: there is no file {str(file)!r}; write its path behind the @") from None
+        mend = meant(str(file), "write its path behind the @")
+        raise ValueError(f"{argument}: there is no file {str(file)!r}; {mend}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{argument}: {file} cannot be read ({error}); save it as a text file in UTF-8") from error
     if not lines:

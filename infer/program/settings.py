@@ -1,8 +1,10 @@
 """The settings of a command by name, and what Hydra refuses of them, said with the nearest one that there is."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -16,6 +18,7 @@ from omegaconf.errors import (
 )
 
 from infer.program.literal import TAKEN, kind_of
+from infer.program.peers import PEERS
 
 REFUSED = (HydraException, OmegaConfBaseException)
 WANTED = {  # what OmegaConf says, and what it means
@@ -80,6 +83,8 @@ def _check(config: DictConfig, group: Any, schema: Any, within: str) -> None:
 def unknown(name: str, schema: Any) -> str:
     """The message for a setting that is not there."""
     every = [*settings(schema)]
+    if (ours := PEERS.get(name.rpartition(".")[2])) in every:
+        return f"there is no setting {name!r}; here it is called {ours}"
     group = name.rpartition(".")[0]
     beside = [other for other in every if group and other.rpartition(".")[0] == group]
     others = f"; choose one of {', '.join(beside)}" if beside else "; --help shows all with their values"
@@ -90,8 +95,10 @@ def explain(error: Exception, schema: Any) -> str:
     """What Hydra or OmegaConf refuses, as one paragraph with the mend."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(error, MissingConfigException):
-        return _missing(error)
+        return _missing(error, schema)
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return f"the argument {error.override!r} has no name; write name=value, {_named(error.override, schema)}"
         return (
             f"the argument {error.override!r} cannot be read ({_first(error)}); write name=value, and put a value with "
             "spaces, commas, brackets or = in quotes within quotes, as in 'data.trigger=\"a, b\"'"
@@ -121,15 +128,33 @@ def explain(error: Exception, schema: Any) -> str:
         given = text.split("'")[1]
         return f"{given!r} could be a list or text; write name=[a,b] for a list, or 'name=\"a,b\"' for text"
     if "Did you mean to override" in text or "No match in the defaults list" in text:
+        name = text.partition("'")[2].partition("'")[0]
+        if parts := [other for other in settings(schema) if other.startswith(f"{name}.")]:
+            return f"{name} is set by its parts: {', '.join(f'{part}=...' for part in parts)}"
         return text.partition(" To append to your default list")[0].replace("Could not override", "there is no group")
     return text
 
 
-def _missing(error: MissingConfigException) -> str:
+def _named(word: str, schema: Any) -> str:
+    """An example with the setting that a word without a name was meant for, as far as it tells."""
+    every = [*settings(schema)]
+    if not os.path.lexists(word) and "prompt" in every:
+        return f"as in 'prompt=\"{word}\"'"
+    path = next((name for name in ("data.path", "adapter.path", "model.path") if name in every), None)
+    return f"as in {path}={word if os.path.lexists(word) else '...'}" if path else "as --help shows them"
+
+
+def _missing(error: MissingConfigException, schema: Any) -> str:
     if not error.options:
         return f"{_first(error)} Leave --config-name and --config-path out: the settings are in configs/"
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
-    return f"there is no {group}={option}{nearest(option, error.options) or ';'} there are {', '.join(error.options)}"
+    # the group is the first part: what was given may be a path
+    group, _, option = str(error.missing_cfg_file).partition("/")
+    near = nearest(option, error.options) or nearest(Path(option).stem, error.options)
+    said = f"there is no {group}={option}{near or ';'} there are {', '.join(error.options)}"
+    paths = [name for name in settings(schema) if name in (f"{group}.path", f"{group}.start")]
+    if paths and ("/" in option or "." in option or os.path.lexists(option)):
+        said += f"; a path or name of the Hub is given as {' or as '.join(f'{name}={option}' for name in paths)}"
+    return said
 
 
 def _first(error: Exception) -> str:

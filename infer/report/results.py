@@ -197,9 +197,11 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if origin is dict:
         _expect(isinstance(value, dict), "an object", value, path)
         return {key: _read(arguments[1], own, f"{path}.{key}") for key, own in value.items()}
-    names = {str: "text", int: "a whole number", float: "a number"}
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     types = {float: (int, float)}.get(kind, kind)
-    _expect(kind is Any or (isinstance(value, types) and not isinstance(value, bool)), names.get(kind, ""), value, path)
+    # Python's bool is an int
+    fits = kind is Any or (isinstance(value, types) and isinstance(value, bool) == (kind is bool))
+    _expect(fits, names.get(kind, ""), value, path)
     return value
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from infer.report.results import Row
 from infer.sample.edit import Edit
 from infer.sample.picture import decode
+from infer.score.drawn import Drawn
 from infer.score.pairs import Pair, distance, open_picture
 
 
@@ -66,7 +66,7 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color="white")
 
 
-def score_edits(rows: Sequence[Row], folder: Path, edits: Mapping[str, Edit], lpips: Pair | None) -> None:
+def score_edits(rows: Sequence[Drawn], folder: Path, edits: Mapping[str, Edit], lpips: Pair | None) -> None:
     """Fill in the scores of rows whose prompt has references. edits: by `Row.asked`.
 
     With a mask: `kept_psnr`, in dB over the pixels outside of it against the first reference (None where they are

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from infer.program.paths import expand, is_hub_id, no_hub_id
+from infer.program.absent import meant
+from infer.program.paths import expand, is_hub_id
 from infer.sample.picture import SUFFIXES
 
 Score = Callable[[Image.Image, str], float]
@@ -63,7 +64,7 @@ def check_paths(networks: Networks) -> None:
             )
         if not is_hub_id(path):
             raise ValueError(
-                f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); {no_hub_id(path)}, "
+                f"networks.{name} is {path!r}, which is no folder here and no Hub id (owner/name); {meant(path)}, "
                 "or set it to null to go without"
             )
     if networks.lpips is not None and not Path(networks.lpips).is_file():

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from infer.report.results import Estimate, References, Row, Variant
+from infer.report.results import Estimate, References, Variant
 from infer.sample.picture import decode
+from infer.score.drawn import Drawn
 from infer.score.judges import list_pictures
 from infer.score.kid_cmmd import Kernel, gaussian, nearest, nearest_cosine, polynomial, squared_distance, thumbnail
 from infer.score.networks import Embed, Loaded
@@ -30,7 +31,7 @@ class SetScore:
 
 
 def score_likeness(
-    rows: Sequence[Row], folder: Path, references: str, networks: Loaded
+    rows: Sequence[Drawn], folder: Path, references: str, networks: Loaded
 ) -> tuple[References, list[SetScore]]:
     """Fill in each row's likeness to the training images; returns what is known of these, and KID and CMMD where their
     networks are there.
@@ -91,7 +92,7 @@ def _usual(closest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], features:
     return float(torch.cat(found).median())
 
 
-def _set_scores(rows: Sequence[Row], name: str, kernel: Kernel, features: Tensor, others: Tensor) -> list[SetScore]:
+def _set_scores(rows: Sequence[Drawn], name: str, kernel: Kernel, features: Tensor, others: Tensor) -> list[SetScore]:
     """The distance of each (precision, adapter) whose pictures, like the training images, are two or more."""
     found = []
     for variant in dict.fromkeys(row.variant for row in rows):

@@ -9,14 +9,15 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from infer.report.results import Row, Scores
+from infer.report.results import Scores
+from infer.score.drawn import Drawn
 from infer.score.judges import Score
 
 Pair = Callable[[Image.Image, Image.Image], float]
 Key = tuple[str, str | None, str, int]
 
 
-def key_of(row: Row) -> Key:
+def key_of(row: Drawn) -> Key:
     """What tells a row's picture from the others: precision, adapter, prompt with its references, and seed."""
     return row.precision, row.adapter, row.asked, row.seed
 
@@ -47,7 +48,7 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def score_pairs(
-    rows: Sequence[Row], folder: Path, latents: dict[Key, Tensor], reference: str | None, lpips: Pair | None
+    rows: Sequence[Drawn], folder: Path, latents: dict[Key, Tensor], reference: str | None, lpips: Pair | None
 ) -> None:
     """Fill in each row's distance from the picture of the reference precision (`_bf16`) and from the one without the
     adapter (`_base`): PSNR, SSIM, the latents' relative error, and LPIPS if there is one.
@@ -75,7 +76,7 @@ def score_pairs(
             row.scores.update({name + suffix: value for name, value in scores.items()})
 
 
-def score_prompts(rows: Sequence[Row], folder: Path, scores: dict[str, Score]) -> None:
+def score_prompts(rows: Sequence[Drawn], folder: Path, scores: dict[str, Score]) -> None:
     """Fill in each row's scores of picture and prompt."""
     for row in rows:
         picture = open_picture(folder / row.image)

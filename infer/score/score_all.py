@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 from infer.device.device import release
-from infer.report.results import References, Row, Summary
+from infer.report.results import References
 from infer.sample.edit import Edit
+from infer.score.drawn import Drawn
 from infer.score.edits import score_edits
 from infer.score.judges import Score
 from infer.score.memorization import SetScore, score_likeness
 from infer.score.networks import TRAINING, Networks, clip_score, load_networks
 from infer.score.pairs import Key, score_pairs, score_prompts
-from infer.score.summary import summarise_scores
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a report says beside the rows."""
+    """What is said beside the pictures' own scores."""
 
-    summary: list[Summary]
     references: References
+    sets: list[SetScore]
     absent: dict[str, str]
     """A score that was not measured -> why."""
 
 
 def score_all(
-    rows: Sequence[Row],
-    drift: Sequence[Row],
-    bleed: Sequence[Row],
+    rows: Sequence[Drawn],
+    drift: Sequence[Drawn],
+    bleed: Sequence[Drawn],
     folder: Path,
     latents: dict[Key, Tensor],
     reference: str | None,
@@ -42,7 +42,7 @@ def score_all(
     edits: Mapping[str, Edit],
     device: torch.device,
 ) -> Scored:
-    """Fill in the scores of all rows, and sum them up.
+    """Fill in the scores of all pictures.
 
     Args:
         drift: rows of prompts that the adapter has nothing to do with.
@@ -74,4 +74,4 @@ def score_all(
             absent[name] = f"{option} is empty"
     del networks
     release(device)
-    return Scored(summarise_scores(rows, {"drift": drift, "bleed": bleed}, sets, reference, list(own)), known, absent)
+    return Scored(known, sets, absent)

@@ -56,6 +56,8 @@ def base_in(file: Path) -> Found:
     packed = next((name for name, one in header.tensors.items() if one.kind == "U8"), None)
     if packed is not None:
         check_stored_kinds(file, header, [packed])
+    if not header.tensors:
+        raise ValueError(f"model.path {file} holds no tensors; download it again")
     raise ValueError(
         f"model.path {file} holds no transformer of {_families()} (its tensors are "
         f"{', '.join(list(header.tensors)[:3])}, ...); give a file with Black Forest Labs' or diffusers' names"

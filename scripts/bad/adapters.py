@@ -144,9 +144,9 @@ def cases() -> Iterator[Case]:
     ):
         yield tensors(name, lambda layer=layer: pair(layer), MISFIT)  # type: ignore[misc]
     for name, key, said in (
-        ("LoKr of LyCORIS", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr adapters are not LoRA"),
+        ("half of a LoKr", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "has no lokr_w2"),
         ("embeddings of words", "bundle_emb.sks.t5", "embeddings of words of its own"),
-        ("LoHa of ai-toolkit", "diffusion_model.single_blocks.0.linear1.hada_w1_a", "LoHa adapters are not LoRA"),
+        ("half of a LoHa", "diffusion_model.single_blocks.0.linear1.hada_w1_a", "has no hada_w1_b"),
         ("of FLUX.3", "diffusion_model.content_mode_blocks.0.q_proj.lora_A.weight", "is for FLUX.3"),
         ("fp8 with scales", f"{LAYER}.scale_weight", "fp8 numbers have scales of their own"),
         ("another adapter's name", f"{LAYER}.lora_A.second.weight", "holds several adapters"),

@@ -14,6 +14,7 @@ from infer.program.paths import ROOT
 from scripts.bad.adapters import Bomb, pair
 from scripts.bad.case import Case
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 TINY = ROOT / "scripts" / "tiny" / "model"
 DRAW = ["device=cpu", "only=[nf4]", "prompts=[a red star]", "sampling.steps=1", "sampling.height=16", "text_length=8",
         "sampling.width=16", "model.path=model"]  # fmt: skip
@@ -100,22 +101,27 @@ def cases() -> Iterator[Case]:
             yield part(f"config of {name} {what}", file, content, f"the {name} of model|model/{name}|{name}")
     for name, file in WEIGHTS.items():
         for what, content in (("absent", None), ("empty", b""), ("text", b"<html>404</html>"),
-                              ("a header alone", b"\x02\0\0\0\0\0\0\0{}"),
+                              ("a pointer of Git LFS", LFS), ("a header alone", b"\x02\0\0\0\0\0\0\0{}"),
                               ("a header of 2^63 bytes", b"\0\0\0\0\0\0\0\x80{}")):  # fmt: skip
-            yield part(f"weights of {name} {what}", f"{name}/{file}", content, f"the {name} of model")
+            yield part(f"weights of {name} {what}", f"{name}/{file}", content, f"the {name} of model|model/{name}/")
         yield one(
             f"weights of {name} cut",
             lambda model, name=name, file=file: replace(  # type: ignore[misc]
                 model, f"{name}/{file}", (TINY / name / file).read_bytes()[:-1000]
             ),
-            f"the {name} of model",
+            f"the {name} of model|model/{name}/",
         )
-        yield one(f"weights of {name} as a pickle", partial(_pickled, name), f"the {name} of model")
+        yield one(f"weights of {name} as a pickle", partial(_pickled, name), f"the {name} of model|model/{name} ")
     index = "transformer/diffusion_pytorch_model.safetensors.index.json"
     for what, content in (("absent", None), ("no JSON", b"{"), ("an empty object", b"{}"),
                           ("a map to a file that is not there", b'{"weight_map": {"a": "gone.safetensors"}}'),
                           ("a map that leads out", b'{"weight_map": {"a": "../../x.safetensors"}}')):  # fmt: skip
-        yield part(f"index of the transformer {what}", index, content, "the transformer of model")
+        yield part(
+            f"index of the transformer {what}",
+            index,
+            content,
+            "the transformer of model|model/transformer|transformer: model",
+        )
     changes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("transformer", {"num_layers": 9}),
         ("transformer", {"num_attention_heads": 5}),
@@ -136,7 +142,7 @@ def cases() -> Iterator[Case]:
         yield one(
             f"{key} of {name} is {value}",
             partial(_edit, f"{name}/config.json", change),
-            f"{name}|{key}",
+            rf"{name}|{key}|autoencoder gives",
         )
     for name in ("tokenizer", "tokenizer_2"):
         for what, content in (("absent", None), ("empty", b""), ("no JSON", b"{"), ("an empty object", b"{}")):
@@ -146,9 +152,10 @@ def cases() -> Iterator[Case]:
         ("a file", "model/model_index.json", "is a file of the checkpoint model; set model.path to that folder"),
         ("a part of it", "model/vae", "is a part of the checkpoint model; set model.path to that folder"),
         ("a file of a part", f"model/vae/{WEIGHTS['vae']}", "is a file of the checkpoint model"),
-        ("a single-file checkpoint", "flux1.safetensors", "is a single-file checkpoint, .*from_single_file"),
-        ("a GGUF file", "here/flux1-Q8_0.gguf", "is a GGUF file, .*unquantized checkpoint"),
-        ("a GGUF file's folder", "here", "is a GGUF file, .*unquantized checkpoint"),
+        ("a single-file checkpoint", "flux1.safetensors", "holds no transformer of FLUX.1 and FLUX.2"),
+        ("a GGUF file without tensors", "here/flux1-Q8_0.gguf", "holds no tensors; download it again"),
+        ("a GGUF file's folder", "here", "to use a single file in it, set model.path=here/flux1-Q8_0.gguf"),
+        ("a pointer of Git LFS", "pointer.safetensors", "pointer of Git LFS .*git lfs pull"),
         ("a file that is not there", "here/flux1.safetensors", "no folder here and no Hub id"),
         ("a page of the Hub", "https://huggingface.co/a/b/tree/main", "no folder here and no Hub id .*write a/b"),
         ("a LoRA file", "lora.safetensors", "is a LoRA file; give it as adapter.path"),
@@ -162,6 +169,7 @@ def cases() -> Iterator[Case]:
             copy(folder)
             (folder / "flux1.safetensors").write_bytes(save({"double_blocks.0.img_attn.qkv.weight": torch.ones(2)}))
             (folder / "lora.safetensors").write_bytes(save(pair()))
+            (folder / "pointer.safetensors").write_bytes(LFS)
             (folder / "here").mkdir()
             (folder / "here" / "flux1-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
             return [*DRAW, f"model.path={path}"]

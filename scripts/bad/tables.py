@@ -114,7 +114,7 @@ def cases() -> Iterator[Case]:
     yield Case("table", "parquet named .arrow", _renamed, broken)
     yield Case("table", "beside pictures", _beside_pictures, "pictures beside tables")
     yield Case("table", "two tables that differ", _unlike, f"{broken}|holds no pictures")
-    yield Case("table", "a table that is not there", lambda _: [*BASE, "data.path=none.parquet"], broken)
+    yield Case("table", "a table that is not there", lambda _: [*BASE, "data.path=none.parquet"], "does not exist")
     yield Case("table", "a data set of the Hub, offline", lambda _: [*BASE, "data.path=no-one/nothing"], broken)
     yield Case("table", "masks", lambda _: [*BASE, "data.path=a.parquet", "data.masks=m"], "can have masks")
 

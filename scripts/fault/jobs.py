@@ -25,7 +25,8 @@ from infer.report.results import read_results
 from scripts.tiny.make_style import make_style
 from train import cache, train
 from train.run import config
-from train.state.checkpoint import list_checkpoints, read_checkpoint
+from train.state.checkpoint import read_checkpoint
+from train.state.steps import list_checkpoints
 
 SET = ["data.path=set", "data.resolution=32", "device=cpu", "precision=bf16", "data.cache=cache"]
 TRAIN = [*SET, "run=soak", "steps=3", "save_every=1", "validate_every=2", "validation_levels=1", "adapter.rank=2",

@@ -23,8 +23,9 @@ from scripts.bad.reports import RESULT
 from train.latents.identities import Picture, read_identities, write_identities
 from train.latents.shards import DamagedError, ShardIndex, read_item, write_shard
 from train.run.config import Train
-from train.state.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
+from train.state.checkpoint import read_checkpoint, save_checkpoint
 from train.state.identity import record_config
+from train.state.steps import list_checkpoints
 
 
 @dataclass(frozen=True)

@@ -236,13 +236,22 @@ def check_model(
     path: Path, captions: list[str], steps: int, guidance: float, sheet: Path | None, precision: str = "bf16"
 ) -> list[dict[str, bool]]:
     """Draw the captions with the model at `path`, seed 0 upwards, and read the pictures back."""
+    from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
     from infer.checkpoint.model import Model
     from infer.device.device import pick_device
     from infer.quantize.precision import Precision
-    from scripts.tiny.drawing import pictures
+    from infer.sample.encode import decode, drawn_texts, text_encoder
+    from infer.sample.generate import Sampling, draw, settled
 
-    drawn = pictures(Model(str(path)), Precision(precision), captions, world.SIZE, steps, guidance, pick_device("auto"))
-    tiles = list(drawn)
+    model, kind, device = Model(str(path)), Precision(precision), pick_device("auto")
+    sampling, size = settled(Sampling(steps, guidance), model), (world.SIZE, world.SIZE)
+    with text_encoder(model, kind, device, None) as encoder:
+        texts = drawn_texts(model, encoder, captions)
+    transformer, scheduler, vae = load_transformer(model, kind, device), load_scheduler(model), load_vae(model, device)
+    tiles = [
+        decode(vae, draw(transformer, scheduler, text, seed, sampling, size, device), *size)
+        for seed, text in enumerate(texts)
+    ]
     results = [compare(parse(caption), read(image)) for caption, image in zip(captions, tiles, strict=True)]
     for caption, result in zip(captions, results, strict=True):
         if not result["right"]:

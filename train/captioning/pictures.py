@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from infer.program.absent import meant
 from infer.program.atomic import replace_file
 from infer.sample.picture import SUFFIXES
 from train.data.image_folder import SIDECARS
@@ -33,7 +34,9 @@ def list_pictures(folder: Path) -> list[Picture]:
         ValueError: there is no such folder, it holds no pictures, or its captions are in a list.
     """
     if not folder.is_dir():
-        raise ValueError(f"data.path {str(folder)!r} is no folder here; set it to the folder of the pictures")
+        raise ValueError(
+            f"data.path {str(folder)!r} is no folder here; {meant(str(folder), 'set it to the folder of the pictures')}"
+        )
     files = sorted(
         file
         for file in folder.rglob("*")

@@ -5,7 +5,6 @@ fewer. A picture goes to the bucket that cuts least from it. None is enlarged un
 smaller than the resolution gets a smaller bucket.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,23 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.dataset import Data
+from train.data.view import View, scaled
 
 Size = tuple[int, int]
 PACKED = 16  # pixels a packed token, each way
 LATENT = 8  # pixels a latent, each way
-
-
-@dataclass(frozen=True)
-class View:
-    """One crop of one picture at one resolution."""
-
-    height: int
-    width: int
-    """Pixels after cutting, multiples of 16."""
-    box: tuple[float, float, float, float]
-    """Left, top, right, bottom in the upright picture's pixels, before scaling."""
-    flip: bool
-    """Mirrored, left to right."""
 
 
 @lru_cache(maxsize=100_000)
@@ -123,14 +110,13 @@ def reference_view(reference: Size, picture: Size, view: View, resolution: int, 
 
 def cut(picture: Image.Image, view: View) -> Tensor:
     """The pixels of a view of an upright RGB picture, [3, height, width] in [-1, 1]."""
-    scaled = picture.resize((view.width, view.height), Image.Resampling.LANCZOS, box=view.box)
-    pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.asarray(scaled(picture, view), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
     return pixels.flip(2) if view.flip else pixels
 
 
 def cut_mask(mask: Image.Image, view: View) -> Tensor:
     """A view of a mask, [height / 8, width / 8] in [0, 1]: each latent gets the mean of what it covers."""
     size = view.width // LATENT, view.height // LATENT
-    scaled = mask.resize(size, Image.Resampling.BOX, box=view.box)
-    weights = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 255)
+    small = mask.resize(size, Image.Resampling.BOX, box=view.box)
+    weights = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
     return weights.flip(1) if view.flip else weights

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infer.program.absent import meant
 from infer.program.paths import is_hub_id, roots_of
 from infer.program.remembered import Remembered
 from infer.sample.picture import SUFFIXES
@@ -141,9 +142,8 @@ def _load(source: Source, cache: Path) -> tuple[Any, list[Path]]:
     """The table, and the folders that its pictures may be in where it holds paths; relative ones are in the first."""
     path = Path(source.path)
     if path.suffix in KINDS and not path.exists():
-        raise ValueError(
-            f"{source.path!r} does not exist; give a {path.suffix} file that does, or a folder of pictures"
-        )
+        mend = meant(source.path, f"give a {path.suffix} file that does, or a folder of pictures")
+        raise ValueError(f"{source.path!r} does not exist; {mend}")
     try:
         import datasets
     except ImportError as error:

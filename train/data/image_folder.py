@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from infer.program.paths import kind_of_file, roots_of
+from infer.program.paths import roots_of
 from infer.sample.picture import HEIC, NO_HEIC, SUFFIXES, reads_heic
 from train.data.metadata import METADATA, Listed, list_for, lists_in, read_metadata, read_text
 from train.data.names import Names, key_of, stem_of
+from train.data.no_source import no_caption
 from train.data.source import Faults, Reference, Sample, Source, clean
 
 SIDECARS = (".txt", ".caption")
@@ -145,7 +146,7 @@ def _captions(
     beside = _sidecars_of(name, sidecars)
     if line is None and metadata is None:
         text = PurePosixPath(name).with_suffix(".txt").name
-        missing = f"no caption: write {text} beside it, or a metadata.jsonl for all"
+        missing = f"no caption: write {text} beside it, or a metadata.jsonl for all{no_caption(folder, name)}"
         return _read_sidecars(folder, beside, lines) or None, missing
     if line is None:
         assert metadata is not None
@@ -183,22 +184,6 @@ def _sidecars_of(name: str, sidecars: Names) -> list[str]:
             raise ValueError(f"could have its caption from any of {', '.join(map(repr, chosen))}; keep one of them")
         found += chosen
     return found
-
-
-def no_source(path: Path) -> str:
-    """What a path is that is neither a folder nor a table, and the mend; to be put behind the setting's name."""
-    if not path.exists():
-        return f"{str(path)!r} does not exist; set it to a folder of pictures with captions"
-    suffix = path.suffix.lower()
-    if path.name.lower() in METADATA:
-        mend = f"is the list of captions; set it to its folder, {str(path.parent)!r}"
-    elif suffix in SUFFIXES:
-        mend = f"is a picture; set it to the folder that holds it with its caption, {str(path.parent)!r}"
-    elif kind_of_file(path) == "archive":
-        mend = "is an archive; unpack it, and set it to the folder of the pictures"
-    else:
-        mend = "is a file of a kind that is not read; set it to a folder of pictures with captions"
-    return f"{str(path)!r} {mend}"
 
 
 def read_bytes(file: str) -> bytes:

@@ -7,8 +7,9 @@ from infer.program.no_effect import refuse_idle
 from train.data.cloud import is_cloud, local_copy
 from train.data.dataset import Data, sources_of
 from train.data.hf_table import is_table, read_table
-from train.data.image_folder import SIDECARS, no_source, read_folder
+from train.data.image_folder import SIDECARS, read_folder
 from train.data.metadata import METADATA
+from train.data.no_source import no_source
 from train.data.references import refuse_without_references
 from train.data.source import Faults, Sample, Skipped, Source
 
@@ -36,7 +37,7 @@ def read_samples(data: Data) -> tuple[list[Sample], list[Skipped]]:
             samples += read_folder(source, index, column, data.caption_lines, faults)
         else:
             what = "data.path" if sources_of(data)[index].path == data.path else "a source's path"
-            raise ValueError(f"{what} {no_source(Path(source.path))}")
+            raise ValueError(f"{what} {no_source(source.path)}")
     refuse_without_references(data, samples)
     return samples, faults.skipped
 

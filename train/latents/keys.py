@@ -9,7 +9,7 @@ from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.model import Model
 from infer.quantize.eight_bit_products import without_products
 from infer.quantize.precision import Precision
-from train.data.buckets import View
+from train.data.view import View
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from infer.program.remembered import Remembered
 from infer.sample.picture import decode, pixel_hash, pixels_of
-from train.data.buckets import View, cut, cut_mask
+from train.data.buckets import cut, cut_mask
 from train.data.mask import decode_mask
 from train.data.source import Reference, Sample, Skipped
+from train.data.view import View
 from train.latents.identities import Picture, Shown, digest, digest_file
 from train.latents.settings import Encode
 from train.latents.store import Cache

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from infer.family.family import LatentMap, Text
 from train.data.batches import Form
-from train.data.buckets import View, reference_view, views_of
+from train.data.buckets import reference_view, views_of
 from train.data.dataset import Data
 from train.data.source import Skipped
+from train.data.view import View
 from train.latents.identities import Picture
 from train.latents.keys import Keys
 from train.latents.shards import DamagedError, Item, ShardIndex, read_item

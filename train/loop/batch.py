@@ -12,12 +12,12 @@ from torch import Tensor
 
 from infer.family.family import Text
 from train.data.batches import BatchSampler, SampleIndex
-from train.data.buckets import View
 from train.data.caption import draw_text, texts_of
 from train.data.dataset import Data, sources_of
 from train.data.seeds import generator
 from train.data.source import Sample
 from train.data.split import split
+from train.data.view import View
 from train.latents.store import Cache
 from train.objective.flow_matching import sample_sigma
 from train.objective.preservation import preserved_text

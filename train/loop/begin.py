@@ -23,7 +23,7 @@ from train.objective.optim import rate_at
 from train.ranks.launch import check_shared_folder, from_main, uses_fsdp
 from train.run.config import Train, check_half
 from train.state.checkpoint import Checkpoint, find_checkpoint
-from train.state.identity import record_config, record_steps, recorded_steps
+from train.state.identity import check_steps, record_config, record_steps, recorded_steps
 from train.state.progress import check_same_run
 
 BUNDLED = SHIPPED / "scripts" / "tiny" / "model"
@@ -139,20 +139,6 @@ def read_resumed(run: Run, base: str) -> tuple[Path, Checkpoint] | None:
             f"with run=..., or delete {folder} to start over"
         )
     return None
-
-
-def check_steps(job: Train, step: int, folder: Path) -> None:
-    """See that the checkpoint's step is not beyond the run's last step.
-
-    Raises:
-        ValueError: it is.
-    """
-    if step > job.steps:
-        raise ValueError(
-            f"steps is {job.steps}, but run {job.run!r} is at step {step} already; set steps={step} or more, go on "
-            f"from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or choose another name with "
-            "run=..."
-        )
 
 
 def steps_note(job: Train, step: int, before: int) -> str:

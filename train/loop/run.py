@@ -8,6 +8,7 @@ from pathlib import Path
 from infer.checkpoint.files import read_config
 from infer.fast.ready_kernels import prepare_kernels
 from infer.program.errors import STOPPED
+from infer.resident.turns import training_turn
 from train.data.source import Sample, Skipped
 from train.loop.begin import begin
 from train.loop.finish import finish
@@ -36,6 +37,7 @@ def run(job: Train, folder: Path, samples: list[Sample], skipped: list[Skipped],
             this.lock = held.enter_context(lock_run(folder, accelerator.print))
             held.enter_context(recorded(folder, this.ranks, lambda: stop.reason))
             this.requests = held.enter_context(heard(folder, stop))
+            held.enter_context(training_turn(accelerator.print))
         adapter = train_on_rank(this, samples, skipped)
     if adapter is None:
         sys.exit(STOPPED)

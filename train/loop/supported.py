@@ -4,7 +4,7 @@ What a config names (files, layers, device) is looked up earlier, before torch i
 
 from accelerate import Accelerator
 
-from infer.adapter.checks import check_guidance, check_precision, check_trained_guidance, check_training, shift_of
+from infer.adapter.checks import check_precision, check_trained_guidance, check_training, shift_of
 from infer.adapter.error_init import read_start
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.second import second_model
@@ -12,7 +12,6 @@ from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
-from infer.program.no_effect import refuse_idle
 from train.loop.micro_step import graphs
 from train.objective.flow_matching import Flow
 from train.ranks.launch import uses_fsdp
@@ -64,13 +63,7 @@ def check_supported(job: Train, accelerator: Accelerator) -> Memory:
     Raises:
         ValueError: it cannot, for a reason that is known before anything is loaded.
     """
-    if not job.data.validation:
-        reason = "data.validation=0 holds no pictures out"
-        refuse_idle(job, "", ("keep_best", "validation_levels"), reason)
     check_flow(job.model, job.flow)
-    check_guidance(job.model, job.sampling.guidance)
-    if job.data.prior.count:
-        check_guidance(job.model, job.data.prior.guidance, "data.prior.guidance")
     if job.sampling.model is not None:
         second = second_model(job.model, job.sampling.model)
         check_precision(second, job.precision, linear_shapes(read_config(second, "transformer")))

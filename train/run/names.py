@@ -4,6 +4,7 @@ Whether the checkpoint, the device and the launch support the settings is checke
 
 from pathlib import Path
 
+from infer.adapter.checks import check_guidance
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.read import find_adapter, read_notes
 from infer.adapter.second import check_same_start, second_model
@@ -32,6 +33,7 @@ def check_names(job: Train) -> Path:
     folder = check_run_name(job.run)
     check_model(job.model)
     check_distilled(job)
+    check_effects(job)
     check_second(job)
     layers = linear_shapes(read_config(job.model, "transformer"))
     match_targets(layers, job.adapter.targets, job.adapter.rank)
@@ -43,6 +45,17 @@ def check_names(job: Train) -> Path:
         if path is not None:
             read_notes(find_adapter(path))
     return folder
+
+
+def check_effects(job: Train) -> None:
+    """Raises:
+    ValueError: a setting has no effect on this checkpoint, or where nothing is held out.
+    """
+    if not job.data.validation:
+        refuse_idle(job, "", ("keep_best", "validation_levels"), "data.validation=0 holds no pictures out")
+    check_guidance(job.model, job.sampling.guidance)
+    if job.data.prior.count:
+        check_guidance(job.model, job.data.prior.guidance, "data.prior.guidance")
 
 
 def check_resumed(job: Train, folder: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from infer.program.atomic import sync_folder
-
-ADAPTER, AVERAGE, OPTIMIZER, STATE = "adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+from train.state.steps import ADAPTER, AVERAGE, OPTIMIZER, STATE, list_checkpoints, read_whole, step_of
 
 
 class Checkpoint(NamedTuple):
@@ -109,13 +107,13 @@ def retain(folder: Path, keep: int, best: list[int]) -> None:
     for partial in folder.glob("step-*.partial"):
         shutil.rmtree(partial)
     for old in list_checkpoints(folder)[:-keep]:
-        if _step(old) not in best:  # renamed first, so that nobody takes one that is half removed for a checkpoint
+        if step_of(old) not in best:  # renamed first, so that nobody takes one that is half removed for a checkpoint
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 def best_steps(folder: Path, losses: dict[str, float], count: int) -> list[int]:
     """Of the steps that have a checkpoint, the `count` with the lowest validation loss; of equal ones the earlier."""
-    there = [_step(path) for path in list_checkpoints(folder) if str(_step(path)) in losses]
+    there = [step_of(path) for path in list_checkpoints(folder) if str(step_of(path)) in losses]
     return sorted(there, key=lambda step: (losses[str(step)], step))[:count]
 
 
@@ -123,23 +121,11 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints beyond the step from which the run goes on: none of them is its newest any more."""
     moved = []
     for path in list_checkpoints(folder):
-        if _step(path) > step:
+        if step_of(path) > step:
             aside = path.with_name(f"{path.name}.aside")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders of a run's checkpoints, oldest first; without partial ones."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=_step)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -149,15 +135,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ValueError: a file is absent, unreadable, or differs from what was written.
     """
     try:
-        header = json.loads((path / STATE).read_text())
-        sums = header["sha256"]
-        names = [ADAPTER, OPTIMIZER, *([AVERAGE] if AVERAGE in sums else [])]
-        contents = {name: (path / name).read_bytes() for name in names}
-        found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        found[STATE] = hashlib.sha256(header["state"].encode()).hexdigest()
-        if found != sums:
-            raise ValueError("its checksums differ from what was written")
-        state = json.loads(header["state"])
+        text, contents = read_whole(path)
+        state = json.loads(text)
         optimizer = _restore(state.pop("optimizer"), load(contents[OPTIMIZER]))
         adapter = load(contents[ADAPTER])
         if AVERAGE in contents:

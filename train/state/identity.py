@@ -17,7 +17,7 @@ from infer.adapter.read import FILE, find_adapter, read_notes
 from infer.checkpoint.family import own_drawing
 from infer.program.atomic import replace_file
 from train.run.config import Train
-from train.state.checkpoint import list_checkpoints
+from train.state.steps import list_checkpoints, newest_whole, step_of
 
 CONFIG, WRITTEN = "config.yaml", "adapter.sha256"
 ADAPTERS = ("adapter", "adapter-ema")
@@ -50,12 +50,24 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
     Raises:
         ValueError: the run exists with another config, or its folder holds an adapter that it has not written.
     """
-    config = fixed_settings(job) | {"processes": processes}
-    file = folder / CONFIG
+    began_with = check_recorded(job, folder)
+    if began_with is None:
+        _write(folder / CONFIG, fixed_settings(job) | {"processes": processes})
+    return began_with or processes
+
+
+def check_recorded(job: Train, folder: Path) -> int | None:
+    """Compare the run's config with the one that is recorded in its folder, and the steps with its checkpoints; returns
+    the number of processes that the run began with, None if there is nothing yet to go on from. Nothing is written, and
+    torch is not imported.
+
+    Raises:
+        ValueError: as of `record_config`.
+    """
+    file, there = folder / CONFIG, list_checkpoints(folder / "checkpoints")
     check_adapters(folder)
-    if not (list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir()) or not file.is_file():
-        _write(file, config)
-        return processes
+    if not (there or (folder / "adapter").is_dir()) or not file.is_file():
+        return None
     try:
         recorded = yaml.safe_load(file.read_bytes())
         began_with = int(recorded["processes"])
@@ -65,16 +77,37 @@ def record_config(job: Train, folder: Path, processes: int) -> int:
             f"{file} is not what this run wrote ({type(error).__name__}: {error}); put it back, or delete {folder} "
             "to start over"
         ) from error
-    config["processes"] = began_with  # the batches stay as they were, whoever computes them
+    # the batches stay as they were, whoever computes them
+    config = fixed_settings(job) | {"processes": began_with}
     _bring_up_to_date(recorded, job)
     _forget_own_drawing(recorded, job)
+    if job.precision.kind == "auto":  # it is measured first, and compared then
+        recorded["precision"] = config["precision"]
     changes = _changes(recorded | {"steps": job.steps}, config)
     if changes:
         raise ValueError(
             f"run {job.run!r} exists with another config ({'; '.join(changes[:5])}{', ...' if changes[5:] else ''}); "
             f"choose another name with run=..., or delete {folder} to start over"
         )
+    if there and job.resume is None and step_of(there[-1]) > job.steps:
+        newest = newest_whole(folder / "checkpoints")
+        if newest is not None:
+            check_steps(job, step_of(newest), folder)
     return began_with
+
+
+def check_steps(job: Train, step: int, folder: Path) -> None:
+    """See that the checkpoint's step is not beyond the run's last step.
+
+    Raises:
+        ValueError: it is.
+    """
+    if step > job.steps:
+        raise ValueError(
+            f"steps is {job.steps}, but run {job.run!r} is at step {step} already; set steps={step} or more, go on "
+            f"from an older checkpoint in {folder / 'checkpoints'} with resume=step-..., or choose another name with "
+            "run=..."
+        )
 
 
 def _bring_up_to_date(recorded: Any, config: Any) -> None:
@@ -145,8 +178,12 @@ def _same_path(name: str, was: str, now: str) -> bool:
         return True
     if FILES.fullmatch(name):
         return old.exists() and new.exists() and _digest(find_adapter(was)) == _digest(find_adapter(now))
-    # it has moved, or was downloaded: its content is compared before anything is trained
-    return bool(was) and not old.exists() and new.exists()
+    # it has moved, or was downloaded or copied: its content is compared before anything is trained
+    if not was or not new.exists():
+        return False
+    configs = [folder / "transformer" / "config.json" for folder in (old, new)]
+    copied = name == "model.path" and all(map(Path.is_file, configs)) and _digest(configs[0]) == _digest(configs[1])
+    return copied or not old.exists()
 
 
 def _digest(file: Path) -> str:

@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from infer.sample.picture import decode
-from train.data.buckets import LATENT, View, cut, cut_mask, reference_view
+from train.data.buckets import LATENT, cut, cut_mask, reference_view
 from train.data.dataset import Data
 from train.data.mask import decode_mask
 from train.data.source import Sample
+from train.data.view import View
 from train.latents.workers import Room, work_ahead
 from train.survey.survey import Survey
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.sample.picture import decode, pixel_hash, pixels_of
-from train.data.buckets import View, bucket_of, reference_view, views_of
+from train.data.buckets import bucket_of, reference_view, views_of
 from train.data.caption import dressed, texts_of
 from train.data.dataset import Data, sources_of
 from train.data.mask import decode_mask
 from train.data.source import Reference, Sample, Skipped
+from train.data.view import View
 from train.latents.workers import Room, work_ahead
 from train.survey.duplicates import Near, near, perceptual_hash, same
 

@@ -3,9 +3,12 @@
 Whatever starts a program returns its command line too: it can be copied and typed instead.
 """
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
+from infer.resident.state import read_state
 from train.state.requests import KINDS, ask
 from train.watch import jobs
 from train.watch.captions import undo, write_caption
@@ -13,6 +16,7 @@ from train.watch.commands import shown, text_of, train_words
 from train.watch.places import RefusedError, data_folder, run_folder
 from train.watch.run_commands import choose_words, draw_words, go_on_words, look_words
 from train.watch.states import holder
+from train.watch.survey import survey_name, survey_words
 
 Form = dict[str, Any]
 
@@ -24,13 +28,16 @@ def words_of(form: Form, named: list[str]) -> tuple[list[str], str]:
         return train_words(form, named), run
     if what == "look":
         return look_words(train_words(form, named)), run
+    if what == "survey":
+        words = survey_words(form, named)
+        return words, survey_name(text_of(form, "folder"))
     if what == "draw":
         return draw_words(form), run
     if what == "choose":
         return choose_words(form), run
     if what == "go on":
         return go_on_words(run), run
-    raise RefusedError(f"{what!a} is nothing that can be started; choose train, look, draw, choose or go on")
+    raise RefusedError(f"{what!a} is nothing that can be started; choose train, look, survey, draw, choose or go on")
 
 
 def command(form: Form, named: list[str]) -> dict[str, Any]:
@@ -90,6 +97,15 @@ def resume(form: Form, named: list[str]) -> dict[str, Any]:
     return {"resumed": True}
 
 
+def give_back(form: Form, named: list[str]) -> dict[str, Any]:
+    """End the drawing process, which gives its memory back after the picture that it draws."""
+    said = read_state()
+    if said is None or said["state"] in ("ended", "gone"):
+        raise RefusedError("there is no drawing process")
+    os.kill(int(said["pid"]), signal.SIGTERM)
+    return {"asked": "end", "command": f"kill {said['pid']}"}
+
+
 def caption(form: Form, named: list[str]) -> dict[str, Any]:
     """Write a picture's captions."""
     folder, name = data_folder(named, text_of(form, "folder")), text_of(form, "name")
@@ -113,6 +129,7 @@ ACTIONS: dict[str, Callable[[Form, list[str]], dict[str, Any]]] = {
     "steer": steer,
     "cancel": cancel,
     "resume": resume,
+    "giveback": give_back,
     "caption": caption,
     "undo": take_back,
 }

@@ -19,8 +19,9 @@ from infer.drawing.record import read_record
 from infer.program.errors import reason
 from infer.report.page import asset as report_asset
 from infer.report.plot import STYLE as COLOURS
+from infer.resident.state import read_state
 from infer.sample.picture import decode
-from train.watch import captions, jobs
+from train.watch import captions, jobs, survey
 from train.watch.actions import ACTIONS
 from train.watch.commands import KINDS, models, presets
 from train.watch.curves import curves
@@ -28,6 +29,7 @@ from train.watch.guard import FOREIGN, Guard
 from train.watch.places import RefusedError, data_folder, data_folders, is_private, run_folder, runs_folder, within
 from train.watch.runs import describe, difference, list_runs, picture_losses
 from train.watch.settings import Page
+from train.watch.story import story
 
 ASSETS = Path(__file__).parent / "assets"
 TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css"}
@@ -45,6 +47,7 @@ def make_app(options: Page, token: str) -> Guard:
         Route("/static/{name}", static),
         Route("/files/{name:path}", run_file),
         Route("/picture", picture),
+        Route("/crop", cropped),
         Route("/api/runs", answer(lambda request: overview())),
         Route("/api/run", answer(lambda request: run_of(_one(request, "name")))),
         Route("/api/curves", answer(lambda request: curves(_one(request, "name")))),
@@ -52,9 +55,11 @@ def make_app(options: Page, token: str) -> Guard:
         Route("/api/diff", answer(lambda request: difference(_one(request, "name"), _one(request, "other")))),
         Route("/api/jobs", answer(lambda request: jobs_of(_one(request, "run")))),
         Route("/api/job", answer(lambda request: one_job(_one(request, "id")))),
+        Route("/api/story", answer(lambda request: story(_one(request, "name")))),
         Route("/api/record", answer(lambda request: recorded(_one(request, "name")))),
         Route("/api/form", answer(lambda request: form(options))),
         Route("/api/data", answer(lambda request: pictures_of(options, _one(request, "folder")))),
+        Route("/api/survey", answer(lambda request: survey_of(options, _one(request, "folder")))),
         *(Route(f"/api/{name}", action(options, name), methods=["POST"]) for name in ACTIONS),
     ]
     app = Starlette(routes=routes, exception_handlers={Exception: broken, HTTPException: absent})
@@ -157,6 +162,18 @@ def picture(request: Request) -> Response:
     return _thumbnail(file)
 
 
+def cropped(request: Request) -> Response:
+    """A training picture's crop as it is trained, small."""
+    try:
+        folder = data_folder(request.app.state.options.folders, _one(request, "folder"))
+        shown = survey.crop(folder, _one(request, "name"), survey.view_of(_one(request, "view")))
+    except RefusedError as error:
+        return PlainTextResponse(str(error), 403)
+    except ValueError as error:
+        return PlainTextResponse(str(error), 415)
+    return Response(_webp(shown), media_type="image/webp", headers={"cache-control": "private, max-age=60"})
+
+
 _thumbnails: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
 _remembering = threading.Lock()
 
@@ -172,9 +189,7 @@ def _thumbnail(file: Path) -> Response:
         except ValueError as error:
             return PlainTextResponse(str(error), 415)
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        small.save(buffer, "WEBP", quality=85)
-        content = buffer.getvalue()
+        content = _webp(small)
         with _remembering:
             _thumbnails[key] = content
             while len(_thumbnails) > KEPT:
@@ -182,9 +197,15 @@ def _thumbnail(file: Path) -> Response:
     return Response(content, media_type="image/webp", headers={"cache-control": "private, max-age=60"})
 
 
+def _webp(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=85)
+    return buffer.getvalue()
+
+
 def overview() -> dict[str, Any]:
     """The list of runs, the jobs, and what is amiss with the disk."""
-    runs, listed = list_runs(), jobs.list_jobs()
+    (runs, reports), listed = list_runs(), jobs.list_jobs()
     notes = []
     folder = runs_folder() if runs_folder().is_dir() else Path()
     free = shutil.disk_usage(folder).free
@@ -192,7 +213,15 @@ def overview() -> dict[str, Any]:
         notes.append(f"the disk of runs/ has {free / 2**20:.0f} MiB left: free some space, or runs will stop")
     waiting = any(job["queued"] and job["state"] == "waiting" for job in listed)
     working = any(job["queued"] and job["state"] == "running" for job in listed)
-    return {"runs": runs, "jobs": listed, "notes": notes, "standstill": waiting and not working}
+    standstill = waiting and not working
+    return {
+        "runs": runs,
+        "reports": reports,
+        "jobs": listed,
+        "notes": notes,
+        "standstill": standstill,
+        "resident": read_state(),
+    }
 
 
 def run_of(name: str) -> dict[str, Any]:
@@ -204,7 +233,7 @@ def run_of(name: str) -> dict[str, Any]:
 
 def jobs_of(run: str) -> dict[str, Any]:
     """The jobs that are about a run."""
-    return {"jobs": [job for job in jobs.list_jobs() if job["run"] == run]}
+    return {"jobs": [job for job in jobs.list_jobs() if job["run"] == run], "resident": read_state()}
 
 
 def one_job(job: str) -> dict[str, Any]:
@@ -230,6 +259,14 @@ def form(options: Page) -> dict[str, Any]:
         "kinds": {name: title for name, (title, _) in KINDS.items()},
         "folders": list(data_folders(options.folders)),
     }
+
+
+def survey_of(options: Page, name: str) -> dict[str, Any]:
+    """What a look at a folder found, and the job that looks."""
+    data_folder(options.folders, name)
+    run = survey.survey_name(name)
+    job = next((job for job in jobs.list_jobs() if job["run"] == run), None)
+    return {"found": survey.read_survey(name), "job": job, "page": f"{run}/data.html"}
 
 
 def pictures_of(options: Page, name: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A folder's pictures with their captions, as training reads them; captions changed in place, and changed back.
 
-A caption is written to the file that it was read from: a .txt or .caption file beside the picture, or its line of
-metadata.jsonl. Files are replaced whole. Every change is noted in runs/.page/captions.jsonl with what was there before;
-undoing it puts that back, unless the file was changed by somebody else since.
+A caption is written to the file that it was read from: a .txt or .caption file beside the picture, its line of
+metadata.jsonl, or its record of metadata.csv. Files are replaced whole. Every change is noted in
+runs/.page/captions.jsonl with what was there before; undoing it puts that back, unless the file was changed by somebody
+else since.
 """
 
 import json
@@ -14,8 +15,9 @@ from infer.program.atomic import replace_file
 from infer.sample.picture import SUFFIXES
 from train.data.dataset import Data
 from train.data.image_folder import SIDECARS
-from train.data.metadata import METADATA, read_text
+from train.data.metadata import METADATA
 from train.data.samples import read_samples
+from train.watch.caption_lists import changed_piece, is_list, read_whole, with_piece
 from train.watch.places import PRIVATE, RefusedError, runs_folder, within
 
 LONGEST = 20_000  # letters of a caption
@@ -85,32 +87,13 @@ def write_caption(folder: Path, name: str, was: list[str], texts: list[str]) -> 
 
 
 def _change(home: Path, folder: Path, name: str, texts: list[str]) -> tuple[Path, str | None, str]:
-    """A file, the text in it (for a list: its line) that goes, and what takes its place."""
-    if home.suffix.lower() == ".csv":
-        raise RefusedError(
-            f"the captions stand in {home}, which is changed in a program for tables, or as metadata.jsonl"
-        )
-    if home.suffix.lower() != ".jsonl":
-        if len(texts) > 1:
-            raise RefusedError(f"{home.name} holds one caption; write one")
-        return home, (_text(home) if home.is_file() else None), texts[0] + "\n"
-    own = PurePosixPath(name).relative_to(home.parent.relative_to(folder).as_posix()).as_posix()
-    for line in _text(home).split("\n"):
-        try:
-            entry = json.loads(line) if line.strip() else None
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("file_name") == own and "text" in entry:
-            new = entry | {"text": texts if isinstance(entry["text"], list) or len(texts) > 1 else texts[0]}
-            return home, line, json.dumps(new, ensure_ascii=False)
-    raise RefusedError(f"{home} has no line for {own} in a form that is changed here; mend it there")
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
+    """A file, the text in it (of a list: its piece) that goes, and what takes its place."""
+    if is_list(home):
+        own = PurePosixPath(name).relative_to(home.parent.relative_to(folder).as_posix()).as_posix()
+        return home, *changed_piece(home, own, texts)
+    if len(texts) > 1:
+        raise RefusedError(f"{home.name} holds one caption; write one")
+    return home, (read_whole(home) if home.is_file() else None), texts[0] + "\n"
 
 
 def _replace(file: Path, before: str | None, after: str | None) -> None:
@@ -119,21 +102,16 @@ def _replace(file: Path, before: str | None, after: str | None) -> None:
     Raises:
         RefusedError: that one is not there.
     """
-    listed = file.suffix.lower() == ".jsonl"
-    there = _text(file) if file.is_file() else None
-    if listed and there is not None and before is not None and after is not None:
-        lines = there.split("\n")
-        if lines.count(before) != 1:
-            raise RefusedError(f"{file} was changed meanwhile; nothing was written")
-        content = "\n".join(after if line == before else line for line in lines)
-    elif there != before:
+    if is_list(file) and before is not None and after is not None:
+        content = with_piece(file, before, after)
+    elif (read_whole(file) if file.is_file() else None) != before:
         raise RefusedError(f"{file} was changed meanwhile; nothing was written")
     elif after is None:
         file.unlink()
         return
     else:
         content = after
-    replace_file(file, lambda path: path.write_text(content, encoding="utf-8"))
+    replace_file(file, lambda path: path.write_bytes(content.encode("utf-8")))
 
 
 def _journal() -> Path:

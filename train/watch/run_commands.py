@@ -21,6 +21,8 @@ from train.watch.states import read_json
 
 OF_A_TERMINAL = ("hydra", "sweep", "push", "mirror")
 """Settings of a recorded command that the page does not start again."""
+NETWORKS = ("none", "hub")
+"""Files of configs/networks: what judges likeness to the training pictures."""
 SIDE = 4096  # pixels of a picture's side at most
 
 
@@ -110,7 +112,7 @@ def draw_words(form: dict[str, Any]) -> list[str]:
     seeds = numbers(form, "seeds", int, 0, 2**63 - 1)
     words += [*given, f"prompts={json.dumps(prompts, ensure_ascii=False)}"]
     words += [f"seeds=[{','.join(map(str, seeds))}]"] if seeds else []
-    words += [*_sampling(form), f"out={typed_text(str(free_folder(folder / 'drawn')))}"]
+    words += [*_sampling(form), f"out={typed_text(str(free_folder(folder / 'drawn')))}", "resident=true"]
     words = ["infer/draw.py", *words]
     check(words, "draw", Draw)
     return words
@@ -132,6 +134,10 @@ def choose_words(form: dict[str, Any]) -> list[str]:
     folder = run_folder(run)
     there = checkpoint_steps(folder / "checkpoints")
     words = ["infer/choose.py", f"run={typed_text(run)}"]
+    weights_of = text_of(form, "average", 10)
+    if weights_of not in ("", "true", "false"):
+        raise RefusedError(f"average is {weights_of!a}; choose true or false, or leave it empty")
+    words += [f"average={weights_of}"] if weights_of else []
     take = text_of(form, "take", 40)
     steps = numbers(form, "checkpoints", int, 0, 10**9)
     for step in [*steps, *([typed(take, int, "take", 0, 10**9)] if take else [])]:
@@ -149,7 +155,12 @@ def choose_words(form: dict[str, Any]) -> list[str]:
         words += [f"weights=[{','.join(f'{each:g}' for each in weights)}]"] if weights else []
         seed = text_of(form, "seed", 20)
         words += [f"seed={typed(seed, int, 'seed', 0, 2**63 - 1)}"] if seed else []
-        words += _sampling(form)
+        networks = text_of(form, "networks", 40)
+        if networks:
+            if networks not in NETWORKS:
+                raise RefusedError(f"networks is {networks!a}; choose {' or '.join(NETWORKS)}")
+            words.append(f"networks={networks}")
+        words += [*_sampling(form), "resident=true"]
     check(words, "choose", Choose)
     return words
 

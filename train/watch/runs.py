@@ -14,6 +14,7 @@ from infer.adapter.read import FILE
 from infer.program.command import FOLDERS
 from train.state.checkpoint_names import checkpoint_steps
 from train.state.latest import NAME as LATEST
+from train.state.run_lock import NAME as LOCK
 from train.sweeps.point import RECORD
 from train.trackers.metrics import read_events
 from train.watch.places import run_folder, run_place, runs_folder
@@ -21,16 +22,27 @@ from train.watch.states import CONFIG, METRICS, MOST, read_json, state_of
 
 DEPTH = 3  # folders within runs/ that a run's name may have
 EVENTS = 500  # of the latest that are shown
+REPORTS = {"sweep": "report.html", "comparison": "compare/report.html", "precision gap": "gap/report.html"}
 MARKS = {CONFIG, METRICS, LATEST, RECORD}
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+TOLD_BY = {CONFIG, METRICS, LATEST, LOCK, "adapter", "previews"}
+"""What a run's state is read from; of a folder the time changes with the files in it."""
+
+Report = dict[str, str]
+Facts = dict[str, tuple[int, int]]
+_known: dict[str, tuple[Facts, dict[str, Any]]] = {}
+"""States that were read already, by run."""
 
 
-def run_names() -> Iterator[tuple[str, float]]:
-    """Every run's name, and when its folder last changed."""
-    yield from _names(runs_folder(), "", DEPTH)
+def run_names(reports: list[Report]) -> Iterator[tuple[str, float, Facts]]:
+    """Every run's name, when it last changed, and the times and sizes of what tells its state.
+
+    reports: is given the folders that are no runs and hold a report, of a sweep over its runs or of a comparison.
+    """
+    yield from _names(runs_folder(), "", DEPTH, reports)
 
 
-def _names(folder: Path, before: str, depth: int) -> Iterator[tuple[str, float]]:
+def _names(folder: Path, before: str, depth: int, reports: list[Report]) -> Iterator[tuple[str, float, Facts]]:
     try:
         entries = [each for each in os.scandir(folder) if each.is_dir(follow_symlinks=False)]
     except OSError:  # gone meanwhile
@@ -41,14 +53,19 @@ def _names(folder: Path, before: str, depth: int) -> Iterator[tuple[str, float]]
             continue
         path = Path(entry.path)
         try:
-            there = {each.name for each in os.scandir(path)}
-            changed = (path / METRICS).stat().st_mtime if METRICS in there else entry.stat().st_mtime
+            inside = list(os.scandir(path))
+            there = {each.name for each in inside}
+            if there & MARKS:
+                facts = {each.name: each.stat() for each in inside if each.name in TOLD_BY}
+                changed = facts[METRICS].st_mtime if METRICS in facts else entry.stat().st_mtime
+                yield before + name, changed, {what: (s.st_mtime_ns, s.st_size) for what, s in facts.items()}
         except OSError:
             continue
-        if there & MARKS:
-            yield before + name, changed
+        if not there & MARKS:
+            kinds = (kind for kind, file in REPORTS.items() if file.split("/")[0] in there and (path / file).is_file())
+            reports += [{"name": before + name, "kind": kind} for kind in kinds]
         if depth > 1 and (not there & MARKS or RECORD not in there):
-            yield from _names(path, f"{before}{name}/", depth - 1)
+            yield from _names(path, f"{before}{name}/", depth - 1, reports)
 
 
 def last_preview(folder: Path) -> str | None:
@@ -64,13 +81,17 @@ def preview_steps(folder: Path) -> list[int]:
     return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{6,9})\.png", name)))
 
 
-def list_runs() -> list[dict[str, Any]]:
-    """All runs with their states, those that changed last first."""
-    found = []
-    for name, changed in sorted(run_names(), key=lambda each: -each[1]):
+def list_runs() -> tuple[list[dict[str, Any]], list[Report]]:
+    """All runs with their states, those that changed last first; and the reports that belong to none of them."""
+    found, reports = [], list[Report]()
+    for name, changed, facts in sorted(run_names(reports), key=lambda each: -each[1]):
         folder = runs_folder() / name
-        found.append({"name": name, "changed": changed, "preview": last_preview(folder), **state_of(folder)})
-    return found
+        before, entry = _known.get(str(folder.absolute()), ({}, {}))
+        if before != facts or facts.get(LOCK, (0, 0))[1]:  # somebody holds it: whether he lives is no file's matter
+            entry = {"name": name, "changed": changed, "preview": last_preview(folder), **state_of(folder)}
+            _known[str(folder.absolute())] = facts, entry
+        found.append(entry)
+    return found, sorted(reports, key=lambda each: each["name"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -130,6 +151,7 @@ def describe(name: str, begun: str | None = None) -> dict[str, Any]:
         "previews": preview_steps(folder),
         "checkpoints": checkpoint_steps(folder / "checkpoints"),
         "adapter": (folder / "adapter" / FILE).is_file(),
+        "averaged": (folder / "adapter-ema" / FILE).is_file(),
         "chosen": read_json(folder / "chosen" / "choice.json") or None,
         "events": events,
         "files": [each for each in files if (folder / each).is_file()],

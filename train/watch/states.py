@@ -20,11 +20,11 @@ LAST = 12  # lines at its end that are read
 MOST = 2**20  # bytes of a small file; a larger one is not what was written here
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A small file's object; empty if it is absent, torn or no object."""
+def read_json(file: Path, most: int = MOST) -> dict[str, Any]:
+    """A file's object; empty if it is absent, torn, of more than so many bytes, or no object."""
     try:
         with file.open("rb") as stream:
-            said = json.loads(stream.read(MOST))
+            said = json.loads(stream.read(most))
     except (OSError, ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}

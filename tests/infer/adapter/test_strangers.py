@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infer.adapter.foreign_files import KINDS, OTHERS
-from infer.adapter.read import FILE, find_adapter, read_pairs
+from infer.adapter.read import FILE, find_adapter, read_notes, read_pairs
 from infer.adapter.strengths import PEFT_CONFIG
 from infer.adapter.write import FORMATS
 from infer.convert import Convert, Source, convert
@@ -222,13 +222,15 @@ def test_where_no_adapter_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match=r"name one of the files that are there: a\.safetensors, b\.safetensors"):
         find_adapter("loras")
     for content, said in (
-        (b"GGUF\3\0\0\0", "a GGUF file"),
-        (b"\x80\x04\x95abcdef", "a pickle"),
-        (b"PK\3\4" + b"a" * 9, "an archive"),
+        (b"GGUF\3\0\0\0", "it is a GGUF file"),
+        (b"\x80\x04\x95abcdef", "it is a pickle"),
+        (b"PK\3\4" + b"a" * 9, "it is an archive"),
     ):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError, match=f"is no LoRA file that can be read: {said}"):
             read_pairs("file")
+        with pytest.raises(ValueError, match=f"is no adapter that can be read: {said}"):
+            read_notes(tmp_path / "file")
     torch.save({"a": torch.ones(2)}, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match="a pickle, which could run programs"):
         read_pairs("lora.pt")

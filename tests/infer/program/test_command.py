@@ -16,9 +16,11 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from infer.device.device import pick_device
+from infer.drawing.settings import Draw
 from infer.program.command import run_command
 from infer.program.errors import INTERRUPTED
 from infer.program.paths import ROOT
+from infer.program.peers import PEERS
 from infer.program.settings import nearest, settings
 from infer.save import Save
 from train.run.config import Train
@@ -99,7 +101,7 @@ MISTAKES = [
     ("out=${nope}", "out: Interpolation key 'nope' not found; mend that value"),
     ("out=???", "out has no value; write out=..."),
     ("precision.skip_modules=[a", "the argument 'precision.skip_modules=[a' cannot be read .*; write name=value"),
-    ("out", "the argument 'out' cannot be read"),
+    ("out", "the argument 'out' has no name; write name=value, as in model.path=..."),
     ("=a", "the argument '=a' has no name; write name=value"),
     ("--out=a", "'--out=a' is no flag; settings are written without dashes, as out=a"),
     ("--no-such", "'--no-such' is no flag; settings are written without dashes, as no_such=..."),
@@ -115,6 +117,56 @@ def test_a_mistake_in_the_settings_is_named_with_its_mend(
     out, err = capsys.readouterr()
     parts = [re.escape(part) for part in said.split(" .*")]
     assert re.search("^error: .*" + " .*".join(parts), paragraph(err)) and out == ""
+
+
+# what a newcomer types: names of other trainers, paths given to a group, words without a name
+STRANGERS = [
+    (Train, "train", "learning_rate=1e-4", "there is no setting 'learning_rate'; here it is called optim.lr"),
+    (Train, "train", "--lora-rank=8", "settings are written without dashes, as adapter.rank=8"),
+    (Train, "train", "--max_train_steps", "settings are written without dashes, as steps=7"),
+    (Train, "train", "--batch-size=2", "settings are written without dashes, as data.batch_size=2"),
+    (Train, "train", "adapter.network_dim=8", "here it is called adapter.rank"),
+    (
+        Train,
+        "train",
+        "adapter=runs/a/adapter",
+        "there is no adapter=runs/a/adapter; .*is given as adapter.start=runs",
+    ),
+    (Train, "train", "data=pics", "there is no data=pics; there are folder; .*is given as data.path=pics"),
+    (Train, "train", "model=a/b-c", "there is no model=a/b-c; .*is given as model.path=a/b-c"),
+    (Train, "train", "model=flux.gguf", "is given as model.path=flux.gguf"),
+    (Train, "train", "precision=8bit", "there is no precision=8bit; there are auto, bf16"),
+    (Train, "train", "experiment=configs/experiment/dev_8gb.yaml", "did you mean dev_8gb?"),
+    (Train, "train", "pics", "the argument 'pics' has no name; write name=value, as in data.path=pics"),
+    (Train, "train", "nothing", "the argument 'nothing' has no name; write name=value, as in data.path=..."),
+    (Draw, "draw", "a red star", "the argument 'a red star' has no name; .*as in 'prompt=\"a red star\"'"),
+    (Draw, "draw", "adapter=mine", "adapter is set by its parts: adapter.path=..., adapter.name=..."),
+]
+
+
+@pytest.mark.parametrize("schema, name, argument, said", STRANGERS, ids=[each[2] for each in STRANGERS])
+def test_what_a_newcomer_types_is_answered_with_the_right_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    schema: Any,
+    name: str,
+    argument: str,
+    said: str,
+) -> None:
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", argument, *(["7"] if argument == "--max_train_steps" else [])])
+    with pytest.raises(SystemExit) as stop:
+        run_command(name, schema, lambda _: pytest.fail("it ran"))
+    parts = [re.escape(part) for part in said.split(" .*")]
+    assert stop.value.code == 2 and re.search(" .*".join(parts), paragraph(capsys.readouterr().err))
+
+
+def test_names_of_other_trainers_lead_to_settings_that_there_are() -> None:
+    names = {*settings(Train), *settings(Draw)}
+    assert set(PEERS.values()) <= names
+    assert not PEERS.keys() & {name.rpartition(".")[2] for name in names}  # none of them is a name here too
 
 
 def test_hydras_own_flags_still_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_names_from_data_stay_in_the_runs_folder(
         Image.new("RGB", (40, 40), (20 * i, 9, 9)).save(work / "set" / name, "PNG")
         lines.append(json.dumps({"file_name": name, "text": f"<b>{i}</b>"}))
     (work / "set" / "metadata.jsonl").write_text("\n".join(lines))
-    look(Look(model=tiny, data=Data("set", 32, validation=0, cache="cache"), run="mine"))
+    look(Look(model=tiny, data=Data("set", 32, validation=0, cache="cache"), run="mine", json=True))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == len(lines)
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
     assert {path.name for path in work.iterdir()} - {"cache"} == {"runs", "set"}

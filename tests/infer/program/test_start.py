@@ -1,16 +1,24 @@
 """What the user typed is answered before anything heavy is imported."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from infer.checkpoint.model import Model
 from infer.program.errors import MEND
 from infer.program.paths import ROOT
+from train.data.dataset import Data
+from train.run.config import Train
+from train.state import steps
+from train.state.identity import check_recorded, record_config
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "scipy")
 # runs one command line after another; after each it says how it ended, and what is imported by then
@@ -70,7 +78,10 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "train/sweep_report.py": [([], "give the sweep's folder"), (["/nowhere"], "/nowhere holds no points")],
     "infer/draw.py": [
         SETTING, MODEL, DEVICE, ADAPTER, (["seeds=[]"], "seeds is []"), (["like=/nowhere.png"], "/nowhere.png"),
+        (["adapters=[/nowhere]"], "no adapter at /nowhere"), (["precisions=[nf5]"], "precisions has 'nf5'"),
+        (["resident=true", "adapters=[/nowhere]"], "no adapter at /nowhere"),
     ],
+    "infer/serve.py": [SETTING, (["idle=0"], "idle is 0")],
     "infer/choose.py": [SETTING, RUN, DEVICE, (["run=no-such-run"], "no-such-run"), (["weights=[]"], "weights is []")],
     "infer/compare.py": [
         SETTING, RUN, MODEL, DEVICE, ADAPTER,
@@ -106,11 +117,11 @@ RIGHT = {  # what each entry needs beside, so that the mistake alone is left
 Answer = tuple[int, str, list[str]]
 
 
-def answers(lines: list[list[str]]) -> list[Answer]:
+def answers(lines: list[list[str]], cwd: Path = ROOT) -> list[Answer]:
     """Of one process; the first word of each line is the entry."""
     words = [[str(ROOT / entry), *(word.format(root=ROOT) for word in line)] for entry, *line in lines]
     given = json.dumps([HEAVY, words])
-    done = subprocess.run([sys.executable, "-c", PROBE, given], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", PROBE, given], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]
     return [(code, said, imported) for code, said, imported in found]
@@ -151,6 +162,40 @@ def test_a_mistake_and_help_import_nothing_heavy(entry: str) -> None:
         assert imported == [], mistake
     for code, said, imported in found[len(MISTAKES[entry]) :]:
         assert code == 0 and said.startswith("usage: python ") and imported == []
+
+
+def test_a_run_that_cannot_go_on_is_told_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config is compared before anything heavy is imported, and so is the number of steps."""
+    (tmp_path / "set").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (9 * i, 0, 0)).save(tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text("a star")
+    monkeypatch.chdir(tmp_path)
+    job = Train(model=Model(str(ROOT / "scripts/tiny/model")), data=Data("set", 64), run="mine", steps=40)
+    assert check_recorded(job, Path("runs/mine")) is None
+    record_config(job, Path("runs/mine"), 2)
+    assert check_recorded(job, Path("runs/mine")) is None  # there is nothing yet to go on from
+    state, empty = '{"step": 40}', hashlib.sha256(b"").hexdigest()
+    for step in (14, 40, 41):
+        folder = tmp_path / f"runs/mine/checkpoints/step-{step:06d}"
+        folder.mkdir(parents=True)
+        for name in (steps.ADAPTER, steps.OPTIMIZER):
+            (folder / name).write_bytes(b"" if step < 41 else b"torn")
+        sums = {steps.ADAPTER: empty, steps.OPTIMIZER: empty, steps.STATE: hashlib.sha256(state.encode()).hexdigest()}
+        (folder / steps.STATE).write_text(json.dumps({"sha256": sums, "state": state}))
+    assert check_recorded(job, Path("runs/mine")) == 2
+    auto = replace(job, precision=replace(job.precision, kind="auto", budget_gib=8.0))
+    assert check_recorded(auto, Path("runs/mine")) == 2  # compared once it is measured
+    own = ["data.path=set/", "data.resolution=64", "run=mine", "device=cpu"]
+    changed = (
+        (["steps=40", "adapter.rank=3"], "exists with another config (adapter.rank was 16, is 3)"),
+        (["steps=40", "data.resolution=32"], "data.resolution was 64, is 32"),
+        (["steps=20"], "steps is 20, but run 'mine' is at step 40 already"),
+    )
+    for (code, said, imported), (_, expected) in zip(
+        answers([["train/train.py", *own, *more] for more, _ in changed], tmp_path), changed, strict=True
+    ):
+        assert code == MEND and expected in said and imported == [], said
 
 
 def test_a_plan_computes_without_torch() -> None:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.data.buckets import View, bucket_of, cut, cut_mask, is_smaller, views_of
+from train.data.buckets import bucket_of, cut, cut_mask, is_smaller, views_of
 from train.data.dataset import Data
+from train.data.view import View
 
 SIDES = st.integers(16, 700)
 RESOLUTIONS = st.sampled_from([16, 64, 128, 256, 512])

@@ -194,7 +194,11 @@ def test_folders_are_refused(tmp_path: Path) -> None:
         refused(f"{next(iter(option))} of .* that is a folder", "", sources=[Source(str(tmp_path), **option)])  # type: ignore[arg-type]
     refused(r"holds no pictures \(.png.*set its path")
     put(tmp_path / "a.png")
-    refused(r"a.png has no caption: write a.txt beside it")
+    refused(r"a.png has no caption: write a.txt beside it, .*train/write_captions.py writes them")
+    picture = put(tmp_path / "kohya" / "10_sks dog" / "a.png")
+    said = r"has no caption: write a.txt .*\[{path:.*/kohya/10_sks dog,repeats:10,caption:sks dog}\]"
+    refused(said, str(tmp_path / "kohya"))
+    picture.unlink()
     caption = tmp_path / "a.txt"
     caption.write_text(" \n")
     refused(r"a.png has an empty caption; write one")

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.data.buckets import View, cut, reference_view, views_of
+from train.data.buckets import cut, reference_view, views_of
 from train.data.dataset import Data
 from train.data.samples import read_samples
 from train.data.source import Sample, Source
+from train.data.view import View
 
 SPELLINGS = {  # of a picture's name, what its reference may be called
     "same": lambda stem, end: stem + end,

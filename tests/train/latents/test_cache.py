@@ -32,11 +32,11 @@ from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.sample.picture import decode, pixel_hash
 from tests.forked import Forked
-from train.data.buckets import View
 from train.data.caption import all_texts
 from train.data.dataset import Data, Prior
 from train.data.samples import read_samples
 from train.data.source import Sample, Source
+from train.data.view import View
 from train.latents import build as build_module
 from train.latents.build import build
 from train.latents.identities import Picture, digest, known_identities
@@ -807,7 +807,7 @@ def test_processes_share_the_work_and_a_killed_one_is_continued(data: Data, tiny
     assert int(said.splitlines()[-1]) == 9
 
     command = [str(ROOT / "train/cache.py"), f"data.path='{data.path}'", f"data.cache='{data.cache}'"]
-    options = ["data.resolution=32", "data.flip=true", "precision=bf16", "device=cpu", "prune=true"]
+    options = ["data.resolution=32", "data.flip=true", "precision=bf16", "device=cpu", "prune=true", "json=true"]
     code, said = Forked([*command, *options], tmp_path, os.environ, tmp_path / "pruned.log").finish(400)
     assert code == 0, said
     size = sum(file.stat().st_size for file in Path(data.cache).rglob("*") if file.is_file())

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from infer.family.family import Text
 from train.data.batches import Form, batches_from, epoch_batches, share
-from train.data.buckets import View, views_of
+from train.data.buckets import views_of
 from train.data.caption import texts_of
 from train.data.dataset import Data, Prior
 from train.data.source import Sample, Source
+from train.data.view import View
 from train.loop.batch import (
     Samples,
     batch_sampler,

@@ -156,7 +156,7 @@ def test_students_limits() -> None:
     assert found[1:3] == pytest.approx([theirs.low, theirs.high]) and found.mean == pytest.approx(0.34)
 
 
-def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model) -> None:
+def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model, no_loss_picture: None) -> None:
     options = Transfer(
         tiny, {"bf16": Precision("bf16"), "fp4": Precision("fp4")}, Adapter(rank=2), replace(data, batch_size=1),
         optim=Optim(lr=0.05), memory=Memory(keep="everything"), seeds=[0, 1], steps=2, levels=2, run="test",

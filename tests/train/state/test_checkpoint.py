@@ -22,7 +22,6 @@ from train.state.checkpoint import (
     Checkpoint,
     best_steps,
     find_checkpoint,
-    list_checkpoints,
     optimizer_to,
     read_checkpoint,
     retain,
@@ -30,6 +29,7 @@ from train.state.checkpoint import (
     set_aside,
 )
 from train.state.journal import Journal
+from train.state.steps import list_checkpoints
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 

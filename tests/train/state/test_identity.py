@@ -89,6 +89,18 @@ def test_what_has_moved_is_left_to_its_content(home: Path) -> None:
     assert record_config(replace(job, data=replace(job.data, path="elsewhere"), model=Model("model")), folder, 1) == 1
 
 
+def test_a_copy_of_the_checkpoint_is_left_to_its_content(home: Path) -> None:
+    """Such as that of another copy of the repository."""
+    folder = home / "runs" / "mine"
+    for name, layers in (("model", 2), ("copied", 2), ("different", 3)):
+        (home / name / "transformer").mkdir(parents=True)
+        (home / name / "transformer" / "config.json").write_text(f'{{"num_layers": {layers}}}')
+    job = begun(folder, model=Model("model"))
+    assert record_config(replace(job, model=Model("copied")), folder, 1) == 1
+    with pytest.raises(ValueError, match=r"model\.path was 'model', is 'different'"):
+        record_config(replace(job, model=Model("different")), folder, 1)
+
+
 GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep"
 MAY_CHANGE = {
     "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
@@ -124,7 +136,7 @@ def test_every_setting_is_repeated_or_said_to_be_free(home: Path) -> None:
     for name in names:
         changed = deepcopy(job)
         ((_, group, own),) = [found for found in settings(changed) if found[0] == name]
-        setattr(group, own, "something else")
+        setattr(group, own, 10**6 if name == "steps" else "something else")
         if name in MAY_CHANGE or name.split(".")[0] in GROUPS_THAT_MAY_CHANGE or name == "steps":
             assert record_config(changed, folder, 1) == 1, name
         else:

@@ -32,8 +32,9 @@ from train.objective.optim import Optim
 from train.run.config import Train
 from train.selfcheck import check, differences, lines, state_of
 from train.state import checkpoint
-from train.state.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from train.state.checkpoint import Checkpoint, read_checkpoint
 from train.state.run_lock import NAME, lock_run
+from train.state.steps import list_checkpoints
 from train.train import train
 
 FIT, STEP = (importlib.import_module(f"train.loop.{name}") for name in ("fit", "step"))

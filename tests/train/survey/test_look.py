@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def run(capsys: pytest.CaptureFixture[str], options: Look) -> tuple[int, dict[st
     """Exit code, the JSON of the last line, the whole output and the page."""
     code = 0
     try:
-        look(options)
+        look(replace(options, json=True))
     except SystemExit as leave:
         code = int(str(leave.code))
     output = capsys.readouterr().out
@@ -187,7 +188,7 @@ def test_page_is_inert_and_self_contained(messy: Path, tiny: Model, capsys: Any)
     links = {attributes["href"][1:] for tag, attributes, _ in page.elements if tag == "a"}
     assert links == {attributes["id"] for tag, attributes, _ in page.elements if tag == "section"}
     assert "default-src 'none'" in next(a["content"] for t, a, _ in page.elements if "http-equiv" in a)
-    assert [file.name for file in Path("runs/train").iterdir()] == ["data.html"]
+    assert sorted(file.name for file in Path("runs/train").iterdir()) == ["data.html", "data.json"]
 
 
 def test_crops_and_masks_are_the_trainers(folder: Path, tmp_path: Path, tiny: Model, capsys: Any) -> None:
@@ -274,10 +275,11 @@ def test_terminal_takes_no_orders_from_names(folder: Path, tiny: Model, capsys: 
 
 
 def test_command(messy: Path) -> None:
-    """As a person types it: the exit code, and one JSON object as the last line."""
-    command = [str(ROOT / "train/look.py"), f"data.path={messy}", "data.resolution=64"]
+    """As a person types it: the exit code, and one JSON object as the last line where it is asked for."""
+    command = [str(ROOT / "train/look.py"), f"data.path={messy}", "data.resolution=64", "json=true"]
     code, said = Forked(command, Path.cwd(), os.environ, Path("said").absolute()).finish(120)
     assert code == 2
+    assert said.splitlines()[-2].startswith("training cannot start: 4 of ")
     assert json.loads(said.rstrip("\n").split("\n")[-1])["skipped"] == 4
 
 

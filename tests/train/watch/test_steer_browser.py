@@ -4,6 +4,8 @@ One training of the bundled model, whose steps follow each other: each fixture d
 """
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from infer.adapter.read import FILE, read_pairs
+from infer.resident.settings import STATE
 from scripts.tiny.make_style import make_style
 from tests.train.watch.conftest import Served, serving
 from tests.train.watch.test_watch_browser import press, said, text, visit
@@ -28,6 +31,7 @@ save_minutes=0
 preview_every=0
 sampling.steps=1
 precision=bf16
+ema=0.5
 """
 
 
@@ -37,6 +41,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("home")
     make_style(folder / "runs" / "demo-pictures", 12, 0)
     yield from serving(folder)
+    state = folder / STATE
+    if state.is_file() and (said := json.loads(state.read_text()))["state"] != "ended":
+        os.kill(said["pid"], signal.SIGKILL)  # a test has failed, and left it
 
 
 def events(home: Served) -> list[dict[str, Any]]:
@@ -165,20 +172,21 @@ def chosen(browser: "Browser", home: Served, stopped: dict[str, Any]) -> dict[st
 
 def test_checkpoints_are_scored_and_the_best_has_its_reason(chosen: dict[str, Any], home: Served) -> None:
     choice = json.loads((home.folder / "runs/mine/choose/choice.json").read_text())
-    losses = {event["step"]: event["validation_loss"] for event in events(home) if "validation_loss" in event}
+    losses = {one["step"]: one["validation_loss_ema"] for one in events(home) if "validation_loss_ema" in one}
     (entry,) = choice["entries"]
     last = max(step for step in losses if step <= chosen["step"])
     assert entry["validation"] == losses[last] and entry["drift"] > 0 and entry["nearest"] > 0
+    assert choice["average"] and "the averaged weights of each checkpoint" in chosen["shown"]
     assert "held-out" in choice["best"]["reason"] and choice["best"]["reason"] in chosen["shown"]
     assert all((home.folder / "runs/mine/choose" / image).is_file() for image in (*choice["base"], *entry["images"]))
 
 
-def test_the_taken_adapter_is_the_checkpoints(chosen: dict[str, Any], home: Served) -> None:
+def test_the_taken_adapter_is_the_checkpoints_average(chosen: dict[str, Any], home: Served) -> None:
     """Its product B A of every layer, with alpha / rank = 1 of the demo, against the checkpoint's tensors."""
     from safetensors.torch import load_file
 
     run = home.folder / "runs" / "mine"
-    state = load_file(run / "checkpoints" / f"step-{chosen['step']:06d}" / "adapter.safetensors")
+    state = load_file(run / "checkpoints" / f"step-{chosen['step']:06d}" / "ema.safetensors")
     pairs = read_pairs(str(run / "chosen" / FILE))
     assert len(pairs) == len(state) // 2
     for layer, pair in pairs.items():
@@ -210,6 +218,13 @@ def test_a_picture_is_drawn_and_its_settings_are_read_back(browser: "Browser", h
     assert "seeds=[7]" in command and "sampling.steps=1" in command and "adapter.path=runs/mine/chosen" in command
 
 
+def test_the_second_drawing_took_no_load(browser: "Browser", home: Served, drawn: str) -> None:
+    """The grid was drawn by the process that drew the picture, which is there still."""
+    (job, *_) = [one for one in home.get("/api/runs")["jobs"] if one["words"][0] == "infer/draw.py"]
+    assert "nothing is loaded" in home.get(f"/api/job?id={job['id']}")["log"]
+    browser.wait("document.querySelector('main').innerText.includes('the next drawing with it takes no loading')")
+
+
 def test_a_picture_is_looked_at_and_closed_by_keyboard(browser: "Browser", home: Served, drawn: str) -> None:
     browser.find(".shot .picture").click()
     browser.wait("document.querySelector('dialog[open] img')?.naturalWidth")
@@ -230,6 +245,7 @@ def ended(browser: "Browser", home: Served, stopped: dict[str, Any], drawn: str)
     said(browser, "in the queue: python train/train.py")
     run = wait_for(home, state="done")
     browser.wait("document.querySelector('.state')?.textContent === 'done'")
+    assert home.get("/api/runs")["resident"]["reason"] == "a training has begun"
     return run
 
 

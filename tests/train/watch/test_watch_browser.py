@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from infer.resident.state import write_state
+from infer.resident.turns import drawing_turn
 from tests.train.watch.conftest import Served, make_run, serving
+from train.data.dataset import Data
+from train.look import Look, look
+from train.watch import jobs
 
 if TYPE_CHECKING:
     from tests.browser import Browser
@@ -50,6 +58,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with (torn / "metrics.jsonl").open("a") as stream:
         stream.write('not json\n{"step": 6, "lo')
     make_run(runs / "sweep" / "rank-4", 3, 3)
+    (runs / "sweep" / "report.html").write_text("<h1>a sweep</h1>")
+    (runs / "alone" / "compare").mkdir(parents=True)
+    (runs / "alone" / "compare" / "report.html").write_text("<h1>precisions</h1>")
     make_run(runs / "gone", 3, 3)
     make_run(runs / f"a & b {HOSTILE[1:4]}'", 3, 3)
     (runs / "set").mkdir()
@@ -211,6 +222,34 @@ def test_a_report_is_shown_inside_and_can_ask_for_nothing(browser: "Browser", pa
     assert all("connect-src" in problem or "fetch" in problem or "CSP" in problem for problem in browser.problems())
 
 
+def test_sweeps_and_comparisons_are_found_and_shown_inside(browser: "Browser", page: Served) -> None:
+    visit(browser, page, "/runs", "document.querySelectorAll('a[href*=reports]').length === 2")
+    names = browser.js("return [...document.querySelectorAll('a[href*=reports]')].map((e) => e.textContent)")
+    assert names == ["alone, comparison", "sweep, sweep"]
+    browser.find("a[href='#/reports/sweep']").click()
+    browser.wait("document.querySelector('h1')?.textContent === 'sweep' && document.querySelector('iframe')")
+    browser.driver.switch_to.frame(browser.find("iframe"))
+    try:
+        browser.wait("document.querySelector('h1')?.textContent === 'a sweep'")
+    finally:
+        browser.driver.switch_to.default_content()
+
+
+def test_the_course_of_a_run_from_a_terminal_is_told(browser: "Browser", page: Served) -> None:
+    visit(
+        browser,
+        page,
+        "/run/mine/log",
+        "document.querySelectorAll('pre')[1].textContent.includes('stopped at step 200')",
+    )
+    lines = browser.js("return document.querySelectorAll('pre')[1].textContent.split('\\n')")
+    assert lines[1:] == [
+        "step 0: validation loss 1.5000", "step 100: previews", f"step 100: spike: {HOSTILE}",
+        "step 200: validation loss 0.5000", "step 200: previews", "stopped at step 200",
+    ]  # fmt: skip
+    assert lines[0].endswith("started last") and not browser.find("select[name=job]").is_displayed()
+
+
 def test_a_caption_is_changed_in_place_and_changed_back(browser: "Browser", page: Served) -> None:
     file = page.folder / "runs" / "set" / "a.txt"
     before = file.read_bytes()
@@ -250,6 +289,84 @@ def test_a_caption_that_somebody_else_changed_is_not_overwritten(browser: "Brows
     assert file.read_text() == "of another page\n"
     browser.wait("document.querySelector(\"textarea[aria-label='caption of b.png']\").value === 'of another page'")
     assert any("400" in problem for problem in browser.problems())  # the refusal itself
+
+
+def look_at_once(job: str | None) -> None:
+    """What the page's process for a job does, for a look, in this process and before the page is answered."""
+    assert job is not None
+    folder = jobs.job_folder(job)
+    words = [word.partition("=") for word in jobs.read_job(folder)["words"][1:]]
+    given = {name.removeprefix("data."): value for name, _, value in words}
+    data = Data(given["path"], resolution=int(given["resolution"]), flip="flip" in given)
+    code = 0
+    try:
+        look(Look(data=data, run=given["run"], workers=1))
+    except SystemExit as left:
+        code = int(str(left.code))
+    jobs.set_state(folder, {"state": "failed" if code else "done", "reason": f"exit code {code}" if code else None})
+
+
+def test_duplicates_broken_ones_buckets_and_crops_are_shown(
+    browser: "Browser", page: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "start_runner", look_at_once)
+    data = page.folder / "runs" / "twins"
+    data.mkdir()
+    board = Image.new("RGB", (160, 80), "white")
+    board.paste("red", (0, 0, 40, 40))
+    for name in ("one", "same", "other"):
+        (board if name != "other" else board.rotate(180)).save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text(f"a card {HOSTILE}")
+    (data / "torn.png").write_bytes(b"no picture")
+    (data / "torn.txt").write_text("a card")
+    visit(browser, page, "/data/runs%2Ftwins", "document.querySelectorAll('.shot').length === 4")
+    browser.find("input[name=resolution]").send_keys("64")
+    browser.find("input[name=flip]").click()
+    press(browser, "Look at every picture")
+    browser.wait("document.querySelectorAll('.crops figure').length === 6")
+    shown = text(browser, "main")
+    assert "Training cannot start on this: 1 of 4 samples cannot be used" in shown
+    assert "torn.png cannot be read as a picture" in shown and "The same pixels: 1 group" in shown
+    names = browser.js("return [...document.querySelectorAll('.alike figcaption')].map((e) => e.textContent)")
+    assert names == ["one.png", "same.png"]
+    assert "same pixels as same.png" in browser.js("return document.querySelector('.marks').textContent")
+    (row,) = browser.js("return [...document.querySelectorAll('.look ~ div tbody tr')].map((e) => e.innerText)")
+    assert row.split("\t") == ["80 x 48", "64", "3", "17 %"]  # of 160 x 80, whose widest bucket that is
+    browser.wait("[...document.querySelectorAll('.crops img')].every((i) => i.complete && i.naturalWidth === 80)")
+    code = """const i = document.querySelectorAll('.crops img');
+      const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+      return [0, 1].map((n) => { c.drawImage(i[n], 0, 0); return [...c.getImageData(n ? 77 : 2, 2, 1, 1).data]; })"""
+    assert all(
+        r > 200 and g < 60 and b < 60 for r, g, b, _ in browser.js(code)
+    )  # red at the left, mirrored at the right
+    browser.js(
+        "const s = document.querySelector('select[name=filter]'); s.value = 'twice';"
+        "s.dispatchEvent(new Event('change'))"
+    )
+    assert browser.js("return document.querySelectorAll('.shot').length") == 2
+    browser.find(".crops .picture").click()
+    browser.wait("document.querySelector('dialog[open] img')?.naturalWidth === 80")
+    browser.press(ESCAPE)
+    problems = browser.problems()
+    assert all("torn.png" in problem and "415" in problem for problem in problems), problems  # shown as a gap
+    shutil.rmtree(data)
+
+
+def test_the_drawing_process_is_shown_ended_and_missed(browser: "Browser", page: Served) -> None:
+    idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    visit(browser, page, "/run/mine/draw", "document.querySelector('form')")
+    try:
+        with drawing_turn():
+            facts = {"model": "dev, nf4", "device": "a card", "bytes": 9 * 2**30, "idle": 600.0}
+            write_state("waiting", **facts | {"pid": idle.pid})
+            browser.wait("document.querySelector('main').innerText.includes('keeps dev, nf4, 9 GiB of a card')")
+            press(browser, "Give its memory back")
+            said(browser, f"kill {idle.pid}")
+            assert idle.wait(10) == -signal.SIGTERM
+        browser.wait("document.querySelector('.note.bad')?.innerText.includes('gone without a word')")
+    finally:
+        idle.kill()
+        shutil.rmtree(page.folder / "runs" / ".resident")
 
 
 def test_a_run_that_is_deleted_while_it_is_shown(browser: "Browser", page: Served) -> None:
@@ -296,8 +413,9 @@ def test_the_command_is_copied(browser: "Browser", page: Served) -> None:
     )
 
 
-VIEWS = ("/runs", "/start", "/data", "/queue", "/run/mine/watch", "/run/mine/previews", "/run/mine/pictures",
-         "/run/mine/draw", "/run/mine/choose", "/run/mine/settings", "/run/mine/log", "/run/mine/reports")  # fmt: skip
+VIEWS = ("/runs", "/reports/sweep", "/start", "/data", "/queue", "/run/mine/watch", "/run/mine/previews",
+         "/run/mine/pictures", "/run/mine/draw", "/run/mine/choose", "/run/mine/settings", "/run/mine/log",
+         "/run/mine/reports")  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [1280, 400])

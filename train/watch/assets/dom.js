@@ -106,6 +106,26 @@ export function commandLine(asked, lacking = () => "") {
   return {answer, line, check, soon: () => { clearTimeout(timer); timer = setTimeout(check, 250); }, stop: () => clearTimeout(timer)};
 }
 
+// what the process does that draws, and how it is ended; the note is drawn again where it has changed
+export function residentNote() {
+  const box = h("div", {className: "line", role: "status"});
+  let last;
+  const end = () => tried(async () => { say(`it ends: ${(await post("giveback", {})).command}`); });
+  const live = (found) => {
+    const text = JSON.stringify([found?.state, found?.model, found?.reason, Math.round((found?.bytes ?? 0) / 2 ** 28)]);
+    if (text === last) return;
+    last = text;
+    if (!found || (found.state === "ended" && found.reason === "it was asked to end")) { box.replaceChildren(); return; }
+    const held = found.bytes ? `, ${number(found.bytes / 2 ** 30, 3)} GiB of ${found.device}` : "";
+    const words = {drawing: `The drawing process draws (${found.model ?? "a model is loaded first"}${held}).`,
+      waiting: found.model ? `The drawing process keeps ${found.model}${held}: the next drawing with it takes no loading. It leaves when a training begins, and after ${duration(found.idle)} without a request.`
+        : "The drawing process is there, with nothing loaded.", ended: `The drawing process has given its memory back: ${found.reason}.`, gone: `${found.reason}.`};
+    box.replaceChildren(note(words[found.state] ?? found.state, {gone: "bad", waiting: "good", drawing: "good"}[found.state]),
+      ...(found.state === "waiting" || found.state === "drawing" ? [h("button", {className: "button", type: "button", onclick: end}, "Give its memory back")] : []));
+  };
+  return {box, live};
+}
+
 // a picture as large as the window, with what is said of it; Escape closes it
 export function enlarge(src, text, alt) {
   const box = h("dialog", {ariaLabel: alt}, h("img", {src, alt}), h("p", {}, text),

@@ -22,8 +22,10 @@ export async function runView(place, [name, chosen]) {
   let part = null;
   const live = async () => {
     run = await get("run", {name});
-    run.jobs = (await get("jobs", {run: name})).jobs;
-    const text = JSON.stringify({...run, now: 0});
+    const about = await get("jobs", {run: name});
+    run.jobs = about.jobs;
+    run.resident = about.resident;
+    const text = JSON.stringify({...run, now: 0, resident: null});
     if (text !== last) { last = text; buttons.draw(); }
     await part?.live?.(run);
   };
@@ -203,11 +205,12 @@ async function logTab(place, name, run) {
   const box = h("pre", {className: "log", tabIndex: 0, ariaLabel: "Log"});
   let jobs = [];
   const which = h("select", {name: "job", onchange: () => draw()});
+  const course = h("pre", {className: "log", tabIndex: 0, ariaLabel: "Course"});
   const draw = () => tried(async () => {
-    if (!jobs.length) {
-      box.textContent = "This run was not started from the page: its log is in the terminal where it was.";
-      return;
-    }
+    const lines = (await get("story", {name})).join("\n");
+    if (lines !== course.textContent) course.textContent = lines;
+    printed.hidden = !jobs.length;
+    if (!jobs.length) return;
     const end = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     const said = await get("job", {id: which.value});
     const text = said.log || "It has said nothing yet.";
@@ -221,9 +224,17 @@ async function logTab(place, name, run) {
     }
     await draw();
   };
-  place.append(h("label", {className: "set"}, "Of", which), box);
+  const printed = h("div", {}, h("h3", {}, "What the command printed"), h("label", {className: "set"}, "Of", which), box);
+  place.append(printed, h("h3", {}, "What the run’s files say"), course);
   await live(run);
   return {live};
+}
+
+// the reports of a folder that is no run: a sweep over its runs, a comparison by itself
+export async function reportsView(place, [name]) {
+  const run = await get("run", {name});
+  place.append(h("p", {}, h("a", {href: "#/runs"}, "All runs")), h("h1", {}, name));
+  await reportTab(place, name, run);
 }
 
 async function reportTab(place, name, run) {

@@ -1,5 +1,5 @@
 // The list of runs, and the queue of commands.
-import {ago, copyable, duration, fileUrl, get, h, note, number, post, runLink, say, state, tried} from "./dom.js";
+import {ago, copyable, duration, fileUrl, get, h, note, number, post, residentNote, runLink, say, state, tried} from "./dom.js";
 
 const SHOWN = 100;
 
@@ -20,10 +20,10 @@ function card(run) {
 export async function runsView(place) {
   let seen = SHOWN, last = "";
   const search = h("input", {type: "search", placeholder: "name or state", ariaLabel: "Search runs", oninput: () => draw()});
-  const list = h("div", {className: "runs"}), notes = h("div", {}), count = h("p", {role: "status"});
+  const list = h("div", {className: "runs"}), notes = h("div", {}), count = h("p", {role: "status"}), reports = h("div", {});
   const more = h("button", {className: "button more", type: "button", hidden: true, onclick: () => { seen += 200; draw(); }}, "Show more");
   place.append(h("div", {className: "line apart"}, h("h1", {}, "Runs"), h("a", {className: "button main", href: "#/start"}, "Start a run")), notes,
-    h("div", {className: "line"}, search), count, list, more);
+    h("div", {className: "line"}, search), count, list, more, reports);
   let found = {runs: [], jobs: [], notes: []};
   const draw = () => {
     const wanted = search.value.trim().toLowerCase();
@@ -36,9 +36,12 @@ export async function runsView(place) {
     if (!found.runs.length && !waiting.length)
       list.replaceChildren(h("p", {}, "There is no run in runs/ yet. ", h("a", {href: "#/start"}, "Start one"), ", or type the command in a terminal: it appears here."));
     more.hidden = runs.length <= seen;
+    reports.replaceChildren(...(found.reports?.length ? [h("h2", {}, "Sweeps and comparisons"), h("div", {className: "line"}, found.reports.map((one) =>
+      h("a", {className: "button", href: `#/reports/${encodeURIComponent(one.name)}`}, `${one.name}, ${one.kind}`)))] : []));
   };
   const live = async () => {
     const said = await get("runs");
+    said.resident = null;
     const text = JSON.stringify(said);
     if (text === last) return;  // nothing moves: what has the focus keeps it
     last = text;
@@ -52,9 +55,9 @@ export async function runsView(place) {
 }
 
 export async function queueView(place) {
-  const list = h("div", {className: "runs"}), notes = h("div", {});
+  const list = h("div", {className: "runs"}), notes = h("div", {}), resident = residentNote();
   place.append(h("h1", {}, "Queue"),
-    h("p", {}, "Commands run one after another, in a process of their own: closing this page stops nothing."), notes, list);
+    h("p", {}, "Commands run one after another, in a process of their own: closing this page stops nothing."), resident.box, notes, list);
   let last = "";
   const open = new Set();
   const line = (job) => {
@@ -77,6 +80,7 @@ export async function queueView(place) {
   };
   const live = async () => {
     const said = await get("runs");
+    resident.live(said.resident);
     const text = JSON.stringify([said.jobs, said.standstill]);
     if (text === last) return;
     last = text;

@@ -2,10 +2,10 @@
 import {Failed, h, note, tried} from "./dom.js";
 import {dataView} from "./data.js";
 import {queueView, runsView} from "./runs.js";
-import {runView} from "./run.js";
+import {reportsView, runView} from "./run.js";
 import {startView} from "./start.js";
 
-const VIEWS = {runs: runsView, start: startView, data: dataView, queue: queueView, run: runView};
+const VIEWS = {runs: runsView, start: startView, data: dataView, queue: queueView, run: runView, reports: reportsView};
 const main = document.querySelector("#main");
 let shown = null;  // {live, stop} of the view on the page
 let turn = 0;
@@ -19,7 +19,7 @@ async function show(focus) {
   shown?.stop?.();
   shown = null;
   for (const link of document.querySelectorAll("#pages a"))
-    if (link.hash === `#/${view === "run" ? "runs" : view}`) link.ariaCurrent = "page"; else link.removeAttribute("aria-current");
+    if (link.hash === `#/${view === "run" || view === "reports" ? "runs" : view}`) link.ariaCurrent = "page"; else link.removeAttribute("aria-current");
   const place = h("div", {});
   let made;
   try { made = await VIEWS[view](place, words.slice(1)); } catch (error) {
@@ -33,7 +33,7 @@ async function show(focus) {
   if (focus) { main.focus({preventScroll: true}); scrollTo(0, 0); }
 }
 
-// a live view is asked again after a second and a half, or after fifty times what the last answer took
+// a live view is asked again after a second and a half, or after fifty times what the last answer took: two percent of a core
 async function beat() {
   let took = 0;
   if (shown?.live && !document.hidden) {
