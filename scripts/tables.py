@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -125,10 +126,11 @@ def edit() -> str:
 
 
 def demo() -> str:
-    """The demo: its own six prompts."""
+    """The demo: its own six prompts, and the README's picture."""
     style()
     program("train/train.py", "experiment=demo")
     program("infer/compare.py", "experiment=demo_compare")
+    shutil.copy(ROOT / "runs" / "demo" / "compare" / "comparison.png", ROOT / "docs" / "comparison.png")
     lines = []
     for row in read(ROOT / "runs" / "demo" / "compare" / "results.json")["summary"]:
         scores, psnr = row["scores"], row["scores"]["psnr_bf16"]
