@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -200,6 +201,10 @@ def placed(page: str, name: str, text: str) -> str:
     return page[: page.index(begin) + len(begin)] + f"{text.strip()}\n" + page[page.index(end) :]
 
 
+def _write(content: str, path: Path) -> None:
+    path.write_text(content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}; none: all")
@@ -212,7 +217,7 @@ def main() -> None:
         began = time.monotonic()
         text = f"{measure().strip()}\n\n{machine(time.monotonic() - began)}"
         content = placed((ROOT / page).read_text(), name, text)
-        replace_file(ROOT / page, lambda path, content=content: path.write_text(content))
+        replace_file(ROOT / page, partial(_write, content))
         print(f"{name}: {page}", flush=True)
 
 

@@ -3,8 +3,8 @@
     python train/look.py model=dev data.path=my_pictures data.resolution=512 run=mine
 
 Takes train.py's data options, prints a summary and writes runs/<run>/data.html, which opens offline, and data.json for
-programs; json=true prints the counts as a JSON object below. Exit code 0: training could start; 2: it could not, and the
-text says what to mend.
+programs; json=true prints the counts as a JSON object below. Exit code 0: training could start; 2: it could not, and
+the text says what to mend.
 """
 
 from __future__ import annotations
