@@ -28,7 +28,7 @@ from train.estimate.memory import footprint
 
 GIB = 2**30
 PARTS = ("train", "infer", "check", "plan")
-MORE = ("ranks", "compile")  # by scripts/bench_ranks.py, of several GPUs, and scripts/bench_compile.py
+MORE = ("ranks", "compile", "kernels")  # by bench_ranks.py, of several GPUs, and bench_compile.py; seen in one process
 
 
 def plan_rows(seen: list[Row]) -> list[Row]:

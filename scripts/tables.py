@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -81,7 +83,24 @@ def gap() -> str:
         "+precision@precisions.six=auto", "precisions.six.budget_gib=0.006", "+precision@precisions.ends=nf4",
         "++precisions.ends.layers={x_embedder:bf16,proj_out:bf16}",
     )  # fmt: skip
-    return (ROOT / "runs" / "tables" / "gap" / "gap.md").read_text()
+    summary = [row for row in read(ROOT / "runs" / "tables" / "gap" / "gap.json")["summary"] if row["level"] is None]
+    lines = [
+        [
+            row["precision"],
+            f"{row['transformer_bytes'] / 2**20:.2f}",
+            within(row["error"], 100, ".2f"),
+            within(row["loss"], 1, ".4f"),
+            within(row["cost"], 1, "+.4f"),
+        ]
+        for row in summary
+    ]
+    return plain_table([["precision", "transformer MiB", "velocity error %", "loss", "loss above bf16"], *lines])
+
+
+def within(estimate: dict[str, float], times: float, form: str) -> str:
+    """A mean with its limits."""
+    mean, low, high = (format(times * estimate[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def sensitivity() -> str:
@@ -125,10 +144,11 @@ def edit() -> str:
 
 
 def demo() -> str:
-    """The demo: its own six prompts."""
+    """The demo: its own six prompts, and the README's picture."""
     style()
     program("train/train.py", "experiment=demo")
     program("infer/compare.py", "experiment=demo_compare")
+    shutil.copy(ROOT / "runs" / "demo" / "compare" / "comparison.png", ROOT / "docs" / "comparison.png")
     lines = []
     for row in read(ROOT / "runs" / "demo" / "compare" / "results.json")["summary"]:
         scores, psnr = row["scores"], row["scores"]["psnr_bf16"]
@@ -198,6 +218,10 @@ def placed(page: str, name: str, text: str) -> str:
     return page[: page.index(begin) + len(begin)] + f"{text.strip()}\n" + page[page.index(end) :]
 
 
+def _write(content: str, path: Path) -> None:
+    path.write_text(content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}; none: all")
@@ -210,7 +234,7 @@ def main() -> None:
         began = time.monotonic()
         text = f"{measure().strip()}\n\n{machine(time.monotonic() - began)}"
         content = placed((ROOT / page).read_text(), name, text)
-        replace_file(ROOT / page, lambda path, content=content: path.write_text(content))
+        replace_file(ROOT / page, partial(_write, content))
         print(f"{name}: {page}", flush=True)
 
 

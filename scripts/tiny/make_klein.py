@@ -133,7 +133,9 @@ def pack(vae: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
     """[batch, 32, h, w] -> [batch, h w / 4, 128], normalised as the pipeline does."""
     packed = Flux2KleinPipeline._patchify_latents(latents)
     mean, deviation = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
-    return Flux2KleinPipeline._pack_latents((packed - mean) / (deviation + vae.config.batch_norm_eps).sqrt())
+    normalised = (packed - mean) / (deviation + vae.config.batch_norm_eps).sqrt()
+    tokens: Tensor = Flux2KleinPipeline._pack_latents(normalised)
+    return tokens
 
 
 class Flow(nn.Module):
@@ -175,9 +177,10 @@ def train(
     seconds: float,
 ) -> Flow:
     """Regress the velocity that `batch` gives as x, texts, sigma, target; returns the average."""
-    began, device = time.monotonic(), flow.img_ids.device
+    began = time.monotonic()
+    parameters: list[Tensor] = list(flow.parameters())
+    device = parameters[0].device
     cuda = device.type == "cuda"
-    parameters = list(flow.parameters())
     now, move, total = (torch.zeros((), device=device) for _ in range(3))
     optimizer = torch.optim.AdamW(
         parameters, lr=now if cuda else rate, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda, capturable=cuda

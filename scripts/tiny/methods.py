@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -29,21 +30,23 @@ if __name__ == "__main__":
 
 from infer.adapter.attach import load_adapter, without_adapter
 from infer.adapter.lora import Adapter
-from infer.checkpoint.load import load_transformer, load_vae
+from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import pick_device
 from infer.family.family import Text
+from infer.family.find import of_model
+from infer.family.packing import pack
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.errors import explained
 from infer.program.paths import ROOT
+from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision
 from infer.report.markdown import plain_table
-from infer.sample.encode import decode
+from infer.sample.encode import decode, text_encoder
 from infer.score.bootstrap import interval
 from scripts.tiny import world
 from scripts.tiny.check import inked, right
-from scripts.tiny.drawing import draw, encode
 from train.data.dataset import Data, Prior
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
@@ -149,6 +152,32 @@ def job_of(
     return replace(job, **given)
 
 
+def encode(every: list[str], device: torch.device) -> dict[str, Text]:
+    with text_encoder(MODEL, PRECISION, device, None) as encoder:
+        return dict(zip(every, encoder(every), strict=True))
+
+
+def draw(transformer: Any, texts: list[Text], device: torch.device) -> torch.Tensor:
+    """Packed latents of one picture a text, seeds 0 upwards, all at once."""
+    dtype, count = compute_dtype_of(transformer), len(texts)
+    start = torch.stack(
+        [torch.randn(16, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    )
+    latents = pack(start).to(device, dtype)
+    embeds = torch.stack([text.embeds for text in texts]).to(device, dtype)
+    pooled = torch.stack([text.pooled for text in texts if text.pooled is not None]).to(device, dtype)
+    family, scheduler = of_model(transformer), load_scheduler(MODEL)
+    given = family.inputs(transformer.config, latents, SIDE // 8, SIDE // 8, embeds, pooled, GUIDANCE, dtype)
+    mu = family.mu(scheduler.config, latents.shape[1], STEPS)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS), device=device, mu=mu)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            time_step = (t.expand(count) / 1000).to(dtype)
+            velocity = transformer(**(given | {"hidden_states": latents}), timestep=time_step, return_dict=False)[0]
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
 def judge(adapter: Path, texts: dict[str, Text], trigger: str, device: torch.device) -> dict[str, float]:
     """Of each kind of prompt: the share that is inked, the share that is right, and how far the adapter moves it."""
     transformer, vae = load_transformer(MODEL, PRECISION, device).eval(), load_vae(MODEL, device)
@@ -156,10 +185,9 @@ def judge(adapter: Path, texts: dict[str, Text], trigger: str, device: torch.dev
     found = {}
     for kind, wanted in prompts(trigger).items():
         own = [texts[prompt] for prompt in wanted]
-        settings = (range(len(own)), SIDE, STEPS, GUIDANCE, device)
-        latents = draw(MODEL, transformer, own, *settings)
+        latents = draw(transformer, own, device)
         with without_adapter(transformer):
-            base = draw(MODEL, transformer, own, *settings)
+            base = draw(transformer, own, device)
         moved = (latents - base).float().flatten(1).norm(dim=1) / base.float().flatten(1).norm(dim=1)
         plain = [prompt.replace(f"{trigger} ", "") for prompt in wanted]
         pictures = [decode(vae, one[None], SIDE, SIDE) for one in latents]
@@ -213,8 +241,7 @@ def main() -> None:
     began, device = time.monotonic(), pick_device(args.device)
     pictures = args.out.parent / f"{args.out.stem}-pictures"
     make_pictures(pictures, args.trigger)
-    every = list(dict.fromkeys(text for kind in prompts(args.trigger).values() for text in kind))
-    texts = encode(MODEL, PRECISION, every, device)
+    texts = encode(list(dict.fromkeys(text for kind in prompts(args.trigger).values() for text in kind)), device)
     done = {(row["variant"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for chosen in args.sets:
