@@ -330,7 +330,7 @@ def test_adapters_of_other_models_are_named_with_theirs(how: str, tmp_path: Path
     [
         ("lokr_w1", "has no lokr_w2_a for"),  # these two are read as the LoRA that adds the same
         ("hada_w1_a", "has no hada_w1_b for"),
-        ("oft_blocks", "are not LoRA; merge it into the weights with the program"),
+        ("oft_blocks", "OFT of outputs, .*merge it into the weights with the program"),
     ],
 )
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_files_for_a_model(tmp_path: Path, tiny: Model, monkeypatch: pytest.Monk
             "models/gone.safetensors",
             r"'models/gone.safetensors' is not there: .* has no such file; there are all.sft, flux1-dev",
         ),
-        ("gone/gone.gguf", r"'gone/gone.gguf' is not there, nor is its folder .*gone; give the file's own path"),
+        ("gone/gone.gguf", r"'gone/gone.gguf' is not there, nor is its folder .*gone; "),
         ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", "; write black-forest-labs/FLUX.1-dev"),
         ("huggingface.co/black-forest-labs/FLUX.1-dev", "; write black-forest-labs/FLUX.1-dev"),
         ("my models/flux", "no folder here and no Hub id"),
