@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -82,7 +83,24 @@ def gap() -> str:
         "+precision@precisions.six=auto", "precisions.six.budget_gib=0.006", "+precision@precisions.ends=nf4",
         "++precisions.ends.layers={x_embedder:bf16,proj_out:bf16}",
     )  # fmt: skip
-    return (ROOT / "runs" / "tables" / "gap" / "gap.md").read_text()
+    summary = [row for row in read(ROOT / "runs" / "tables" / "gap" / "gap.json")["summary"] if row["level"] is None]
+    lines = [
+        [
+            row["precision"],
+            f"{row['transformer_bytes'] / 2**20:.2f}",
+            within(row["error"], 100, ".2f"),
+            within(row["loss"], 1, ".4f"),
+            within(row["cost"], 1, "+.4f"),
+        ]
+        for row in summary
+    ]
+    return plain_table([["precision", "transformer MiB", "velocity error %", "loss", "loss above bf16"], *lines])
+
+
+def within(estimate: dict[str, float], times: float, form: str) -> str:
+    """A mean with its limits."""
+    mean, low, high = (format(times * estimate[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def sensitivity() -> str:
@@ -126,10 +144,11 @@ def edit() -> str:
 
 
 def demo() -> str:
-    """The demo: its own six prompts."""
+    """The demo: its own six prompts, and the README's picture."""
     style()
     program("train/train.py", "experiment=demo")
     program("infer/compare.py", "experiment=demo_compare")
+    shutil.copy(ROOT / "runs" / "demo" / "compare" / "comparison.png", ROOT / "docs" / "comparison.png")
     lines = []
     for row in read(ROOT / "runs" / "demo" / "compare" / "results.json")["summary"]:
         scores, psnr = row["scores"], row["scores"]["psnr_bf16"]

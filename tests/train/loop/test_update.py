@@ -63,7 +63,7 @@ def test_updates_are_those_of_diffusers_recipe(tiny: Model, tmp_path: Path, monk
     make_style(tmp_path / "pictures", 6, seed=1)
     job = Train(
         model=tiny, precision=Precision("fp32"), adapter=Adapter(RANK, ALPHA),
-        data=Data("pictures", 64, 2, validation=0, cache="cache"), optim=Optim(lr=1e-3, weight_decay=0.1, clip=0.5),
+        data=Data("pictures", 64, 2, validation=0, cache="cache"), optim=Optim(lr=1e-3, weight_decay=0.1, clip=0.2),
         run="ours", steps=STEPS, accumulation=ACCUMULATION, validate_every=0, save_every=0, previews=[], device="cpu",
     )  # fmt: skip
     batches: list[Batch] = []
@@ -97,8 +97,8 @@ def test_updates_are_those_of_diffusers_recipe(tiny: Model, tmp_path: Path, monk
     for step in range(STEPS):
         for batch in batches[step * ACCUMULATION : (step + 1) * ACCUMULATION]:
             (loss_of(transformer, batch, job.flow.guidance) / ACCUMULATION).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
-        assert norm > 0.5  # so that clipping shows
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.2)
+        assert norm > 0.2  # so that clipping shows
         optimizer.step()
         optimizer.zero_grad()
     ours = {name: parameter.detach() for name, parameter in trained(models[0]).items()}
