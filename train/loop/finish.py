@@ -14,7 +14,7 @@ from train.loop.model_card import card_of
 from train.loop.next_steps import next_steps, what_to_change_first
 from train.loop.session import Session
 from train.run.config import Train
-from train.state.identity import forget_adapters, record_adapters
+from train.state.identity import forget_adapters, record_adapters, set_card_aside
 from train.state.progress import Progress, TrainingState
 
 
@@ -70,6 +70,9 @@ def save_adapters(session: Session, training: TrainingState) -> None:
         "trigger": job.data.trigger,
         "validation": progress.validation,
     }
+    edited = set_card_aside(folder)
+    if edited is not None:
+        session.run.say(f"note: the card was edited; as it was it is {edited} now, beside the new one")
     forget_adapters(folder)
     if training.average is not None:
         with training.average.applied():

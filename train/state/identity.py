@@ -20,6 +20,7 @@ from train.run.config import Train
 from train.state.steps import list_checkpoints, newest_whole, step_of
 
 CONFIG, WRITTEN = "config.yaml", "adapter.sha256"
+CARD = "adapter/README.md"
 ADAPTERS = ("adapter", "adapter-ema")
 PATHS = re.compile(r"(model|data|data\.prior|data\.sources\.\d+)\.path|data(\.sources\.\d+)?\.(masks|references\.\d+)")
 FILES = re.compile(r"adapter\.(start|recovery)")
@@ -197,9 +198,7 @@ def check_adapters(folder: Path) -> None:
     Raises:
         ValueError: another program or another run has written one.
     """
-    record = folder / WRITTEN
-    lines = record.read_text().splitlines() if record.is_file() else []
-    recorded = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    recorded = _recorded(folder)
     for name in ADAPTERS:
         file = folder / name / FILE
         if not file.is_file():
@@ -215,13 +214,29 @@ def check_adapters(folder: Path) -> None:
             )
 
 
+def _recorded(folder: Path) -> dict[str, str]:
+    """The checksums of what the run has written last, by the names of the files."""
+    record = folder / WRITTEN
+    lines = record.read_text().splitlines() if record.is_file() else []
+    return {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+
+
+def set_card_aside(folder: Path) -> Path | None:
+    """Rename the adapter's card if it was edited since the run wrote it, so that a new one overwrites nothing; returns
+    where it is now. Call before `forget_adapters`."""
+    card, written = folder / CARD, _recorded(folder).get(CARD)
+    if written is None or not card.is_file() or _digest(card) == written:
+        return None
+    return card.replace(card.with_name("README.edited.md"))
+
+
 def forget_adapters(folder: Path) -> None:
     """Remove the record of the adapters' checksums; call before the adapters are written anew."""
     (folder / WRITTEN).unlink(missing_ok=True)
 
 
 def record_adapters(folder: Path) -> None:
-    """Record the checksums of the adapters that the run has written, as `sha256sum -c` reads them."""
-    files = [f"{name}/{FILE}" for name in ADAPTERS if (folder / name / FILE).is_file()]
+    """Record the checksums of the adapters and of the card that the run has written, as `sha256sum -c` reads them."""
+    files = [name for name in (*(f"{each}/{FILE}" for each in ADAPTERS), CARD) if (folder / name).is_file()]
     text = "".join(f"{_digest(folder / file)}  {file}\n" for file in files)
     replace_file(folder / WRITTEN, lambda path: path.write_text(text))

@@ -267,7 +267,7 @@ def test_an_adapter_of_others_is_not_overwritten(job: Train) -> None:
     train(job)
     train(replace(job, run="other", seed=1))
     record = Path("runs/short/adapter.sha256").read_text()
-    assert record.count("\n") == 2 and f"  adapter/{FILE}\n" in record
+    assert record.count("\n") == 3 and f"  adapter/{FILE}\n" in record and "  adapter/README.md\n" in record
     for theirs in (foreign, None):
         file = Path("runs/short/adapter", FILE)
         save_file(theirs, file) if theirs else shutil.copy(f"runs/other/adapter/{FILE}", file)
@@ -279,6 +279,19 @@ def test_an_adapter_of_others_is_not_overwritten(job: Train) -> None:
     Path("runs/short/adapter.sha256").unlink()
     shutil.copytree("runs/other/adapter", "runs/short/adapter")
     train(job)
+
+
+def test_an_edited_card_is_not_overwritten(job: Train, capfd: pytest.CaptureFixture[str]) -> None:
+    job = replace(job, run="card")
+    card = train(job) / "README.md"
+    train(replace(job, steps=3))
+    assert [file.name for file in card.parent.glob("*.md")] == ["README.md"]  # nobody edited it
+    card.write_text("my own words")
+    capfd.readouterr()
+    train(replace(job, steps=4))
+    edited = card.with_name("README.edited.md")
+    assert edited.read_text() == "my own words" and "at step 4" in card.read_text()
+    assert f"note: the card was edited; as it was it is {edited} now" in "".join(capfd.readouterr())
 
 
 def test_previews_that_are_not_finite_end_no_training_and_are_said(
