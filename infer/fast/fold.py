@@ -17,7 +17,8 @@ from infer.fast.thin import Thin
 from infer.fast.weights import Stack, dequantize, four_bit_ends
 
 TALL, WIDE = 64, 256  # of a program's tile
-MOST = 16  # rank of a layer's adapter: beyond, adding it to the weights takes longer than adding it to the product
+MOST = 0  # rank of a layer up to which its adapter is added to the weights; 0: to products alone, as was timed.
+# By tensor cores folding took 7 ms of a step more than it saved; the plain sums below were not timed (docs/speed.md)
 
 
 def folds(frozen: Stack, thin: Thin | None) -> bool:

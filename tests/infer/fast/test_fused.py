@@ -12,7 +12,7 @@ from torch.nn import functional
 from infer.adapter.attach import switch
 from infer.checkpoint.files import known_config
 from infer.checkpoint.model import Model
-from infer.fast import kept_attention, ready_kernels
+from infer.fast import fold, kept_attention, ready_kernels
 from infer.fast.few_rows import few_rows_int8
 from infer.fast.fold import folded
 from infer.fast.fused_activation import activated
@@ -63,6 +63,15 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: 
     for memory in (*map(Memory, ("nothing", "attention", "everything")), Memory("attention", keep_all=3)):
         install(transformer, memory, CPU, kernels=True)
         assert error(step(transformer, parameters, precision), expected) < 1e-5, memory
+
+
+def test_folded_adapters_learn_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = exact("nf4")
+    transformer, parameters = make(precision, ADAPTERS["rslora"], model)
+    expected = step(transformer, parameters, precision)
+    monkeypatch.setattr(fold, "MOST", 16)
+    install(transformer, Memory(), CPU, kernels=True)
+    assert error(step(transformer, parameters, precision), expected) < 1e-5
 
 
 def test_in_bf16_they_are_no_further_from_fp32_than_the_compilers_blocks(model: Model) -> None:
