@@ -110,8 +110,8 @@ def sensitivity() -> str:
     groups.sort(key=lambda group: -group["errors"]["nf4"])
     lines = [
         [
-            ", ".join(group["layers"]),
-            *(f"{100 * group['errors'][kind]:.2f}" for kind in ("nf4", "int8")),
+            ", ".join([group["layers"][0], *(name.rpartition(".")[2] for name in group["layers"][1:])]),
+            *(f"{100 * group['errors'][kind] ** 0.5:.2f}" for kind in ("nf4", "int8")),  # they are kept as squares
             f"{group['bytes']['nf4'] / 1024:.0f}",
         ]
         for group in groups[:LAYERS]
