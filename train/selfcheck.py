@@ -32,6 +32,7 @@ import psutil
 from infer.program.command import run_command
 from infer.program.errors import DIFFERS, DONE
 from infer.program.paths import ROOT
+from infer.score.judges import UNRELATED
 from train.data.references import check_taught
 from train.data.samples import check_left, read_samples
 from train.run.config import Train
@@ -41,6 +42,9 @@ from train.trackers.metrics import read_events
 STEPS = 6  # of each run
 KILLED = 3  # the step in whose journal's line the first kill comes
 SAVED = 2  # steps between checkpoints
+# nothing is drawn, and nothing ends a run early
+UNSCORED = ("scores_every=0", "networks=none", f"unrelated={json.dumps(UNRELATED)}", "stop.loss=0", "stop.likeness=0",
+            "stop.copying=null", "stop.drift=null")  # fmt: skip
 
 
 def command_of(arguments: list[str], run: str) -> list[str]:
@@ -56,6 +60,7 @@ def command_of(arguments: list[str], run: str) -> list[str]:
         "previews=[]",
         "resume=null",
         "track=none",
+        *UNSCORED,
     ]
     return [*launch, str(ROOT / "train" / "train.py"), *arguments, *own]
 

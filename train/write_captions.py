@@ -90,7 +90,9 @@ def write_captions(options: WriteCaptions) -> Path:
     if absent:
         _describe(options, absent, pick_device(options.device))
     table = write_table(folder, pictures)
-    print(f"{len(absent)} captions written, {len(pictures) - len(absent)} kept; all are in {table} for review")
+    written = sum(picture.caption is not None for picture in absent)
+    silent = f", {len(absent) - written} without one" if written < len(absent) else ""
+    print(f"{written} captions written, {len(pictures) - len(absent)} kept{silent}; all are in {table} for review")
     return table
 
 
@@ -105,10 +107,13 @@ def _describe(options: WriteCaptions, absent: list[Picture], device: torch.devic
         batch = absent[first : first + options.batch_size]
         shown = [decode(picture.file.read_bytes(), str(picture.file)) for picture in batch]
         for picture, caption in zip(batch, describe(captioner, shown, options.prompt, options.tokens), strict=True):
+            bar.update()
+            if not caption:
+                bar.write(f"no caption for {picture.file.name}: the captioner said nothing of it; write one yourself")
+                continue
             if trigger and not has_words(caption, trigger):
                 caption = f"{trigger}, {caption}"
             write_caption(picture, caption)
-            bar.update()
     bar.close()
 
 

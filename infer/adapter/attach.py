@@ -1,8 +1,8 @@
-"""LoRA adapters on a quantized transformer: attach one to train, load others, switch them on and off."""
+"""Adapters on a quantized transformer: attach one to train, load others, switch them on and off."""
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -10,12 +10,15 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from infer.adapter.attached import strengths
+from infer.adapter.attached import adapter_state, set_adapter_state, strengths
 from infer.adapter.error_init import Start, round_again, settled
-from infer.adapter.fit import fitting_pairs
+from infer.adapter.factors import Factors
+from infer.adapter.fit import check_alone, check_same_factors, fitting_adapter, fitting_factors, fitting_pairs, sizes_of
 from infer.adapter.lora import INITS, RECOVERY, Adapter
 from infer.adapter.read import Pairs, find_adapter, read_notes
-from infer.adapter.targets import base_layers, match_targets
+from infer.adapter.sizes import match_adapter
+from infer.adapter.targets import base_layers
+from infer.adapter.tuner import attach_tuner, config_of, factors_of, put_factors
 from infer.adapter.write import lora_config
 from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.model import Model
@@ -45,8 +48,20 @@ def attach(
     Raises:
         ValueError: the targets match nothing, or what is to be started from does not fit.
     """
-    targets = match_targets(shapes_of(transformer), adapter.targets, adapter.rank)
+    shapes = shapes_of(transformer)
+    targets = match_adapter(shapes, adapter)
     transformer.requires_grad_(False)
+    if adapter.kind != "lora":
+        chosen = {layer: shapes[layer] for layer in targets}
+        config = config_of(adapter.kind, adapter.rank, adapter.alpha, adapter.factor, adapter.block, chosen)
+        with own_random():
+            torch.manual_seed(seed)
+            parameters = attach_tuner(transformer, config, name)
+        if adapter.start is not None:
+            start_from_factors(transformer, adapter, name, shapes)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -81,6 +96,25 @@ def attach(
 def shapes_of(transformer: nn.Module) -> dict[str, Linear]:
     """The sizes of the model's own linear layers."""
     return {name: Linear(layer.out_features, layer.in_features) for name, layer in base_layers(transformer).items()}
+
+
+def start_from_factors(transformer: nn.Module, adapter: Adapter, name: str, shapes: Mapping[str, Linear]) -> None:
+    """Have a new LoKr, LoHa or OFT begin as the one in the file `adapter.start`, whose strength goes into its factors.
+
+    Raises:
+        ValueError: it cannot be read, is of another kind, or has layers or sizes that the new one has not.
+    """
+    assert adapter.start is not None
+    begun = fitting_factors(adapter.start, shapes)
+    here = factors_of(transformer, name)
+    check_same_factors(begun, {layer: sizes_of(parts) for layer, parts in here.layers.items()}, adapter)
+    state = adapter_state(transformer, name)
+    for layer, parts in begun.layers.items():
+        ratio = begun.strengths[layer] / here.strengths[layer]
+        for part, value in parts.items():
+            first = part in ("lokr_w1", "lokr_w1_a", "hada_w1_a")
+            state[f"{layer}.{part}"] = value.float() * ratio if first else value.float()
+    set_adapter_state(transformer, state, name)
 
 
 def _make_orthogonal(module: Any, name: str) -> None:
@@ -190,7 +224,12 @@ def load_adapter(transformer: Any, path: str, name: str, model: Model | None = N
             f"an adapter cannot be named {name!r}: it is a module's name in the model, made of letters, digits, _ and "
             "-, without lora, and not that of a method of torch's modules such as train; give it another name"
         )
-    pairs = fitting_pairs(path, shapes_of(transformer))
+    shapes = shapes_of(transformer)
+    pairs = fitting_adapter(path, shapes)
+    if isinstance(pairs, Factors):
+        check_alone(path, pairs, 1 + len(getattr(transformer, "peft_config", {})), weight)
+        put_factors(transformer, pairs, name, compute_dtype_of(transformer))
+        return len(pairs.layers)
     alone = weight == 1.0 and not began(transformer) and RECOVERY not in getattr(transformer, "peft_config", {})
     pairs, start = settled(transformer, path, pairs, model, alone)
     put_pairs(transformer, pairs, name)

@@ -10,10 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from infer.adapter.fit import fitting_pairs
+from infer.adapter.factors import Factors
+from infer.adapter.fit import check_alone, check_same_factors, fitting_adapter, fitting_factors, fitting_pairs
 from infer.adapter.lora import FROM_ERROR, Adapter
 from infer.adapter.selection import Trained
-from infer.adapter.targets import match_targets
+from infer.adapter.sizes import match_adapter
 from infer.checkpoint.checks import check_stored
 from infer.checkpoint.family import family_of, unguided
 from infer.checkpoint.files import read_config
@@ -167,7 +168,7 @@ def check_training(
         precision, adapter = early, replace(adapter, recovery=None, start=None)
     layers = linear_shapes(read_config(model, "transformer"))
     check_precision(model, precision, layers)
-    targets = match_targets(layers, adapter.targets, adapter.rank)
+    targets = match_adapter(layers, adapter)
     asked = partial(kind_asked, precision)
     if adapter.init in FROM_ERROR:
         check_unquantized(model)
@@ -176,7 +177,10 @@ def check_training(
     if adapter.recovery is not None:
         check_recovery(adapter.recovery, model, precision, layers)
         fitting_pairs(adapter.recovery, layers)
-    if adapter.start is not None:
+    if adapter.kind != "lora" and adapter.start is not None:
+        # sizes are compared where the layers are made
+        check_same_factors(fitting_factors(adapter.start, layers), dict.fromkeys(targets), adapter)
+    elif adapter.start is not None:
         pairs = fitting_pairs(adapter.start, layers)
         start = read_start(adapter.start, asked)
         if start is not None and start.here and adapter.recovery is None:
@@ -186,7 +190,9 @@ def check_training(
             pairs = minus(pairs, start.here | start.elsewhere)
         check_start(pairs, adapter, targets)
     reason = None
-    if adapter.dropout > 0:
+    if adapter.kind != "lora":
+        reason = f"it has no adapters of kind {adapter.kind}"
+    elif adapter.dropout > 0:
         reason = "adapter.dropout is above 0"
     elif adapter.dora and adapter.recovery is not None:
         reason = "DoRA beside another adapter"
@@ -216,7 +222,12 @@ def check_running(
     layers = linear_shapes(read_config(model, "transformer"))
     check_precision(model, precision, layers)
     on = chosen.all()
-    read = [fitting_pairs(one.path, layers) for one in on]
+    found = [fitting_adapter(one.path, layers) for one in on]
+    for one, adapter in zip(on, found, strict=True):
+        if isinstance(adapter, Factors):
+            check_alone(one.path, adapter, len(on) + (recovery is not None), one.weight)
+            return check_path(memory, precision, device, layers, f"it has no adapters of kind {adapter.kind}")
+    read = [adapter for adapter in found if not isinstance(adapter, Factors)]
     first = True
     for one in on:
         start = read_start(one.path, partial(kind_asked, precision))

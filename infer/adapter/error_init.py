@@ -22,7 +22,7 @@ from infer.adapter.targets import base_layers
 from infer.adapter.write import scaled, write_pairs
 from infer.checkpoint.model import Model
 from infer.checkpoint.originals import Originals
-from infer.quantize.compute import NAMES
+from infer.quantize.compute import NAMES, is_adapters
 from infer.quantize.layer import quantized_layer
 from infer.quantize.precision import Precision, kind_asked, kind_of
 from infer.quantize.storage import dequantized
@@ -80,7 +80,7 @@ def start_from_error(transformer: Any, model: Model, init: str, name: str = "def
 def stored_dtype(transformer: nn.Module) -> torch.dtype:
     """What a quantized transformer's other weights are stored in. diffusers' `dtype` may name an adapter's, in a model
     without biases."""
-    stored = (p.dtype for name, p in transformer.named_parameters() if p.is_floating_point() and ".lora_" not in name)
+    stored = (p.dtype for name, p in transformer.named_parameters() if p.is_floating_point() and not is_adapters(name))
     return next(stored)
 
 

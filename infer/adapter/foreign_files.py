@@ -13,6 +13,9 @@ NOT_LORA = (
 # the first that a key of the file holds says why; names with dots or, as kohya writes them, underscores
 KINDS = (
     (r"lokr_t|hada_t", "its update has three factors (LyCORIS' Tucker form); merge it with LyCORIS"),
+    (r"oft_blocks|oft_diag",
+     "it is LyCORIS' or kohya's OFT of outputs, and OFT of inputs alone (PEFT's and OneTrainer's oft_R) is read; merge "
+     "it into the weights with the program that made it, and give those as model.path"),
     (r"oft_|boft_", f"OFT {NOT_LORA}"),
     (r"vera_lambda", f"VeRA {NOT_LORA}"),
     (r"ia3_|\.on_input$", f"IA3 {NOT_LORA}"),

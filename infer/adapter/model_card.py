@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infer.adapter.factors import NAMES
 from infer.adapter.read import FILE
 from infer.family.find import LICENCES, SIZES, of_pipeline
 from infer.program.atomic import replace_file
@@ -32,6 +33,8 @@ class Card:
     """What users must know."""
     few: str | None = None
     """Hub id of the few-step checkpoint that it is drawn on too."""
+    kind: str = "lora"
+    """lora, lokr, loha or oft (infer/adapter/factors.py), which diffusers' pipelines load or do not."""
     place: str = "."
     """Where the adapter is loaded from: its folder, or its repository on the Hub."""
 
@@ -50,7 +53,7 @@ def write_card(folder: Path, card: Card) -> Path:
         license_name=licence_name,
         tags=[
             of_pipeline(card.pipeline, card.base).TAG,
-            "lora",
+            card.kind,
             "text-to-image",
             "diffusers-training",
             "template:diffusion-lora",
@@ -59,7 +62,12 @@ def write_card(folder: Path, card: Card) -> Path:
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in card.samples.items()] or None,
     )
     base = card.base if hub else Path(card.base).name
-    lines = [f"# {card.name}", "", f"A LoRA adapter for {base}, trained on its weights in {card.precision}.", ""]
+    lines = [
+        f"# {card.name}",
+        "",
+        f"A {NAMES[card.kind]} adapter for {base}, trained on its weights in {card.precision}.",
+        "",
+    ]
     if card.trigger:
         lines += [f"Trigger word: `{card.trigger}`", ""]
     lines += [f"{note}\n" for note in card.notes]
@@ -71,13 +79,16 @@ def write_card(folder: Path, card: Card) -> Path:
         steps = sorted(card.figures, key=int)
         losses = ", ".join(f"{card.figures[step]:.4f} at step {step}" for step in steps)
         lines.append(f"| validation loss | {losses} |")
-    lines += ["", *_snippet(card, card.base if hub else "the base model's folder")]
-    if len(of_pipeline(card.pipeline, card.base).ENCODERS) > 1:
+    if card.kind != "lora":
+        lines += ["", *_of_kind(card)]
+    else:
+        lines += ["", *_snippet(card, card.base if hub else "the base model's folder")]
+    if card.kind == "lora" and len(of_pipeline(card.pipeline, card.base).ENCODERS) > 1:
         lines += [
             "",
             "diffusers says that no keys are there for CLIPTextModel: right, only the transformer has an adapter.",
         ]
-    if card.few is not None:
+    if card.few is not None and card.kind == "lora":
         lines += ["", *_in_few_steps(card, card.few)]
     text = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n"
     readme = folder / "README.md"
@@ -99,6 +110,19 @@ def _in_few_steps(card: Card, few: str) -> list[str]:
         "",
         *_snippet(card, few, how),
     ]
+
+
+def _of_kind(card: Card) -> list[str]:
+    """How an adapter that is no LoRA is drawn with."""
+    said = {
+        "oft": "Its keys are OneTrainer's (`oft_R`), and it is drawn by infer/draw.py of flux-lora, or merged into the "
+        "weights by infer/merge.py.",
+    }.get(
+        card.kind,
+        "Its keys are LyCORIS', which ComfyUI reads. As LoRA, which diffusers' pipelines load, it is written by "
+        "infer/convert.py of flux-lora with to=diffusers.",
+    )
+    return [f"It is {NAMES[card.kind]}. {said}"]
 
 
 def _snippet(card: Card, base: str, how: str = "") -> list[str]:

@@ -31,13 +31,16 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def strength_of(adapter: dict[str, Any]) -> float:
-    """What the recorded settings multiply B A with: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    """What the recorded settings multiply B A with: alpha / rank, with rsLoRA alpha / sqrt(rank); OFT's is 1."""
+    if adapter.get("kind") == "oft":
+        return 1.0
     rank, alpha = int(adapter["rank"]), float(adapter["alpha"])
     return alpha / (math.sqrt(rank) if adapter.get("rslora") else rank)
 
 
-def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], float]:
-    """A checkpoint's weights, or their average, under PEFT's names, and their strength in every layer.
+def read_checkpoint(file: Path) -> tuple[str, dict[str, Tensor], float]:
+    """A checkpoint's kind of adapter, its weights, or their average, under PEFT's names, and their strength in every
+    layer.
 
     Raises:
         ValueError: it is damaged, its run's settings cannot be read, or it is only a part of what was trained.
@@ -49,6 +52,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], float]:
     try:
         adapter = yaml.safe_load(config.read_bytes())["adapter"]
         strength, init = strength_of(adapter), adapter.get("init")
+        kind = str(adapter.get("kind", "lora"))
         recovery = adapter.get("recovery")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
@@ -64,6 +68,6 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], float]:
         sums = json.loads(file.with_name(STATE).read_bytes())["sha256"]
         if hashlib.sha256(content).hexdigest() != sums[file.name]:
             raise ValueError("its checksum differs from what was written")
-        return load(content), strength
+        return kind, load(content), strength
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {file.parent} is damaged ({error}); choose another one") from error

@@ -9,48 +9,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from infer.adapter.contents import Contents, other_kind, read_contents
+from infer.adapter.factors import NAMES, Factors, factors_of_state, kind_of_parts
 from infer.adapter.file_family import file_family
-from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with, halves_swapped, layers_of, rows_within
-from infer.adapter.lycoris import PARTS, as_lora, is_lycoris
+from infer.adapter.lycoris import MOST, as_lora, rank_as_lora
 from infer.adapter.own_checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
+from infer.adapter.read_factors import factors_in, peft_settings, peft_strength
 from infer.adapter.strengths import Strengths
 from infer.family.family import Family, Linear
 from infer.program.absent import meant
-from infer.program.paths import POINTER, is_hub_id, kind_of_file
+from infer.program.paths import is_hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
-
-_PREFIX = re.compile(
-    r"(base_model\.model\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|module\.|lora_unet_+"
-    r"|lora_transformer[._]|lycoris_)+"
-)
-# what torch.compile, FSDP and activation checkpointing put between a module's names
-_WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# an adapter's own name may stand behind A and B, as PEFT holds them
-_KEY = re.compile(
-    r"(?P<name>.+?)\."
-    r"((?P<down>(lora_A(\.(?P<down_of>[^.]+))?|lora_down|lora\.down|down)\.weight)"
-    r"|(?P<up>(lora_B(\.(?P<up_of>[^.]+))?|lora_up|lora\.up|up)\.weight)"
-    r"|(?P<alpha>alpha)"
-    rf"|(?P<lycoris>{PARTS})"
-    r"|(?P<magnitude>(?P<scale>dora_scale)|lora_magnitude_vector(\.[^.]+)?(\.weight)?))"
-)
-_TEXT = re.compile(
-    r"(base_model\.model\.)?(lora_|lycoris_)?"
-    r"(te\d?[._]|text_encoders?(_\d)?[._]|text_model[._]|clip_[lg][._]|t5(xxl)?[._]|bundle_emb\.|emb_params|string_to_)"
-)
 
 
 class Pair(NamedTuple):
@@ -100,22 +81,13 @@ def read_notes(file: Path) -> dict[str, Any]:
             raise ValueError(f"its notes are {notes!r}")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         mend = "take it away: train.py makes it again from the last checkpoint"
-        raise ValueError(f"{file} is no adapter that can be read: {_other_kind(file) or f'{error}; {mend}'}") from error
+        raise ValueError(f"{file} is no adapter that can be read: {other_kind(file) or f'{error}; {mend}'}") from error
     return notes
 
 
-def _other_kind(file: Path) -> str | None:
-    """What a file is that is no safetensors file, where its first bytes tell, and the mend."""
-    return {
-        "gguf": "it is a GGUF file, which holds a whole model; give a LoRA file",
-        "pickle": "it is a pickle, which could run programs; ask for the .safetensors of it",
-        "archive": "it is an archive; unpack it",
-        "pointer": POINTER,
-    }.get(kind_of_file(file))
-
-
-def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs:
-    """An adapter file of any format -> pairs by diffusers' names of the transformer's layers.
+def read_adapter(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs | Factors:
+    """An adapter file of any format by diffusers' names of the transformer's layers: as pairs, LoHa and LoKr too where
+    the rank of their pairs is not too high; else, and OFT, as their own factors.
 
     model: the names of the layers of the model that it is for, where one is known; they decide where names mean
     different layers in two families and the file does not tell which family it is of.
@@ -126,59 +98,80 @@ def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str]
     """
     file = find_adapter(path)
     if is_checkpoint(file):
-        own, strength = read_checkpoint(file)
-        return pairs_of(own, dict.fromkeys(map(_layer, own), strength))
-    try:
-        with safe_open(file, framework="pt") as reader:
-            header = reader.metadata() or {}
-            state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no LoRA file that can be read: {_other_kind(file) or error}") from error
-    text = [key for key in state if _TEXT.match(key)]
-    if text and not drop_text_encoder:
-        words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)
-        what = "brings embeddings of words of its own for" if words else "adapts"
-        raise ValueError(
-            f"{file} {what} the text encoder too ({len(text)} tensors, such as {text[0]}), which is not done here; "
-            "infer/convert.py with drop_text_encoder=true writes a file without them"
-        )
-    state = {key: _number(key, value) for key, value in state.items() if key not in set(text)}
-    odd = [key for key, value in state.items() if not value.is_floating_point()]
-    if odd:
-        raise ValueError(f"{file} holds {state[odd[0]].dtype} in {odd[0]}; a LoRA file holds floating-point numbers")
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown, adapters = [], set()
-    for key in state:
-        match = _KEY.fullmatch(key)
-        name = _WRAPPER.sub("", match["name"]) if match else ""
-        name = _PREFIX.sub("", name, count=1)
-        if match is None or not families_with([name]):
-            unknown.append(key)
-            continue
-        if match["scale"]:
-            _check_scale(file, key, state[key])
-        part = match["lycoris"] or next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
-        if part in ("down", "up"):
-            adapters.add(match[f"{part}_of"] or "")
-        if part in found.setdefault(name, {}) and len(adapters) == 1:
-            raise ValueError(f"{file} says twice what {part} of {name} is; it mixes two formats, keep one of them")
-        found[name][part] = state[key]
-    if unknown or not found:
-        if text and not state:
-            raise ValueError(f"{file} adapts the text encoder alone, which is not done here; nothing of it is left")
-        raise ValueError(
-            f"{file} cannot be used: {len(unknown)} of {len(state)} keys are unknown"
-            f"{' (' + min(unknown) + ', ...)' if unknown else ''}; {reason(unknown, bool(found))}"
-        )
-    if len(adapters) > 1:
-        names = ", ".join(repr(name) for name in sorted(adapters))
-        raise ValueError(f"{file} holds several adapters ({names}); save the one that is meant alone")
-    bad = [key for key, value in state.items() if not value.float().isfinite().all()]
-    if bad:
-        raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
-    found = {name: as_lora(file, name, parts) if is_lycoris(parts) else parts for name, parts in found.items()}
+        return _of_checkpoint(file)
+    contents = read_contents(file, drop_text_encoder)
+    kinds = {kind_of_parts(parts) for parts in contents.found.values()}
+    if "oft" in kinds or _too_high(contents.found.values()):
+        return factors_in(contents, model)
+    return _pairs_in(contents, model)
+
+
+def _too_high(layers: Iterable[dict[str, Tensor]]) -> bool:
+    """Whether one of them is LoHa or LoKr of too high a rank to be a pair."""
+    return any(rank_as_lora(parts) > MOST for parts in layers if kind_of_parts(parts))
+
+
+def _of_checkpoint(file: Path) -> Pairs | Factors:
+    """The weights of a run's checkpoint."""
+    kind, state, strength = read_checkpoint(file)
+    if kind == "lora":
+        return pairs_of(state, dict.fromkeys(map(_layer, state), strength))
+    factors = factors_of_state(kind, state, strength)
+    if kind == "oft" or _too_high(factors.layers.values()):
+        return factors
+    pairs: Pairs = {}
+    for layer, parts in factors.layers.items():
+        found = as_lora(file, layer, parts, strength)
+        pairs[layer] = Pair(found["down"], found["up"], float(found["alpha"]) / found["down"].shape[0])
+    return pairs
+
+
+def read_whole(path: str, drop_text_encoder: bool = False) -> Pairs | Factors:
+    """`read_adapter`, with LoKr and LoHa of any rank as their own factors where they name diffusers' layers one by one.
+
+    Raises:
+        ValueError: as `read_adapter`.
+    """
+    file = find_adapter(path)
+    if is_checkpoint(file):
+        kind, state, strength = read_checkpoint(file)
+        return _of_checkpoint(file) if kind == "lora" else factors_of_state(kind, state, strength)
+    contents = read_contents(file, drop_text_encoder)
+    alone = all(len(layers_of(name, family)) == 1 for name in contents.found for family in families_with([name])[:1])
+    if alone and all(map(kind_of_parts, contents.found.values())):
+        return factors_in(contents, None)
+    return read_adapter(path, drop_text_encoder)
+
+
+def read_pairs(path: str, drop_text_encoder: bool = False, model: Container[str] | None = None) -> Pairs:
+    """`read_adapter` where only pairs can be used.
+
+    Raises:
+        ValueError: as `read_adapter`, or it is OFT or a LoKr of too high a rank.
+    """
+    found = read_adapter(path, drop_text_encoder, model)
+    if isinstance(found, Factors):
+        raise ValueError(f"{path} is {no_lora(found)}; merge it into the weights (infer/merge.py) and use those")
+    return found
+
+
+def no_lora(factors: Factors) -> str:
+    """What an adapter is that is no LoRA, and why."""
+    name = NAMES[factors.kind]
+    why = "turns what a layer reads" if factors.kind == "oft" else f"is of a rank above {MOST} as LoRA"
+    return f"{name}, which {why} and cannot be written as LoRA"
+
+
+def _pairs_in(contents: Contents, model: Container[str] | None) -> Pairs:
+    file, header, keys, found = contents
+    if any(map(kind_of_parts, found.values())):
+        settings = peft_settings(file, keys)
+        said = peft_strength(file, settings) if settings else None
+        found = {
+            name: as_lora(file, name, parts, said) if kind_of_parts(parts) else parts for name, parts in found.items()
+        }
     family = file_family(file, {name: _shape(file, name, found[name]) for name in sorted(found)}, model)
-    strengths = Strengths(file, header, state, found, family)
+    strengths = Strengths(file, header, keys, found, family)
     pairs: Pairs = {}
     for name in sorted(found):
         for layer, pair in _split(file, name, found[name], family, strengths).items():
@@ -208,30 +201,6 @@ def pairs_of(state: dict[str, Tensor], strengths: dict[str, float]) -> Pairs:
         )
         for layer, strength in strengths.items()
     }
-
-
-def _check_scale(file: Path, key: str, scale: Tensor) -> None:
-    """LyCORIS and OneTrainer write DoRA's magnitude of rows as [out, 1], which is PEFT's, and of columns as [1, in].
-
-    Raises:
-        ValueError: it is of columns, or nothing tells.
-    """
-    if scale.ndim != 2 or scale.shape[1] != 1:
-        raise ValueError(
-            f"{file} is DoRA whose magnitude {key} of the shape {list(scale.shape)} is not one of rows, [out, 1], "
-            "which alone is read here; train it with the magnitude over outputs (LyCORIS' wd_on_out=True), or merge it "
-            "with the program that made it"
-        )
-
-
-def _number(key: str, value: Tensor) -> Tensor:
-    """A tensor in a type that can be reckoned with: fp8 in bf16, which holds all its numbers, whole alphas in fp32."""
-    import torch
-
-    if "float8" in str(value.dtype):
-        return value.to(torch.bfloat16)
-    whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-    return value.float() if whole and key.endswith(".alpha") and value.numel() == 1 else value
 
 
 def _shape(file: Path, name: str, parts: dict[str, Tensor]) -> Linear:

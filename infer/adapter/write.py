@@ -1,4 +1,4 @@
-"""Pairs -> LoRA files for other programs: diffusers', PEFT's, kohya's, ComfyUI's and ai-toolkit's.
+"""Adapters -> files for other programs: diffusers', PEFT's, kohya's, ComfyUI's, ai-toolkit's and LyCORIS'.
 
 diffusers' and PEFT's files name its layers; the others name Black Forest Labs', which fuse several: of q, k and v with
 an A each, B is block-diagonal and the rank the sum of theirs. kohya's and ComfyUI's say the strength as an alpha;
@@ -14,7 +14,9 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infer.adapter.factors import Factors
 from infer.adapter.layer_names import families_with, halves_swapped, original_name, rows_within
+from infer.adapter.lycoris import dim_of
 from infer.adapter.read import PEFT_FILE, Pairs
 from infer.family.family import Family
 from infer.program.atomic import replace_file
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-FORMATS = ("diffusers", "peft", "kohya", "comfyui", "ai-toolkit")
+FORMATS = ("diffusers", "peft", "kohya", "comfyui", "ai-toolkit", "lycoris")
 
 
 def lora_config(pairs: Pairs) -> LoraConfig:
@@ -65,12 +67,12 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
 
     if form not in FORMATS:
         raise ValueError(f"to is {form!r}; choose one of {', '.join(FORMATS)}")
-    if form not in ("diffusers", "peft") and any(pair.magnitude is not None for pair in pairs.values()):
+    if form in ("comfyui", "ai-toolkit") and any(pair.magnitude is not None for pair in pairs.values()):
         raise ValueError(
-            f"{form} files hold no DoRA as it is learned here: ComfyUI scales columns, and this is of rows; use "
-            "to=diffusers or peft, or merge it"
+            f"{form} files hold no DoRA as it is learned here: ComfyUI divides a row by the length that it had without "
+            "the adapter; use to=diffusers, peft, kohya or lycoris, or merge it"
         )
-    header = {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
+    header = _header(notes)
     if form == "peft":
         config = lora_config(pairs)
         config.inference_mode = True
@@ -78,6 +80,8 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
         out.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(out)
         out = out / PEFT_FILE
+    elif form == "lycoris":
+        state = _lycoris(pairs)
     elif form == "diffusers" or (form == "ai-toolkit" and not _toolkit_names(pairs)):
         state = _named(pairs, "transformer.", baked=True)
     else:
@@ -85,6 +89,10 @@ def write_pairs(pairs: Pairs, form: str, out: Path, notes: dict[str, Any]) -> Pa
     content = packed({key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}, header)
     replace_file(out, lambda path: path.write_bytes(content))
     return out.parent if form == "peft" else out
+
+
+def _header(notes: dict[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "flux_lora": json.dumps(notes, sort_keys=True)}
 
 
 def _named(pairs: Pairs, prefix: str, baked: bool) -> dict[str, Tensor]:
@@ -118,10 +126,89 @@ def _fused(pairs: Pairs, form: str) -> dict[str, Tensor]:
         if form == "ai-toolkit":
             state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": scaled(up, strength)}
             continue
+        if any(pairs[layer].magnitude is not None for layer in layers if layer in pairs):
+            state[f"{key}.dora_scale"] = _joined_magnitude(pairs, name, layers)
         state[f"{key}.lora_down.weight"] = down
         state[f"{key}.lora_up.weight"] = up
         state[f"{key}.alpha"] = torch.tensor(strength * down.shape[0], dtype=torch.float32)
     return state
+
+
+def _joined_magnitude(pairs: Pairs, name: str, layers: tuple[str, ...]) -> Tensor:
+    """DoRA's magnitude of the rows of the one layer that holds these, [out, 1] as LyCORIS writes it.
+
+    Raises:
+        ValueError: a layer has none: its rows' own lengths are not known.
+    """
+    import torch
+
+    absent = [layer for layer in layers if layer not in pairs]
+    if absent:
+        raise ValueError(
+            f"kohya's {name} holds {absent[0]} too, which this DoRA has not, and the magnitude of its rows is not "
+            "known; use to=lycoris, diffusers or peft"
+        )
+    magnitudes = [pairs[layer].magnitude for layer in layers]
+    whole = torch.cat([each.flatten() for each in magnitudes if each is not None])
+    return (whole.roll(len(whole) // 2) if halves_swapped(name) else whole)[:, None]
+
+
+def _lycoris(pairs: Pairs) -> dict[str, Tensor]:
+    """LyCORIS' names for LoRA, which it calls LoCon: diffusers' layers, as SimpleTuner writes them."""
+    import torch
+
+    state = {}
+    for layer, pair in pairs.items():
+        key = lycoris_name(layer)
+        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = pair.down, pair.up
+        state[f"{key}.alpha"] = torch.tensor(pair.strength * pair.down.shape[0], dtype=torch.float32)
+        if pair.magnitude is not None:
+            state[f"{key}.dora_scale"] = pair.magnitude.flatten()[:, None]
+    return state
+
+
+def lycoris_name(layer: str) -> str:
+    """What LyCORIS calls a layer of diffusers', as SimpleTuner does, and ComfyUI reads."""
+    return f"lycoris_{layer.replace('.', '_')}"
+
+
+def write_own(adapter: Pairs | Factors, out: Path, notes: dict[str, Any]) -> Path:
+    """Write an adapter in the format that it is saved in: diffusers', or of `write_factors`."""
+    if isinstance(adapter, Factors):
+        return write_factors(adapter, out, notes)
+    return write_pairs(adapter, "diffusers", out, notes)
+
+
+def write_factors(factors: Factors, out: Path, notes: dict[str, Any]) -> Path:
+    """Write LoKr or LoHa in LyCORIS' names, OFT in OneTrainer's (which are PEFT's), whole or not at all.
+
+    LyCORIS' own OFT turns what a layer writes, so that its names would mean something else.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    import torch
+
+    from infer.program.safetensors_bytes import packed
+
+    state: dict[str, Tensor] = {}
+    for layer, own in factors.layers.items():
+        parts, strength = dict(own), factors.strengths[layer]
+        if factors.kind == "oft":
+            state |= {f"transformer.{layer}.{part}": value for part, value in parts.items()}
+            continue
+        dim = dim_of(parts)
+        if dim is None:  # both factors are whole: everybody takes strength 1, whatever alpha says
+            parts["lokr_w1"] = scaled(parts["lokr_w1"], strength)
+            dim, strength = 1, 1.0
+        state |= {f"{lycoris_name(layer)}.{part}": value for part, value in parts.items()}
+        state[f"{lycoris_name(layer)}.alpha"] = torch.tensor(strength * dim, dtype=torch.float32)
+    bad = [key for key, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"the adapter is not finite in {len(bad)} tensors ({bad[0]}, ...); nothing was written")
+    content = packed({key: value.contiguous() for key, value in state.items()}, _header(notes))
+    replace_file(out, lambda path: path.write_bytes(content))
+    return out
 
 
 def _joined(pairs: Pairs, layers: tuple[str, ...], family: Family) -> tuple[Tensor, Tensor, float]:

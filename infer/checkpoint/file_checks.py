@@ -9,8 +9,7 @@ from infer.checkpoint.model import OPTIONS, Model
 from infer.checkpoint.sources import file_of, rest_of
 from infer.family.family import Family
 from infer.family.find import of_config, of_pipeline
-from infer.program.absent import meant
-from infer.program.paths import is_hub_id, refuse_file
+from infer.program.paths import is_hub_id, nowhere, refuse_file
 from infer.single_file.contents import base_in, check_part
 from infer.single_file.header import check_stored_kinds, read_header
 from infer.single_file.transformer import place_tensors
@@ -30,7 +29,7 @@ def check_single(model: Model, file: Path) -> None:
     if rest.local is not None:
         _check_rest(model, rest.local, found.family)
     elif not is_hub_id(rest.path):
-        raise ValueError(f"model.parts {rest.path!r} is no folder here and no Hub id (owner/name); {meant(rest.path)}")
+        raise ValueError(nowhere("model.parts", rest.path))
     config = known_config(model, "transformer")
     check_axes(model.path, config)
     place_tensors(file, header, found, config)

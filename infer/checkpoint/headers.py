@@ -13,8 +13,7 @@ from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
 from infer.family.family import Linear
 from infer.family.find import of_config, of_pipeline
-from infer.program.absent import meant
-from infer.program.paths import POINTER, is_hub_id, kind_of_file, no_index
+from infer.program.paths import POINTER, is_hub_id, kind_of_file, no_index, nowhere
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 
@@ -39,9 +38,7 @@ def _check_folder(model: Model) -> None:
     folder = model.local
     if folder is None:
         if not is_hub_id(model.path):
-            raise ValueError(
-                f"model.path {model.path!r} is no folder here and no Hub id (owner/name); {meant(model.path)}"
-            )
+            raise ValueError(nowhere("model.path", model.path))
         return
     index = folder / "model_index.json"
     if not index.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,12 @@ from infer.choosing.settings import Choose, references_of
 from infer.device.device import describe_device
 from infer.drawing.loaded import Held, free, load_rest, put_on, read_texts, settle, take
 from infer.program.atomic import replace_file
-from infer.report.results import Scores, Variant
 from infer.sample.encode import decode
 from infer.sample.generate import Sampling, draw, settled
 from infer.score.networks import check_networks
 from infer.score.pairs import Key, key_of
+from infer.score.picture import Picture
 from infer.score.score_all import score_all
-
-
-@dataclass
-class Picture:
-    """A picture of the grid, to be scored."""
-
-    precision: str
-    adapter: str | None
-    """The checkpoint with its strength; None is the base."""
-    prompt: str
-    seed: int
-    image: str
-    scores: Scores = field(default_factory=dict)
-    nearest: str | None = None
-
-    @property
-    def variant(self) -> Variant:
-        return self.precision, self.adapter
-
-    @property
-    def asked(self) -> str:
-        return self.prompt
 
 
 def draw_choice(options: Choose, files: RunFiles, device: torch.device, held: Held | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
 from infer.sample.generate import Sampling
-from infer.score.judges import Networks, check_paths, list_pictures
+from infer.score.judges import UNRELATED, Networks, check_paths, list_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Choose:
     """What is drawn, or `prompts=@FILE` with one a line; none takes those of the run's last previews."""
     weights: list[float] = field(default_factory=lambda: [1.0])
     """Strengths at which each checkpoint is drawn."""
-    unrelated: list[str] = field(default_factory=lambda: ["a street with cars", "a bowl of fruit on a table"])
+    unrelated: list[str] = field(default_factory=lambda: list(UNRELATED))
     """Prompts that the adapter has nothing to do with: how far it moves them is its drift."""
     average: bool | None = None
     """Draw and take the moving averages of the checkpoints' weights (train.py's ema) rather than the weights; null

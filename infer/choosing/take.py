@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from infer.adapter.lora import Adapter
 from infer.adapter.model_card import Card, write_card
-from infer.adapter.read import FILE, read_pairs
-from infer.adapter.write import write_pairs
+from infer.adapter.read import FILE, read_whole
+from infer.adapter.write import write_own
 from infer.checkpoint.family import pipeline_of
-from infer.choosing.run import RESULT, RunFiles, checkpoint_file, read_run
+from infer.choosing.run import RESULT, RunFiles, checkpoint_file, known_settings, read_run
 from infer.program.atomic import replace_file
 
 
@@ -45,7 +46,7 @@ def write_taken(files: RunFiles, name: str, reason: str | None) -> Path:
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    pairs, step = read_pairs(str(checkpoint_file(files, name))), files.checkpoints[name]
+    adapter, step = read_whole(str(checkpoint_file(files, name))), files.checkpoints[name]
     folder = files.folder / "chosen"
     loss = files.loss_at(step)
     notes = {
@@ -56,7 +57,7 @@ def write_taken(files: RunFiles, name: str, reason: str | None) -> Path:
         "averaged": files.average,
         "validation": {} if loss is None else {str(step): loss},
     }
-    rank = next(iter(pairs.values())).down.shape[0]
+    settings = known_settings(Adapter, files.adapter)
     card = Card(
         name=files.folder.name,
         base=files.model.path,
@@ -64,14 +65,15 @@ def write_taken(files: RunFiles, name: str, reason: str | None) -> Path:
         trigger=files.trigger,
         precision=files.precision.kind,
         facts={
-            "kind": f"rank {rank}, {len(pairs)} layers",
+            "kind": f"{settings.words()}, layers {settings.targets}",
             "steps": f"{step}, chosen among the run's checkpoints" + (", averaged weights" * files.average),
         },
         figures={} if loss is None else {str(step): loss},
+        kind=settings.kind,
         place=str(folder),
     )
     write_card(folder, card)
-    file = write_pairs(pairs, "diffusers", folder / FILE, notes)
+    file = write_own(adapter, folder / FILE, notes)
     said = json.dumps({"name": name, "step": step, "reason": reason, "average": files.average}, ensure_ascii=False)
     replace_file(folder / RESULT, lambda path: path.write_text(said, encoding="utf-8"))
     return file

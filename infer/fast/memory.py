@@ -97,8 +97,15 @@ def refuse_plain(memory: Memory, device: torch.device, reason: str | None, produ
     """
     if memory.budget_gib is not None and device.type != "cuda":
         raise ValueError(f"memory.budget_gib bounds a GPU's memory, but the device is {device}; set it to null")
-    if reason is None:
-        return memory
+    return memory if reason is None else plain_memory(memory, reason, products)
+
+
+def plain_memory(memory: Memory, reason: str, products: str = "bf16") -> Memory:
+    """The settings of the plain path in place of some of the fast one, which a `reason` rules out.
+
+    Raises:
+        ValueError: a setting needs the fast path.
+    """
     if products != "bf16":
         raise ValueError(
             f"precision.products={products} needs the fast path, but {reason}; set precision.products=bf16"

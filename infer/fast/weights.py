@@ -255,7 +255,7 @@ def obstacle(transformer: nn.Module) -> str | None:
         if getattr(layer, "merged", False):
             return f"the adapter is merged into {name}"
         if not hasattr(layer, "lora_A"):
-            return f"{name} has an adapter that is not LoRA ({type(layer).__name__})"
+            return f"it has no adapters of kind {type(layer).__module__.split('.')[-2]}"
         for key in layer.lora_A:
             if layer.lora_dropout[key].__class__.__name__ != "Identity":
                 return "adapter.dropout is above 0"

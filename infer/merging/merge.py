@@ -9,7 +9,9 @@ import torch
 from accelerate import init_empty_weights
 
 from infer.adapter.error_init import settled
-from infer.adapter.fit import fitting_pairs
+from infer.adapter.factors import Factors
+from infer.adapter.fit import check_alone, fitting_adapter
+from infer.adapter.read import Pair
 from infer.checkpoint.files import read_config
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.load import load_transformer
@@ -19,7 +21,7 @@ from infer.family.find import of_config
 from infer.merging.report import compare_pictures, report, straight_loss
 from infer.merging.settings import Merge
 from infer.merging.shards import write_transformer
-from infer.merging.update import Part
+from infer.merging.update import Factored, Part
 from infer.program.atomic import clear_partials, partial_of, sync_folder, sync_tree
 
 
@@ -62,13 +64,18 @@ def merge_checkpoint(options: Merge, device: torch.device) -> Path:
 def _parts(options: Merge, config: dict[str, Any]) -> dict[str, list[Part]]:
     """The adapters' pairs by layer, each with the weight that it is merged with."""
     layers = linear_shapes(config)
-    read = [(one, fitting_pairs(one.path, layers)) for one in options.adapter.all()]
+    read = [(one, fitting_adapter(one.path, layers)) for one in options.adapter.all()]
     with init_empty_weights():
         empty = getattr(diffusers, of_config(config).TRANSFORMER).from_config(config)
     parts: dict[str, list[Part]] = {}
     for one, pairs in read:
+        if isinstance(pairs, Factors):
+            check_alone(one.path, pairs, len(read), one.weight)
+            found = {layer: Factored(own, pairs.strengths[layer]) for layer, own in pairs.layers.items()}
+            return {layer: [(each, one.weight)] for layer, each in found.items()}
         for layer, pair in settled(empty, one.path, pairs, None)[0].items():
             parts.setdefault(layer, []).append((pair, one.weight))
-    if any(len(those) > 1 and any(pair.magnitude is not None for pair, _ in those) for those in parts.values()):
+    if any(len(those) > 1 and any(isinstance(pair, Pair) and pair.magnitude is not None for pair, _ in those)
+           for those in parts.values()):  # fmt: skip
         raise ValueError("DoRA is merged alone: its magnitude says nothing of a sum with another adapter")
     return parts

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from infer.program.absent import meant
+
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of infer/ and train/: the repository, or the one that a wheel was installed into."""
 SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() else ROOT
@@ -15,6 +17,7 @@ SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() el
 INSTALLED = SHIPPED != ROOT
 CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+WEIGHTS = (".safetensors", ".sft", ".gguf")
 FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".zip", ".tar", ".gz", ".7z", ".rar",
          ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".png", ".jpg", ".jpeg", ".webp")  # fmt: skip
 """Endings that no name on the Hub has."""
@@ -55,6 +58,18 @@ def roots_of(folder: Path) -> list[Path]:
     root = folder.resolve()
     snapshots = next((each.parent for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
     return [root] if snapshots is None else [root, snapshots.with_name("blobs")]
+
+
+def nowhere(option: str, path: str) -> str:
+    """The message about a path that is neither here nor a Hub id: of a file by its ending, that it is not there."""
+    if not path.lower().endswith(FILES):
+        return f"{option} {path!r} is no folder here and no Hub id (owner/name); {meant(path)}"
+    folder = Path(path).expanduser().absolute().parent
+    if not folder.is_dir():
+        return f"{option} {path!r} is not there, nor is its folder {folder}; {meant(path, 'give the file itself')}"
+    there = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(WEIGHTS))
+    also = f"; there {'are' if there[1:] else 'is'} {', '.join(there[:3])}" if there else ""
+    return f"{option} {path!r} is not there: {folder} has no such file{also}; {meant(path, 'give the file itself')}"
 
 
 def kind_of_file(file: Path) -> str:

@@ -153,6 +153,11 @@ def _unrounded(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[...,
     return computing
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a parameter's name is one of PEFT's for adapters of any kind."""
+    return any(f".{kind}_" in name for kind in ("lora", "lokr", "hada", "oft"))
+
+
 def compute_dtype_of(model: Any) -> torch.dtype:
     """The dtype that a model computes in, and in which its inputs are given."""
     model = getattr(model, "module", model)  # DistributedDataParallel wraps it
@@ -160,7 +165,7 @@ def compute_dtype_of(model: Any) -> torch.dtype:
     if found is not None:
         return found
     # not diffusers' `model.dtype`: in a quantized FLUX.2, which has no biases, an adapter's is the first it finds
-    own = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name)
+    own = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not is_adapters(name))
     dtype: torch.dtype = next(own, model.dtype)
     return dtype
 

@@ -13,6 +13,8 @@ from infer.sample.picture import SUFFIXES
 
 Score = Callable[[Image.Image, str], float]
 
+UNRELATED = ("a street with cars", "a bowl of fruit on a table")
+"""Prompts that few adapters have to do with."""
 GIVES = {
     "clip": ("clip_t", "clip_i", "cmmd"),
     "dino": ("dino", "kid", "nearest_dino"),

@@ -144,9 +144,11 @@ def cases() -> Iterator[Case]:
     ):
         yield tensors(name, lambda layer=layer: pair(layer), MISFIT)  # type: ignore[misc]
     for name, key, said in (
-        ("half of a LoKr", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "has no lokr_w2"),
+        ("a factor of LoKr beside LoRA", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "has no lokr_w2_a"),
         ("embeddings of words", "bundle_emb.sks.t5", "embeddings of words of its own"),
-        ("half of a LoHa", "diffusion_model.single_blocks.0.linear1.hada_w1_a", "has no hada_w1_b"),
+        ("a factor of LoHa beside LoRA", "diffusion_model.single_blocks.0.linear1.hada_w1_a", "has no hada_w"),
+        ("OFT of LyCORIS, of outputs", "lycoris_transformer_blocks_0_attn_to_q.oft_blocks", "OFT of outputs"),
+        ("LoKr of Tucker's form", "lycoris_transformer_blocks_0_attn_to_q.lokr_t2", "three factors"),
         ("of FLUX.3", "diffusion_model.content_mode_blocks.0.q_proj.lora_A.weight", "is for FLUX.3"),
         ("fp8 with scales", f"{LAYER}.scale_weight", "fp8 numbers have scales of their own"),
         ("another adapter's name", f"{LAYER}.lora_A.second.weight", "holds several adapters"),
@@ -171,6 +173,27 @@ def cases() -> Iterator[Case]:
         ("time_in of another size", lambda: pair("diffusion_model.time_in.in_layer", outer=9), wide),
     ):
         yield tensors(name, state, rf"bad\.safetensors .*{said}")
+    own = f"{LAYER}.oft_R.weight"
+    for name, state, said in (
+        ("OFT beside LoRA", lambda: pair() | {own: torch.ones(32, 28)}, "is LoRA and OFT in one|is OFT and LoRA"),
+        ("OFT of no block", lambda: {own: torch.ones(32, 27)}, "27 numbers a block, which no block has"),
+        ("OFT of a wider model", lambda: {own: torch.ones(384, 28)}, "its OFT is for 3072 features where"),
+        ("OFT that turns nothing", lambda: {own: torch.zeros(32, 28)}, "is zero in every layer"),
+        ("OFT of three dimensions", lambda: {own: torch.ones(32, 28, 1)}, "and is no matrix"),
+        ("OFT of an unknown layer", lambda: {"transformer.nowhere.oft_R.weight": torch.ones(32, 28)}, "are unknown"),
+    ):
+        yield tensors(name, state, rf"bad\.safetensors .*{said}|bad\.safetensors: .*{said}")
+    for name, words, said in (
+        ("OFT at a strength", ["adapter.weight=0.5"], "whose turn has no strength: .*not 0.5"),
+        ("OFT beside another", ["adapter.also=[{path:bad.safetensors}]"], "no other adapter can be beside it"),
+        ("OFT where a setting needs the fast path", ["memory.compile=true"], "it has no adapters of kind oft"),
+    ):
+
+        def turned(folder: Path, words: list[str] = words) -> list[str]:
+            (folder / "bad.safetensors").write_bytes(save({own: torch.full((width() // 8, 28), 0.01)}))
+            return [*DRAW, "adapter.path=bad.safetensors", *words]
+
+        yield Case("adapter", name, turned, said, "compare")
     yield tensors("a checkpoint", lambda: {f"{LAYER}.weight": torch.ones(2, 2)}, "is a checkpoint and no adapter")
     yield tensors("kohya's names of too few rows", lambda: {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, width()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from infer.program.paths import ROOT
 from scripts.bad.adapters import Bomb, pair
@@ -88,6 +88,21 @@ def _remote_code(model: Path) -> None:
     (model / "tokenizer_2" / "own.py").write_text("open('runs-partial-code-was-run', 'w').close()\nclass Own: pass\n")
 
 
+def _single(kind: str) -> dict[str, torch.Tensor]:
+    """A single file of the bundled model's transformer, or of what is no such thing."""
+    if kind == "sd3":
+        return {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2, 2)}
+    found = {name: value for file in sorted((TINY / "transformer").glob("*.safetensors")) for name, value in
+             load_file(file).items()}  # fmt: skip
+    if kind == "half":
+        return dict(list(found.items())[: len(found) // 2])
+    if kind == "nf4":
+        name = "transformer_blocks.0.attn.to_q.weight"
+        found |= {name: torch.zeros(10, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(4),
+                  f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}  # fmt: skip
+    return found
+
+
 def cases() -> Iterator[Case]:
     for name in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"):
         yield one(f"no {name}", partial(_remove, name), f"model lacks the folders {name}")
@@ -148,15 +163,21 @@ def cases() -> Iterator[Case]:
         for what, content in (("absent", None), ("empty", b""), ("no JSON", b"{"), ("an empty object", b"{}")):
             yield part(f"{name}.json {what}", f"{name}/tokenizer.json", content, f"the {name} of model")
     yield one("a tokenizer with a program", _remote_code, "the tokenizer_2 of model")
-    for name, path, said in (
+    for name, path, said, *more in (
         ("a file", "model/model_index.json", "is a file of the checkpoint model; set model.path to that folder"),
         ("a part of it", "model/vae", "is a part of the checkpoint model; set model.path to that folder"),
         ("a file of a part", f"model/vae/{WEIGHTS['vae']}", "is a file of the checkpoint model"),
-        ("a single-file checkpoint", "flux1.safetensors", "holds no transformer of FLUX.1 and FLUX.2"),
+        ("a single file of one layer", "flux1.safetensors", r"holds no transformer of FLUX\.1 and FLUX\.2"),
         ("a GGUF file without tensors", "here/flux1-Q8_0.gguf", "holds no tensors; download it again"),
         ("a GGUF file's folder", "here", "to use a single file in it, set model.path=here/flux1-Q8_0.gguf"),
         ("a pointer of Git LFS", "pointer.safetensors", "pointer of Git LFS .*git lfs pull"),
-        ("a file that is not there", "here/flux1.safetensors", "no folder here and no Hub id"),
+        ("a file that is not there", "here/flux1.safetensors", "has no such file; there is flux1-Q8_0.gguf; give the"),
+        ("a file in no folder", "gone/flux1.safetensors", "is not there, nor is its folder"),
+        ("a file of another model", "sd3.safetensors", "Stable Diffusion 3"),
+        ("a file of NF4", "nf4.safetensors", "nf4|bitsandbytes|NF4"),
+        ("half a file", "half.safetensors", "lacks .* of the transformer's tensors|it lacks"),
+        ("a file of other parts", "whole.safetensors", "model.parts", ("model.parts=nowhere/at/all",)),
+        ("a file with its encoder elsewhere", "whole.safetensors", "model.text", ("model.text=gone.safetensors",)),
         ("a page of the Hub", "https://huggingface.co/a/b/tree/main", "no folder here and no Hub id .*write a/b"),
         ("a LoRA file", "lora.safetensors", "is a LoRA file; give it as adapter.path"),
         ("in quotes, in a home that holds none", "'~/no-such-folder'", "no folder here and no Hub id"),
@@ -165,13 +186,15 @@ def cases() -> Iterator[Case]:
         ("an address", "https://example.com/a", "no folder here and no Hub id"),
     ):
 
-        def make(folder: Path, path: str = path) -> list[str]:
+        def make(folder: Path, path: str = path, more: Any = more) -> list[str]:
             copy(folder)
             (folder / "flux1.safetensors").write_bytes(save({"double_blocks.0.img_attn.qkv.weight": torch.ones(2)}))
             (folder / "lora.safetensors").write_bytes(save(pair()))
             (folder / "pointer.safetensors").write_bytes(LFS)
             (folder / "here").mkdir()
             (folder / "here" / "flux1-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
-            return [*DRAW, f"model.path={path}"]
+            if path in ("sd3.safetensors", "nf4.safetensors", "half.safetensors", "whole.safetensors"):
+                (folder / path).write_bytes(save(_single(path.partition(".")[0])))
+            return [*DRAW, f"model.path={path}", *(more[0] if more else ())]
 
         yield Case("model", f"the path is {name}", make, said, "compare")

@@ -37,7 +37,33 @@ FAR = ("optim.lr=inf", "sampling.guidance=inf", "flow.guidance=-inf", "optim.wei
            "data.crops", "data.prior.seed", "encode.workers", "encode.shard_mib", "optim.lr", "optim.warmup",
            "sampling.steps", "sampling.height", "validation_levels", "keep", "save_every", "memory.budget_gib",
            "precision.outlier_threshold", "flow.guidance")),
-       "adapter.rank=2000", "sweep.gpus=[-1]", "seed=-1e30")  # fmt: skip
+       "adapter.rank=2000", "sweep.gpus=[-1]", "seed=-1e30", "adapter.kind=glora", "flow.loss=l3", "flow.loss_scale=0",
+       "flow.loss_schedule=linear", "preserve.kind=all", "preserve.weight=0", "scores_every=-1", "stop.loss=-2",
+       "stop.likeness=-1", "stop.copying=2", "stop.drift=0")  # fmt: skip
+TOGETHER = (
+    ("LoKr with dropout", ["adapter=lokr", "adapter.dropout=0.1"], "adapter.dropout is 0.1, which has no effect"),
+    ("LoHa from an error", ["adapter=loha", "adapter.init=residual"], "adapter.init is residual, which has no effect"),
+    ("OFT of a rank", ["adapter=oft", "adapter.rank=8"], "adapter.rank is 8, .*whose size is adapter.block"),
+    ("OFT whose blocks do not fit", ["adapter=oft", "adapter.block=48"], "adapter.block is 48, which does not divide"),
+    ("LoKr within CUDA graphs", ["adapter=lokr", "memory.graph=true"], "graph=true captures CUDA steps"),
+    ("LoKr compiled", ["adapter=lokr", "memory.compile=true"], "it has no adapters of kind lokr"),
+    ("LoHa with products in 8 bits", ["adapter=loha", "precision.products=int8"], "no adapters of kind loha"),
+    ("a factor for LoRA", ["adapter.factor=4"], "adapter.factor is 4, .*it belongs to lokr"),
+    ("a class without a trigger", ["preserve=class", "preserve.word=dog"], "data.trigger is null"),
+    ("a class that no caption holds", ["preserve=class", "preserve.word=dgo", "data.trigger=sks"], "preserve.word is"),
+    ("a word for the empty caption", ["preserve=empty", "preserve.word=dog"], "preserve.word is dog, which has no"),
+    ("a scale of mse", ["flow.loss_scale=0.5"], "flow.loss_scale is 0.5, which has no effect"),
+    ("a gamma of another weighting", ["flow.min_snr_gamma=2"], "flow.min_snr_gamma is 2.0, which has no effect"),
+    ("scores of nothing", ["scores_every=1"], "previews=.. leaves no prompts to draw"),
+    ("networks without scores", ["networks=hub"], "networks.clip is .*scores_every is 0"),
+    ("an end by scores that are not", ["stop.drift=0.1"], "stop.drift is 0.1, .*scores_every is 0"),
+    ("an end by no held-out picture", ["stop.loss=2", "data.validation=0"], "data.validation=0 holds no pictures out"),
+    ("references of nothing", ["data.references=[gone]"], "gone"),
+    ("a share without references", ["data.reference_dropout=0.5"], "no sample has references"),
+    ("references where none are taught", ["data.references=[set]"], "teach_references"),
+    ("edits without references", ["edits=[{prompt: blue, references: []}]"], "references"),
+    ("an edit of a picture that is not there", ["edits=[{prompt: blue, references: [gone.png]}]"], "gone.png"),
+)
 RUNS = ("", " ", ".", "..", "../out", "a/../../b", "/tmp/x", "//x", "~/../x", ".hidden", "a:b", "a*", "a?", "<a>",
         "a|b", "x" * 300, "cache", "cache/mine", "mine/adapter", "mine/checkpoints")  # fmt: skip
 WRITTEN = (
@@ -138,6 +164,8 @@ def cases() -> Iterator[Case]:
     for argument in FAR:
         name = argument.partition("=")[0].rpartition(".")[2]
         yield told(argument, [argument], rf"{name}|data.prior|a source|(weight|repeats) of a|'none'")
+    for name, arguments, said in TOGETHER:
+        yield told(name, arguments, said)
     for run in RUNS:
         yield told(f"run={run[:20]!r} of {len(run)}", [f"run='{run}'"], "run is|name too long|shorter name")
     for what, arguments, said in WRITTEN:

@@ -11,7 +11,6 @@ import argparse
 import copy
 import multiprocessing
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +28,9 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.tiny import klein_parts, make_text, make_vae, world
-from scripts.tiny.make_flow import CAPTIONS, CHUNK, captions
+from scripts.tiny import klein_parts, make_vae, world
+from scripts.tiny.klein_text import chat, draw_captions, embed, teach_text
+from scripts.tiny.make_flow import CAPTIONS, CHUNK
 from scripts.tiny.pace import Pace, captured, move_average
 
 FEW, FINE = 4, 4  # large steps of the distilled model, and small ones within each
@@ -43,90 +43,6 @@ class Encoded:
 
     x0: Tensor  # [samples, tokens, 128] bf16, packed and normalised
     texts: Tensor  # [captions, TEXT_TOKENS, 3 * WIDTH] bf16, CAPTIONS for each sample
-
-
-def chat(reader: Qwen2Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention masks within klein's chat template, [texts, TEXT_TOKENS]."""
-    framed = [
-        reader.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for text in texts
-    ]
-    found = reader(framed, padding="max_length", max_length=klein_parts.TEXT_TOKENS, truncation=True)
-    return np.array(found.input_ids, dtype=np.int16), np.array(found.attention_mask, dtype=np.int16)
-
-
-def _draw(span: tuple[int, int, int, float]) -> tuple[list[world.Scene], list[np.ndarray]]:
-    first, last, seed, pairs = span
-    scenes, texts = [], []
-    for index in range(first, last):
-        rng = random.Random(seed * 1_000_003 + index)
-        scenes.append(world.sample_scene(rng, pairs=pairs))
-        texts += captions(scenes[-1], rng)
-    ids, masks = chat(klein_parts.tokenizer(), texts)
-    return scenes, [ids, masks, np.array([make_text.labels(text) for text in texts], dtype=np.int16)]
-
-
-def embed(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """As Flux2KleinPipeline does: three layers' outputs, side by side: [batch, tokens, 3 * WIDTH]."""
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    states = encoder.model(
-        input_ids=ids.long(),
-        # made here: what transformers makes of a mask asks the device, which a CUDA graph cannot
-        attention_mask=causal & (mask > 0)[:, None, None, :],
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states
-    return torch.cat([states[k] for k in klein_parts.LAYERS], -1)
-
-
-def teach_text(
-    encoder: Qwen3ForCausalLM, reader: Qwen2Tokenizer, ids: Tensor, mask: Tensor, wanted: Tensor, steps: int, batch: int
-) -> None:
-    """make_text's lesson at the words of the shapes."""
-    device = ids.device
-    names = [word for name in world.SHAPES for word in (name, world.plural(name))]
-    shapes = torch.tensor([reader.convert_tokens_to_ids(f"Ġ{word}") for word in names], device=device)
-    heads = make_text.Heads(len(klein_parts.LAYERS) * klein_parts.WIDTH, 1).to(device)
-    last = make_text.Heads(len(klein_parts.LAYERS) * klein_parts.WIDTH, make_text.THINGS).to(device)
-    parameters = [*encoder.model.parameters(), *heads.parameters(), *last.parameters()]
-    cuda = device.type == "cuda"
-    now, total = torch.zeros((), device=device), torch.zeros(3, device=device)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=now if cuda else 1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda, capturable=cuda
-    )
-
-    def step() -> None:
-        index = (torch.rand(batch, device=device) * len(ids)).long()
-        chosen, want, seen = ids[index].long(), wanted[index].long(), mask[index]
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            states = embed(encoder, chosen, seen)
-        is_shape = (chosen[..., None] == shapes).any(-1)
-        which = is_shape.cumsum(1)
-        losses = []
-        for k in range(make_text.THINGS):
-            at = (is_shape & (which == k + 1)).float()
-            losses.append(heads.loss((states * at[..., None]).sum(1), want[:, k : k + 1]))
-        end = (seen.cumsum(1) == seen.sum(1, keepdim=True)) & (seen > 0)
-        losses.append(last.loss((states * end[..., None]).sum(1), want))
-        loss = torch.stack(losses).mean()
-        loss.backward()
-        total.add_(torch.stack(losses).detach())
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    run = captured(step, optimizer)
-    pace = Pace("text", steps, float("inf"))
-    total.zero_()
-    while pace.more():
-        now.fill_(pace.rate(1e-3, warmup=100, decay=0.7))
-        if not cuda:
-            optimizer.zero_grad()
-        run()
-        if pace.report():
-            pace.say("losses " + " ".join(f"{value:.4f}" for value in (total / pace.since()).tolist()))
-            total.zero_()
 
 
 def pack(vae: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
@@ -290,7 +206,7 @@ def main() -> None:
         (first, min(first + CHUNK, args.samples), args.seed, args.pairs) for first in range(0, args.samples, CHUNK)
     ]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        drawn = pool.map(_draw, spans)
+        drawn = pool.map(draw_captions, spans)
     report(f"{args.samples} scenes and captions drawn")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from infer.adapter.attach import load_adapter, without_adapter
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import pick_device
@@ -57,6 +58,8 @@ SHAPE = "star"
 PICTURES, PROMPTS, STEPS, GUIDANCE = 24, 12, 16, 2.0
 SIDE = world.SIZE
 MODEL, PRECISION = Model(str(ROOT / "scripts" / "tiny" / "model")), Precision("nf4")
+ADAPTER = Adapter(16, 16.0, targets="attention+mlp")
+OPTIM = Optim(lr=1e-3, schedule="cosine", warmup=10)
 PRIOR = Prior(prompt="a star on a white background", count=24)
 
 
@@ -121,7 +124,19 @@ def variants() -> dict[str, dict[str, dict[str, Any]]]:
         "mode": {"flow": Flow("mode")},
         "shifted": {"flow": Flow("shifted")},
     }
-    return {"preservation": preserve, "objectives": objectives}
+    adapters = {
+        f"{name}, {rate:g}": {"adapter": adapter, "optim": replace(OPTIM, lr=rate)}
+        for name, adapter, rates in (
+            ("lora", ADAPTER, (1e-3, 3e-3)),
+            ("dora", replace(ADAPTER, dora=True), (1e-3, 3e-3)),
+            ("lokr", replace(ADAPTER, kind="lokr", factor=8), (1e-3, 3e-3, 1e-2)),
+            ("lokr, rank 64", replace(ADAPTER, kind="lokr", factor=8, rank=64), (1e-3, 3e-3, 1e-2)),
+            ("loha", replace(ADAPTER, kind="loha"), (1e-3, 3e-3, 1e-2)),
+            ("oft", replace(ADAPTER, kind="oft"), (3e-4, 1e-3, 3e-3)),
+        )
+        for rate in rates
+    }
+    return {"preservation": preserve, "objectives": objectives, "adapters": adapters}
 
 
 def job_of(
@@ -129,9 +144,8 @@ def job_of(
 ) -> Train:
     given = dict(changes)
     data = Data(str(pictures), SIDE, 4, trigger=trigger, validation=0.15, prior=given.pop("prior", Prior()))
-    adapter = replace(Train().adapter, rank=16, alpha=16.0, targets="attention+mlp")
     job = Train(
-        MODEL, PRECISION, adapter, data, optim=Optim(lr=1e-3, schedule="cosine", warmup=10), flow=Flow(),
+        MODEL, PRECISION, ADAPTER, data, optim=OPTIM, flow=Flow(),
         memory=Memory("everything", compile=False, graph=False if device == "cuda" else None),
         seed=seed, steps=steps, validate_every=0, previews=[], save_every=0, save_minutes=0, device=device, run=name,
     )  # fmt: skip
@@ -212,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a JSON line a run")
     parser.add_argument("--sets", nargs="+", default=list(variants()), choices=list(variants()))
+    parser.add_argument("--only", nargs="+", help="these variants alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--device", default="auto")
@@ -231,6 +246,8 @@ def main() -> None:
     for seed in args.seeds:
         for chosen in args.sets:
             for name, changes in variants()[chosen].items():
+                if args.only is not None and name not in args.only:
+                    continue
                 if (name, seed) in done or time.monotonic() - began > args.seconds:
                     continue
                 done.add((name, seed))

@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.tiny import klein_parts, make_flow, make_klein, make_text, make_vae, parts, world
+from scripts.tiny import klein_parts, klein_text, make_flow, make_klein, make_text, make_vae, parts, world
 from scripts.tiny.pace import Pace
 
 
@@ -118,20 +118,21 @@ def test_a_graph_can_hold_kleins_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(make_klein, "captured", silent)
+    for module in (klein_text, make_klein):
+        monkeypatch.setattr(module, "captured", silent)
     reader = klein_parts.tokenizer()
     encoder = klein_parts.text_encoder(reader)
-    (_, (ids, masks, wanted)) = make_klein._draw((0, 2, 0, 0.5))
+    (_, (ids, masks, wanted)) = klein_text.draw_captions((0, 2, 0, 0.5))
     given = [torch.from_numpy(each).flatten(0, -3 if each is wanted else -2) for each in (ids, masks, wanted)]
-    make_klein.teach_text(encoder, reader, *given, steps=1, batch=2)
+    klein_text.teach_text(encoder, reader, *given, steps=1, batch=2)
     flow = make_klein.Flow(klein_parts.transformer())
     x = torch.randn(2, (world.SIZE // 16) ** 2, 128)
-    texts = make_klein.embed(encoder, *given[:2]).detach()[:2]
+    texts = klein_text.embed(encoder, *given[:2]).detach()[:2]
     average = make_klein.train("flow", flow, lambda: (x, texts, torch.tensor([0.2, 0.9]), x), 1, 1e-3, 0.5, 1e9)
     assert all(torch.isfinite(parameter).all() for parameter in average.parameters())
     # the pipeline's own way to the text's states
     own = Flux2KleinPipeline._get_qwen3_prompt_embeds(
         encoder, reader, ["a red star"], max_sequence_length=klein_parts.TEXT_TOKENS
     )
-    ours = make_klein.embed(encoder, *(torch.from_numpy(each) for each in make_klein.chat(reader, ["a red star"])))
+    ours = klein_text.embed(encoder, *(torch.from_numpy(each) for each in klein_text.chat(reader, ["a red star"])))
     torch.testing.assert_close(own, ours, rtol=1e-4, atol=1e-4)

@@ -4,11 +4,14 @@ Qwen-VL."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from train.captioning.image_chat import load_image_chat
 
 TASK = "<MORE_DETAILED_CAPTION>"  # Florence-2's own prompt for a paragraph
 QUESTION = "Describe this picture in two sentences: what is in it, where, and in which light and style."
@@ -37,7 +40,11 @@ def load_captioner(name: str, device: torch.device) -> Captioner:
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type.startswith("qwen") and find_spec("torchvision") is None:
+            processor: Any = load_image_chat(name, config.image_token_id)
+        else:
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infer.adapter.targets import match_targets
+from infer.adapter.sizes import match_adapter, tensor_sizes
 from infer.checkpoint.files import known_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
@@ -129,10 +129,8 @@ def footprint(job: Train) -> Footprint:
     units = of_config(config).ACTIVATIONS
     sizes = weights_by_module(config, job.precision)
     layers = linear_shapes(config)
-    targets = [layers[name] for name in match_targets(layers, job.adapter.targets, job.adapter.rank)]
-    tensors = [job.adapter.rank * side for layer in targets for side in (layer.columns, layer.rows)]
-    if job.adapter.dora:
-        tensors += [layer.rows for layer in targets]
+    targets = [layers[name] for name in match_adapter(layers, job.adapter)]
+    tensors = [count for layer in targets for count in tensor_sizes(job.adapter, layer)]
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = config["num_layers"] + config["num_single_layers"]

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.fast.memory import AUTO, Memory
+from infer.fast.memory import AUTO, Memory, plain_memory
 from infer.program import bounds
 from infer.program.atomic import replace_file
 from infer.program.paths import expand
@@ -34,6 +34,7 @@ MEANING = {
     "allocator": "held by torch's allocator beyond the allocated bytes",
     "context": "CUDA's own",
 }
+UNKNOWN = "adapters of kind {kind} train on diffusers' own layers, whose time the host decides (docs/methods.md)"
 MARGIN = 0.5  # GiB that are left to a desktop and to other programs
 KEPT = 0.4  # GiB of what a card is sold with that programs do not see
 REFERENCE = CARDS["H100"]  # proposals are ordered by their seconds on this card
@@ -88,7 +89,8 @@ def describe(job: Train) -> str:
     if count:
         side = job.data.reference_resolution or max(job.data.resolutions)
         pixels += f" with {count} reference{'s' * (count > 1)} of {side}x{side}"
-    return f"{job.precision.kind}, {job.data.batch_size} of {pixels} a step, rank {job.adapter.rank}, {memory}"
+    size = f"rank {job.adapter.rank}" if job.adapter.kind == "lora" else job.adapter.words()
+    return f"{job.precision.kind}, {job.data.batch_size} of {pixels} a step, {size}, {memory}"
 
 
 def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]]:
@@ -96,6 +98,12 @@ def proposals(job: Train, gib: float) -> Iterator[tuple[float, Train, Footprint]
 
     They change time and memory, not what is learned.
     """
+    if job.adapter.kind != "lora":
+        for memory in (Memory("everything", fused=False), Memory("nothing", fused=False)):
+            changed = replace(job, memory=memory)
+            if (taken := footprint(changed)).peak <= gib * GIB:
+                yield seconds(changed, taken, REFERENCE), changed, taken
+        return
     copies = job.precision.quantized and job.precision.products == "bf16"  # others are unpacked for each product
     # products are never kept alone: for the same memory, more blocks that keep everything save more
     unpack = (True,) if job.memory.unpacked else (False, True) if copies else (False,)
@@ -130,6 +138,18 @@ def _with_more_kept(job: Train, gib: float) -> tuple[float, Train, Footprint]:
             most = middle - 1
     changed, taken = keeping(least)
     return seconds(changed, taken, REFERENCE), changed, taken
+
+
+def on_its_path(job: Train) -> Train:
+    """The config with the memory settings of the path that its kind of adapter takes.
+
+    Raises:
+        ValueError: a setting needs the fast path, which has no adapters of that kind.
+    """
+    if job.adapter.kind == "lora":
+        return job
+    reason = f"it has no adapters of kind {job.adapter.kind}"
+    return replace(job, memory=plain_memory(job.memory, reason, job.precision.products))
 
 
 def propose(job: Train, gib: float) -> tuple[float, Train, Footprint] | None:
@@ -173,6 +193,8 @@ def table(job: Train, taken: Footprint) -> str:
     if taken.resident < taken.blocks:
         stay = f"{taken.resident} of {taken.blocks} blocks stay on the device"
         lines.append(f"  {stay}; {taken.host / GIB:.2f} GiB of pinned host memory")
+    if job.adapter.kind != "lora":
+        return "\n".join([*lines, f"  seconds a step are not known: {UNKNOWN.format(kind=job.adapter.kind)}"])
     lines.append(f"  seconds a step, and the time of {job.steps:,} steps without encoding, validation and previews")
     lines.append("  (measured on an H100; other cards by their datasheets, which is a guess):")
     for name, card in CARDS.items():
@@ -210,7 +232,7 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
         import torch
 
         gib = torch.cuda.get_device_properties(device).total_memory / GIB
-        taken = check_fits(job, gib)
+        taken = check_fits(on_its_path(job), gib)
         say(line(taken))
         if (left := gib - taken.peak / GIB) < MARGIN:
             say(f"note: that leaves {left:.2f} GiB of the card: close what else uses it, or take memory=lean")
@@ -218,7 +240,7 @@ def announce(job: Train, device: torch.device, say: Callable[[str], object]) -> 
 
 def write_plan(job: Train, file: Path) -> None:
     """Write what a run on a GPU would take at its peak, to be compared with what it takes."""
-    taken = footprint(job)
+    taken = footprint(on_its_path(job))
     said = {"peak_memory_bytes": taken.peak, "parts": {part: getattr(taken, part) for part in PARTS}}
     replace_file(file, lambda path: path.write_text(json.dumps(said)))
 
@@ -231,9 +253,9 @@ def plan(options: Plan) -> dict[str, Any]:
             "precision that infer/sensitivity.py writes (out=configs/precision/mine.yaml), or with precision=nf4"
         )
     check_distilled(options)
-    job: Train = options
-    if options.memory.keep == AUTO and options.fit_gib is None:
-        job = replace(options, memory=options.memory.without_auto())
+    job: Train = on_its_path(options)
+    if job.memory.keep == AUTO and options.fit_gib is None:
+        job = replace(job, memory=job.memory.without_auto())
         print("memory=auto is decided by the card: fit_gib=24 says how for one of 24 GB; this is memory=balanced")
     if options.fit_gib is not None:
         room = seen_gib(options.fit_gib) - MARGIN
@@ -252,6 +274,7 @@ def plan(options: Plan) -> dict[str, Any]:
         )
     taken = footprint(job)
     print(table(job, taken))
+    timed = job.adapter.kind == "lora"
     result = {
         "peak_memory_bytes": taken.peak,
         "allocated_bytes": taken.allocated,
@@ -260,7 +283,9 @@ def plan(options: Plan) -> dict[str, Any]:
         "host_bytes": taken.host,
         "resident_blocks": taken.resident,
         "blocks": taken.blocks,
-        "seconds_per_step": {name: round(seconds(job, taken, card), 4) for name, card in CARDS.items()},
+        "seconds_per_step": {name: round(seconds(job, taken, card), 4) for name, card in CARDS.items()}
+        if timed
+        else {},
         "steps": job.steps,
         "memory": asdict(job.memory),
         "double_quant": job.precision.double_quant,

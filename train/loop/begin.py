@@ -1,6 +1,7 @@
 """What a run decides before anything is loaded: its precision, whether it is finished, and where it goes on from."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -99,7 +100,11 @@ def finished_adapter(run: Run) -> Path | None:
     """The adapter's folder if the run is finished. If `resume` asks to go on from a checkpoint all the same, the
     adapters are set aside."""
     job, file = run.job, run.folder / "adapter" / FILE
-    if not file.is_file() or read_notes(file).get("step") != job.steps:
+    if not file.is_file():
+        return None
+    notes = read_notes(file)
+    ended = notes.get("ended") and notes.get("asked") == job.steps and notes.get("stop") == asdict(job.stop)
+    if notes.get("step") != job.steps and not ended:
         return None
     if job.resume is None:
         run.say(f"run {job.run!r} is finished: {file}")

@@ -1,7 +1,7 @@
 """The end of a run: judge what was learned, save the adapter with its average, card and notes, free the device."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from infer.adapter.model_card import push, write_card
 from infer.adapter.read import FILE
 from infer.device.device import release
 from train.loop.model_card import card_of
-from train.loop.next_steps import next_steps, what_to_change_first
+from train.loop.next_steps import ended_early, next_steps, what_to_change_first
 from train.loop.session import Session
 from train.run.config import Train
 from train.state.identity import forget_adapters, record_adapters, set_card_aside
@@ -25,14 +25,17 @@ def finish(session: Session, training: TrainingState) -> Path:
         ValueError: nothing was learned, and nothing is saved; or the last previews were not drawn.
     """
     run, progress = session.run, training.progress
+    asked, run.job = run.job.steps, replace(run.job, steps=progress.step)  # where it ended is what it has learned
     norm = update_norm(training.transformer)
     if not 0 < norm < math.inf:  # NaN too
         raise ValueError(nothing_learned(run.job, norm, progress.skipped, run.folder))
     if run.main:
-        save_adapters(session, training)
+        save_adapters(session, training, asked)
     session.tracker.finish()
     run.say(summary(run.job, norm, progress, run.folder, averaged=training.average is not None))
-    if (note := what_to_change_first(run.job, progress.validation_ema or progress.validation)) is not None:
+    if training.ended is not None:
+        run.say(ended_early(run.job, asked, training.ended))
+    for note in what_to_change_first(run.job, progress.judged, progress.scores):
         run.say(note)
     run.say(next_steps(run.job, run.folder, list(session.data.previews), session.data.edits))
     run.accelerator.wait_for_everyone()
@@ -57,12 +60,16 @@ def nothing_learned(job: Train, norm: float, skipped: int, folder: Path) -> str:
     return f"{said}: nothing was learned; raise optim.lr, or lower optim.warmup ({job.optim.warmup} steps)"
 
 
-def save_adapters(session: Session, training: TrainingState) -> None:
-    """Write the adapter and its average with notes and card, record their checksums, and push them if asked to."""
+def save_adapters(session: Session, training: TrainingState, asked: int) -> None:
+    """Write the adapter and its average with notes and card, record their checksums, and push them if asked to.
+
+    asked: the steps that the run was to have.
+    """
     job, folder, progress = session.job, session.run.folder, training.progress
     transformer, start = training.transformer, session.model.start
     notes: dict[str, Any] = {
         "step": job.steps,
+        **({} if training.ended is None else {"ended": training.ended, "asked": asked, "stop": asdict(job.stop)}),
         # an adapter that goes on from one that starts at the quantization error is of that kind itself
         "adapter": asdict(job.adapter) | ({} if start is None else {"init": start.init}),
         "precision": asdict(job.precision),

@@ -24,6 +24,7 @@ from train.loop.memory import start_memory
 from train.loop.micro_step import fit_budget, make_learner
 from train.loop.picture_losses import NAME, PictureLosses
 from train.loop.preview import preview, preview_size
+from train.loop.scores import score
 from train.loop.second import second_of
 from train.loop.session import Loop, Session
 from train.loop.spill import Spill
@@ -33,6 +34,7 @@ from train.objective.ema import make_average
 from train.objective.optim import make_optimizer, make_schedule
 from train.ranks.launch import broadcast_adapter, uses_fsdp, uses_zero2
 from train.ranks.zero2 import ZeroTwo
+from train.run.early_stop import why_stop
 from train.state.checkpoint import read_checkpoint
 from train.state.journal import Journal
 from train.state.progress import Progress, TrainingState, remove_old_checkpoints, restore, save
@@ -47,7 +49,8 @@ def fit(session: Session) -> TrainingState | None:
     job = session.job
     loop = start_loop(session)
     while True:
-        validation_due = loop.step == 0 or loop.due(job.validate_every)
+        scores_due = job.scores_every > 0 and loop.step > 0 and loop.due(job.scores_every)
+        validation_due = loop.step == 0 or loop.due(job.validate_every) or scores_due
         if loop.step > loop.first and (
             loop.due(job.save_every) or loop.stop_requested or loop.save_requested or (job.keep_best and validation_due)
         ):
@@ -56,11 +59,15 @@ def fit(session: Session) -> TrainingState | None:
             break
         if validation_due:
             measure(loop)
-        if loop.step > 0 and (loop.due(job.preview_every) or loop.sample_requested):
+        if scores_due:
+            score(loop)
+        if validation_due and loop.step < job.steps:
+            end_early(loop)
+        if loop.step > 0 and (loop.training.ended or loop.due(job.preview_every) or loop.sample_requested):
             draw_previews(loop)
             if loop.step < job.steps:  # after the last step it is drawn below
                 draw_loss(session.run)
-        if loop.step == job.steps:
+        if loop.step == job.steps or loop.training.ended:
             break
         started = time.perf_counter()
         update, figures = take_step(loop)
@@ -204,6 +211,15 @@ def draw_previews(loop: Loop) -> None:
         start_memory(run.device)
         session.tracker.previews(loop.step, drawn)
     run.accelerator.wait_for_everyone()
+
+
+def end_early(loop: Loop) -> None:
+    """Note why the run ends at this step, if what was measured says so, and save its state."""
+    progress = loop.training.progress
+    reason = why_stop(loop.session.job.stop, progress.judged, progress.scores)
+    if reason is not None:
+        loop.training.ended = reason
+        save_state(loop)
 
 
 def release_blocks(session: Session) -> None:

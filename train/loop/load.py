@@ -45,7 +45,8 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
     if job.preserve.kind != "none":
         kept = [preserved_text(text, job.preserve, job.data.trigger) for text in learned]
         run.say(f"output preservation: {learned[0]!r} is learned, {kept[0]!r} stays as the base draws it")
-    asked = [*(job.previews or []), *(edit.prompt for edit in job.edits)]
+    apart = job.unrelated if job.scores_every else []
+    asked = [*(job.previews or []), *(edit.prompt for edit in job.edits), *apart]
     texts = list(dict.fromkeys([*learned, *kept, *asked, *empty]))
     cache = build(job.data, samples, texts, job.model, job.precision, job.encode, *here, gather_object)
     for one in skipped + cache.skipped:
@@ -75,7 +76,9 @@ def encode(run: Run, samples: list[Sample], skipped: list[Skipped]) -> EncodedDa
         )
     previews, edits = texts_of_previews(job, chosen, cache, run.device)
     against = cache.text("") if empty else None
-    return EncodedData(cache, chosen, {name: replace(text, empty=against) for name, text in previews.items()}, edits)
+    drawn = {name: replace(text, empty=against) for name, text in previews.items()}
+    unrelated = {prompt: replace(cache.text(prompt), empty=against) for prompt in apart}
+    return EncodedData(cache, chosen, drawn, edits, unrelated)
 
 
 def load_model(run: Run) -> LoadedModel:

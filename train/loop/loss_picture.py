@@ -42,11 +42,41 @@ def loss_lines(events: Sequence[dict[str, float]]) -> Lines | None:
     return Lines("Loss: lower is better" + (f" (training: means of {width} steps)" if width > 1 else ""), steps, lines)
 
 
+SCORES = {
+    "score_likeness": "likeness to the training pictures",
+    "score_copying": "share of near copies",
+    "score_change": "change of the run's own prompts",
+    "score_drift": "drift of unrelated ones",
+}
+
+
+def score_lines(events: Sequence[dict[str, float]]) -> Lines | None:
+    """The curves of the scores that metrics.jsonl holds; None without any."""
+    curves = {
+        name: {int(event["step"]): event[name] for event in events if event.get(name) is not None} for name in SCORES
+    }
+    steps = sorted({step for curve in curves.values() for step in curve})
+    if not steps:
+        return None
+    found: list[Series] = series(
+        [
+            (SCORES[name], [Estimate(curve[step]) if step in curve else None for step in steps])
+            for name, curve in curves.items()
+            if curve
+        ]
+    )
+    return Lines("Scores of drawn pictures", steps, found)
+
+
 def draw_loss(run: Run) -> None:
     """Write the picture on the main rank, if a step was made."""
     metrics = run.folder / "metrics.jsonl"
     if not run.main or not metrics.is_file():
         return
-    lines = loss_lines(read_events(metrics))
+    events = read_events(metrics)
+    lines = loss_lines(events)
     if lines is not None:
         replace_file(run.folder / "loss.png", partial(save_lines, plots=[lines], x_title="step"))
+    scored = score_lines(events)
+    if scored is not None:
+        replace_file(run.folder / "scores.png", partial(save_lines, plots=[scored], x_title="step"))

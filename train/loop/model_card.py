@@ -13,7 +13,6 @@ from train.run.config import Train
 def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
     """The adapter's model card, with the last previews cut out of their sheet as its samples."""
     adapter, optim = job.adapter, job.optim
-    kind = "DoRA" if adapter.dora else "LoRA"
     notes = []
     if adapter.recovery is not None:
         notes.append(
@@ -30,12 +29,13 @@ def card_of(job: Train, folder: Path, history: dict[str, float]) -> Card:
         trigger=job.data.trigger,
         precision=job.precision.kind,
         facts={
-            "kind": f"{kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, layers {adapter.targets}",
+            "kind": f"{adapter.words()}, layers {adapter.targets}",
             "steps": f"{job.steps} of batch {job.data.batch_size} x {job.accumulation}, {optim.name} at {optim.lr:g}",
         },
         figures=history,
         samples=samples,
         notes=notes,
         few=distilled_to(job.model),
+        kind=adapter.kind,
         place=job.push or str(folder / "adapter"),
     )

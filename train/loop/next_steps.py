@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from infer.adapter.read import FILE
@@ -59,38 +60,99 @@ def next_steps(job: Train, folder: Path, prompts: list[str], edits: dict[str, Ed
     sheet = folder / "previews" / f"step-{job.steps:06d}.png"
     look = f"{sheet} and {folder / 'loss.png'}" if sheet.is_file() else str(folder / "loss.png")
     adapter = shlex.quote(str(folder / "adapter"))
-    lines = {
-        "look": look,
-        "draw": compare_command(job, folder, prompts, edits),
-        "ComfyUI": f"python infer/convert.py adapter.path={adapter} to=comfyui out={shlex.quote(Path(job.run).name)}"
-        ".safetensors, and move that file into ComfyUI/models/loras",
-        "diffusers": f'pipeline.load_lora_weights("{folder / "adapter"}", weight_name="{FILE}")',
-        "share": "this command again with push=owner/name (docs/sharing.md)",
-    }
+    out = shlex.quote(Path(job.run).name)
+    convert = f"python infer/convert.py adapter.path={adapter} to="
+    merge = f"python infer/merge.py {shlex.join(model_words(job.model))} adapter.path={adapter} out={out}-merged"
+    lines = {"look": look, "draw": compare_command(job, folder, prompts, edits)}
+    if job.adapter.kind == "lora":
+        lines["ComfyUI"] = f"{convert}comfyui out={out}.safetensors, and move that file into ComfyUI/models/loras"
+        lines["diffusers"] = f'pipeline.load_lora_weights("{folder / "adapter"}", weight_name="{FILE}")'
+    elif job.adapter.kind == "oft":
+        lines["others"] = f"{merge}, whose folder diffusers loads; OneTrainer reads {folder / 'adapter' / FILE}"
+    else:
+        lines["ComfyUI"] = f"move a copy of {folder / 'adapter' / FILE} into ComfyUI/models/loras"
+        lines["diffusers"] = f"{convert}diffusers out={out}-lora.safetensors writes it as LoRA, or {merge}"
+    lines["share"] = "this command again with push=owner/name (docs/sharing.md)"
     return "\n".join(["next:", *(f"  {name + ':':10} {text}" for name, text in lines.items())])
 
 
+def ended_early(job: Train, asked: int, reason: str) -> str:
+    """What is said of a run that ended before its last step; job: with the steps that it made."""
+    best = f"python infer/choose.py run={shlex.quote(job.run)}"
+    return (
+        f"ended at step {job.steps} of {asked}: {reason}. The adapter is that of the last step; `{best}` draws the "
+        "checkpoints that are kept and says which is the best (keep_best=1 keeps that of the lowest loss); the same "
+        "command without what ended it (stop.loss=0, stop.likeness=0, stop.copying=null, stop.drift=null) goes on"
+    )
+
+
 HARDLY, RISEN = 0.02, 0.02  # shares of the validation loss
+STILL = 0.05  # change of the previews' latents below which hardly anything is drawn otherwise
+BLED = 0.5  # drift over change from which on an adapter moves everything and not what it was taught
 
 
-def what_to_change_first(job: Train, losses: dict[str, float]) -> str | None:
-    """One line, by the validation losses at their steps: it learned hardly anything, or it learned by heart; None
-    where neither is so, or nothing is known."""
+def what_to_change_first(
+    job: Train, losses: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """Lines on what to change first, by the validation losses and the scores at their steps (as text), what matters
+    most first: it copies, it learned by heart, it learned hardly anything, it drifts. None where nothing is known."""
+    last = scores[max(scores, key=int)] if scores else {}
+    found = [_copied(job, scores), _by_heart(job, losses)]
+    if not any(found):
+        found.append(_hardly(job, losses, last.get("change")))
+    found.append(_drifts(job, last))
+    return [f"change first: {note}" if not i else f"then: {note}" for i, note in enumerate(filter(None, found))]
+
+
+def _copied(job: Train, scores: Mapping[str, Mapping[str, float]]) -> str | None:
+    copying = {step: one["copying"] for step, one in scores.items() if "copying" in one}
+    if not copying or not copying[max(copying, key=int)]:
+        return None
+    share = copying[max(copying, key=int)]
+    earlier = [int(step) for step, value in copying.items() if value < share]
+    fewer = f"steps={max(earlier)}" if earlier else "fewer steps"
+    return (
+        f"{100 * share:.0f} % of the drawn pictures are near copies of training pictures: set {fewer}, or take more "
+        "pictures or a lower adapter.rank"
+    )
+
+
+def _by_heart(job: Train, losses: Mapping[str, float]) -> str | None:
     if len(losses) < 2:
         return None
-    first, last = next(iter(losses.values())), list(losses.values())[-1]
-    best = min(losses, key=lambda step: losses[step])
-    if last > (1 + RISEN) * losses[best]:
-        kept = "" if job.keep_best else ", and keep_best=1 keeps that checkpoint"
-        return (
-            f"change first: the validation loss was lowest at step {best} ({losses[best]:.4f}) and rose to {last:.4f}: "
-            f"later steps learn the pictures by heart; set steps={best}{kept}, or take more pictures or a lower "
-            "adapter.rank"
-        )
-    if last > (1 - HARDLY) * first:
-        return (
-            f"change first: the validation loss fell by {100 * (1 - last / first):.1f} % alone: look at the previews, "
-            f"and where they show nothing of it, take optim.lr={3 * job.optim.lr:g} or more steps, then a higher "
-            "adapter.rank"
-        )
-    return None
+    last, best = list(losses.values())[-1], min(losses, key=lambda step: losses[step])
+    if last <= (1 + RISEN) * losses[best]:
+        return None
+    kept = "" if job.keep_best else ", and keep_best=1 keeps that checkpoint"
+    return (
+        f"the validation loss was lowest at step {best} ({losses[best]:.4f}) and rose to {last:.4f}: later steps learn "
+        f"the pictures by heart; set steps={best}{kept}, or take more pictures or a lower adapter.rank"
+    )
+
+
+def _hardly(job: Train, losses: Mapping[str, float], change: float | None) -> str | None:
+    found = list(losses.values())
+    fell = 1 - found[-1] / found[0] if len(found) > 1 else None
+    if (fell is None or fell >= HARDLY) and (change is None or change >= STILL):
+        return None
+    said = []
+    if fell is not None and fell < HARDLY:
+        said.append(f"the validation loss fell by {100 * fell:.1f} % alone")
+    if change is not None and change < STILL:
+        said.append(f"pictures are moved by {change:.3f} of their latents alone")
+    size = {"lora": ", then a higher adapter.rank", "oft": ", then a larger adapter.block"}.get(job.adapter.kind, "")
+    return (
+        f"{' and '.join(said)}: look at the previews, and where they show nothing of it, take "
+        f"optim.lr={3 * job.optim.lr:g} or more steps{size}"
+    )
+
+
+def _drifts(job: Train, last: Mapping[str, float]) -> str | None:
+    drift, change = last.get("drift"), last.get("change")
+    if drift is None or not change or drift <= BLED * change:
+        return None
+    mend = "preserve=empty, or preserve=class with a trigger" if job.preserve.kind == "none" else "a lower optim.lr"
+    return (
+        f"unrelated prompts are moved by {drift:.3f}, where the run's own are by {change:.3f}: set {mend} "
+        "(docs/methods.md), or a lower adapter.rank or optim.lr"
+    )

@@ -90,6 +90,8 @@ class EncodedData:
     """What the previews are called, with their embeddings and references."""
     edits: dict[str, Edit]
     """Of the previews with references in files: the prompt and these, by what the preview is called."""
+    unrelated: dict[str, Text]
+    """Of the prompts that the adapter has nothing to do with, where scores are drawn."""
 
 
 @dataclass

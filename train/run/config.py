@@ -7,18 +7,22 @@ from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
 from infer.fast.memory import Memory
 from infer.program.bounds import MANY, SEED, STEPS, check_most
+from infer.program.no_effect import refuse_idle
 from infer.quantize.precision import Precision
 from infer.sample.edit import Edit, check_once
 from infer.sample.generate import Sampling
+from infer.score.judges import UNRELATED, Networks
 from train.data.cloud import is_cloud
 from train.data.dataset import Data
 from train.latents.settings import Encode
 from train.objective.flow_matching import Flow
 from train.objective.optim import Optim
 from train.objective.preservation import Preserve
+from train.run.early_stop import SCORED, EarlyStop
 from train.run.sweep import Sweep
 from train.trackers.options import Track
 
+UNSCORED = "scores_every is 0, so that nothing is scored"
 MAY_CHANGE = {"may_change": True}  # marks a setting that a resumed run may change: what is learned stays the same
 
 
@@ -40,6 +44,9 @@ class Train:
     track: Track = field(default_factory=Track, metadata=MAY_CHANGE)
     sweep: Sweep = field(default_factory=Sweep, metadata=MAY_CHANGE)
     preserve: Preserve = field(default_factory=Preserve)
+    networks: Networks = field(default_factory=Networks, metadata=MAY_CHANGE)
+    """Of the scores (`scores_every`)."""
+    stop: EarlyStop = field(default_factory=EarlyStop, metadata=MAY_CHANGE)
     run: str = "train"
     """The run's name: its folder is runs/<run>. The same command again resumes it."""
     seed: int = 0
@@ -83,6 +90,11 @@ class Train:
     edits: list[Edit] = field(default_factory=list, metadata=MAY_CHANGE)
     """More previews, with reference pictures, as in `edits=[{prompt: make it blue, references: [before.png]}]`. Where
     previews is null, those of held-out pictures are drawn with the references of these."""
+    scores_every: int = field(default=0, metadata=MAY_CHANGE)
+    """Steps between scorings, at which the previews' prompts and `unrelated` are drawn and judged: likeness, copying
+    and drift. Each is a validation too; 0: none."""
+    unrelated: list[str] = field(default_factory=lambda: list(UNRELATED), metadata=MAY_CHANGE)
+    """Prompts that the adapter has nothing to do with: how far a scoring finds them moved is the drift."""
     push: str | None = field(default=None, metadata=MAY_CHANGE)
     """The repository owner/name on the Hub to which the finished adapter and its card are pushed, private if it is new;
     null: none."""
@@ -108,6 +120,7 @@ class Train:
             validate_every=MANY,
             validation_levels=10**4,
             preview_every=MANY,
+            scores_every=MANY,
         )
         for name, least in (
             ("steps", 1),
@@ -122,6 +135,9 @@ class Train:
         for name in ("save_every", "validate_every", "preview_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (only at the end) or more")
+        if self.scores_every < 0:
+            raise ValueError(f"scores_every is {self.scores_every}; it must be 0 (never) or more")
+        self._check_scores()
         for name in ("save_minutes", "spikes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or more")
@@ -135,6 +151,28 @@ class Train:
         if self.mirror is not None and not is_cloud(self.mirror):
             raise ValueError(f"mirror is {self.mirror!r}, no address; write s3://bucket/runs, gs://..., hf://...")
         check_half(self.precision)
+
+    def _check_scores(self) -> None:
+        """Raises:
+        ValueError: a setting of the scores has no effect.
+        """
+        if not self.scores_every:
+            refuse_idle(self, "", ("unrelated",), UNSCORED)
+            refuse_idle(self.stop, "stop.", SCORED, UNSCORED)
+            return
+        refuse_idle(self.networks, "networks.", ("lpips", "image_reward"), "training scores by DINO or CLIP alone")
+        if self.previews == [] and not self.edits:
+            raise ValueError(
+                f"scores_every is {self.scores_every}, and previews=[] leaves no prompts to draw; set previews=null, "
+                "or scores_every=0"
+            )
+        if self.stop.likeness and self.networks.dino is None and self.networks.clip is None:
+            raise ValueError(
+                f"stop.likeness is {self.stop.likeness}, and no network judges likeness; set networks=hub, or "
+                "networks.dino to a folder"
+            )
+        if self.stop.drift is not None and not self.unrelated:
+            raise ValueError(f"stop.drift is {self.stop.drift:g}, and unrelated is []; give prompts, or set it to null")
 
 
 def check_half(precision: Precision) -> None:

@@ -8,7 +8,7 @@ from infer.adapter.checks import check_guidance
 from infer.adapter.lora import FROM_ERROR
 from infer.adapter.read import find_adapter, read_notes
 from infer.adapter.second import check_same_start, second_model
-from infer.adapter.targets import match_targets
+from infer.adapter.sizes import match_adapter
 from infer.checkpoint.family import distilled_from
 from infer.checkpoint.files import read_config
 from infer.checkpoint.headers import check_model
@@ -18,7 +18,8 @@ from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.quantize.precision import check_layer_names
 from infer.sample.edit import check_edits
-from train.run.config import Train
+from infer.score.judges import check_paths
+from train.run.config import UNSCORED, Train
 
 
 def check_names(job: Train) -> Path:
@@ -36,8 +37,9 @@ def check_names(job: Train) -> Path:
     check_effects(job)
     check_second(job)
     layers = linear_shapes(read_config(job.model, "transformer"))
-    match_targets(layers, job.adapter.targets, job.adapter.rank)
+    match_adapter(layers, job.adapter)
     check_layer_names(job.precision, layers)
+    check_scores(job)
     check_edits(job.edits, job.model, job.data.teach_references)
     if job.mirror is None:  # which brings them back first
         check_resumed(job, folder)
@@ -45,6 +47,34 @@ def check_names(job: Train) -> Path:
         if path is not None:
             read_notes(find_adapter(path))
     return folder
+
+
+def training_folder(job: Train) -> str | None:
+    """The folder of the training pictures, which scores compare with; None where they are not in one folder here."""
+    return job.data.path if job.data.path and Path(job.data.path).expanduser().is_dir() else None
+
+
+def check_scores(job: Train) -> None:
+    """See that networks are there, and what a run is to be ended by can be measured.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if job.stop.loss and not job.data.validation:
+        raise ValueError(
+            f"stop.loss is {job.stop.loss}, and data.validation=0 holds no pictures out; set data.validation=0.1, or "
+            "stop.loss=0"
+        )
+    if not job.scores_every:
+        refuse_idle(job.networks, "networks.", ("clip", "dino", "lpips", "image_reward"), UNSCORED)
+        return
+    check_paths(job.networks)
+    judged = ["stop.likeness"] * bool(job.stop.likeness) + ["stop.copying"] * (job.stop.copying is not None)
+    if judged and job.mirror is None and training_folder(job) is None:
+        raise ValueError(
+            f"{judged[0]} is set, and drawn pictures are compared with those of a folder: data.path is "
+            f"{job.data.path!r}, which is none here; leave {judged[0]} out"
+        )
 
 
 def check_effects(job: Train) -> None:

@@ -35,6 +35,8 @@ class Progress:
     """Noise levels at which those were measured; 0: an older checkpoint does not say."""
     losses: list[float] = field(default_factory=list)
     """Of the last steps, with which a loss is compared to find spikes."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By step, as text: likeness, copying and drift, as far as they were measured."""
     skipped: int = 0
     """Updates left out so far, because their loss or gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -56,6 +58,8 @@ class TrainingState:
     progress: Progress
     folder: Path
     """The run's."""
+    ended: str | None = None
+    """Why the run ends before its last step; None if it does not. It is not saved."""
     preview_error: str | None = None
     """Why the last previews could not be drawn; None if they were. It is not saved."""
 

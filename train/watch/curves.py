@@ -30,6 +30,7 @@ class Figures:
     steps: list[int] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STEP_FIGURES})
     validations: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
 
 _kept: OrderedDict[Path, Figures] = OrderedDict()
@@ -79,7 +80,10 @@ def _add(found: Figures, lines: bytes) -> None:
     known = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
     held_out = [entry for entry in known if "validation_loss" in entry or "validation_loss_ema" in entry]
     found.validations += held_out
-    updates = [entry for entry in known if "validation_loss" not in entry and "validation_loss_ema" not in entry]
+    scored = [entry for entry in known if any(name.startswith("score_") for name in entry)]
+    found.scores += scored
+    measured = {id(entry) for entry in (*held_out, *scored)}
+    updates = [entry for entry in known if id(entry) not in measured]
     found.steps += [entry["step"] for entry in updates]
     for name in STEP_FIGURES:
         column = [entry.get(name) for entry in updates]
@@ -139,4 +143,5 @@ def curves(name: str) -> dict[str, Any]:
         "count": len(found.steps),
         "training": {key: binned(found.steps, values) for key, values in found.values.items()},
         "validations": validations[-POINTS:],
+        "scores": found.scores[-POINTS:],
     }

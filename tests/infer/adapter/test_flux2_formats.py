@@ -173,7 +173,12 @@ def test_dora_and_parts_of_fused_layers_keep_what_they_mean(klein: Model, tmp_pa
     dora = own(klein, tmp_path / "dora", "attention+mlp", dora=True)
     base, theirs, ours = through(klein, dora)
     assert (theirs - ours).norm() < 1e-4 * (ours - base).norm()
-    for form in ("kohya", "comfyui", "ai-toolkit"):
+    again = convert(Convert(Source(str(dora)), "kohya", str(tmp_path / "kohya.safetensors")))
+    assert any(key.endswith("img_attn_qkv.dora_scale") for key in load_file(again))
+    before, after = read_pairs(str(dora)), read_pairs(str(again))
+    for layer, pair in before.items():
+        assert pair.magnitude is not None and torch.equal(pair.magnitude.flatten(), after[layer].magnitude)
+    for form in ("comfyui", "ai-toolkit"):
         with pytest.raises(ValueError, match=f"{form} files hold no DoRA"):
             convert(Convert(Source(str(dora)), form, str(tmp_path / f"{form}.safetensors")))
     draw, state = small(3), {}
@@ -325,7 +330,7 @@ def test_adapters_of_other_models_are_named_with_theirs(how: str, tmp_path: Path
     [
         ("lokr_w1", "has no lokr_w2_a for"),  # these two are read as the LoRA that adds the same
         ("hada_w1_a", "has no hada_w1_b for"),
-        ("oft_blocks", "are not LoRA; merge it into the weights with the program"),
+        ("oft_blocks", "OFT of outputs, .*merge it into the weights with the program"),
     ],
 )
 @pytest.mark.parametrize(

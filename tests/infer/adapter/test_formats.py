@@ -266,8 +266,9 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
          "lora_unet_double_blocks_0_img_mlp_0.lokr_w2_b": torch.ones(2, 16),
          "lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(3)}, "how strong .* is .alpha has 3 values"),
     "lokr of full rank": (
-        {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(40, 40),
-         "lora_unet_double_blocks_0_img_mlp_0.lokr_w2": torch.ones(30, 30)}, "an update of rank 1200 to",
+        {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(120, 40),
+         "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": torch.ones(30, 30)},
+        "an update of a rank above 1024 to double_blocks_0_img_attn_qkv, which diffusers has as 3 layers",
     ),
     "tucker": ({"lora_unet_double_blocks_0_img_mlp_0.hada_t1": torch.ones(2, 2)}, "three factors .LyCORIS' Tucker"),
     "control": (GOOD | {f"{KEY}.lora_B.bias": torch.ones(WIDTH)}, "biases of its own, as FLUX.1's Canny and Depth"),
@@ -386,7 +387,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     save_file(dora, tmp_path / "dora.safetensors")
     source = str(tmp_path / "dora.safetensors")
     for options, message in (
-        (Convert(Source(source), "kohya", str(tmp_path / "k.safetensors")), "kohya files hold no DoRA"),
+        (Convert(Source(source), "comfyui", str(tmp_path / "k.safetensors")), "comfyui files hold no DoRA"),
+        (Convert(Source(source), "kohya", str(tmp_path / "k.safetensors")), "the magnitude of its rows is not known"),
         (Convert(Source(source), "kohya", str(tmp_path / "k")), r"to=kohya writes a file named \*.safetensors"),
         (Convert(Source(source), "peft", str(tmp_path / "k.safetensors")), "to=peft writes a folder"),
         (Convert(Source(source), "diffusers", source), "give a file or folder that does not exist yet"),

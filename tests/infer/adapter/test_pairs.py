@@ -6,6 +6,7 @@ all factors with every command: `pytest -m slow tests/infer/adapter/test_pairs.p
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.oft.layer import OFTRotationModule
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +26,7 @@ from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter
 from infer.adapter.error_init import minus, save_start, start_from_error
 from infer.adapter.lora import Adapter
-from infer.adapter.read import FILE, Pairs, read_pairs
+from infer.adapter.read import FILE, Pairs, read_adapter, read_pairs
 from infer.adapter.selection import Trained
 from infer.adapter.targets import base_layers
 from infer.adapter.write import FORMATS
@@ -48,6 +50,7 @@ from infer.sample.generate import Sampling
 from infer.save import Save, save
 from tests.covering import Row, covering
 from tests.infer.adapter.test_adapters import inputs, randomise
+from tests.infer.single_file import files
 from train.data.dataset import Data
 from train.gap import Gap, gap
 from train.objective.flow_matching import LOSSES, Flow
@@ -84,25 +87,30 @@ MEMORY = {
 OPTIMIZERS = ["adamw", "adamw8bit", "paged_adamw8bit", *(["prodigy"] if find_spec("prodigyopt") else [])]
 BEGUN = {"start": "plain", "start_dora": "dora", "start_loftq": "loftq", "start_residual": "residual"}  # files, below
 FACTORS = {
-    "adapter": ["lora", "rslora", "dora"],
+    "adapter": ["lora", "rslora", "dora", "lokr", "loha", "oft"],
+    "base": ["folder", "file", "gguf"],
+    "data": ["plain", "references"],
     "origin": ["default", "gaussian", "orthogonal", "residual", "loftq", *BEGUN],
     "precision": list(PRECISIONS),
     "memory": list(MEMORY),
     "optimizer": OPTIMIZERS,
     "beside": ["nothing", "dropout", "average", "recovery", "class", "empty"],
     "flow": ["uniform", "logit_normal", "mode", "shifted"],
-    "loss": ["mse", "huber", "smooth_l1", "mae", "sigma_sqrt", "bell", "min_snr"],
+    "loss": ["mse", "huber", "smooth_l1", "mae", "sigma_sqrt", "cosmap", "bell", "min_snr"],
     "command": ["train", "resume", "compare", "gap", "transfer", "merge", "save", "convert", "recover"],
 }
 MAIN = FACTORS | {
+    "adapter": ["lora", "dora", "lokr", "oft"],
     "origin": ["default", "residual", "loftq", "start_loftq"],
     "precision": ["bf16", "int8", "nf4", "mixture"],
+    "base": ["folder", "file"],
     "memory": ["balanced", "fast", "plain"],
     "optimizer": ["adamw", "adamw8bit", *OPTIMIZERS[3:]],
     "flow": ["logit_normal", "shifted"],
     "loss": ["mse", "huber", "min_snr"],
 }
 ERRORS = ("residual", "loftq")
+OTHERS = ("lokr", "loha", "oft")  # adapters that are not LoRA
 
 
 def loss_of(name: str) -> dict[str, Any]:
@@ -115,6 +123,11 @@ REFUSED: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
     ("adapter", ("dora",), "origin", ERRORS, NEITHER),
     ("adapter", ("dora",), "origin", ("start", "start_loftq", "start_residual"), r"is LoRA; set adapter\.dora to it"),
     ("adapter", ("lora", "rslora"), "origin", ("start_dora",), r"is DoRA; set adapter\.dora to it"),
+    ("adapter", OTHERS, "origin", ("gaussian", "orthogonal", *ERRORS), r"adapter\.init is .*it belongs to LoRA; leave"),
+    ("adapter", OTHERS, "origin", tuple(BEGUN), "is LoRA; set adapter=lora to go on from it"),
+    ("adapter", OTHERS, "beside", ("dropout",), r"adapter\.dropout is 0\.1, which has no effect"),
+    ("adapter", OTHERS, "beside", ("recovery",), r"adapter\.recovery is .*PEFT has no LoRA beside adapter\.kind"),
+    ("beside", ("recovery",), "base", ("file", "gguf"), "the recovery adapter .* was made for another checkpoint"),
     ("origin", ERRORS, "precision", ("bf16", "fp32"), "none of the layers .* is quantized"),
     ("origin", ERRORS, "beside", ("recovery",), NEITHER),
     ("beside", ("recovery",), "precision", ("bf16", "fp32"), "the recovery adapter .* was made for kind=nf4, not "),
@@ -146,6 +159,11 @@ class Place:
     model: Model
     data: Data
 
+    def base(self, row: Row) -> Model:
+        """What the row's base is read from."""
+        file = {"file": "base.safetensors", "gguf": "base.gguf"}.get(row["base"])
+        return self.model if file is None else Model(str(self.folder / file), parts=self.model.path)
+
     def recovery(self, precision: str) -> str:
         """The recovery adapter of a precision; of one that is not quantized, NF4's."""
         return str(self.folder / f"recovery-{precision if PRECISIONS[precision].quantized else 'nf4'}")
@@ -154,16 +172,21 @@ class Place:
         """The training of a row."""
         kind, origin, beside = (row[name] for name in ("adapter", "origin", "beside"))
         return Train(
-            model=self.model,
+            model=self.base(row),
             precision=PRECISIONS[row["precision"]],
             adapter=Adapter(
-                RANK, 4.0, rslora=kind == "rslora", dora=kind == "dora", targets=TARGETS,
+                *(() if kind == "oft" else (RANK, 4.0)), kind=kind if kind in OTHERS else "lora",
+                factor=4 if kind == "lokr" else 16, rslora=kind == "rslora", dora=kind == "dora", targets=TARGETS,
                 init="default" if origin in BEGUN else origin,
                 start=str(self.folder / BEGUN[origin]) if origin in BEGUN else None,
                 recovery=self.recovery(row["precision"]) if beside == "recovery" else None,
                 dropout=0.1 if beside == "dropout" else 0.0,
             ),
-            data=replace(self.data, trigger="sks" if beside == "class" else None),
+            data=replace(
+                self.data, trigger="sks" if beside == "class" else None,
+                references=[str(self.folder / "before")] if row["data"] == "references" else [],
+                teach_references=row["data"] == "references",
+            ),
             preserve=Preserve(beside, "ring" if beside == "class" else "") if beside in KINDS else Preserve(),
             flow=Flow(row["flow"], 0.0 if row["flow"] in ("uniform", "mode") else 0.2, **loss_of(row["loss"])),
             memory=MEMORY[row["memory"]],
@@ -182,7 +205,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for i in range(3):
         Image.radial_gradient("L").resize((64, 64)).rotate(30 * i).save(folder / f"pictures/{i}.png")
         (folder / f"pictures/{i}.txt").write_text(f"a grey ring {i}")
+    (folder / "before").mkdir()
+    for i in range(3):
+        Image.linear_gradient("L").resize((64, 64)).rotate(30 * i).save(folder / f"before/{i}.png")
     model = Model(str(ROOT / "scripts/tiny/model"))
+    whole = files.original(files.part(model.path, "transformer"))
+    files.saved(folder / "base.safetensors", whole)
+    if find_spec("gguf"):
+        files.gguf_file(folder / "base.gguf", whole, "Q8_0")
     nf4 = PRECISIONS["nf4"]
     for name, init, own in (
         ("plain", "default", Precision("fp32")),
@@ -221,13 +251,14 @@ def check_trained(place: Place, row: Row, folder: Path) -> None:
     before, after = (load_file(folder / f"checkpoints/step-00000{step}/adapter.safetensors") for step in (1, 2))
     assert before.keys() == after.keys()
     moved = [key for key in after if not torch.equal(before[key], after[key])]
-    assert moved and {key.partition(".lora")[0] for key in moved} == {key.partition(".lora")[0] for key in after}
+    layers = [{re.split(r"\.(lora|lokr|hada|oft)_", key)[0] for key in keys} for keys in (moved, after)]
+    assert moved and layers[0] == layers[1]
     # what a checkpoint cannot tell: the file, loaded into a transformer of this precision, is another velocity
-    transformer = load_transformer(place.model, PRECISIONS[row["precision"]], CPU)
+    transformer = load_transformer(place.base(row), PRECISIONS[row["precision"]], CPU)
     given = inputs(transformer.dtype)
     with torch.no_grad():
         base = transformer(**given)[0].float()
-        load_adapter(transformer, str(folder / "adapter"), "mine", place.model)
+        load_adapter(transformer, str(folder / "adapter"), "mine", place.base(row))
         found = transformer(**given)[0].float()
     assert found.isfinite().all() and 0 < (found - base).norm() < base.norm()
     names = {"adapter", "adapter-ema"} if row["beside"] == "average" else {"adapter"}
@@ -247,7 +278,7 @@ def compare_row(place: Place, row: Row, folder: Path) -> None:
     recovery = {row["precision"]: place.recovery(row["precision"])} if row["beside"] == "recovery" else {}
     done = compare(
         Compare(
-            place.model,
+            place.base(row),
             precisions,
             None,
             Trained(str(folder / "adapter"), "mine"),
@@ -273,7 +304,7 @@ def gap_row(place: Place, row: Row, folder: Path) -> None:
     chosen = Trained(str(folder / "adapter"), "mine")
     done = gap(
         Gap(
-            place.model,
+            place.base(row),
             precisions,
             None,
             chosen,
@@ -295,7 +326,7 @@ def transfer_row(place: Place, row: Row, folder: Path) -> None:
     precisions = {name: PRECISIONS[name] for name in dict.fromkeys(("nf4", row["precision"]))}
     done = transfer(
         Transfer(
-            place.model,
+            job.model,
             precisions,
             job.adapter,
             place.data,
@@ -322,12 +353,22 @@ def merge_row(place: Place, row: Row, folder: Path) -> None:
     """Each merged layer is W and what was learned, rounded as loading rounds an unquantized checkpoint."""
     precision, chosen = PRECISIONS[row["precision"]], Trained(str(folder / "adapter"))
     outs = {
-        name: merge(Merge(place.model, own, chosen, str(folder / name), device="cpu"))
+        name: merge(Merge(place.base(row), own, chosen, str(folder / name), device="cpu"))
         for name, own in (("exact", Precision("fp32")), ("merged", precision))
     }
-    exact, pairs, own = Originals(Model(str(outs["exact"]))), learned(folder / "adapter"), Originals(place.model)
-    for layer, pair in pairs.items():
-        torch.testing.assert_close(exact.weight(layer), merged(own.weight(layer), [(pair, 1.0)]), rtol=1e-5, atol=1e-6)
+    exact, own = Originals(Model(str(outs["exact"]))), Originals(place.base(row))
+    if row["adapter"] == "oft":  # as PEFT merges it
+        for layer, parts in read_adapter(str(folder / "adapter")).layers.items():  # type: ignore[union-attr]
+            turn, weight = parts["oft_R.weight"], own.weight(layer)
+            module = OFTRotationModule(*turn.shape, weight.shape[1] // len(turn), weight.shape[1])
+            module.weight.data = turn
+            torch.testing.assert_close(
+                exact.weight(layer), weight @ module.get_weight().T.detach(), rtol=1e-4, atol=1e-5
+            )
+    else:
+        for layer, pair in learned(folder / "adapter").items():
+            expected = merged(own.weight(layer), [(pair, 1.0)])
+            torch.testing.assert_close(exact.weight(layer), expected, rtol=1e-5, atol=1e-6)
     once = load_transformer(Model(str(outs["exact"])), replace(precision, compute_dtype="bf16"), CPU)
     found = load_transformer(Model(str(outs["merged"])), precision, CPU)
     for name, layer in base_layers(found).items():
@@ -339,8 +380,8 @@ def merge_row(place: Place, row: Row, folder: Path) -> None:
 
 def save_row(place: Place, row: Row, folder: Path) -> None:
     precision = PRECISIONS[row["precision"]]
-    out = save(Save(place.model, precision, str(folder / "saved"), "cpu"))
-    found, first = (load_transformer(model, precision, CPU) for model in (Model(str(out)), place.model))
+    out = save(Save(place.base(row), precision, str(folder / "saved"), "cpu"))
+    found, first = (load_transformer(model, precision, CPU) for model in (Model(str(out)), place.base(row)))
     for name, layer in base_layers(first).items():
         assert torch.equal(dequantized(layer), dequantized(base_layers(found)[name])), name
     shutil.rmtree(out)
@@ -348,12 +389,24 @@ def save_row(place: Place, row: Row, folder: Path) -> None:
 
 def convert_row(place: Place, row: Row, folder: Path) -> None:
     """What it has learned, in every format that holds it."""
+    if row["adapter"] == "oft":
+        for form in FORMATS:
+            with pytest.raises(ValueError, match="is OFT"):
+                convert(
+                    Convert(
+                        Source(str(folder / "adapter")),
+                        form,
+                        str(folder / ("none" if form == "peft" else "none.safetensors")),
+                    )
+                )
+        return
     expected = learned(folder / "adapter")
     for form in FORMATS:
         out = folder / (form if form == "peft" else f"{form}.safetensors")
         options = Convert(Source(str(folder / "adapter")), form, str(out))
+        # kohya's names hold the layers of a fused one together, and to_v is not adapted here
         if row["adapter"] == "dora" and form in ("kohya", "comfyui", "ai-toolkit"):
-            with pytest.raises(ValueError, match="hold no DoRA"):
+            with pytest.raises(ValueError, match=r"hold no DoRA|magnitude of its rows is not known"):
                 convert(options)
             continue
         found = read_pairs(str(convert(options)))
@@ -367,11 +420,12 @@ def recover_row(place: Place, row: Row, folder: Path) -> None:
     precision, run = PRECISIONS[row["precision"]], f"{folder.name}-recovery"
     sampling = Sampling(1, height=64, width=64)
     made = recover(
-        Recover(place.model, precision, sampling, ["a ring"], ["a star"], rows=32, most=4, run=run, device="cpu")
+        Recover(place.base(row), precision, sampling, ["a ring"], ["a star"], rows=32, most=4, run=run, device="cpu")
     )
     figures = json.loads((made.parent / "recovery.json").read_text())
     assert 0 < figures["share"] <= 0.05 and figures["relative_velocity_error_after"] > 0
-    beside = place.job(row | {"origin": "default", "beside": "nothing"}, f"{folder.name}-beside")
+    kind = "lora" if row["adapter"] in OTHERS else row["adapter"]
+    beside = place.job(row | {"adapter": kind, "origin": "default", "beside": "nothing"}, f"{folder.name}-beside")
     train(replace(beside, adapter=replace(beside.adapter, recovery=str(made)), steps=1))
     for other in PRECISIONS.keys() - {row["precision"], "llm_int8", "int8"}:
         with pytest.raises(ValueError, match="was made for"):
@@ -529,7 +583,8 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WORKS = {
-    "adapter": "lora", "origin": "default", "precision": "nf4", "memory": "balanced", "optimizer": "adamw",
+    "adapter": "lora", "base": "folder", "data": "plain", "origin": "default",
+    "precision": "nf4", "memory": "balanced", "optimizer": "adamw",
     "beside": "nothing", "flow": "logit_normal", "loss": "mse",
     "command": "train",
 }  # fmt: skip

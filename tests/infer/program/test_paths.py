@@ -115,7 +115,11 @@ def test_files_for_a_model(tmp_path: Path, tiny: Model, monkeypatch: pytest.Monk
         (str(next((whole / "vae").glob("*.safetensors"))), f"is a file of the checkpoint {whole}; set"),
         (str(whole / "transformer"), f"is a part of the checkpoint {whole}; set model.path to that folder"),
         (str(whole.parent), "holds no model_index.json, but model in it does; set model.path to that folder"),
-        ("models/gone.safetensors", r"no folder here and no Hub id \(owner/name\); check the spelling"),
+        (
+            "models/gone.safetensors",
+            r"'models/gone.safetensors' is not there: .* has no such file; there are all.sft, flux1-dev",
+        ),
+        ("gone/gone.gguf", r"'gone/gone.gguf' is not there, nor is its folder .*gone; "),
         ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", "; write black-forest-labs/FLUX.1-dev"),
         ("huggingface.co/black-forest-labs/FLUX.1-dev", "; write black-forest-labs/FLUX.1-dev"),
         ("my models/flux", "no folder here and no Hub id"),

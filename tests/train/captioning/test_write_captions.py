@@ -3,19 +3,22 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLProcessor
 
-from tests.train.captioning.tiny import make_florence, make_llava
+from tests.train.captioning.tiny import make_florence, make_llava, make_qwen
 from train.captioning import describe as describing
 from train.captioning.describe import TASK, describe, load_captioner
+from train.captioning.image_chat import ImageChat
 from train.data.dataset import Data
 from train.data.samples import read_samples
 from train.write_captions import Folder, WriteCaptions, write_captions
 
-KINDS: dict[str, Callable[[Path], Path]] = {"florence": make_florence, "chat": make_llava}
+KINDS: dict[str, Callable[[Path], Path]] = {"florence": make_florence, "chat": make_llava, "qwen": make_qwen}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -60,7 +63,17 @@ def test_a_batch_says_what_each_picture_alone_is_said_to_be(captioner: str, tmp_
     together = describe(made, shown, None, 6)
     assert together == [describe(made, [one], None, 6)[0] for one in shown]
     own = made.processor
-    if made.chats:
+    if isinstance(own, ImageChat):  # by transformers' own processor, but for the part that its videos need
+        whole: Any = object.__new__(Qwen2_5_VLProcessor)
+        whole.tokenizer, whole.image_processor, whole.chat_template = own.tokenizer, own.image_processor, None
+        for kind in ("image", "video"):
+            token = f"<|{kind}_pad|>"
+            setattr(whole, f"{kind}_token", token)
+            setattr(whole, f"{kind}_token_id", own.tokenizer.convert_tokens_to_ids(token))
+        text = f"USER: <|vision_start|><|image_pad|><|vision_end|>{describing.QUESTION} ASSISTANT:"
+        given = whole(images=shown[0], text=[text], return_tensors="pt")
+        ids = made.model.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
+    elif made.chats:
         given = own(images=shown[0], text=f"USER: <image>{describing.QUESTION} ASSISTANT:", return_tensors="pt")
         ids = made.model.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
     else:
@@ -86,6 +99,18 @@ def test_a_command_that_is_stopped_goes_on(captioner: str, tmp_path: Path, monke
     assert sorted(file.name for file in folder.glob("*.txt")) == ["a.txt"]
     write_captions(options)
     assert len(calls) == 4 and len(list(folder.glob("*.txt"))) == 3
+
+
+def test_nothing_is_written_of_a_picture_of_which_nothing_is_said(
+    captioner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures(tmp_path / "set", "a.png", "b.png")
+    monkeypatch.setattr(describing, "describe", lambda *args: ["", "a thing"])
+    write_captions(WriteCaptions(Folder(str(folder), "sks"), captioner, tokens=4, batch_size=2, device="cpu"))
+    assert [file.name for file in folder.glob("*.txt")] == ["b.txt"]
+    assert (folder / "b.txt").read_text() == "sks, a thing\n"
+    said = capfd.readouterr()
+    assert "1 captions written, 0 kept, 1 without one" in said.out and "no caption for a.png" in said.out + said.err
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

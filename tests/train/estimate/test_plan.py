@@ -434,3 +434,17 @@ def test_training_says_its_plan_and_stops_where_the_card_is_too_small(monkeypatc
                 announce(job, torch.device("cuda"), said.append)
     announce(job, torch.device("cpu"), said.append)
     assert len(said) == 1 and said[0].startswith("plan: 11.") and "weights 6.24" in said[0]
+
+
+def test_a_kind_without_a_fast_path_is_planned_on_the_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its memory is the plain path's, of its own tensors; what a step takes is said not to be known."""
+    lora = Plan(model=DEV, adapter=Adapter(16, 16.0), memory=Memory("nothing", fused=False))
+    loha = replace(lora, adapter=Adapter(16, 16.0, kind="loha"), memory=Memory("attention"))
+    found = plan(loha)
+    said = capsys.readouterr().out
+    assert "seconds a step are not known: adapters of kind loha train on diffusers' own layers" in said
+    assert found["seconds_per_step"] == {} and not found["memory"]["fused"]
+    assert found["parts"]["adapters"] == 2 * footprint(lora).adapters  # two pairs of the same rank
+    with pytest.raises(ValueError, match=r"memory\.budget_gib=12 needs the fast path, but it has no adapters of kind"):
+        plan(replace(loha, memory=Memory("attention", budget_gib=12)))
+    assert "nothing fits" not in str(plan(replace(loha, fit_gib=24)))
