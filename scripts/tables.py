@@ -43,7 +43,9 @@ PROMPTS = 20  # of the table of the demo's style, two seeds each
 def program(*command: str) -> None:
     """One of the toolkit's programs; what it prints is seen."""
     print("python " + " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if code:
+        raise SystemExit(code)  # it has said why
 
 
 def read(path: Path) -> Any:
@@ -110,8 +112,8 @@ def sensitivity() -> str:
     groups.sort(key=lambda group: -group["errors"]["nf4"])
     lines = [
         [
-            ", ".join(group["layers"]),
-            *(f"{100 * group['errors'][kind]:.2f}" for kind in ("nf4", "int8")),
+            ", ".join([group["layers"][0], *(name.rpartition(".")[2] for name in group["layers"][1:])]),
+            *(f"{100 * group['errors'][kind] ** 0.5:.2f}" for kind in ("nf4", "int8")),  # they are kept as squares
             f"{group['bytes']['nf4'] / 1024:.0f}",
         ]
         for group in groups[:LAYERS]
@@ -160,14 +162,19 @@ def demo() -> str:
     return plain_table([titles, *lines])
 
 
+def style_prompts() -> list[str]:
+    """Different captions of plain things, each with a pair of shape and colour that the model never saw."""
+    rng, found = random.Random("style of many"), dict[str, None]()
+    while len(found) < PROMPTS:
+        scene = world.sample_scene(rng, held=True)
+        plain = replace(scene, things=tuple(replace(thing, texture="plain") for thing in scene.things))
+        found[f"zelk style, {world.describe(plain)}"] = None
+    return list(found)
+
+
 def style_of_many() -> str:
     """The demo's adapter on more prompts, of pairs of shape and colour that the model never saw."""
-    rng = random.Random("style of many")
-    scenes = [world.sample_scene(rng, held=True) for _ in range(PROMPTS)]
-    plain = [
-        replace(scene, things=tuple(replace(thing, texture="plain") for thing in scene.things)) for scene in scenes
-    ]
-    prompts = json.dumps([f"zelk style, {world.describe(scene)}" for scene in plain])
+    prompts = json.dumps(style_prompts())
     program(
         "infer/compare.py", "experiment=demo_compare", "run=tables-style", f"prompts={prompts}", "seeds=[0,1]",
         "unrelated=[]",

@@ -4,6 +4,7 @@ import pytest
 
 from infer.program.paths import ROOT
 from scripts import tables
+from scripts.tiny import check, world
 
 
 def test_every_table_has_its_place() -> None:
@@ -24,3 +25,11 @@ def test_a_table_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.argv", ["tables.py", "captions", "gaps"])
     with pytest.raises(ValueError, match=r"there is no table \['gaps'\]; choose from reader, captions"):
         tables.main()
+
+
+def test_the_styles_prompts_differ_and_name_what_the_model_never_saw() -> None:
+    prompts = tables.style_prompts()
+    assert len(prompts) == len(set(prompts)) == tables.PROMPTS
+    for prompt in prompts:
+        assert any(world.held_out(*pair) for pair in check.parse(prompt).pairs), prompt
+        assert not any(texture in prompt for texture in world.TEXTURES[1:])
