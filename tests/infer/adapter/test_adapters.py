@@ -114,7 +114,7 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(adapter: Adapter, tmp_p
     pipeline.load_lora_weights(tmp_path)
     with torch.no_grad():
         theirs = pipeline.transformer(**inputs())[0]
-    assert (trained - base).norm() > 0.05 * base.norm()
+    assert (trained - base).norm() > 0.03 * base.norm()
     assert (theirs - trained).norm() < 1e-4 * (trained - base).norm()
 
     ours = load_transformer(TINY, Precision("fp32", compute_dtype="fp32"), CPU)
