@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from infer.adapter.factors import NAMES, kind_of_parts
 from infer.adapter.foreign_files import reason
 from infer.adapter.layer_names import families_with
 from infer.adapter.lycoris import PARTS
@@ -102,6 +103,10 @@ def read_contents(file: Path, drop_text_encoder: bool = False) -> Contents:
     bad = [key for key, value in state.items() if not value.float().isfinite().all()]
     if bad:
         raise ValueError(f"{file} is not finite in {len(bad)} tensors ({bad[0]}, ...); train it again")
+    for name, parts in found.items():
+        if kind_of_parts(parts) and parts.keys() & {"down", "up"}:
+            kind = NAMES[kind_of_parts(parts) or ""]
+            raise ValueError(f"{file} has LoRA and {kind} for {name}; it mixes two adapters, keep one of them")
     return Contents(file, header, list(state), found)
 
 

@@ -175,7 +175,7 @@ def cases() -> Iterator[Case]:
         yield tensors(name, state, rf"bad\.safetensors .*{said}")
     own = f"{LAYER}.oft_R.weight"
     for name, state, said in (
-        ("OFT beside LoRA", lambda: pair() | {own: torch.ones(32, 28)}, "is LoRA and OFT in one|is OFT and LoRA"),
+        ("OFT beside LoRA", lambda: pair() | {own: torch.ones(32, 28)}, "has LoRA and OFT for"),
         ("OFT of no block", lambda: {own: torch.ones(32, 27)}, "27 numbers a block, which no block has"),
         ("OFT of a wider model", lambda: {own: torch.ones(384, 28)}, "its OFT is for 3072 features where"),
         ("OFT that turns nothing", lambda: {own: torch.zeros(32, 28)}, "is zero in every layer"),

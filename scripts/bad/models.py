@@ -175,7 +175,7 @@ def cases() -> Iterator[Case]:
         ("a file in no folder", "gone/flux1.safetensors", "is not there, nor is its folder"),
         ("a file of another model", "sd3.safetensors", "Stable Diffusion 3"),
         ("a file of NF4", "nf4.safetensors", "nf4|bitsandbytes|NF4"),
-        ("half a file", "half.safetensors", "lacks .* of the transformer's tensors|it lacks"),
+        ("half a file", "half.safetensors", "holds no transformer of|lacks .* of the transformer's tensors"),
         ("a file of other parts", "whole.safetensors", "model.parts", ("model.parts=nowhere/at/all",)),
         ("a file with its encoder elsewhere", "whole.safetensors", "model.text", ("model.text=gone.safetensors",)),
         ("a page of the Hub", "https://huggingface.co/a/b/tree/main", "no folder here and no Hub id .*write a/b"),

@@ -324,3 +324,14 @@ def test_sides_are_cut_as_peft_cuts_them(side: int, factor: int) -> None:
 def test_an_adapter_named_for_blocks_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter\.block is 48, which does not divide the \d+ features that"):
         attach(load_transformer(TINY, Precision("fp32"), CPU), Adapter(kind="oft", block=48), seed=0)
+
+
+def test_two_kinds_on_one_layer_are_refused(trained: tuple[Any, Path], tmp_path: Path) -> None:
+    _, folder = trained
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    pair = {f"{key}.lora_A.weight": torch.ones(2, 256), f"{key}.lora_B.weight": torch.ones(256, 2)}
+    save_file(load_file(folder / FILE) | pair, tmp_path / "both.safetensors")
+    with pytest.raises(
+        ValueError, match=r"has LoRA and OFT for transformer_blocks|says twice what transformer_blocks|in one; save the"
+    ):
+        read_adapter(str(tmp_path / "both.safetensors"))
