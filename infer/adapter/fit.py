@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from infer.adapter.contents import read_contents
-from infer.adapter.factors import NAMES, Factors, Parts, kind_of_parts
+from infer.adapter.factors import NAMES, Factors, Parts, factors_of_state, kind_of_parts
 from infer.adapter.layer_names import families_with
+from infer.adapter.own_checkpoint import is_checkpoint, read_checkpoint
 from infer.adapter.read import Pairs, find_adapter, no_lora, read_adapter
 from infer.adapter.read_factors import factors_in, shape_of
 from infer.checkpoint.layers import linear_shapes
@@ -68,10 +69,17 @@ def fitting_factors(path: str, layers: Mapping[str, Linear]) -> Factors:
     Raises:
         ValueError: it is LoRA, cannot be read, or does not fit.
     """
-    contents = read_contents(find_adapter(path))
-    if not all(map(kind_of_parts, contents.found.values())):
-        raise ValueError(f"{path} is LoRA; set adapter=lora to go on from it")
-    factors = factors_in(contents, layers)
+    file, lora = find_adapter(path), f"{path} is LoRA; set adapter=lora to go on from it"
+    if is_checkpoint(file):
+        kind, state, strength = read_checkpoint(file)
+        if kind == "lora":
+            raise ValueError(lora)
+        factors = factors_of_state(kind, state, strength)
+    else:
+        contents = read_contents(file)
+        if not all(map(kind_of_parts, contents.found.values())):
+            raise ValueError(lora)
+        factors = factors_in(contents, layers)
     _check_factors(path, factors, layers)
     return factors
 

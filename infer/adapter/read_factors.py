@@ -36,6 +36,12 @@ def factors_in(contents: Contents, model: Container[str] | None) -> Factors:
     shapes = {name: _shape(file, name, kind, parts[name]) for name in parts}
     family = file_family(file, shapes, model) if kind != "oft" else _oft_family(list(parts), model)
     settings = peft_settings(file, keys)
+    series = settings.get("use_cayley_neumann", True), settings.get("num_cayley_neumann_terms", 5)
+    if kind == "oft" and series != (True, 5):
+        raise ValueError(
+            f"{file} is OFT by another form of Cayley's transform ({PEFT_CONFIG}) than the series of five terms, which "
+            "alone is read; merge it with PEFT, and give the merged weights as model.path"
+        )
     layers: dict[str, Parts] = {}
     strengths: dict[str, float] = {}
     for name, own in parts.items():

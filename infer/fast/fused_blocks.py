@@ -1,8 +1,8 @@
 """The families' blocks from a few operators that each read and write memory once, without a compiler.
 
 What torch.compile makes of infer/fast/flux1_blocks.py and flux2_blocks.py takes most of a minute to make; these kernels
-are compiled once for all sizes, batches, precisions and adapters, in about a second each, beside each other, and kept.
-The numbers are those of the blocks there, to rounding.
+are compiled once for all sizes and batches, few of them anew for a precision or a rank, in about a second each, beside
+each other, and kept. The numbers are those of the blocks there, to rounding.
 """
 
 from typing import Any

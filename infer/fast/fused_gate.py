@@ -34,7 +34,8 @@ def gated(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...], value: bool = Tr
 
 def forward(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if y.is_cuda:
-        given, out = [x.contiguous() for x in streams], [torch.empty_like(x) for x in streams]
+        given = [x.contiguous() for x in streams]
+        out = [torch.empty_like(x) for x in given]
         _launch(0, gate, y.contiguous(), (given[0], given[-1]), (out[0], out[-1]), given[0].shape[1])
         return tuple(out)
     parts = y.split([x.shape[1] for x in streams], dim=1)

@@ -1,7 +1,7 @@
 """Layers that read one input as one product, with the adapters' updates in it: without a compiler.
 
-Updates are added to the weights as these are dequantized (infer/fast/fold.py), or in place to the product, and then to
-the gradient of the input, of weights that are not quantized.
+Updates are added in place to the product, and to the gradient of the input; or, up to the rank that infer/fast/fold.py
+names, to quantized weights as these are dequantized.
 """
 
 from typing import Any

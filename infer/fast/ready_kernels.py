@@ -1,8 +1,8 @@
 """The kernels of fused blocks, compiled in threads while a model is loaded.
 
 Triton compiles a kernel when it is first called, in half a second, and keeps it on disk (infer/device/compiler.py).
-What it compiles depends on dtypes and on which numbers are multiples of 16, not on sizes: so calls of a few rows
-compile the kernels that a whole step needs.
+What it compiles depends on dtypes, on a model's width and an adapter's rank, not on tokens or batch: calls of a few
+rows compile the kernels that a whole step needs.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infer.device.compiler import prepare_compiler
 from infer.fast import fused_activation, fused_gate, fused_heads, fused_norm
+from infer.fast.add_product import add_product
 from infer.fast.fold import folded
 from infer.fast.fused_heads import Heads
 from infer.fast.kept_attention import kept_attention
@@ -54,7 +55,8 @@ def prepare_kernels(
 def wait() -> None:
     """Until what was begun is done: two threads would compile a kernel twice."""
     while _begun:
-        _begun.pop().result()
+        # one that failed, as for want of memory, has cost time alone: the first call compiles, or says what is wrong
+        _begun.pop().exception()
 
 
 def _apart(device: torch.device, work: Callable[[], object]) -> None:
@@ -138,9 +140,11 @@ def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: 
             nested = outer, code, torch.ones(3, device=device)
             scale = scale.to(torch.uint8)
     stack = Stack(kind, shape, (ROWS,) * 3, stored, scale, nested, None)
-    thin = thin_of(Linear(stack, ((lora,),) * 3), precision.dtype)
-    assert thin is not None
     if kind != "plain":
         dequantize(stack, precision.dtype)
         folded(stack, None, precision.dtype)
-        folded(stack, thin._replace(down=thin.down.detach(), up=thin.up.detach()), precision.dtype)
+    for count in (1, 3):  # layers that read one input
+        thin = thin_of(Linear(stack._replace(widths=(ROWS,) * count), ((lora,),) * count), precision.dtype)
+        assert thin is not None
+        outputs, inner = (torch.zeros(ROWS, size, dtype=precision.dtype, device=device) for size in thin.up.shape)
+        add_product(outputs, inner, thin.up.detach())

@@ -64,7 +64,11 @@ def serve(options: Serve) -> None:
     """
     asked_to_end: list[int] = []
     with drawing_turn():
-        before = signal.signal(signal.SIGTERM, lambda number, frame: asked_to_end.append(number))
+
+        def note(number: int, frame: object) -> None:
+            asked_to_end.append(number)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         SOCKET.unlink(missing_ok=True)  # of one that was killed
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -74,7 +78,8 @@ def serve(options: Serve) -> None:
         finally:
             listening.close()
             SOCKET.unlink(missing_ok=True)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         write_state("ended", reason=why)
     print(f"ended: {why}")
 
@@ -82,11 +87,12 @@ def serve(options: Serve) -> None:
 def _take_requests(listening: socket.socket, options: Serve, asked_to_end: list[int]) -> str:
     """Returns why it leaves."""
     held, served, last = Held(stays=True), 0, time.monotonic()
+    beside = is_held(TRAINING)  # it was started although one trains
     write_state("waiting", idle=options.idle)
     while True:
         if asked_to_end:
             return "it was asked to end"
-        if served and is_held(TRAINING):
+        if (served or not beside) and is_held(TRAINING):
             return "a training has begun"
         if time.monotonic() - last > options.idle:
             return f"nothing was asked for within {options.idle:g} s"

@@ -3,7 +3,7 @@
     {"state": "waiting", "model": "dev, nf4", "device": "NVIDIA H200", "bytes": 9663676416, "pid": 4242,
      "changed": 1764082000.1, "idle": 600.0, "reason": null}
 
-state: starting, drawing, waiting or ended. A process that was killed says nothing: the state stays what it was, and
+state: drawing, waiting or ended. A process that was killed says nothing: the state stays what it was, and
 process.lock is free.
 """
 

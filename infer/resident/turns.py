@@ -35,7 +35,7 @@ def is_held(file: Path) -> bool:
     """Whether another process holds a lock."""
     if not file.is_file():
         return False
-    with file.open("rb") as handle:
+    with file.open("r+b") as handle:  # NFS locks for writing what is open for writing alone, and for reading likewise
         return not try_lock(handle, fcntl.LOCK_SH if file == PROCESS else fcntl.LOCK_EX)
 
 
@@ -43,9 +43,10 @@ def is_held(file: Path) -> bool:
 def training_turn(say: Callable[[str], object]) -> Iterator[None]:
     """Within, this process trains: a drawing process ends after its picture, which is waited for."""
     FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with TRAINING.open("ab") as handle:
-        try_lock(handle, fcntl.LOCK_SH)
+    with TRAINING.open("a+b") as handle:
         end, said = time.monotonic() + LONGEST, False
+        while not try_lock(handle, fcntl.LOCK_SH) and time.monotonic() < end:
+            time.sleep(0.01)  # whoever looks whether one trains holds it for a moment
         while is_held(PROCESS) and time.monotonic() < end:
             if not said:
                 say("the drawing process gives its memory back first")
@@ -62,7 +63,7 @@ def drawing_turn() -> Iterator[None]:
         ValueError: there is one already.
     """
     FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with PROCESS.open("ab") as handle:
+    with PROCESS.open("a+b") as handle:
         end = time.monotonic() + 1  # whoever looks whether there is one holds it for a moment
         while not try_lock(handle, fcntl.LOCK_EX):
             if time.monotonic() > end:

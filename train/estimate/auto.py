@@ -99,7 +99,11 @@ def settle(job: Train, folder: Path, resumed: bool, rooms: list[float] | None, s
     if resumed:
         # a run of an older version had memory=balanced
         began = _read(file) if file.is_file() else Memory()
-        if rooms is None or footprint(replace(job, memory=began)).peak <= (rooms[-1] + MARGIN) * GIB:
+        if rooms is None:  # what a start here would take; the file stays for the card
+            return job.memory.without_auto()
+        given = job.memory.budget_gib is not None or (job.memory.unpacked and not began.unpacked)
+        began = replace(began, compile=job.memory.compile, graph=job.memory.graph)
+        if not given and footprint(replace(job, memory=began)).peak <= (rooms[-1] + MARGIN) * GIB:
             return began
     memory, said = (job.memory.without_auto(), "") if rooms is None else decide(job, rooms)
     if said:

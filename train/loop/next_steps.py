@@ -104,6 +104,11 @@ def what_to_change_first(
     return [f"change first: {note}" if not i else f"then: {note}" for i, note in enumerate(filter(None, found))]
 
 
+def _smaller(job: Train) -> str:
+    """The setting of an adapter that can learn less."""
+    return "a smaller adapter.block" if job.adapter.kind == "oft" else "a lower adapter.rank"
+
+
 def _copied(job: Train, scores: Mapping[str, Mapping[str, float]]) -> str | None:
     copying = {step: one["copying"] for step, one in scores.items() if "copying" in one}
     if not copying or not copying[max(copying, key=int)]:
@@ -113,7 +118,7 @@ def _copied(job: Train, scores: Mapping[str, Mapping[str, float]]) -> str | None
     fewer = f"steps={max(earlier)}" if earlier else "fewer steps"
     return (
         f"{100 * share:.0f} % of the drawn pictures are near copies of training pictures: set {fewer}, or take more "
-        "pictures or a lower adapter.rank"
+        f"pictures or {_smaller(job)}"
     )
 
 
@@ -126,7 +131,7 @@ def _by_heart(job: Train, losses: Mapping[str, float]) -> str | None:
     kept = "" if job.keep_best else ", and keep_best=1 keeps that checkpoint"
     return (
         f"the validation loss was lowest at step {best} ({losses[best]:.4f}) and rose to {last:.4f}: later steps learn "
-        f"the pictures by heart; set steps={best}{kept}, or take more pictures or a lower adapter.rank"
+        f"the pictures by heart; set steps={best}{kept}, or take more pictures or {_smaller(job)}"
     )
 
 
@@ -154,5 +159,5 @@ def _drifts(job: Train, last: Mapping[str, float]) -> str | None:
     mend = "preserve=empty, or preserve=class with a trigger" if job.preserve.kind == "none" else "a lower optim.lr"
     return (
         f"unrelated prompts are moved by {drift:.3f}, where the run's own are by {change:.3f}: set {mend} "
-        "(docs/methods.md), or a lower adapter.rank or optim.lr"
+        f"(docs/methods.md), or {_smaller(job)} or a lower optim.lr"
     )

@@ -156,6 +156,11 @@ class Train:
         """Raises:
         ValueError: a setting of the scores has no effect.
         """
+        if self.stop.loss and not self.validate_every and not self.scores_every:
+            raise ValueError(
+                f"stop.loss is {self.stop.loss}, and validate_every=0 validates at the end alone; set "
+                "validate_every=100, or stop.loss=0"
+            )
         if not self.scores_every:
             refuse_idle(self, "", ("unrelated",), UNSCORED)
             refuse_idle(self.stop, "stop.", SCORED, UNSCORED)

@@ -91,8 +91,9 @@ def _changed_record(file: Path, name: str, texts: list[str]) -> tuple[str, str] 
     for piece, cells in records[1:]:
         if len(cells) == len(head) and cells[where] == name:
             stream = io.StringIO()
-            csv.writer(stream, lineterminator="").writerow([*cells[:what], texts[0], *cells[what + 1 :]])
-            return piece, _around(piece, stream.getvalue())
+            # with its own line end: a line break within a cell is quoted only where the line's end is such a character
+            csv.writer(stream).writerow([*cells[:what], texts[0], *cells[what + 1 :]])
+            return piece, _around(piece, stream.getvalue().removesuffix("\r\n"))
     return None
 
 

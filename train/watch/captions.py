@@ -133,7 +133,9 @@ def _noted() -> list[dict[str, Any]]:
     if not _journal().is_file():
         return []
     found = []
-    for line in _journal().read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in (
+        _journal().read_text(encoding="utf-8", errors="replace").split("\n")
+    ):  # a caption may hold other separators
         try:
             one = json.loads(line)
             found.append({"folder": one["folder"], "name": one["name"], "changes": one["changes"]})

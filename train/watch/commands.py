@@ -34,7 +34,7 @@ KINDS = {
 FORBIDDEN = (
     "hydra", "sweep", "track", "push", "mirror", "run", "resume", "device", "model", "data.path", "data.masks",
     "data.sources", "data.prior.path", "data.references", "edits",
-    "data.cache", "adapter.start", "adapter.recovery", "encode", "sampling.model",
+    "data.cache", "adapter.start", "adapter.recovery", "encode", "sampling.model", "networks",
 )  # fmt: skip
 """Settings that the form's further lines may not set, with all that is in them: they start programs, name paths or
 send something away, or the form has a field for them."""

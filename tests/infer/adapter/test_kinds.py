@@ -1,8 +1,9 @@
 """LoKr, LoHa and OFT: what PEFT's own layers, LyCORIS' formulas and merged weights give."""
 
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,24 @@ def test_an_adapter_goes_on_from_one_of_its_kind(kind: str, tmp_path: Path) -> N
         attach(load_transformer(TINY, Precision("fp32"), CPU), wrong, seed=0)
 
 
+def test_it_goes_on_from_a_checkpoint_at_its_strength(tmp_path: Path) -> None:
+    first = load_transformer(TINY, Precision("fp32"), CPU)
+    settings = replace(KINDS["loha"], alpha=3.0 * KINDS["loha"].rank)
+    attach(first, settings, seed=0)
+    randomise(first)
+    folder = tmp_path / "checkpoints" / "step-000002"
+    folder.mkdir(parents=True)
+    file = folder / "adapter.safetensors"
+    save_file(adapter_state(first), file)
+    (folder / "state.json").write_text(
+        json.dumps({"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}})
+    )
+    (tmp_path / "config.yaml").write_text(json.dumps({"adapter": asdict(settings)}))
+    again = load_transformer(TINY, Precision("fp32"), CPU)
+    attach(again, replace(settings, start=str(folder)), seed=5)
+    torch.testing.assert_close(velocity(again), velocity(first), rtol=1e-4, atol=1e-5)
+
+
 def test_a_lokr_of_full_rank_is_read_by_its_own_factors(tmp_path: Path) -> None:
     """SimpleTuner's usual one, which as LoRA would have the layer's whole rank."""
     plain = load_transformer(TINY, Precision("fp32"), CPU)
@@ -324,6 +343,16 @@ def test_sides_are_cut_as_peft_cuts_them(side: int, factor: int) -> None:
 def test_an_adapter_named_for_blocks_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter\.block is 48, which does not divide the \d+ features that"):
         attach(load_transformer(TINY, Precision("fp32"), CPU), Adapter(kind="oft", block=48), seed=0)
+
+
+def test_another_cayley_transform_is_refused(tmp_path: Path) -> None:
+    layer = "transformer_blocks.1.attn.to_v"
+    state = {f"base_model.model.{layer}.oft_R.weight": 0.1 * torch.ones(4, 496)}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    for changes in ({"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 7}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "r": 0} | changes))
+        with pytest.raises(ValueError, match="another form of Cayley's transform"):
+            read_adapter(str(tmp_path))
 
 
 def test_two_kinds_on_one_layer_are_refused(trained: tuple[Any, Path], tmp_path: Path) -> None:

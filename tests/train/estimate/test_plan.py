@@ -313,10 +313,19 @@ def test_auto_takes_what_the_card_has_and_a_resumed_run_keeps_it(tmp_path: Path)
         return auto.settle(wanted, tmp_path / "run", resumed, None if gib is None else [gib], heard.append)
 
     assert settled(replace(job, memory=Memory("nothing")), False, 79.0) == Memory("nothing")
-    assert settled(job, True, 79.0) == Memory()  # a run from before there was auto
+    assert settled(job, True, 79.0) == Memory(graph=False)  # a run from before there was auto
     first = settled(job, False, 20.0)
     assert first.keep_all == kept[20.0] and len(heard) == 1 and f"keep_all={first.keep_all} (of 57 blocks)" in heard[0]
     assert settled(job, True, 79.0) == first and len(heard) == 1
+    # what is given with a resumption counts
+    asked = replace(job, memory=Memory("auto", compile=False))
+    assert settled(asked, True, 79.0) == replace(first, compile=False, graph=None) and len(heard) == 1
+    assert settled(replace(job, memory=Memory("auto", fused=False)), True, None) == Memory("nothing", fused=False)
+    bounded = replace(job, memory=Memory("auto", budget_gib=8.0))
+    assert settled(bounded, True, 79.0).budget_gib == 8.0
+    first = settled(job, False, 20.0)
+    heard.clear()
+    assert settled(job, True, 79.0) == first and not heard
     assert settled(job, True, 12.0) == auto.decide(job, [12.0])[0]  # on a card that is too small for it
     assert settled(job, False, None) == Memory("attention", graph=False)
     (tmp_path / "run" / "memory.yaml").write_text("keep: [")

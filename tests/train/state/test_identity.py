@@ -101,10 +101,11 @@ def test_a_copy_of_the_checkpoint_is_left_to_its_content(home: Path) -> None:
         record_config(replace(job, model=Model("different")), folder, 1)
 
 
-GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep"
+GROUPS_THAT_MAY_CHANGE = "memory", "sampling", "track", "sweep", "networks", "stop"
 MAY_CHANGE = {
     "deterministic", "save_every", "save_minutes", "keep", "keep_best", "resume", "stop_after_bad", "spikes",
-    "validate_every", "preview_every", "previews", "edits", "push", "mirror", "device", "data.on_error", "data.least",
+    "scores_every", "unrelated", "validate_every", "preview_every", "previews", "edits", "push", "mirror", "device",
+    "data.on_error", "data.least",
     "data.cache",
     "encode.batch_pixels", "encode.workers", "encode.decode_pixels", "encode.shard_mib", "encode.flush_seconds",
     "encode.verify", "validation_levels", "data.image_column", "data.caption_column", "data.caption_lines",

@@ -1,6 +1,8 @@
 """Captions changed in place and changed back, wherever they stand: all else in the file stays byte for byte."""
 
+import csv
 import errno
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,25 @@ def test_one_piece_of_a_list_is_changed_and_changed_back(folder: Path, file: str
         assert undo(folder) == name and listed.read_bytes() == content.encode()
     with pytest.raises(RefusedError, match="no caption was changed here"):
         undo(folder)
+
+
+def test_a_line_break_in_another_column_stays_within_its_cell(folder: Path) -> None:
+    content = 'file_name,text,note\na.png,old,"first\nsecond"\nb.png,two,\nsub/c.png,three,"x\ry"\n'
+    listed = folder / "metadata.csv"
+    listed.write_bytes(content.encode())
+    for name, was in (("a.png", "old"), ("sub/c.png", "three")):
+        write_caption(folder, name, [was], ["new"])
+        rows = list(csv.reader(io.StringIO(listed.read_bytes().decode(), newline="")))
+        assert [len(row) for row in rows] == [3] * 4 and rows[1][2] == "first\nsecond" and rows[3][2] == "x\ry"
+        assert shown(folder, name) == ["new"]
+        assert undo(folder) == name and listed.read_bytes() == content.encode()
+
+
+def test_a_caption_with_unicodes_line_separators_is_undone(folder: Path) -> None:
+    (folder / "a.txt").write_text("old")
+    write_caption(folder, "a.png", ["old"], ["new\u2028line\x85"])
+    write_caption(folder, "a.png", shown(folder, "a.png"), ["newer"])
+    assert [undo(folder), undo(folder)] == ["a.png"] * 2 and (folder / "a.txt").read_text() == "old"
 
 
 def test_what_a_table_cannot_hold_is_refused(folder: Path) -> None:

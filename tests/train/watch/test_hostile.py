@@ -277,11 +277,12 @@ def test_recorded_words_that_run_code_are_for_a_terminal(served: Served) -> None
 
 TEXTS = {
     "precision.kind", "precision.compute_dtype", "precision.products", "precision.skip_modules", "precision.layers",
-    "precision.t5", "adapter.init", "adapter.targets", "data.resolution", "data.trigger", "data.image_column",
+    "precision.t5", "adapter.init", "adapter.kind", "adapter.targets", "data.resolution", "data.trigger",
+    "data.image_column",
     "data.caption_column", "data.prior.prompt", "data.background", "data.prefix", "data.suffix", "data.on_error",
     "flow.loss", "flow.loss_schedule",
     "flow.density", "flow.weighting", "memory.keep", "optim.name", "optim.schedule", "preserve.kind", "preserve.word",
-    "previews",
+    "previews", "unrelated",
 }  # fmt: skip
 """Settings of train.py that hold text and may be set from the page: no path, no program, no address."""
 

@@ -167,6 +167,11 @@ def test_what_cannot_be_scored_is_refused(job: Train, changes: dict[str, object]
         check_names(replace(job, **changes))  # type: ignore[arg-type]
 
 
+def test_an_early_stop_needs_validations(job: Train) -> None:
+    with pytest.raises(ValueError, match="validate_every=0 validates at the end alone"):
+        replace(job, scores_every=0, unrelated=Train().unrelated, validate_every=0, stop=EarlyStop(loss=2))
+
+
 def test_limits_of_early_stops() -> None:
     for changes, said in (({"loss": -1}, "stop.loss is -1"), ({"drift": 0.0}, "stop.drift is 0.0; it must be above 0")):
         with pytest.raises(ValueError, match=said):
