@@ -98,7 +98,7 @@ def read_adapter(path: str, drop_text_encoder: bool = False, model: Container[st
     """
     file = find_adapter(path)
     if is_checkpoint(file):
-        return _of_checkpoint(file)
+        return _of_checkpoint(file, *read_checkpoint(file))
     contents = read_contents(file, drop_text_encoder)
     kinds = {kind_of_parts(parts) for parts in contents.found.values()}
     if "oft" in kinds or _too_high(contents.found.values()):
@@ -111,9 +111,8 @@ def _too_high(layers: Iterable[dict[str, Tensor]]) -> bool:
     return any(rank_as_lora(parts) > MOST for parts in layers if kind_of_parts(parts))
 
 
-def _of_checkpoint(file: Path) -> Pairs | Factors:
-    """The weights of a run's checkpoint."""
-    kind, state, strength = read_checkpoint(file)
+def _of_checkpoint(file: Path, kind: str, state: dict[str, Tensor], strength: float) -> Pairs | Factors:
+    """What `read_checkpoint` gave of a run's checkpoint, as pairs where it can be."""
     if kind == "lora":
         return pairs_of(state, dict.fromkeys(map(_layer, state), strength))
     factors = factors_of_state(kind, state, strength)
@@ -135,7 +134,9 @@ def read_whole(path: str, drop_text_encoder: bool = False) -> Pairs | Factors:
     file = find_adapter(path)
     if is_checkpoint(file):
         kind, state, strength = read_checkpoint(file)
-        return _of_checkpoint(file) if kind == "lora" else factors_of_state(kind, state, strength)
+        return (
+            _of_checkpoint(file, kind, state, strength) if kind == "lora" else factors_of_state(kind, state, strength)
+        )
     contents = read_contents(file, drop_text_encoder)
     alone = all(len(layers_of(name, family)) == 1 for name in contents.found for family in families_with([name])[:1])
     if alone and all(map(kind_of_parts, contents.found.values())):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 448.0  # the largest value of e4m3
+from infer.fast.unpack_8bit import LIMITS
+
 LEAST = 1e-30  # the largest value of a row of zeros
 WIDE = 1024
 
@@ -54,7 +55,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     size = 1 << (x.shape[1] - 1).bit_length()
     with torch.cuda.device(x.device):
         _kernels()[0][(len(x),)](
-            x, out, scales, x.shape[1], LEAST, LIMIT, size=size, num_warps=16 if size > 4096 else 4
+            x, out, scales, x.shape[1], LEAST, LIMITS["fp8"], size=size, num_warps=16 if size > 4096 else 4
         )
     return out, scales
 
