@@ -9,7 +9,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch.nn import functional
 
-from infer.adapter.attach import switch
+from infer.adapter.switch import switch
 from infer.checkpoint.files import known_config
 from infer.checkpoint.model import Model
 from infer.fast import fold, kept_attention, ready_kernels
