@@ -8,7 +8,7 @@ import torch
 
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
-from scripts.check.case import CASES, KINDS, KLEIN
+from scripts.check.case import CASES, KLEIN
 from scripts.check.commands import check_merge, check_optimizer, check_resolutions, gpu_tests, outside
 from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
@@ -62,7 +62,6 @@ def groups(names: list[str]) -> list[list[str]]:
         elif case.kind in FROM_ERROR:
             key = "from error"
         else:
-            # DoRA is compiled apart
-            key = f"{case.model} {case.precision}".strip() + (" dora" if KINDS[case.kind].dora else "")
+            key = f"{case.model} {case.precision}".strip()
         found.setdefault(key, []).append(name)
     return list(found.values())
