@@ -15,6 +15,7 @@ from infer.fast.add_product import add_product
 from infer.fast.eight_bit import eight_of, product
 from infer.fast.few_rows import few_rows_int8
 from infer.fast.fold import folded
+from infer.fast.fused_gain import gain_backward
 from infer.fast.fused_heads import Heads
 from infer.fast.int8_kernels import multiply_int8
 from infer.fast.kept_attention import kept_attention
@@ -33,6 +34,8 @@ class Use(NamedTuple):
     """Of its adapters."""
     learns: bool = False
     """Whether they are trained."""
+    dora: bool = False
+    """Whether they are DoRA's."""
     repeatable: bool = False
     """Whether the attention's gradient is to be the same every time."""
 
@@ -62,6 +65,8 @@ def kernel_calls(config: Mapping[str, Any], precision: Precision, use: Use, devi
     yield _activation, (own, width, activation, hidden)
     yield _attention, (own, heads, each, use.learns, use.repeatable)
     yield _adapter, (own, width, use.rank, torch.float32 if use.learns else precision.dtype)
+    if use.dora:
+        yield _gains, (own, use.rank, use.learns)
     for kind, nested in stored:
         yield _weights, (own, width, kind, nested)
         if flux1 and kind == "int8":
@@ -149,6 +154,17 @@ def _adapter(own: Place, width: int, rank: int, dtype: torch.dtype) -> None:
         thin = thin_of(Linear(frozen, ((lora,),) * count), own.dtype)
         assert thin is not None
         add_product(*(own.zeros(ROWS, size) for size in thin.up.shape), thin.up)
+
+
+def _gains(own: Place, rank: int, learns: bool) -> None:
+    """DoRA's, with biases and without, of one layer and of three."""
+    for count in (1, 3):
+        inner = count * -(-rank // 8) * 8
+        outputs, gain = own.zeros(ROWS, count * ROWS), torch.ones(count * ROWS, device=own.device)
+        for bias in (None, own.zeros(count * ROWS)):
+            add_product(outputs, own.zeros(ROWS, inner), own.zeros(count * ROWS, inner), gain, bias)
+            if learns:
+                gain_backward(outputs, outputs, gain, bias, 0)
 
 
 def _stack(own: Place, rows: int, columns: int, kind: str, nested: bool) -> Stack:

@@ -26,17 +26,15 @@ def prepare_kernels(
     memory: Memory,
     device: torch.device,
     use: Use = Use(),  # noqa: B008  # never changed
-    dora: bool = False,
 ) -> None:
     """Call before a transformer is loaded for a GPU, once the user's settings are checked: what its blocks need is
     compiled meanwhile, by Triton or, where torch.compile will be needed, by helpers that are started now.
 
-    config: the transformer's; memory: as the run can have it, so that one on the plain path compiles nothing; dora:
-    whether its adapters are DoRA's.
+    config: the transformer's; memory: as the run can have it, so that one on the plain path compiles nothing.
     """
     if not (memory.fused and memory.compiles(device)):
         return
-    own = memory.kernels(device) and not dora and precision.dtype != torch.float16
+    own = memory.kernels(device) and precision.dtype != torch.float16
     prepare_compiler(device, pool=not own)
     if own and device.type == "cuda":
         for call in kernel_calls(config, precision, use, device):

@@ -56,9 +56,9 @@ def begin(run: Run) -> Path | Resumption:
     fast = possible.fused and not uses_fsdp()
     settle_memory(run, fast, resumed=path is not None)
     if fast:
-        use = Use(run.job.adapter.rank, learns=True, repeatable=run.job.deterministic)
-        config = read_config(run.job.model, "transformer")
-        prepare_kernels(config, run.job.precision, run.job.memory, run.device, use, run.job.adapter.dora)
+        job = run.job
+        use = Use(job.adapter.rank, learns=True, dora=job.adapter.dora, repeatable=job.deterministic)
+        prepare_kernels(read_config(job.model, "transformer"), job.precision, job.memory, run.device, use)
     if not uses_fsdp():
         if run.main and run.job.precision.kind != "auto":
             write_plan(run.job, run.folder / "plan.json")

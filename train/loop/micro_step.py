@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from infer.adapter.attach import without_adapter
+from infer.adapter.switch import without_adapter
 from infer.fast.cuda_graph import Replay
 from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of

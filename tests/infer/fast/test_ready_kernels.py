@@ -35,12 +35,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     yield counted
 
 
-def prepare(
-    model: str, precision: Precision, memory: Memory | None = None, use: Use = TRAINED, dora: bool = False
-) -> None:
-    ready_kernels.prepare_kernels(
-        known_config(Model(model), "transformer"), precision, memory or Memory(), CUDA, use, dora
-    )
+def prepare(model: str, precision: Precision, memory: Memory | None = None, use: Use = TRAINED) -> None:
+    ready_kernels.prepare_kernels(known_config(Model(model), "transformer"), precision, memory or Memory(), CUDA, use)
 
 
 def test_what_precisions_have_in_common_is_compiled_once(asked: Counter[str]) -> None:
@@ -85,6 +81,13 @@ def test_products_in_8_bits_have_kernels_of_their_own(asked: Counter[str], model
     assert set(asked - before) == {"rounded", "wide_int8"}
 
 
+def test_dora_has_kernels_of_its_own(asked: Counter[str]) -> None:
+    prepare(DEV, NF4)
+    before = Counter(asked)
+    prepare(DEV, NF4, use=TRAINED._replace(dora=True))
+    assert asked - before == {"gains": 1}
+
+
 def test_repeatable_attention_has_kernels_of_its_own(asked: Counter[str]) -> None:
     prepare(DEV, NF4)
     before = Counter(asked)
@@ -93,18 +96,15 @@ def test_repeatable_attention_has_kernels_of_its_own(asked: Counter[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("memory", "precision", "dora"),
+    ("memory", "precision"),
     [
-        (Memory("nothing", fused=False), NF4, False),  # the plain path
-        (Memory(), NF4, True),  # by torch.compile
-        (Memory("products"), NF4, False),
-        (Memory(), Precision("nf4", compute_dtype="fp16"), False),
+        (Memory("nothing", fused=False), NF4),  # the plain path
+        (Memory("products"), NF4),  # by torch.compile
+        (Memory(), Precision("nf4", compute_dtype="fp16")),
     ],
 )
-def test_nothing_is_compiled_for_other_ways(
-    asked: Counter[str], memory: Memory, precision: Precision, dora: bool
-) -> None:
-    prepare(DEV, precision, memory, dora=dora)
+def test_nothing_is_compiled_for_other_ways(asked: Counter[str], memory: Memory, precision: Precision) -> None:
+    prepare(DEV, precision, memory)
     assert not asked
 
 
@@ -117,7 +117,7 @@ PRECISIONS = [
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-@pytest.mark.parametrize("use", [TRAINED._replace(repeatable=True), Use(16)], ids=["training", "sampling"])
+@pytest.mark.parametrize("use", [TRAINED._replace(dora=True, repeatable=True), Use(16)], ids=["training", "sampling"])
 def test_each_call_can_be_made(precision: Precision, use: Use, model: Model) -> None:
     """On a CPU they compile nothing."""
     for function, arguments in kernel_calls(known_config(model, "transformer"), precision, use, CPU):

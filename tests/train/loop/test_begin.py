@@ -27,6 +27,7 @@ LORA = Adapter(rank=4, alpha=4.0)
     [
         ({}, Use(4, learns=True)),
         ({"deterministic": True}, Use(4, learns=True, repeatable=True)),
+        ({"adapter": replace(LORA, dora=True)}, Use(4, learns=True, dora=True)),
         ({"adapter": replace(LORA, dropout=0.1)}, None),
         ({"adapter": replace(LORA, kind="loha")}, None),
         ({"memory": Memory("nothing", fused=False)}, None),
@@ -38,9 +39,7 @@ def test_kernels_are_prepared_for_the_fast_path_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[Use] = []
-    monkeypatch.setattr(
-        BEGIN, "prepare_kernels", lambda config, precision, memory, device, use, dora: asked.append(use)
-    )
+    monkeypatch.setattr(BEGIN, "prepare_kernels", lambda config, precision, memory, device, use: asked.append(use))
     job = Train(
         model=tiny, precision=Precision("nf4"), adapter=LORA, memory=Memory(), data=Data("pictures", 64), device="cpu"
     )
