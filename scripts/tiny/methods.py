@@ -28,8 +28,9 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from infer.adapter.attach import load_adapter, without_adapter
+from infer.adapter.attach import load_adapter
 from infer.adapter.lora import Adapter
+from infer.adapter.switch import without_adapter
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
 from infer.device.device import pick_device
