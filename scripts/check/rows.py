@@ -8,7 +8,7 @@ import torch
 
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
-from scripts.check.case import CASES, KLEIN
+from scripts.check.case import CASES, DISTILLED, KLEIN, TRAINED
 from scripts.check.commands import check_merge, check_optimizer, check_resolutions, gpu_tests, outside
 from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
@@ -31,7 +31,8 @@ WORK |= {
     f"{KLEIN}-references": partial(check_references, KLEIN),
     f"{KLEIN}-merge": partial(check_merge, KLEIN),
     f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
-    f"{KLEIN}-second": check_second,
+    f"{KLEIN}-second": partial(check_second, KLEIN, DISTILLED),
+    f"{TRAINED}-second": partial(check_second, TRAINED, "distilled"),
     "all-stay": check_stays,
     **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
     "short-of-memory": check_short,
@@ -56,9 +57,9 @@ def groups(names: list[str]) -> list[list[str]]:
     for name in names:
         case = CASES.get(name)
         if case is None:
-            own = name.removeprefix(f"{KLEIN}-")
-            key = BESIDE.get(own.split("-")[0], own.split("-")[0])
-            key = key if own == name else f"{KLEIN} {key}"
+            model = next((model for model in (KLEIN, TRAINED) if name.startswith(f"{model}-")), "")
+            own = name.removeprefix(f"{model}-").split("-")[0]
+            key = f"{model} {BESIDE.get(own, own)}".strip()
         elif case.kind in FROM_ERROR:
             key = "from error"
         else:
