@@ -30,8 +30,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from infer.adapter.attach import attach, switch
+from infer.adapter.attach import attach
 from infer.adapter.lora import Adapter
+from infer.adapter.switch import switch
 from infer.checkpoint.files import read_config
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model

@@ -3,6 +3,8 @@
     python scripts/check_half.py             # FLUX.1-dev's full size with random NF4 weights, then the bundled model
     python scripts/check_half.py --tiny      # the bundled model alone, on a CPU too
 
+Loss curves of the bundled model go beside the rows, into half-curves.jsonl.
+
 Every operation is looked at while a step runs uncompiled, and every graph that is compiled: none may hold a bf16
 tensor. Kernels are those that a T4 has: memory-efficient attention, and products of cuBLAS. Activations beyond fp16's
 range are put in on purpose, by the norms' scales.
@@ -43,6 +45,8 @@ def main() -> None:
         sys.exit("error: the full size needs a GPU, and torch sees none; give --tiny")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     source: Row = bench_rows.circumstances(device)
+    curves = options.out.with_name(f"{options.out.stem}-curves.jsonl")
+    curves.unlink(missing_ok=True)
     missed = []
 
     def row(name: str, unit: str, measured: float, target: str | None) -> None:
@@ -54,12 +58,12 @@ def main() -> None:
 
     begun = time.perf_counter()
     if options.tiny:
-        bundled(row, device, options.steps)
+        bundled(row, device, options.steps, curves)
     else:
         for part in (
             lambda: full_size(row, accelerator),
             lambda: parts(row, device),
-            lambda: bundled(row, device, options.steps),
+            lambda: bundled(row, device, options.steps, curves),
             lambda: streamed(row, accelerator),
         ):
             try:

@@ -1,9 +1,8 @@
-"""Adapters on a quantized transformer: attach one to train, load others, switch them on and off."""
+"""Adapters on a quantized transformer: attach one to train, load others, take them off."""
 
-import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from infer.adapter.fit import check_alone, check_same_factors, fitting_adapter, 
 from infer.adapter.lora import INITS, RECOVERY, Adapter
 from infer.adapter.read import Pairs, find_adapter, read_notes
 from infer.adapter.sizes import match_adapter
+from infer.adapter.switch import set_adapters
 from infer.adapter.targets import base_layers
 from infer.adapter.tuner import attach_tuner, config_of, factors_of, put_factors
 from infer.adapter.write import lora_config
@@ -283,48 +283,3 @@ def check_recovery(path: str, model: Model, precision: Precision, layers: Iterab
         said = f"double_quant={recovered.double_quant}, not {precision.double_quant}"
     if said is not None:
         raise ValueError(f"the recovery adapter {path} was made for {said}; make one with infer/recover.py")
-
-
-def set_adapters(transformer: Any, weights: dict[str, float]) -> None:
-    """Have exactly these adapters on, each at its weight times its own strength, and the recovery adapter, if there is
-    one, beside them. None restores the base model's output bit for bit.
-
-    Raises:
-        ValueError: there is no such adapter (diffusers would draw the base model), or a weight is no number.
-    """
-    there = getattr(transformer, "peft_config", {})
-    for name, weight in weights.items():
-        if name not in there:
-            loaded = ", ".join(there) or "none"
-            raise ValueError(f"there is no adapter {name!r}; loaded are {loaded}")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of adapter {name!r} is {weight}; give a number")
-    if not there:
-        return
-    on = {name: weight for name, weight in ({RECOVERY: 1.0} | weights).items() if weight and name in there}
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    if on:
-        transformer.enable_adapters()
-        transformer.set_adapters(list(on), list(on.values()))
-    else:
-        transformer.disable_adapters()
-    transformer.requires_grad_(False)  # PEFT has every adapter learn that is on
-    for parameter in trained:
-        parameter.requires_grad_(True)
-
-
-def switch(transformer: Any, on: bool) -> None:
-    """All adapters on at weight 1, or all but the recovery adapter off, which without one restores the base bit for
-    bit."""
-    set_adapters(transformer, dict.fromkeys(transformer.peft_config, 1.0) if on else {})
-
-
-@contextmanager
-def without_adapter(transformer: Any) -> Iterator[None]:
-    """The base, with the recovery adapter if there is one, for a with-block; afterwards all adapters are on at weight
-    1."""
-    switch(transformer, False)
-    try:
-        yield
-    finally:
-        switch(transformer, True)

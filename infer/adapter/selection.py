@@ -70,7 +70,8 @@ class Trained:
 def load_chosen(transformer: Any, chosen: Trained, model: Model) -> list[str]:
     """Load all of them, on together; returns their names in the model. These are new ones each time: the user's name
     could be that of a module's method, and captured graphs are told apart by names."""
-    from infer.adapter.attach import load_adapter, set_adapters
+    from infer.adapter.attach import load_adapter
+    from infer.adapter.switch import set_adapters
 
     weights = {}
     for one in chosen.all():

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.fast.stream_rows import stream_rows
+
 EPSILON = 1e-6
 
 
@@ -69,17 +71,15 @@ def _kernels() -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
+    load_row, store_row = stream_rows()
+
     @triton.jit(do_not_specialize=["early", "tokens"])
     def norm_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, epsilon, size: tl.constexpr
     ) -> None:
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.arange(0, size)
-        within = column < width
-        x = tl.load(first + (batch * early + token) * width + column, mask=within & (token < early), other=0.0)
-        place = second + (batch * (tokens - early) + token - early) * width + column
-        x = x.to(tl.float32) + tl.load(place, mask=within & (token >= early), other=0.0).to(tl.float32)
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+        batch, within = row // tokens, column < width
+        x = load_row(first, second, row, column, within, early, tokens, width)
         x = tl.where(within, x - tl.sum(x, 0) / width, 0.0)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         by = 1 + tl.load(scale + batch * scale_row + column, mask=within, other=0.0).to(tl.float32)
@@ -91,25 +91,17 @@ def _kernels() -> tuple[Any, Any]:
         first, second, scale, gradient, beside_first, beside_second, out_first, out_second,
         early, tokens, width, scale_row, epsilon, size: tl.constexpr,
     ) -> None:  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.arange(0, size)
-        within = column < width
-        one, other = within & (token < early), within & (token >= early)
-        at = (batch * early + token) * width + column
-        behind = (batch * (tokens - early) + token - early) * width + column
-        x = tl.load(first + at, mask=one, other=0.0).to(tl.float32)
-        x += tl.load(second + behind, mask=other, other=0.0).to(tl.float32)
-        passed = tl.load(beside_first + at, mask=one, other=0.0).to(tl.float32)
-        passed += tl.load(beside_second + behind, mask=other, other=0.0).to(tl.float32)
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+        batch, within = row // tokens, column < width
+        x = load_row(first, second, row, column, within, early, tokens, width)
+        passed = load_row(beside_first, beside_second, row, column, within, early, tokens, width)
         g = tl.load(gradient + row * width + column, mask=within, other=0.0).to(tl.float32)
         g *= 1 + tl.load(scale + batch * scale_row + column, mask=within, other=0.0).to(tl.float32)
         x = tl.where(within, x - tl.sum(x, 0) / width, 0.0)
         inverse = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         x *= inverse
         g = inverse * (g - tl.sum(g, 0) / width - x * (tl.sum(g * x, 0) / width)) + passed
-        tl.store(out_first + at, g.to(out_first.dtype.element_ty), mask=one)
-        tl.store(out_second + behind, g.to(out_second.dtype.element_ty), mask=other)
+        store_row(out_first, out_second, g, row, column, within, early, tokens, width)
 
     return norm_forward, norm_backward
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from infer.adapter.attach import without_adapter
 from infer.adapter.attached import adapter_state
+from infer.adapter.switch import without_adapter
 from infer.checkpoint.family import own_size
 from infer.checkpoint.load import load_scheduler, load_vae
 from infer.checkpoint.model import Model

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import torch
 
-from infer.adapter.attach import without_adapter
+from infer.adapter.switch import without_adapter
 from infer.checkpoint.load import load_scheduler, load_vae
 from infer.choosing.best import COPIED
 from infer.device.device import release

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infer.adapter.attach import attach, switch
+from infer.adapter.attach import attach
 from infer.adapter.attached import set_adapter_state
 from infer.adapter.second import second_model, short_name
+from infer.adapter.switch import switch
 from infer.checkpoint.family import guided_by_two_calls
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model

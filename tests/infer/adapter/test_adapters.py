@@ -9,10 +9,11 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from infer.adapter.attach import attach, load_adapter, shapes_of, switch
+from infer.adapter.attach import attach, load_adapter, shapes_of
 from infer.adapter.attached import adapter_state, save_adapter, strengths, update_norm
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE, read_notes
+from infer.adapter.switch import switch
 from infer.adapter.targets import PRESETS, match_targets
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model

@@ -14,7 +14,7 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTRotationModule
 from safetensors.torch import load_file, save_file
 
-from infer.adapter.attach import attach, load_adapter, remove_adapter, set_adapters, without_adapter
+from infer.adapter.attach import attach, load_adapter, remove_adapter
 from infer.adapter.attached import adapter_state, save_adapter, set_adapter_state, strengths, update_norm
 from infer.adapter.convert import convert_file
 from infer.adapter.factors import Factors
@@ -22,6 +22,7 @@ from infer.adapter.fit import fitting_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE, Pair, read_adapter, read_pairs
 from infer.adapter.sizes import factors, tensor_sizes
+from infer.adapter.switch import set_adapters, without_adapter
 from infer.adapter.tuner import factors_of
 from infer.adapter.write import write_pairs
 from infer.checkpoint.load import load_transformer

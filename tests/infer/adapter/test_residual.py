@@ -9,11 +9,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from infer.adapter.attach import attach, began, load_adapter, load_recovery, remove_adapter, switch
+from infer.adapter.attach import attach, began, load_adapter, load_recovery, remove_adapter
 from infer.adapter.attached import adapter_state, save_adapter, strengths
 from infer.adapter.error_init import save_start, start_from_error
 from infer.adapter.lora import RECOVERY, Adapter
 from infer.adapter.selection import Trained, load_chosen
+from infer.adapter.switch import switch
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, transformer_from_shards

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infer.adapter.attach import attach, put_pairs, set_adapters
+from infer.adapter.attach import attach, put_pairs
 from infer.adapter.attached import adapter_pairs
 from infer.adapter.lora import RECOVERY, Adapter
+from infer.adapter.switch import set_adapters
 from infer.checkpoint.model import Model
 from infer.fast import install as fast
 from infer.fast.cuda_graph import Sampler

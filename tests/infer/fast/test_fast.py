@@ -11,9 +11,10 @@ from bitsandbytes import functional as bnb
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from infer.adapter.attach import attach, put_pairs, switch
+from infer.adapter.attach import attach, put_pairs
 from infer.adapter.attached import adapter_pairs, adapter_state
 from infer.adapter.lora import Adapter
+from infer.adapter.switch import switch
 from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
 from infer.checkpoint.model import Model
 from infer.family import flux1_sizes as shapes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infer.adapter.attach import switch
+from infer.adapter.switch import switch
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.device import allocator

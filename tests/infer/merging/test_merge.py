@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infer.adapter.attach import attach, load_adapter, set_adapters
+from infer.adapter.attach import attach, load_adapter
 from infer.adapter.attached import save_adapter
 from infer.adapter.lora import Adapter
 from infer.adapter.read import read_pairs
 from infer.adapter.selection import Trained, Weighted
+from infer.adapter.switch import set_adapters
 from infer.adapter.targets import base_layers
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from infer.adapter.attach import attach, without_adapter
+from infer.adapter.attach import attach
 from infer.adapter.attached import set_adapter_state
 from infer.adapter.lora import Adapter
 from infer.adapter.read import FILE, read_notes
+from infer.adapter.switch import without_adapter
 from infer.checkpoint.load import load_scheduler, load_transformer
 from infer.checkpoint.model import Model
 from infer.program.paths import ROOT
