@@ -16,6 +16,7 @@ from infer.program.paths import ROOT
 from infer.quantize.precision import Precision
 from infer.sample.encode import text_encoder
 from infer.sample.generate import Sampling, draw
+from scripts.bench_rows import append
 from scripts.check.half_gradients import FP16, relative
 from scripts.check.no_bf16 import NoBf16, forbidden
 from scripts.tiny.make_style import make_style
@@ -26,8 +27,8 @@ from train.run.config import Train
 from train.train import train
 
 
-def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
-    """Losses by step, bf16 and fp16, of real runs; and the pictures of both."""
+def bundled(row: Callable[..., None], device: torch.device, steps: int, curves: Path) -> None:
+    """Losses by step, bf16 and fp16, of real runs, each added to the file `curves`; and the pictures of both."""
     folder = Path("runs/check-half-pictures")
     if not (folder / "metadata.jsonl").is_file():
         make_style(folder, 36, 0)
@@ -60,7 +61,14 @@ def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
             train(job)
             lines = [json.loads(line) for line in Path("runs", job.run, "metrics.jsonl").read_text().splitlines()]
             series[name] = torch.tensor([line["loss"] for line in lines if "loss" in line])
-            print(name, [round(line["validation_loss"], 4) for line in lines if "validation_loss" in line], flush=True)
+            assert len(series[name]) == steps and series[name].isfinite().all()
+            curve = {
+                "precision": name,
+                "losses": series[name].tolist(),
+                "validation": {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line},
+            }
+            append(curves, curve)
+            print(name, curve["validation"], flush=True)
             with text_encoder(model, precision, device, None) as encoder:
                 (text,) = encoder(["a red star"])
             transformer = load_transformer(model, precision, device)
@@ -69,9 +77,16 @@ def bundled(row: Callable[..., None], device: torch.device, steps: int) -> None:
                 latents = draw(transformer, load_scheduler(model), text, 0, Sampling(20, 3.5), (128, 128), device)
             assert latents.isfinite().all()
             pictures[name] = latents.float().cpu()
+        if name != "fp32":
+            apart = distance(series[name], series["fp32"])
+            row(f"loss curve of {steps} steps, {name}, mean distance from fp32", "", apart, "<= 0.02")
+            apart = relative([pictures[name]], [pictures["fp32"]])
+            row(f"latents after 20 steps of drawing, {name} against fp32", "", apart, "<= 0.1")
     training.fit = fit
-    for name in ("bf16", "fp16"):
-        apart = float(((series[name] - series["fp32"]).abs() / series["fp32"]).mean())
-        row(f"loss curve of {steps} steps, {name}, mean distance from fp32", "", apart, "<= 0.02")
-        apart = relative([pictures[name]], [pictures["fp32"]])
-        row(f"latents after 20 steps of drawing, {name} against fp32", "", apart, "<= 0.1")
+    apart = distance(series["fp16"], series["bf16"])
+    row(f"loss curve of {steps} steps, fp16, mean distance from bf16", "", apart, "<= 0.02")
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean over the steps of how far one curve is from the other, as a part of the other."""
+    return float(((one - other).abs() / other).mean())

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.adapter.switch import switch
-from infer.checkpoint.files import known_config
 from infer.checkpoint.model import Model
-from infer.fast import fold, kept_attention, ready_kernels
+from infer.fast import fold, kept_attention
 from infer.fast.add_product import add_product
 from infer.fast.few_rows import few_rows_int8
 from infer.fast.fold import folded
@@ -332,18 +331,6 @@ def test_few_rows_with_int8_weights(device: str, normal: Make) -> None:
     assert stack.scale is not None
     found, expected = few_rows_int8(x, stack.stored, stack.scale), x.double() @ dequantize(stack, torch.float64).T
     assert float((found - expected).norm() / expected.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("precision", [Precision("nf4"), Precision("nf4", double_quant=True), Precision("int8")])
-@pytest.mark.parametrize("learns", [False, True])
-def test_the_calls_that_kernels_are_compiled_by(precision: Precision, learns: bool, model: Model) -> None:
-    """Each can be made; on a CPU they compile nothing."""
-    works = ready_kernels._works(known_config(model, "transformer"), precision, 4, learns, True, CPU)
-    for work in works:
-        work()
-    assert len(works) == (11 if learns else 7)
-    ready_kernels.prepare_kernels({}, precision, Memory(), CPU)
-    ready_kernels.wait()
 
 
 @each_device
