@@ -9,7 +9,15 @@ import torch
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
 from scripts.check.case import CASES, DISTILLED, KLEIN, TRAINED
-from scripts.check.commands import check_merge, check_optimizer, check_resolutions, gpu_tests, outside
+from scripts.check.commands import (
+    check_kind,
+    check_merge,
+    check_optimizer,
+    check_resolutions,
+    check_scores,
+    gpu_tests,
+    outside,
+)
 from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
 from scripts.check.memory import check_budget, check_short, check_spill, check_stays
@@ -23,6 +31,8 @@ RANKS = [sys.executable, str(ROOT / "scripts" / "check_ranks.py"), "--seconds", 
 
 WORK: dict[str, Callable[[torch.device], Figures]] = {name: partial(check_case, case) for name, case in CASES.items()}
 WORK |= {f"optimizer-{name}": partial(check_optimizer, name) for name in NAMES}
+WORK |= {f"kind-{kind}": partial(check_kind, kind) for kind in ("lokr", "loha", "oft")}
+WORK |= {f"scores-{path}": partial(check_scores, path) for path in ("fused", "streamed")}
 WORK |= {
     "recover": check_recovery,
     "merge": partial(check_merge, ""),
