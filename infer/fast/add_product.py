@@ -14,17 +14,24 @@ THIN = 256  # up to so many columns of x, the pass over y takes longer than the 
 
 
 @torch.library.custom_op("flux_lora::add_product", mutates_args=("y",))
-def add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """y [..., out] += x [..., in] weight^T, weight [out, in]; has no gradient. The rows of y are equally far apart."""
+def add_product(y: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """y [..., out] += x [..., in] weight^T, weight [out, in]; has no gradient. The rows of y are equally far apart.
+
+    gain [out], in fp32: what all but the bias [out], which y has already, is multiplied by (DoRA).
+    """
     rows, thin = y.view(-1, y.shape[-1]), x.flatten(0, -2)
     if y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= THIN:
-        _on_cuda(rows, thin, weight)
-    else:
+        _on_cuda(rows, thin, weight, gain, bias)
+        return
+    if gain is None:
         rows.addmm_(thin, weight.T)
+        return
+    whole, least = torch.addmm(rows.float(), thin.float(), weight.float().T), 0.0 if bias is None else bias.float()
+    rows.copy_((whole - least) * gain + least)
 
 
 @add_product.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
+def _(y: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
     return None
 
 
@@ -36,7 +43,7 @@ def _kernel() -> Any:
 
     @triton.jit
     def add(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
-        y, x, weight, rows, columns, stride,
+        y, x, weight, gain, bias, rows, columns, stride, gained: tl.constexpr, biased: tl.constexpr,
         inner: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr, deep: tl.constexpr,
     ) -> None:  # fmt: skip
         row = tl.program_id(1) * tall + tl.arange(0, tall)
@@ -56,12 +63,19 @@ def _kernel() -> Any:
                 other=0.0,
             )
             total = tl.dot(a, b, total)
+        if gained:
+            by = tl.load(gain + column, mask=column < columns, other=1.0)[None, :]
+            if biased:
+                least = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+                total = (total - least) * by + least
+            else:
+                total *= by
         tl.store(place, total.to(old.dtype), mask=within)
 
     return add
 
 
-def _on_cuda(y: Tensor, x: Tensor, weight: Tensor) -> None:
+def _on_cuda(y: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None, bias: Tensor | None) -> None:
     """In one kernel: cuBLAS reads and writes y by tiles made for long products."""
     rows, columns, inner = *y.shape, x.shape[1]
     assert y.stride(1) == 1 and rows * inner < 2**31, "rows that lie in one piece, and 32-bit places in x"
@@ -70,6 +84,7 @@ def _on_cuda(y: Tensor, x: Tensor, weight: Tensor) -> None:
     tall, wide, warps = (64, 64, 4) if inner > 32 else (128, 128, 8)
     with torch.cuda.device(y.device):
         _kernel()[(-(-columns // wide), -(-rows // tall))](
-            y, x, weight, rows, columns, y.stride(0),
+            y, x, weight, y if gain is None else gain, y if bias is None else bias, rows, columns, y.stride(0),
+            gained=gain is not None, biased=gain is not None and bias is not None,
             inner=inner, tall=tall, wide=wide, deep=32 if inner <= 32 else 64, num_warps=warps,
         )  # fmt: skip

@@ -5,8 +5,6 @@ are compiled once for all sizes and batches, few of them anew for a precision or
 each other, and kept. The numbers are those of the blocks there, to rounding.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from infer.fast.double_block import Double
@@ -21,13 +19,6 @@ from infer.fast.kept_attention import kept_attention
 from infer.fast.weights import Linear, rows_of
 
 Block = Double | Single1 | Single2
-
-
-def reached(part: Any) -> bool:
-    """Whether a block, with the adapters that are on, can be computed so: DoRA's cannot."""
-    if isinstance(part, Linear):
-        return not any(lora.magnitude is not None for adapters in part.adapters for lora in adapters)
-    return not isinstance(part, tuple) or all(map(reached, part))
 
 
 def compute(block: Block, tensors: tuple[Tensor, ...], again: bool) -> tuple[Tensor, ...]:

@@ -17,7 +17,6 @@ from infer.fast.compiled import call_compiled, run_of
 from infer.fast.eight_bit import eight_of
 from infer.fast.form import Form
 from infer.fast.fused_again import KEEPS, fused
-from infer.fast.fused_blocks import reached
 from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
 from infer.fast.offload import Offload
@@ -96,7 +95,7 @@ def install(
             if offload is not None:
                 streams = offload.before(i, *streams)
             block = parts(heads)._replace(repeatable=repeatable)
-            if kernels and keeps[i] in KEEPS and reached(block):
+            if kernels and keeps[i] in KEEPS:
                 streams = form.compute(partial(fused, keeps[i]), block, *streams, *rest)
             elif compiles:
                 streams = call_compiled(run, groups, block, streams, rest)

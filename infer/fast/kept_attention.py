@@ -1,9 +1,9 @@
-"""Attention whose output is kept where all else of a block is computed again in the backward pass."""
+"""Attention, and what else is kept where the rest of a block is computed again in the backward pass."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,18 +13,19 @@ from infer.fast.attention import attention_forward, attention_gradient
 aten = torch.ops.aten
 CUDNN, FLASH, EFFICIENT = 3, 1, 2  # of torch's SDPBackend
 _state = threading.local()
+T = TypeVar("T")
 
 
 class Kept:
-    """What a block's attention gave, from its forward pass to the one that is made again."""
+    """What a block's attention gave, and its weights' norms, from its forward pass to the one that is made again."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[Tensor, Any]] = []
+        self.found: list[Any] = []
         self.again = False
 
     @contextmanager
     def active(self, again: bool) -> Iterator[None]:
-        """Within, attention is noted down, or, again, taken from the notes."""
+        """Within, what `noted` computes is noted down, or, again, taken from the notes."""
         before, self.again = getattr(_state, "kept", None), again
         _state.kept = self
         try:
@@ -33,16 +34,22 @@ class Kept:
             _state.kept = before
 
 
+def noted(compute: Callable[[], T]) -> T:
+    """What `compute` gives; where a block is computed again, what it gave before, in the same order."""
+    kept: Kept | None = getattr(_state, "kept", None)
+    if kept is not None and kept.again:
+        before: T = kept.found.pop(0)
+        return before
+    found = compute()
+    if kept is not None:
+        kept.found.append(found)
+    return found
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, repeatable: bool) -> Tensor:
-        kept: Kept | None = getattr(_state, "kept", None)
-        if kept is not None and kept.again:
-            out, how = kept.found.pop(0)
-        else:
-            out, how = _attend(q, k, v, repeatable)
-            if kept is not None:
-                kept.found.append((out, how))
+        out, how = noted(lambda: _attend(q, k, v, repeatable))
         ctx.save_for_backward(q, k, v)
         ctx.out, ctx.how = out, how
         return out.view_as(out)

@@ -35,7 +35,7 @@ class Memory:
     """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
     compile: bool | None = None
     """torch.compile the blocks (true) or not (false); null: on CUDA the toolkit's own kernels, which are
-    compiled at once, and torch.compile where they do not reach: products in fp16, DoRA, keep=products."""
+    compiled at once, and torch.compile where they do not reach: products in fp16, keep=products."""
     graph: bool | None = None
     """Capture a step as a CUDA graph and replay it, once for each shape; null does so on CUDA."""
     budget_gib: float | None = None

@@ -16,6 +16,7 @@ from infer.device.compiler import prepare_compiler
 from infer.fast import fused_activation, fused_gate, fused_heads, fused_norm
 from infer.fast.add_product import add_product
 from infer.fast.fold import folded
+from infer.fast.fused_gain import gain_backward
 from infer.fast.fused_heads import Heads
 from infer.fast.kept_attention import kept_attention
 from infer.fast.memory import Memory
@@ -44,11 +45,13 @@ def prepare_kernels(
     """
     if not (memory.fused and memory.compiles(device)):
         return
-    own = memory.kernels(device) and not dora and precision.dtype != torch.float16
+    own = memory.kernels(device) and precision.dtype != torch.float16
     prepare_compiler(device, pool=not own)
     if own and device.type == "cuda":
         pool = ThreadPoolExecutor(BESIDE, thread_name_prefix="kernels")
-        _begun.extend(pool.submit(_apart, device, work) for work in _works(config, precision, rank, learns, device))
+        _begun.extend(
+            pool.submit(_apart, device, work) for work in _works(config, precision, rank, learns, dora, device)
+        )
         pool.shutdown(wait=False)
 
 
@@ -66,7 +69,7 @@ def _apart(device: torch.device, work: Callable[[], object]) -> None:
 
 
 def _works(
-    config: Mapping[str, Any], precision: Precision, rank: int, learns: bool, device: torch.device
+    config: Mapping[str, Any], precision: Precision, rank: int, learns: bool, dora: bool, device: torch.device
 ) -> list[Callable[[], object]]:
     """Calls that need every kernel between them. Gradients are called by themselves: autograd has one thread a card."""
     heads, each = config["num_attention_heads"], config["attention_head_dim"]
@@ -107,7 +110,7 @@ def _works(
         lambda: fused_heads.forward(*heads_for(2)),
         lambda: fused_activation.forward(kind, behind, rest),
         attended,
-        lambda: _adapted(precision, width, rank, learns, device),
+        lambda: _adapted(precision, width, rank, learns, dora, device),
     ]
     if learns:
         found += [
@@ -119,7 +122,7 @@ def _works(
     return found
 
 
-def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: torch.device) -> None:
+def _adapted(precision: Precision, width: int, rank: int, learns: bool, dora: bool, device: torch.device) -> None:
     """Weights of a few rows, dequantized without and with adapters."""
     kind = precision.kind if precision.quantized else "plain"
     own = torch.float32 if learns else precision.dtype
@@ -147,4 +150,9 @@ def _adapted(precision: Precision, width: int, rank: int, learns: bool, device: 
         thin = thin_of(Linear(stack._replace(widths=(ROWS,) * count), ((lora,),) * count), precision.dtype)
         assert thin is not None
         outputs, inner = (torch.zeros(ROWS, size, dtype=precision.dtype, device=device) for size in thin.up.shape)
-        add_product(outputs, inner, thin.up.detach())
+        gain = torch.ones(len(thin.up), device=device) if dora else None
+        biases = (None,) if gain is None else (None, torch.zeros_like(outputs[0]))
+        for bias in biases:
+            add_product(outputs, inner, thin.up.detach(), gain, bias)
+            if learns and gain is not None:
+                gain_backward(outputs, outputs, gain, bias, 0)

@@ -43,7 +43,7 @@ def text_encoder(reader: Qwen2Tokenizer) -> Qwen3ForCausalLM:
             hidden_size=WIDTH,
             intermediate_size=WIDTH,
             num_hidden_layers=28,
-            num_attention_heads=4,
+            num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=16,
             max_position_embeddings=1024,
@@ -60,7 +60,7 @@ def transformer() -> Flux2Transformer2DModel:
     model = Flux2Transformer2DModel(
         in_channels=128,
         num_layers=1,
-        num_single_layers=3,
+        num_single_layers=4,
         attention_head_dim=64,
         num_attention_heads=3,
         joint_attention_dim=len(LAYERS) * WIDTH,

@@ -49,9 +49,16 @@ def embed(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def teach_text(
-    encoder: Qwen3ForCausalLM, reader: Qwen2Tokenizer, ids: Tensor, mask: Tensor, wanted: Tensor, steps: int, batch: int
+    encoder: Qwen3ForCausalLM,
+    reader: Qwen2Tokenizer,
+    ids: Tensor,
+    mask: Tensor,
+    wanted: Tensor,
+    steps: int,
+    batch: int,
+    seconds: float = float("inf"),
 ) -> None:
-    """make_text's lesson at the words of the shapes."""
+    """make_text's lesson at the words of the shapes. `seconds`: fewer steps are taken if so many would take longer."""
     device = ids.device
     names = [word for name in world.SHAPES for word in (name, world.plural(name))]
     shapes = torch.tensor([reader.convert_tokens_to_ids(f"Ġ{word}") for word in names], device=device)
@@ -84,7 +91,7 @@ def teach_text(
         optimizer.step()
 
     run = captured(step, optimizer)
-    pace = Pace("text", steps, float("inf"))
+    pace = Pace("text", steps, seconds)
     total.zero_()
     while pace.more():
         now.fill_(pace.rate(1e-3, warmup=100, decay=0.7))

@@ -1,22 +1,37 @@
-"""Train the bundled model's autoencoder on pictures far broader than the small world.
+"""Train the bundled models' autoencoders on pictures far broader than the small world.
 
-A VAE must encode what users bring, so half of its pictures have colours, outlines and noise that no caption of the
-small world speaks of. The transformer never sees those.
+    python scripts/tiny/make_vae.py scripts/tiny/model --out FOLDER --seconds 120    # the decoder alone, on a GPU
+
+A VAE must encode what users bring, so half of its pictures have colours and noise that no caption of the small world
+speaks of, and half have outlines, neon or inked. The transformer never sees those.
+
+The decoder alone can be trained further at any time: latents stay what they are, and so does what the transformer
+learned of them.
 """
 
+import argparse
 import copy
+import json
 import math
 import random
+import sys
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from scripts.tiny import world
 from scripts.tiny.pace import Pace, captured, move_average
 
 AT_ONCE = 8  # batches that are painted together: fewer launches
+DECIBELS = -10 / math.log(10)  # of a squared error's natural logarithm
+PEAK = 20 * math.log10(2)  # dB, of values from -1 to 1
+DIVERGENCE = 0.01  # weight of the posterior's divergence from a normal distribution
 
 
 def pictures(batch: int, device: torch.device) -> Tensor:
@@ -46,7 +61,7 @@ def pictures(batch: int, device: torch.device) -> Tensor:
             -1,
         ),
         ground=torch.where(in_world, ground, uniform(batch, 3)),
-        style=(uniform(batch) < 0.25).long() * world.STYLES.index("neon"),
+        style=(uniform(batch) * len(world.STYLES)).long() * (uniform(batch) < 0.75).long(),  # half of them plain
     )
     drawn = world.paint(canvas)
     noise = torch.randn((batch, 3, 8, 8), device=device)
@@ -64,7 +79,7 @@ class Trainer:
         self.average = copy.deepcopy([p.detach() for p in self.parameters])
         self.rate = torch.zeros((), device=device)
         self.move = torch.zeros((), device=device)  # the share of the way that the average moves
-        self.figures = torch.zeros(3, device=device)  # sums of loss, squared error and divergence
+        self.figures = torch.zeros(2, device=device)  # sums of the squared error's logarithm and of the divergence
         self.image = pictures(batch, device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -81,17 +96,17 @@ class Trainer:
             mean, log_variance = _moments(self.vae, self.image)
             log_variance = log_variance.clamp(-20, 10)
             output = _decoded(self.vae, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
-        error = output - self.image
-        square = error.square().mean()
+        # its logarithm is what PSNR measures; the limit keeps empty pictures from ruling
+        square = ((output - self.image).square().mean((1, 2, 3)) + 1e-5).log().mean()
         # nats a latent element; the weight leaves informative latents sharp and lets spare ones be noise
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = 0.3 * error.abs().mean() + 10 * square + 1e-4 * divergence
+        loss = square + DIVERGENCE * divergence
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
             move_average(self.average, self.parameters, self.move)
-            self.figures += torch.stack([loss, square, divergence])
+            self.figures += torch.stack([square, divergence])
 
 
 def train(
@@ -106,6 +121,7 @@ def train(
 ) -> dict[str, float]:
     """Train in place, leave the average of its weights, and set how its latents are normalised.
 
+    An encoder that requires no gradients stays as it is, and with it the latents and how they are normalised.
     Returns PSNRs in dB on unseen pictures. `seconds`: fewer steps are taken if so many would take longer.
     """
     torch.manual_seed(seed)
@@ -129,14 +145,16 @@ def train(
             trainer.optimizer.zero_grad()
         run()
         if pace.report():
-            loss, square, divergence = (trainer.figures / pace.since()).tolist()
-            pace.say(f"loss {loss:.4f} psnr {-10 * math.log10(square / 4):.1f} kl {divergence:.2f}")
+            square, divergence = (trainer.figures / pace.since()).tolist()
+            pace.say(f"psnr {DECIBELS * square + PEAK:.2f} kl {divergence:.2f}")
             trainer.figures.zero_()
     with torch.no_grad():
         for parameter, mean in zip(trainer.parameters, trainer.average, strict=True):
             parameter.copy_(mean)
     vae.eval()
-    return _normalise(vae, seed, device)
+    if any(parameter.requires_grad for parameter in vae.encoder.parameters()):
+        normalise(vae, seed)
+    return decibels(vae, seed)
 
 
 def _moments(vae: AutoencoderKL | AutoencoderKLFlux2, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,12 +172,16 @@ def _decoded(vae: AutoencoderKL | AutoencoderKLFlux2, latents: Tensor) -> Tensor
     return picture
 
 
-def _normalise(vae: AutoencoderKL | AutoencoderKLFlux2, seed: int, device: torch.device) -> dict[str, float]:
-    """One scale and shift for all channels (FLUX.1), or running figures of every packed channel (FLUX.2)."""
+def _unseen(seed: int, device: torch.device) -> list[world.Scene]:
     rng = random.Random(f"vae {seed}")
-    scenes = [world.sample_scene(rng) for _ in range(256 if device.type == "cuda" else 8)]
+    return [world.sample_scene(rng) for _ in range(256 if device.type == "cuda" else 8)]
+
+
+def normalise(vae: AutoencoderKL | AutoencoderKLFlux2, seed: int) -> None:
+    """One scale and shift for all channels (FLUX.1), or running figures of every packed channel (FLUX.2)."""
+    scenes = _unseen(seed, vae.device)
     with torch.no_grad():
-        image = world.paint(world.canvas(scenes, device=device)) * 2 - 1
+        image = world.paint(world.canvas(scenes, device=vae.device)) * 2 - 1
         latents = torch.cat([vae.encode(part).latent_dist.sample() for part in image.split(32)])
         if isinstance(vae, AutoencoderKLFlux2):
             packed = torch.nn.functional.pixel_unshuffle(latents, 2)
@@ -167,14 +189,46 @@ def _normalise(vae: AutoencoderKL | AutoencoderKLFlux2, seed: int, device: torch
             vae.bn.running_var.copy_(packed.var((0, 2, 3)))
         else:
             vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-        neon = world.paint(world.canvas(scenes, "neon", device)) * 2 - 1
-        return {
-            name: fmean(_psnr(vae, part) for part in unseen.split(32))
-            for name, unseen in (("world", image), ("neon", neon), ("broad", pictures(len(scenes), device)))
-        }
+
+
+def decibels(vae: AutoencoderKL | AutoencoderKLFlux2, seed: int) -> dict[str, float]:
+    """Mean PSNR in dB, with weights as they are stored, of unseen scenes in each style and of a broad mix."""
+    stored, scenes = copy.deepcopy(vae).to(torch.bfloat16).float(), _unseen(seed, vae.device)
+    torch.manual_seed(seed)
+    sets = {style: world.paint(world.canvas(scenes, style, vae.device)) * 2 - 1 for style in world.STYLES}
+    sets["broad"] = pictures(len(scenes), vae.device)
+    with torch.no_grad():
+        return {name: round(fmean(_psnr(stored, part) for part in images.split(8)), 2) for name, images in sets.items()}
 
 
 def _psnr(vae: AutoencoderKL | AutoencoderKLFlux2, image: Tensor) -> float:
     """Mean over pictures of each one's decibels."""
     output = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
     return float(-10 * torch.log10((output - image).square().mean((1, 2, 3)) / 4).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="whose decoder is trained further")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the autoencoder alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="take fewer steps if these run out")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads beyond its bounds under autocast (torch 2.11)
+    flux2 = json.loads((args.model / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKLFlux2"
+    vae = (AutoencoderKLFlux2 if flux2 else AutoencoderKL).from_pretrained(args.model / "vae").float().to(device)
+    vae.encoder.requires_grad_(False)
+    print(f"PSNR before, dB: {decibels(vae, args.seed)}", flush=True)
+    after = train(vae, args.steps, args.batch, args.rate, args.seed, device, args.seconds)
+    print(f"PSNR after, dB: {after}", flush=True)
+    copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -173,12 +173,12 @@ def fit_budget(
     largest: Batch,
 ) -> int:
     """Keep as many blocks on the device as the budget allows beside a step on the largest batch; returns how many."""
-    whole = state_bytes(job.optim.name, (parameter.numel() for parameter in parameters))
-    # the first update allocates the states; a resumed run has them already
-    absent = 0 if optimizer.state else whole
+    # the first update allocates the states; a resumed run has them already. Two for each parameter, as optimizers do:
+    # small tensors and large ones have memory of their own in torch's allocator
+    absent = [] if optimizer.state else [state_bytes(job.optim.name, [each.numel()]) // 2 for each in parameters]
 
     def work() -> None:
-        states = torch.empty(absent, dtype=torch.uint8, device=largest.x0.device)
+        states = [torch.empty(size, dtype=torch.uint8, device=largest.x0.device) for size in absent for _ in range(2)]
         learn(largest)
         for parameter in parameters:
             parameter.grad = None

@@ -13,13 +13,16 @@ from infer.adapter.switch import switch
 from infer.checkpoint.files import known_config
 from infer.checkpoint.model import Model
 from infer.fast import fold, kept_attention, ready_kernels
+from infer.fast.add_product import add_product
 from infer.fast.few_rows import few_rows_int8
 from infer.fast.fold import folded
 from infer.fast.fused_activation import activated
 from infer.fast.fused_gate import gated
 from infer.fast.fused_heads import Heads, Rows, heads_and_rest, heads_of
+from infer.fast.fused_linear import fused_linear
 from infer.fast.fused_norm import normed
 from infer.fast.install import install
+from infer.fast.kept_attention import Kept
 from infer.fast.memory import Memory
 from infer.fast.thin import thin_of
 from infer.fast.weights import Linear, Lora, Stack, dequantize
@@ -55,7 +58,7 @@ def compare(found: Any, expected: Any, learned: list[Tensor], bound: float = 2e-
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "double"])
-@pytest.mark.parametrize("adapter", ["rslora", "all layers"])
+@pytest.mark.parametrize("adapter", ["rslora", "all layers", "dora"])
 def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: str, model: Model) -> None:
     precision = exact("nf4", double_quant=True) if kind == "double" else exact(kind)
     transformer, parameters = make(precision, ADAPTERS[adapter], model)
@@ -95,15 +98,6 @@ def test_products_in_8_bits_are_as_near_as_in_the_compilers_blocks(products: str
         install(transformer, Memory(), CPU, products=products, kernels=kernels)
         found.append(overall(step(transformer, parameters, Precision("nf4")), exactly))
     assert 0.002 < found[1] < 1.1 * found[0]
-
-
-def test_blocks_that_they_do_not_reach_are_computed_as_before(tiny: Model) -> None:
-    precision = exact("nf4")
-    transformer, parameters = make(precision, ADAPTERS["dora"], tiny)
-    install(transformer, Memory(), CPU)
-    expected = step(transformer, parameters, precision)
-    install(transformer, Memory(), CPU, kernels=True)
-    assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
 
 def test_attention_is_computed_once_and_streamed_blocks_are_resident_ones(
@@ -230,6 +224,44 @@ def test_adapters_as_two_thin_matrices(device: str, ranks: tuple[tuple[int, ...]
     assert thin_of(Linear(frozen, ((),) * len(widths)), torch.float32) is None
 
 
+@each_device
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (None, 3, None), (8, None, 3)])
+@pytest.mark.parametrize("keep", ["everything", "attention"])
+def test_gains_of_dora(device: str, biased: bool, ranks: tuple[int | None, ...], keep: str, normal: Make) -> None:
+    """Against the weights, their norms and the products as DoRA's paper writes them, in fp64."""
+    widths, strength = (32, 300, 48), torch.tensor(0.7, device=device)
+    frozen = normal(device, sum(widths), 80).detach()
+    bias = normal(device, sum(widths)).detach() if biased else None
+    adapters = tuple(
+        ()
+        if rank is None
+        else (Lora(normal(device, rank, 80), normal(device, width, rank), strength, normal(device, width)),)
+        for rank, width in zip(ranks, widths, strict=True)
+    )
+    layers = Linear(Stack("plain", (sum(widths), 80), widths, frozen, None, None, bias), adapters)
+    x = normal(device, 2, 700, 80)
+    expected = []
+    for own, part in zip(adapters, frozen.double().split(widths), strict=True):
+        weights = part
+        if own:
+            assert own[0].magnitude is not None
+            weights = weights + strength.double() * own[0].up.double() @ own[0].down.double()
+            weights = weights * (own[0].magnitude.double() / weights.detach().norm(dim=1))[:, None]
+        expected.append(x.double() @ weights.T)
+    whole = torch.cat(expected, dim=-1) + (0 if bias is None else bias.double())
+    learned = [
+        x,
+        *(t for own in adapters for lora in own for t in (lora.down, lora.up, lora.magnitude) if t is not None),
+    ]
+    kept = Kept()
+    with kept.active(again=False), torch.no_grad():
+        assert error([fused_linear(x, layers, again=False)], [whole]) < 1e-5
+    with kept.active(again=keep == "attention"):
+        found = fused_linear(x, layers, again=keep == "attention", value=keep == "everything")
+    compare([found], [whole], learned)
+
+
 def quantized(device: str, kind: str, nested: bool, weights: list[Tensor]) -> Stack:
     widths = tuple(len(each) for each in weights)
     shape = sum(widths), weights[0].shape[1]
@@ -306,9 +338,27 @@ def test_few_rows_with_int8_weights(device: str, normal: Make) -> None:
 @pytest.mark.parametrize("learns", [False, True])
 def test_the_calls_that_kernels_are_compiled_by(precision: Precision, learns: bool, model: Model) -> None:
     """Each can be made; on a CPU they compile nothing."""
-    works = ready_kernels._works(known_config(model, "transformer"), precision, 4, learns, CPU)
+    works = ready_kernels._works(known_config(model, "transformer"), precision, 4, learns, True, CPU)
     for work in works:
         work()
     assert len(works) == (11 if learns else 7)
     ready_kernels.prepare_kernels({}, precision, Memory(), CPU)
     ready_kernels.wait()
+
+
+@each_device
+@pytest.mark.parametrize("rank", [8, 48, 264])
+@pytest.mark.parametrize("how", ["added", "with gains", "with gains and a bias"])
+def test_a_product_is_added_to_part_of_a_tensor(device: str, rank: int, how: str, normal: Make) -> None:
+    """In bf16; 264 is beyond the kernel's ranks."""
+    whole, x, weight, gain, bias = (
+        normal(device, *shape).detach() for shape in ((2, 70, 400), (2, 70, rank), (200, rank), (200,), (200,))
+    )
+    whole, x, weight, bias = (tensor.bfloat16() for tensor in (whole, x, weight, bias))
+    y, least = whole.clone(), bias.double() if "bias" in how else 0.0
+    add_product(y[..., 100:300], x, weight, gain if "gains" in how else None, bias if "bias" in how else None)
+    expected = whole.double()
+    own = expected[..., 100:300] + x.double() @ weight.double().T
+    expected[..., 100:300] = (own - least) * (gain.double() if "gains" in how else 1.0) + least
+    assert float((y - expected).norm() / expected.norm()) < 3e-3
+    assert torch.equal(y[..., :100], whole[..., :100]) and torch.equal(y[..., 300:], whole[..., 300:])

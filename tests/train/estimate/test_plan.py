@@ -160,16 +160,17 @@ def test_a_budget_leaves_room_for_the_states_that_are_not_there_yet(name: str, t
     parameters = attach(load_transformer(tiny, Precision("bf16"), torch.device("cpu")), Adapter(rank=64), 0)
     optimizer = make_optimizer(Optim(name, lr=1.0), parameters)
     job = Train(model=tiny, memory=Memory(budget_gib=1.0), optim=Optim(name))
-    held: list[int] = []
+    held: list[list[int]] = []
 
     class Taking(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
             if func is torch.ops.aten.empty.memory_format:
-                held.append(made.numel() * made.element_size())
+                held[-1].append(made.numel() * made.element_size())
             return made
 
     def fit(_: float, work: Any) -> int:
+        held.append([])
         with Taking():
             work()
         return 0
@@ -180,7 +181,11 @@ def test_a_budget_leaves_room_for_the_states_that_are_not_there_yet(name: str, t
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-    assert held == [state_bytes(name, (parameter.numel() for parameter in parameters)), 0]
+    first, second = held
+    assert sum(first) == state_bytes(name, (parameter.numel() for parameter in parameters)) and not second
+    if name == "adamw":  # one by one, as the allocator has memory of their own for small tensors and for large ones
+        states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+        assert sorted(first) == sorted(value.numel() * value.element_size() for value in states)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])

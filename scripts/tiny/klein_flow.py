@@ -1,0 +1,173 @@
+"""The bundled FLUX.2's transformer in training: velocities by regression, and the base's guided paths."""
+
+import copy
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor, nn
+
+from scripts.tiny import klein_parts, world
+from scripts.tiny.make_flow import CAPTIONS
+from scripts.tiny.pace import Pace, captured, move_average
+
+FINE = (4, 4, 4, 8)  # small steps within each large one of the distilled model
+FEW = len(FINE)
+GUIDANCE = 3.0  # of the paths that the distilled model learns
+
+
+class Flow(nn.Module):
+    """The transformer with the places of its tokens: packed latents and text states in, velocity out."""
+
+    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        side = world.SIZE // 16
+        self.register_buffer("img_ids", Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 1, side, side))[0])
+        text = torch.zeros(1, klein_parts.TEXT_TOKENS, 1)
+        self.register_buffer("txt_ids", Flux2KleinPipeline._prepare_text_ids(text)[0])
+
+    def forward(self, x: Tensor, texts: Tensor, sigma: Tensor) -> Tensor:
+        """x [batch, tokens, 128], texts [batch, TEXT_TOKENS, 3 * WIDTH], sigma [batch] -> like x."""
+        velocity: Tensor = self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=texts,
+            timestep=sigma,
+            guidance=None,
+            img_ids=self.img_ids,
+            txt_ids=self.txt_ids,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def compile_blocks(self) -> None:
+        for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
+            block.compile()
+
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x, texts, sigma and the velocity that is wanted
+
+
+def noised(x0: Tensor, texts: Tensor, empty: Tensor, batch: int) -> Callable[[], Batch]:
+    """Flow matching: x0 [samples, tokens, 128], texts [captions, TEXT_TOKENS, width], CAPTIONS for each sample.
+
+    empty: the empty caption's states [1, TEXT_TOKENS, width], which one in ten is given.
+    """
+
+    def draw() -> Batch:
+        def chance(share: float) -> Tensor:
+            return torch.rand(batch, device=x0.device) < share
+
+        index = (torch.rand(batch, device=x0.device) * len(x0)).long()
+        caption = index * CAPTIONS + (torch.rand(batch, device=x0.device) * CAPTIONS).long()
+        clean = x0[index].float()
+        noise = torch.randn_like(clean)
+        # colours are bound to things where there is much noise, and most of the sampler's steps are there
+        sigma = torch.sigmoid(torch.randn(batch, device=x0.device) + chance(0.6).float())
+        x = (1 - sigma[:, None, None]) * clean + sigma[:, None, None] * noise
+        return x, torch.where(chance(0.1)[:, None, None], empty, texts[caption]), sigma, noise - clean
+
+    return draw
+
+
+def along(stands: Tensor, texts: Tensor, chosen: Tensor, batch: int) -> Callable[[], Batch]:
+    """Distillation: the velocity that leads from one stand of a path to the next.
+
+    stands: [paths, FEW + 1, tokens, 128], as `paths` gives them; chosen: [paths], the index of each one's text.
+    """
+    levels = torch.tensor(sigmas(stands.shape[2], FEW), device=stands.device)
+
+    def draw() -> Batch:
+        index = (torch.rand(batch, device=stands.device) * len(stands)).long()
+        step = (torch.rand(batch, device=stands.device) * FEW).long()
+        before, after = stands[index, step].float(), stands[index, step + 1].float()
+        target = (after - before) / (levels[step + 1] - levels[step])[:, None, None]
+        return before, texts[chosen[index]], levels[step], target
+
+    return draw
+
+
+def train(
+    name: str,
+    flow: Flow,
+    batch: Callable[[], Batch],
+    steps: int,
+    rate: float,
+    decay: float,
+    seconds: float,
+    kept: Callable[[Flow], None] = lambda flow: None,
+) -> Flow:
+    """Regress the velocities that `batch` gives; returns the average.
+
+    kept: called with the average about once a minute.
+    """
+    began = time.monotonic()
+    parameters: list[Tensor] = list(flow.parameters())
+    device = parameters[0].device
+    cuda = device.type == "cuda"
+    now, move, total = (torch.zeros((), device=device) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=now if cuda else rate, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda, capturable=cuda
+    )
+    average = copy.deepcopy(flow).eval().requires_grad_(False)
+
+    def step() -> None:
+        x, texts, sigma, target = batch()
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            velocity = flow(x, texts, sigma)
+        loss = (velocity.float() - target).square().mean()
+        loss.backward()
+        total.add_(loss.detach())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            move_average(list(average.parameters()), parameters, move)
+
+    run = captured(step, optimizer)
+    pace = Pace(name, steps, seconds - (time.monotonic() - began))
+    total.zero_()
+    saved = time.monotonic()
+    while pace.more():
+        move.fill_(1 - pace.keep())
+        now.fill_(pace.rate(rate, warmup=300, decay=decay))
+        if not cuda:
+            optimizer.zero_grad()
+        run()
+        if pace.report():
+            pace.say(f"loss {total.item() / pace.since():.4f}")
+            total.zero_()
+            if time.monotonic() - saved > 60:
+                kept(average)
+                saved = time.monotonic()
+    return average
+
+
+def sigmas(tokens: int, steps: int) -> list[float]:
+    """The pipeline's noise levels, with the 0 that ends them."""
+    scheduler = klein_parts.scheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+    return [float(value) for value in scheduler.sigmas]
+
+
+def paths(flow: Flow, texts: Tensor, empty: Tensor, batch: int, shape: tuple[int, int]) -> Tensor:
+    """Where the guided path of each text stands before and after each large step: [texts, FEW + 1, *shape] bf16."""
+    levels = sigmas(shape[0], FEW)
+    kept = []
+    with torch.no_grad(), torch.autocast(texts.device.type, torch.bfloat16):
+        for part in texts.split(batch):
+            x = torch.randn(len(part), *shape, device=texts.device)
+            stands = [x.bfloat16()]
+            both = torch.cat([part, empty.expand(len(part), -1, -1)])
+            for small, (high, low) in zip(FINE, pairwise(levels), strict=True):
+                fine = torch.linspace(high, low, small + 1).tolist()
+                for a, b in pairwise(fine):
+                    sigma = torch.full((2 * len(part),), a, device=x.device)
+                    with_text, without = flow(torch.cat([x, x]), both, sigma).float().chunk(2)
+                    x = x + (b - a) * (without + GUIDANCE * (with_text - without))
+                stands.append(x.bfloat16())
+            kept.append(torch.stack(stands, 1))
+    return torch.cat(kept)
