@@ -8,7 +8,7 @@ import torch
 
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
-from scripts.check.case import CASES, DISTILLED, KLEIN, TRAINED
+from scripts.check.case import CASES, DISTILLED, KINDS, KLEIN, TRAINED
 from scripts.check.commands import (
     check_kind,
     check_merge,
@@ -73,6 +73,7 @@ def groups(names: list[str]) -> list[list[str]]:
         elif case.kind in FROM_ERROR:
             key = "from error"
         else:
-            key = f"{case.model} {case.precision}".strip()
+            # DoRA's rows apart, so that no process has so many that it is left alone at the end
+            key = f"{case.model} {case.precision}".strip() + (" dora" if KINDS[case.kind].dora else "")
         found.setdefault(key, []).append(name)
     return list(found.values())
