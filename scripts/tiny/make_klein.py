@@ -27,7 +27,7 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.tiny import klein_parts, make_vae, world
+from scripts.tiny import klein_parts, make_vae, parts, world
 from scripts.tiny.klein_flow import FINE, GUIDANCE, Flow, along, noised, paths, train
 from scripts.tiny.klein_text import chat, draw_captions, embed, stored, teach_text
 from scripts.tiny.make_flow import CHUNK
@@ -74,7 +74,7 @@ def parts_of(start: Path | None) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM, Flux
     return (
         Qwen2Tokenizer.from_pretrained(start / "tokenizer"),
         Qwen3ForCausalLM.from_pretrained(start / "text_encoder", dtype=torch.float32),
-        Flux2Transformer2DModel.from_pretrained(start / "transformer").float(),
+        parts.loaded(Flux2Transformer2DModel, start / "transformer"),
     )
 
 
@@ -152,9 +152,9 @@ def main() -> None:
         teach_text(encoder, reader, ids, mask, wanted, grounds, args.text_steps, text_batch, seconds, graphed)
         report("text encoder taught")
     if args.start:
-        vae = AutoencoderKLFlux2.from_pretrained(args.start / "vae").float().to(device)
+        vae = parts.loaded(AutoencoderKLFlux2, args.start / "vae").to(device)
     else:
-        vae = klein_parts.vae(AutoencoderKL.from_pretrained(args.vae / "vae").float())
+        vae = klein_parts.vae(parts.loaded(AutoencoderKL, args.vae / "vae"))
         vae.bn.requires_grad_(False)
         decibels = make_vae.train(
             vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds, not args.eager

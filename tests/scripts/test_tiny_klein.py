@@ -49,6 +49,7 @@ def test_the_two_differ_by_their_transformers_alone() -> None:
         for one in (BASE, FEW)
     )
     for files in (base, few):
+        assert not [name for name, content in files.items() if b"_name_or_path" in content], "whose folder it was"
         assert sum(map(len, files.values())) <= 12 * 2**20
     changed = {str(name) for name in base if base[name] != few.get(name)}
     weights = {f"transformer/diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)}
