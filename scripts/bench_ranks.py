@@ -204,10 +204,12 @@ def main() -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
     command = [*launch, str(Path(__file__).resolve()), "--worker", str(seen.resolve()), "--only", *options.only]
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if options.cpu else {})
+    running = subprocess.Popen(command, env=environment)
     try:
-        code = subprocess.run(command, env=environment, timeout=options.seconds, check=False).returncode
+        code = running.wait(options.seconds)
     except subprocess.TimeoutExpired:
-        code = -1
+        running.terminate()  # the launcher, which ends its workers
+        code = running.wait()
     lines = read_lines(seen)
     done = {line["variant"] for line in lines}
     for name in options.only:

@@ -4,7 +4,7 @@
     python scripts/check_gpu.py --only nf4-streamed-dora spill   # some rows; --list names them
     python scripts/check_gpu.py --cpu --only nf4-fused-lora      # what of it a CPU can do
 
-The bundled FLUX.1, and a random FLUX.2 klein that is made on the spot with its text encoder and 512 tokens. Of each,
+The bundled FLUX.1 and FLUX.2 klein, and a random klein that is made on the spot for texts of 512 tokens. Of each,
 each precision, on the plain, the fused and the streamed path, with LoRA, rsLoRA and DoRA, and products in 8 bits:
 gradients, a short training, the same resumed in its middle, its preview, and a comparison's pictures. Then pictures
 with references, mixtures, adapters that start from the rounding error or are no LoRA, recovery, scores while training,

@@ -42,9 +42,10 @@ from train.trackers.metrics import read_events
 STEPS = 6  # of each run
 KILLED = 3  # the step in whose journal's line the first kill comes
 SAVED = 2  # steps between checkpoints
-# nothing is drawn, and nothing ends a run early
-UNSCORED = ("scores_every=0", "networks=none", f"unrelated={json.dumps(UNRELATED)}", "stop.loss=0", "stop.likeness=0",
-            "stop.copying=null", "stop.drift=null")  # fmt: skip
+# nothing is drawn, nothing ends a run early, and nothing leaves this machine
+LEFT_OUT = ("previews=[]", "edits=[]", "sampling.model=null", "scores_every=0", "networks=none",
+            f"unrelated={json.dumps(UNRELATED)}", "stop.loss=0", "stop.likeness=0", "stop.copying=null",
+            "stop.drift=null", "track=none", "push=null", "mirror=null")  # fmt: skip
 
 
 def command_of(arguments: list[str], run: str) -> list[str]:
@@ -57,10 +58,8 @@ def command_of(arguments: list[str], run: str) -> list[str]:
         "save_minutes=0",
         f"keep={STEPS}",
         f"validate_every={KILLED}",
-        "previews=[]",
         "resume=null",
-        "track=none",
-        *UNSCORED,
+        *LEFT_OUT,
     ]
     return [*launch, str(ROOT / "train" / "train.py"), *arguments, *own]
 

@@ -8,7 +8,7 @@ import torch
 
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
-from scripts.check.case import CASES, KLEIN
+from scripts.check.case import CASES, DISTILLED, KINDS, KLEIN, TRAINED
 from scripts.check.commands import (
     check_kind,
     check_merge,
@@ -41,7 +41,8 @@ WORK |= {
     f"{KLEIN}-references": partial(check_references, KLEIN),
     f"{KLEIN}-merge": partial(check_merge, KLEIN),
     f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
-    f"{KLEIN}-second": check_second,
+    f"{KLEIN}-second": partial(check_second, KLEIN, DISTILLED),
+    f"{TRAINED}-second": partial(check_second, TRAINED, "distilled"),
     "all-stay": check_stays,
     **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
     "short-of-memory": check_short,
@@ -66,12 +67,13 @@ def groups(names: list[str]) -> list[list[str]]:
     for name in names:
         case = CASES.get(name)
         if case is None:
-            own = name.removeprefix(f"{KLEIN}-")
-            key = BESIDE.get(own.split("-")[0], own.split("-")[0])
-            key = key if own == name else f"{KLEIN} {key}"
+            model = next((model for model in (KLEIN, TRAINED) if name.startswith(f"{model}-")), "")
+            own = name.removeprefix(f"{model}-").split("-")[0]
+            key = f"{model} {BESIDE.get(own, own)}".strip()
         elif case.kind in FROM_ERROR:
             key = "from error"
         else:
-            key = f"{case.model} {case.precision}".strip()
+            # DoRA's rows apart, so that no process has so many that it is left alone at the end
+            key = f"{case.model} {case.precision}".strip() + (" dora" if KINDS[case.kind].dora else "")
         found.setdefault(key, []).append(name)
     return list(found.values())
