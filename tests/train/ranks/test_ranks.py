@@ -203,7 +203,7 @@ def test_shared_weights_learn_the_same_and_are_stored_once(two: tuple[Path, list
 def test_other_kinds_learn_the_same_beside_shared_weights(
     kind: str, zero: str, two: tuple[Path, list[str], float]
 ) -> None:
-    folder, logs, _ = two
+    folder, _, _ = two
     apart, shared = (load_file(folder / f"runs/{kind}-{fsdp}/adapter" / FILE) for fsdp in ("false", "true"))
     assert apart.keys() == shared.keys() and all(torch.equal(apart[key], shared[key]) for key in apart)
     learned = [value for key, value in apart.items() if zero in key]  # these begin as zeros
