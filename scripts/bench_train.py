@@ -123,7 +123,7 @@ class Held:
 
 KERNELS = {  # the first that a kernel's name holds
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
-    "dequantize": ("unpack", "fold", "kdequant", "dequantize"),
+    "dequantize": ("unpack", "kdequant", "dequantize"),
     "matrix products": ("gemm", "with_copies", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
     "copies": ("memcpy", "memset"),
     "fused": ("triton", "norm_", "gate_", "heads_", "activation_", "round_rows", "scale_product", "pack"),

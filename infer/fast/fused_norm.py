@@ -30,11 +30,15 @@ class _Normed(torch.autograd.Function):
         return None, None, *backward(gradient, ctx.scale, ctx.saved_tensors, beside)
 
 
-def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
+def normed(shift: Tensor, scale: Tensor, *streams: Tensor, spare: int = 0) -> tuple[Tensor, ...]:
     """The modulated norm [batch, tokens, width] of all streams behind each other, and each stream for its residual.
 
-    shift and scale [batch, width]; one stream, or two; [batch, tokens, width].
+    shift and scale [batch, width]; one stream, or two; [batch, tokens, width]. spare: columns behind the norm's that
+    hold nothing yet, where nothing learns.
     """
+    if spare:
+        assert not torch.is_grad_enabled()
+        return forward(shift, scale, streams, spare), *streams
     if shift.requires_grad or scale.requires_grad:
         x = torch.cat(streams, dim=1)
         normed = functional.layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale[:, None]) + shift[:, None]
@@ -43,12 +47,13 @@ def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]
     return found
 
 
-def forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+def forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...], spare: int = 0) -> Tensor:
     if streams[0].is_cuda:
-        return _forward_on_cuda(shift, scale, streams)
+        return _forward_on_cuda(shift, scale, streams, spare)
     x = torch.cat(streams, dim=1).float()
     y = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
-    return (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(streams[0].dtype)
+    y = (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(streams[0].dtype)
+    return functional.pad(y, (0, spare)) if spare else y
 
 
 def backward(
@@ -75,8 +80,9 @@ def _kernels() -> tuple[Any, Any]:
 
     @triton.jit(do_not_specialize=["early", "tokens"])
     def norm_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
-        first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, epsilon, size: tl.constexpr
-    ) -> None:
+        first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, out_row, epsilon,
+        size: tl.constexpr,
+    ) -> None:  # fmt: skip
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, size)
         batch, within = row // tokens, column < width
         x = load_row(first, second, row, column, within, early, tokens, width)
@@ -84,7 +90,7 @@ def _kernels() -> tuple[Any, Any]:
         x = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         by = 1 + tl.load(scale + batch * scale_row + column, mask=within, other=0.0).to(tl.float32)
         y = x * by + tl.load(shift + batch * shift_row + column, mask=within, other=0.0).to(tl.float32)
-        tl.store(out + row * width + column, y.to(out.dtype.element_ty), mask=within)
+        tl.store(out + row * out_row + column, y.to(out.dtype.element_ty), mask=within)
 
     @triton.jit(do_not_specialize=["early", "tokens"])
     def norm_backward(  # type: ignore[no-untyped-def]
@@ -110,16 +116,16 @@ def _size(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _forward_on_cuda(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+def _forward_on_cuda(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...], spare: int) -> Tensor:
     first, second = (x.contiguous() for x in (streams[0], streams[-1]))
     batch, early, width = first.shape
     tokens = sum(x.shape[1] for x in streams)
-    out = first.new_empty(batch, tokens, width)
+    out = first.new_empty(batch, tokens, width + spare)
     assert shift.stride(1) == scale.stride(1) == 1
     with torch.cuda.device(first.device):
         _kernels()[0][(batch * tokens,)](
-            first, second, shift, scale, out, early, tokens, width, shift.stride(0), scale.stride(0), EPSILON,
-            size=_size(width), num_warps=8,
+            first, second, shift, scale, out, early, tokens, width, shift.stride(0), scale.stride(0),
+            width + spare, EPSILON, size=_size(width), num_warps=8,
         )  # fmt: skip
     return out
 

@@ -14,13 +14,13 @@ from infer.fast import fused_activation, fused_gate, fused_heads, fused_norm
 from infer.fast.add_product import add_product
 from infer.fast.eight_bit import eight_of, product
 from infer.fast.few_rows import few_rows_int8
-from infer.fast.fold import folded
 from infer.fast.fused_gain import gain_backward
 from infer.fast.fused_heads import Heads
+from infer.fast.fused_linear import spare_of
 from infer.fast.int8_kernels import multiply_int8
 from infer.fast.kept_attention import kept_attention
 from infer.fast.thin import thin_of
-from infer.fast.weights import Linear, Lora, Stack, dequantize
+from infer.fast.weights import Linear, Lora, Stack, dequantize_at_once
 from infer.quantize.precision import FOUR_BIT, QUANTIZED, Precision
 
 ROWS = 32
@@ -68,7 +68,8 @@ def kernel_calls(config: Mapping[str, Any], precision: Precision, use: Use, devi
     if use.dora:
         yield _gains, (own, use.rank, use.learns)
     for kind, nested in stored:
-        yield _weights, (own, width, kind, nested)
+        for spare in sorted({0, *(spare_of(count * use.rank) for count in (1, 3))}):
+            yield _weights, (own, width, kind, nested, spare)
         if flux1 and kind == "int8":
             yield _modulation, (own, width)
     if use.learns:
@@ -184,11 +185,9 @@ def _stack(own: Place, rows: int, columns: int, kind: str, nested: bool) -> Stac
     return Stack(kind, shape, (rows,), stored, scale.to(torch.uint8), (outer, code, offset), None)
 
 
-def _weights(own: Place, width: int, kind: str, nested: bool) -> None:
+def _weights(own: Place, width: int, kind: str, nested: bool, spare: int) -> None:
     if kind != "plain":
-        frozen = _stack(own, 3 * ROWS, width, kind, nested)
-        dequantize(frozen, own.dtype)
-        folded(frozen, None, own.dtype)
+        dequantize_at_once(_stack(own, 3 * ROWS, width, kind, nested), own.dtype, spare)
 
 
 def _modulation(own: Place, width: int) -> None:
