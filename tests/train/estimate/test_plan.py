@@ -270,6 +270,15 @@ def test_references_are_planned_as_they_were_measured() -> None:
         assert seconds(job, taken, CARDS["H200"]) == pytest.approx(seen["seconds"], rel=0.05)
 
 
+def test_kinds_of_adapters_are_planned_as_they_were_measured() -> None:
+    """Memory within 2 %, at full size on the plain path."""
+    lines = (ROOT / "docs" / "benchmarks" / "kinds.jsonl").read_text().splitlines()
+    found = {row["name"].removeprefix("train "): row["seen"] for row in map(json.loads, lines) if "seen" in row}
+    assert {"kinds-lora-plain", "kinds-lokr-plain", "kinds-loha-plain", "kinds-oft-plain"} <= found.keys()
+    for name, seen in found.items():
+        assert footprint(VARIANTS[name].job).allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.02)
+
+
 def test_less_is_kept_in_less_memory_and_more_time() -> None:
     job = Train(model=DEV, data=Data(resolution=1024))
     kept = [replace(job, memory=Memory(keep)) for keep in ("nothing", "attention", "everything")]
