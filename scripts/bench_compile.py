@@ -39,6 +39,7 @@ from infer.checkpoint.model import Model
 from infer.device.device import release
 from infer.fast.cuda_graph import Sampler
 from infer.fast.install import choose_path
+from infer.fast.kernel_calls import Use
 from infer.fast.memory import Memory
 from infer.fast.ready_kernels import prepare_kernels
 from infer.quantize.compute import compute_dtype_of
@@ -88,7 +89,7 @@ def training(tiny: bool, clock: Clock) -> None:
         job.model = TINY
     found: dict[str, Any] = {}
     config = read_config(job.model, "transformer")
-    prepare_kernels(config, job.precision, job.memory, device, job.adapter.rank, learns=True)
+    prepare_kernels(config, job.precision, job.memory, device, Use(job.adapter.rank, learns=True))
 
     def load() -> None:
         transformer = load_transformer(job.model, job.precision, device).train()

@@ -123,7 +123,7 @@ class Held:
 
 KERNELS = {  # the first that a kernel's name holds
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn_generated"),
-    "dequantize": ("unpack", "fold", "kdequant", "dequantize"),
+    "dequantize": ("unpack", "kdequant", "dequantize"),
     "matrix products": ("gemm", "with_copies", "nvjet", "cutlass", "xmma", "gemv", "splitk", "cublas"),
     "copies": ("memcpy", "memset"),
     "fused": ("triton", "norm_", "gate_", "heads_", "activation_", "round_rows", "scale_product", "pack"),
@@ -244,12 +244,14 @@ def need_of(name: str) -> float:
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """Variants of one precision share a process, and so its model; streamed ones have their own."""
+    """Variants of one precision share a process, and so its model; streamed ones have their own, and so have adapters
+    that are no LoRA, beside which PEFT attaches none."""
     found: dict[str, list[str]] = {}
     for name in (name for name in names if name != RATE):
         variant = VARIANTS[name]
         shared = f"{variant.model} {without_products(variant.precision)}"
-        key = name if variant.memory.budget_gib is not None else shared
+        apart = variant.memory.budget_gib is not None or variant.adapter.kind != "lora"
+        key = name if apart else shared
         found.setdefault(key, []).append(name)
     parts, rate = list(found.values()), [name for name in names if name == RATE]
     return [rate + parts[0], *parts[1:]] if parts else [rate]

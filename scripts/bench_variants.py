@@ -1,6 +1,6 @@
 """The ways to take a training step that scripts/bench_train.py times, and what is asked of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from infer.adapter.lora import Adapter
 from infer.checkpoint.model import Model
@@ -111,6 +111,12 @@ def _variants() -> dict[str, Variant]:
                 NF4, 1024, BALANCED, rank16, model=FLUX2["klein4b"], references=count
             ),
         }
+    wide = replace(rank16, targets="attention+mlp")
+    for kind in ("lora", "dora", "lokr", "loha", "oft"):
+        adapter = replace(wide, dora=True) if kind == "dora" else replace(wide, kind=kind)
+        found[f"kinds-{kind}-plain"] = Variant(NF4, 1024, PLAIN, adapter)
+        if kind in ("lora", "dora"):  # the others know no fast path
+            found[f"kinds-{kind}"] = Variant(NF4, 1024, BALANCED, adapter)
     del found["flux2_dev-nf4-1024-fast"]  # 95 GiB
     found |= {
         "klein4b-nf4-1024-budget4": Variant(

@@ -4,13 +4,14 @@
     python scripts/check_gpu.py --only nf4-streamed-dora spill   # some rows; --list names them
     python scripts/check_gpu.py --cpu --only nf4-fused-lora      # what of it a CPU can do
 
-The bundled FLUX.1, and a random FLUX.2 klein that is made on the spot with its text encoder and 512 tokens. Of each,
+The bundled FLUX.1 and FLUX.2 klein, and a random klein that is made on the spot for texts of 512 tokens. Of each,
 each precision, on the plain, the fused and the streamed path, with LoRA, rsLoRA and DoRA, and products in 8 bits:
 gradients, a short training, the same resumed in its middle, its preview, and a comparison's pictures. Then pictures
-with references, mixtures, adapters that start from the rounding error, recovery, merging, the optimizers, several
-resolutions, memory that runs out, and pytest's GPU tests; with two GPUs and more, scripts/check_ranks.py too. Rows of
-one precision share a process, and processes run side by side. What the programs themselves say goes to a log beside the
-rows. The last lines are a table; the exit code is 4 if a figure is beyond its limit or a row failed.
+with references, mixtures, adapters that start from the rounding error or are no LoRA, recovery, scores while training,
+merging, the optimizers, several resolutions, memory that runs out, and pytest's GPU tests; with two GPUs and more,
+scripts/check_ranks.py too. Rows of one precision share a process, and processes run side by side. What the programs
+themselves say goes to a log beside the rows. The last lines are a table; the exit code is 4 if a figure is beyond its
+limit or a row failed.
 """
 
 import argparse

@@ -52,16 +52,30 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def right_of(name: str, precision: str, *options: str) -> dict[str, str]:
+    """Held-out captions that a bundled model draws right, by their kind."""
+    file = ROOT / "runs" / "tables" / f"captions-{name}-{precision}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    program(
+        "scripts/tiny/check.py", "--model", f"scripts/tiny/{name}", "--count", "400", "--precision", precision,
+        "--json", str(file), *options,
+    )  # fmt: skip
+    return {kind: f"{right} of {of} ({right / of:.1%})" for kind, (right, of) in read(file)["right"].items()}
+
+
 def captions() -> str:
     """Held-out captions drawn right, by precision."""
+    found = {precision: right_of("model", precision, "--steps", "20") for precision in PRECISIONS}
+    return plain_table([["precision", *found["bf16"]], *([name, *row.values()] for name, row in found.items())])
+
+
+def klein() -> str:
+    """The same of the bundled FLUX.2, both drawn as their checkpoints say."""
     lines = []
-    for precision in PRECISIONS:
-        file = ROOT / "runs" / "tables" / f"captions-{precision}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        program("scripts/tiny/check.py", "--count", "400", "--precision", precision, "--json", str(file))
-        counts = read(file)["right"]
-        lines.append([precision, *(f"{right} of {of} ({right / of:.1%})" for right, of in counts.values())])
-    return plain_table([["precision", *counts], *lines])
+    for name in ("klein", "klein_distilled"):
+        found = {precision: right_of(name, precision) for precision in PRECISIONS}
+        lines += [[name, precision, *row.values()] for precision, row in found.items()]
+    return plain_table([["model", "precision", *found["bf16"]], *lines])
 
 
 def reader() -> str:
@@ -195,6 +209,7 @@ def style() -> None:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "reader": ("docs/bundled-model.md", reader),
     "captions": ("docs/bundled-model.md", captions),
+    "klein": ("docs/bundled-model.md", klein),
     "demo": ("docs/bundled-model.md", demo),
     "style": ("docs/bundled-model.md", style_of_many),
     "sensitivity": ("docs/measurement.md", sensitivity),

@@ -115,7 +115,7 @@ def test_the_container_is_given_what_is_there() -> None:
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras.split(",")) <= named.keys()
     ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {".venv", "runs", "models", ".git"} <= set(ignored) and "!scripts/tiny/model/**/*.safetensors" in ignored
+    assert {".venv", "runs", "models", ".git"} <= set(ignored) and "!scripts/tiny/**/*.safetensors" in ignored
     shown = re.sub(r" *\\\n#\s*", " ", text)
     (run,) = [line for line in shown.splitlines() if "docker run" in line]
     composes(run[run.index("python train/train.py") :])

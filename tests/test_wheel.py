@@ -16,7 +16,7 @@ from infer.program.paths import ROOT
 from scripts.tiny.make_style import make_style
 
 CODE = ("hydra_plugins", "infer", "train")
-SHIPPED = ("configs", "scripts/tiny/model")
+SHIPPED = ("configs", *(f"scripts/tiny/{name}" for name in ("model", "klein", "klein_distilled")))
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 

@@ -12,19 +12,7 @@ from infer.checkpoint.files import read_config
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
-from infer.program.paths import CONFIGS, SHIPPED
-
-DISTILLED = "distilled"
-
-
-def shipped_models() -> dict[str, str]:
-    """The checkpoints that configs/model names: Hub id or folder, by the name that model=... takes."""
-    found: dict[str, str] = {}
-    for file in sorted((CONFIGS / "model").glob("*.yaml")):
-        named = [line.removeprefix("path: ") for line in file.read_text().splitlines() if line.startswith("path: ")]
-        if named:
-            found[file.stem] = named[0].replace("${root:}", str(SHIPPED))
-    return found
+from infer.checkpoint.shipped import DISTILLED, shipped_models, shipped_name
 
 
 def second_model(model: Model, name: str) -> Model:
@@ -110,5 +98,4 @@ def check_same_start(paths: Collection[str], recovery: bool) -> None:
 
 def short_name(model: Model) -> str:
     """What a picture's column calls a checkpoint."""
-    named = [name for name, path in shipped_models().items() if path == model.path]
-    return named[0] if named else Path(model.path).name
+    return shipped_name(model) or Path(model.path).name

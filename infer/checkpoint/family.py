@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.checkpoint.files import part_folder, pipeline_index, read_config
 from infer.checkpoint.model import Model
+from infer.checkpoint.shipped import shipped_base, shipped_distilled
 from infer.checkpoint.sources import file_of, rest_of
 from infer.family.family import Drawing, Family, LatentMap
 from infer.family.find import SIZES, of_config
@@ -62,12 +63,13 @@ def guided_by_two_calls(model: Model) -> bool:
 
 def distilled_from(model: Model) -> str | None:
     """The checkpoint to train on in place of a few-step distilled one; None if this one is none."""
-    return family_of(model).distilled_from(rest_of(model).path, _family_index(model), _transformer_config(model))
+    base = family_of(model).distilled_from(rest_of(model).path, _family_index(model), _transformer_config(model))
+    return base and (shipped_base(model) or base)
 
 
 def distilled_to(model: Model) -> str | None:
     """The few-step checkpoint that adapters of this one are drawn on too; None if there is none."""
-    return family_of(model).distilled_to(_family_index(model), _transformer_config(model))
+    return shipped_distilled(model) or family_of(model).distilled_to(_family_index(model), _transformer_config(model))
 
 
 def takes_references(model: Model) -> bool:

@@ -58,7 +58,7 @@ def text_body(encoder: Any) -> Any:
 
 
 def text_length(parts: Mapping[str, Any]) -> int:
-    return 512
+    return min(512, int(parts["tokenizer"].model_max_length))  # published tokenizers know no limit, or a far one
 
 
 def make_encoder(parts: Mapping[str, Any], length: int) -> Callable[[str], Text]:

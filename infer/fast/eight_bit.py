@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from infer.fast.int8_kernels import multiply_int8, rotate_round
-from infer.fast.round_rows import LEAST, round_rows, scale_product
-from infer.fast.unpack_8bit import LIMITS, rotated, rounded, unpack_8bit
+from infer.fast.round_rows import round_rows, scale_product
+from infer.fast.unpack_8bit import LEAST, LIMITS, rotated, rounded, unpack_8bit
 from infer.fast.weights import Eight, Stack, dequantize, four_bit_ends
 
 

@@ -13,7 +13,7 @@ from infer.fast.flux2_blocks import Single as Single2
 from infer.fast.fused_activation import activated
 from infer.fast.fused_gate import gated
 from infer.fast.fused_heads import Heads, Rows, heads_and_rest, heads_of
-from infer.fast.fused_linear import fused_linear
+from infer.fast.fused_linear import fused_linear, spare_columns
 from infer.fast.fused_norm import normed
 from infer.fast.kept_attention import kept_attention
 from infer.fast.weights import Linear, rows_of
@@ -35,7 +35,7 @@ def _double(
     mods = [mod.chunk(6, dim=-1) for mod in (txt_mod, img_mod)]
     streams, products = [txt, img], []
     for i, mod in enumerate(mods):
-        x, streams[i] = normed(mod[0], mod[1], streams[i])
+        x, streams[i] = normed(mod[0], mod[1], streams[i], spare=spare_columns(block.qkv[i]))
         products.append(fused_linear(x, block.qkv[i], again))
     how = Heads(block.heads, block.norms, cos, sin)
     attended = kept_attention(*heads_of(how, *products), block.repeatable)
@@ -54,9 +54,10 @@ def _single(
     block: Single1 | Single2, again: bool, streams: tuple[Tensor, ...], mod: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, ...]:
     shift, scale, gate = mod.chunk(3, dim=-1)
-    x, *beside = normed(shift, scale, *streams)
-    reads = block.reads if isinstance(block, Single1) else _reads(block)
-    how, width, rows = Heads(block.heads, block.norms, cos, sin), x.shape[-1], None
+    reads, width = block.reads if isinstance(block, Single1) else _reads(block), streams[0].shape[-1]
+    # of two products that read it, each would need columns of its own
+    x, *beside = normed(shift, scale, *streams, spare=spare_columns(reads[0]) if len(reads) == 1 else 0)
+    how, rows = Heads(block.heads, block.norms, cos, sin), None
     if len(reads) > 1:  # the MLP's part is a product of its own
         product, hidden = (fused_linear(x, each, again) for each in reads)
         q, k, v = heads_of(how, product)

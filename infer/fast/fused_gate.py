@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infer.fast.stream_rows import stream_rows
+
 WIDE = 1024  # columns a program
 
 
@@ -36,7 +38,7 @@ def forward(gate: Tensor, y: Tensor, streams: tuple[Tensor, ...]) -> tuple[Tenso
     if y.is_cuda:
         given = [x.contiguous() for x in streams]
         out = [torch.empty_like(x) for x in given]
-        _launch(0, gate, y.contiguous(), (given[0], given[-1]), (out[0], out[-1]), given[0].shape[1])
+        _launch(0, gate, y.contiguous(), (given[0], given[-1]), (out[0], out[-1]))
         return tuple(out)
     parts = y.split([x.shape[1] for x in streams], dim=1)
     by = gate.float()[:, None]
@@ -49,7 +51,7 @@ def backward(gate: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
     given = [x.contiguous() for x in gradients]
     tokens = sum(x.shape[1] for x in given)
     out = given[0].new_empty(len(gate), tokens, gate.shape[1])
-    _launch(1, gate, out, (given[0], given[-1]), (given[0], given[-1]), given[0].shape[1])
+    _launch(1, gate, out, (given[0], given[-1]), ())
     return out
 
 
@@ -59,48 +61,36 @@ def _kernels() -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
+    load_row, store_row = stream_rows()
+
     @triton.jit(do_not_specialize=["early", "tokens"])
     def gate_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
         first, second, gate, y, out_first, out_second, early, tokens, width, gate_row, size: tl.constexpr
     ) -> None:
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.program_id(1) * size + tl.arange(0, size)
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * size + tl.arange(0, size)
         within = column < width
-        one, other = within & (token < early), within & (token >= early)
-        at = (batch * early + token) * width + column
-        behind = (batch * (tokens - early) + token - early) * width + column
-        x = tl.load(first + at, mask=one, other=0.0).to(tl.float32)
-        x += tl.load(second + behind, mask=other, other=0.0).to(tl.float32)
-        by = tl.load(gate + batch * gate_row + column, mask=within, other=0.0).to(tl.float32)
+        x = load_row(first, second, row, column, within, early, tokens, width)
+        by = tl.load(gate + row // tokens * gate_row + column, mask=within, other=0.0).to(tl.float32)
         x += by * tl.load(y + row * width + column, mask=within, other=0.0).to(tl.float32)
-        tl.store(out_first + at, x.to(out_first.dtype.element_ty), mask=one)
-        tl.store(out_second + behind, x.to(out_second.dtype.element_ty), mask=other)
+        store_row(out_first, out_second, x, row, column, within, early, tokens, width)
 
     @triton.jit(do_not_specialize=["early", "tokens"])
     def gate_backward(  # type: ignore[no-untyped-def]
-        first, second, gate, y, out_first, out_second, early, tokens, width, gate_row, size: tl.constexpr
+        first, second, gate, y, early, tokens, width, gate_row, size: tl.constexpr
     ) -> None:
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.program_id(1) * size + tl.arange(0, size)
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * size + tl.arange(0, size)
         within = column < width
-        at = (batch * early + token) * width + column
-        behind = (batch * (tokens - early) + token - early) * width + column
-        g = tl.load(first + at, mask=within & (token < early), other=0.0).to(tl.float32)
-        g += tl.load(second + behind, mask=within & (token >= early), other=0.0).to(tl.float32)
-        g *= tl.load(gate + batch * gate_row + column, mask=within, other=0.0).to(tl.float32)
+        g = load_row(first, second, row, column, within, early, tokens, width)
+        g *= tl.load(gate + row // tokens * gate_row + column, mask=within, other=0.0).to(tl.float32)
         tl.store(y + row * width + column, g.to(y.dtype.element_ty), mask=within)
 
     return gate_forward, gate_backward
 
 
-def _launch(
-    which: int, gate: Tensor, y: Tensor, given: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], early: int
-) -> None:
+def _launch(which: int, gate: Tensor, y: Tensor, given: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
     batch, tokens, width = y.shape
     assert gate.stride(1) == 1
     with torch.cuda.device(y.device):
         _kernels()[which][(batch * tokens, -(-width // WIDE))](
-            *given, gate, y, *out, early, tokens, width, gate.stride(0), size=WIDE, num_warps=4
+            *given, gate, y, *out, given[0].shape[1], tokens, width, gate.stride(0), size=WIDE, num_warps=4
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.fast.stream_rows import stream_rows
+
 EPSILON = 1e-6
 
 
@@ -28,11 +30,15 @@ class _Normed(torch.autograd.Function):
         return None, None, *backward(gradient, ctx.scale, ctx.saved_tensors, beside)
 
 
-def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
+def normed(shift: Tensor, scale: Tensor, *streams: Tensor, spare: int = 0) -> tuple[Tensor, ...]:
     """The modulated norm [batch, tokens, width] of all streams behind each other, and each stream for its residual.
 
-    shift and scale [batch, width]; one stream, or two; [batch, tokens, width].
+    shift and scale [batch, width]; one stream, or two; [batch, tokens, width]. spare: columns behind the norm's that
+    hold nothing yet, where nothing learns.
     """
+    if spare:
+        assert not torch.is_grad_enabled()
+        return forward(shift, scale, streams, spare), *streams
     if shift.requires_grad or scale.requires_grad:
         x = torch.cat(streams, dim=1)
         normed = functional.layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale[:, None]) + shift[:, None]
@@ -41,12 +47,13 @@ def normed(shift: Tensor, scale: Tensor, *streams: Tensor) -> tuple[Tensor, ...]
     return found
 
 
-def forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+def forward(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...], spare: int = 0) -> Tensor:
     if streams[0].is_cuda:
-        return _forward_on_cuda(shift, scale, streams)
+        return _forward_on_cuda(shift, scale, streams, spare)
     x = torch.cat(streams, dim=1).float()
     y = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
-    return (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(streams[0].dtype)
+    y = (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(streams[0].dtype)
+    return functional.pad(y, (0, spare)) if spare else y
 
 
 def backward(
@@ -69,47 +76,38 @@ def _kernels() -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
+    load_row, store_row = stream_rows()
+
     @triton.jit(do_not_specialize=["early", "tokens"])
     def norm_forward(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
-        first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, epsilon, size: tl.constexpr
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.arange(0, size)
-        within = column < width
-        x = tl.load(first + (batch * early + token) * width + column, mask=within & (token < early), other=0.0)
-        place = second + (batch * (tokens - early) + token - early) * width + column
-        x = x.to(tl.float32) + tl.load(place, mask=within & (token >= early), other=0.0).to(tl.float32)
+        first, second, shift, scale, out, early, tokens, width, shift_row, scale_row, out_row, epsilon,
+        size: tl.constexpr,
+    ) -> None:  # fmt: skip
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+        batch, within = row // tokens, column < width
+        x = load_row(first, second, row, column, within, early, tokens, width)
         x = tl.where(within, x - tl.sum(x, 0) / width, 0.0)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         by = 1 + tl.load(scale + batch * scale_row + column, mask=within, other=0.0).to(tl.float32)
         y = x * by + tl.load(shift + batch * shift_row + column, mask=within, other=0.0).to(tl.float32)
-        tl.store(out + row * width + column, y.to(out.dtype.element_ty), mask=within)
+        tl.store(out + row * out_row + column, y.to(out.dtype.element_ty), mask=within)
 
     @triton.jit(do_not_specialize=["early", "tokens"])
     def norm_backward(  # type: ignore[no-untyped-def]
         first, second, scale, gradient, beside_first, beside_second, out_first, out_second,
         early, tokens, width, scale_row, epsilon, size: tl.constexpr,
     ) -> None:  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        batch, token = row // tokens, row % tokens
-        column = tl.arange(0, size)
-        within = column < width
-        one, other = within & (token < early), within & (token >= early)
-        at = (batch * early + token) * width + column
-        behind = (batch * (tokens - early) + token - early) * width + column
-        x = tl.load(first + at, mask=one, other=0.0).to(tl.float32)
-        x += tl.load(second + behind, mask=other, other=0.0).to(tl.float32)
-        passed = tl.load(beside_first + at, mask=one, other=0.0).to(tl.float32)
-        passed += tl.load(beside_second + behind, mask=other, other=0.0).to(tl.float32)
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+        batch, within = row // tokens, column < width
+        x = load_row(first, second, row, column, within, early, tokens, width)
+        passed = load_row(beside_first, beside_second, row, column, within, early, tokens, width)
         g = tl.load(gradient + row * width + column, mask=within, other=0.0).to(tl.float32)
         g *= 1 + tl.load(scale + batch * scale_row + column, mask=within, other=0.0).to(tl.float32)
         x = tl.where(within, x - tl.sum(x, 0) / width, 0.0)
         inverse = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         x *= inverse
         g = inverse * (g - tl.sum(g, 0) / width - x * (tl.sum(g * x, 0) / width)) + passed
-        tl.store(out_first + at, g.to(out_first.dtype.element_ty), mask=one)
-        tl.store(out_second + behind, g.to(out_second.dtype.element_ty), mask=other)
+        store_row(out_first, out_second, g, row, column, within, early, tokens, width)
 
     return norm_forward, norm_backward
 
@@ -118,16 +116,16 @@ def _size(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _forward_on_cuda(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+def _forward_on_cuda(shift: Tensor, scale: Tensor, streams: tuple[Tensor, ...], spare: int) -> Tensor:
     first, second = (x.contiguous() for x in (streams[0], streams[-1]))
     batch, early, width = first.shape
     tokens = sum(x.shape[1] for x in streams)
-    out = first.new_empty(batch, tokens, width)
+    out = first.new_empty(batch, tokens, width + spare)
     assert shift.stride(1) == scale.stride(1) == 1
     with torch.cuda.device(first.device):
         _kernels()[0][(batch * tokens,)](
-            first, second, shift, scale, out, early, tokens, width, shift.stride(0), scale.stride(0), EPSILON,
-            size=_size(width), num_warps=8,
+            first, second, shift, scale, out, early, tokens, width, shift.stride(0), scale.stride(0),
+            width + spare, EPSILON, size=_size(width), num_warps=8,
         )  # fmt: skip
     return out
 

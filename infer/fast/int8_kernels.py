@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer.fast.unpack_8bit import hadamard
+from infer.fast.unpack_8bit import LEAST, LIMITS, hadamard
 
 
 @torch.library.custom_op("flux_lora::rotate_round", mutates_args=())
@@ -25,7 +25,7 @@ def rotate_round(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = max(16, 1 << (width // 128 - 1).bit_length())  # a product has 16 rows at least
     with torch.cuda.device(x.device):
         _round()[(rows,)](
-            x, hadamard(x.device, torch.bfloat16), out, scales, width, blocks=blocks,
+            x, hadamard(x.device, torch.bfloat16), out, scales, width, least=LEAST, limit=LIMITS["int8"], blocks=blocks,
             num_warps=4 if blocks <= 32 else 16,
         )  # fmt: skip
     return out, scales
@@ -88,15 +88,15 @@ def _round() -> Any:
 
     @triton.jit
     def round_row(  # type: ignore[no-untyped-def]  # Triton takes `Any` here for a variable of the kernel's
-        x, matrix, out, scales, width, blocks: tl.constexpr,
+        x, matrix, out, scales, width, least: tl.constexpr, limit: tl.constexpr, blocks: tl.constexpr,
     ) -> None:  # fmt: skip
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, 128)
         place = tl.arange(0, blocks)[:, None] * 128 + column[None, :]
         v = tl.load(x + row * width + place, mask=place < width, other=0.0)
         turned = tl.dot(v, tl.load(matrix + column[:, None] * 128 + column[None, :])) * 0.08838834764831845
-        top = tl.maximum(tl.max(tl.max(tl.abs(turned), 1), 0), 1e-30)
-        tl.store(scales + row, top / 127.0)
-        whole = (turned * (127.0 / top) + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number
+        top = tl.maximum(tl.max(tl.max(tl.abs(turned), 1), 0), least)
+        tl.store(scales + row, top / limit)
+        whole = (turned * (limit / top) + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number
         tl.store(out + row * width + place, whole.to(tl.int8), mask=place < width)
 
     return round_row

@@ -29,8 +29,8 @@ class Memory:
     """How many blocks, the last ones, keep everything whatever `keep` says of the others: time for memory in small
     steps."""
     unpacked: bool = False
-    """Keep a copy of the blocks' quantized weights as they take part in products: the same numbers, no time for
-    dequantizing them; 16 GiB for FLUX.1-dev."""
+    """Keep a copy of the blocks' quantized weights as they take part in products: no time for dequantizing them; 16 GiB
+    for FLUX.1-dev."""
     fused: bool = True
     """The toolkit's own form of FLUX's blocks; false: diffusers' and PEFT's (`keep` then nothing or everything)."""
     compile: bool | None = None

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer.fast.unpack_8bit import LIMITS
+from infer.fast.unpack_8bit import LEAST, LIMITS
 
-LEAST = 1e-30  # the largest value of a row of zeros
 WIDE = 1024
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from infer.fast.dequantize import four_bit_values
 
 ROTATED = 128  # values that one Hadamard matrix mixes; a side of every layer is a multiple of it
-LIMITS = {"fp8": 448.0, "int8": 127.0}  # largest values
+LIMITS = {"fp8": 448.0, "int8": 127.0}  # largest values, to which a row's largest one is scaled
+LEAST = 1e-30  # the largest value of a row of zeros
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 STORED = ("plain", "int8", "4-bit", "nested")
 

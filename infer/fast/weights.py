@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infer.fast.dequantize import dequantize_4bit
+from infer.fast.dequantize import dequantize_4bit, dequantize_int8
 from infer.quantize.precision import kind_of, linear_layers
 from infer.quantize.storage import int8_values
 
@@ -71,13 +71,30 @@ def dequantize(stack: Stack, dtype: torch.dtype, turn: int = 0) -> Tensor:
     """The weights [out, in] that take part in products; for `turn` see dequantize_4bit."""
     if stack.kind == "plain":
         return stack.stored.to(dtype)
-    assert stack.scale is not None
     if stack.kind == "int8":
+        assert stack.scale is not None
         return int8_values(stack.stored, stack.scale, dtype)
+    return _four_bit(stack, dtype, turn, 0)
+
+
+def dequantize_at_once(stack: Stack, dtype: torch.dtype, spare: int = 0) -> Tensor:
+    """As `dequantize`, in one pass without a compiler; with `spare` columns that hold nothing yet behind the values of
+    quantized weights."""
+    if stack.kind == "plain":
+        assert not spare
+        return stack.stored.to(dtype)
+    if stack.kind == "int8":
+        assert stack.scale is not None
+        return dequantize_int8(stack.stored, stack.scale, dtype, spare)
+    return _four_bit(stack, dtype, 0, spare)
+
+
+def _four_bit(stack: Stack, dtype: torch.dtype, turn: int, spare: int) -> Tensor:
+    assert stack.scale is not None
     outer, code, offsets = stack.nested or (None, None, None)
     ends, shape = four_bit_ends(stack), list(stack.shape)
     weights: Tensor = dequantize_4bit(
-        stack.stored, stack.scale, outer, code, offsets, ends, stack.kind, shape, dtype, turn
+        stack.stored, stack.scale, outer, code, offsets, ends, stack.kind, shape, dtype, turn, spare
     )
     return weights
 

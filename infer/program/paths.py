@@ -13,7 +13,7 @@ from infer.program.absent import meant
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of infer/ and train/: the repository, or the one that a wheel was installed into."""
 SHIPPED = ROOT / "infer" / "shipped" if (ROOT / "infer" / "shipped").is_dir() else ROOT
-"""The folder of configs/ and scripts/tiny/model: the repository, or within a wheel's package (setup.py)."""
+"""The folder of configs/ and scripts/tiny: the repository, or within a wheel's package (setup.py)."""
 INSTALLED = SHIPPED != ROOT
 CONFIGS = SHIPPED / "configs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

@@ -17,7 +17,12 @@ from train.objective.optim import Optim
 from train.run.config import Train
 
 BUNDLED = Model(str(ROOT / "scripts" / "tiny" / "model"))
-KLEIN, DISTILLED = "klein", "klein-distilled"  # tests/tiny_klein.py's, in the check's folder: random weights
+KLEIN, DISTILLED = (
+    "klein",
+    "klein-distilled",
+)  # tests/tiny_klein.py's, in the check's folder: random weights, long texts
+TRAINED = "tiny-klein"  # the bundled one
+CHECKPOINTS = {"": BUNDLED, KLEIN: Model(KLEIN), TRAINED: Model(str(ROOT / "scripts" / "tiny" / "klein"))}
 PROMPTS = ["a large red star in the middle on a sky background"]
 STEPS, MIDDLE = 4, 2
 LORA, NF4 = Adapter(rank=16), Precision("nf4")  # 8-bit optimizers leave tensors below 4,096 values in fp32
@@ -63,6 +68,7 @@ MATRIX = {  # by model and precision: the adapters
         "nf4-fp8": ["lora"],
         "nf4-int8": ["lora"],
     },
+    TRAINED: {"bf16": ["lora"], "nf4": ["lora"]},
 }  # fmt: skip
 
 
@@ -74,7 +80,7 @@ class Case:
     path: str
     kind: str
     model: str = ""
-    """Empty for the bundled one, or klein."""
+    """Of CHECKPOINTS; empty for the bundled FLUX.1."""
 
     @property
     def name(self) -> str:
@@ -87,7 +93,7 @@ class Case:
 
     @property
     def checkpoint(self) -> Model:
-        return Model(KLEIN) if self.model else replace(BUNDLED)
+        return replace(CHECKPOINTS[self.model])
 
     @property
     def numbers(self) -> Precision:

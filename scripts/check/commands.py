@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from infer.adapter.lora import Adapter
 from infer.adapter.selection import Trained
 from infer.checkpoint.model import Model
 from infer.merge import merge
@@ -15,9 +17,9 @@ from infer.merging.settings import Merge
 from infer.program.paths import ROOT
 from infer.sample.generate import Sampling
 from scripts.check.bounds import on_cpu
-from scripts.check.case import LORA, NF4, PATHS, PROMPTS, Case, training
+from scripts.check.case import LORA, MIDDLE, NF4, PATHS, PROMPTS, STEPS, Case, training
 from scripts.check.figures import LEARNED, LOSS, PICTURE, Figures, apart, nearness
-from scripts.check.runs import learned, losses, pictures, resumed
+from scripts.check.runs import learned, losses, pictures, resumed, scores
 from train.objective.optim import Optim
 from train.train import train
 
@@ -60,6 +62,44 @@ def check_optimizer(name: str, device: torch.device) -> Figures:
             train(training(other, LORA, torch.device("cpu"), optim=optim, previews=[]))
     figures: Figures = {"learned against a CPU's": (apart(learned(job.run), learned(other)), "<=", 2 * LEARNED)}
     figures["resumed, largest difference"] = resumed(job), "<=", 0.0
+    return figures
+
+
+def check_kind(kind: str, device: torch.device) -> Figures:
+    """An adapter that is no LoRA: trained, resumed and drawn, against a CPU's."""
+    adapter, rate = Adapter(16, kind=kind, factor=8 if kind == "lokr" else 16), {"lokr": 1e-2, "oft": 1e-3}
+    job = training(f"kind-{kind}", adapter, device, optim=Optim(lr=rate.get(kind, 3e-3)), previews=[])
+    train(job)
+    figures: Figures = {"resumed, largest difference": (resumed(job), "<=", 0.0)}
+    other = f"kind-{kind}-cpu"
+    with on_cpu():
+        train(training(other, adapter, torch.device("cpu"), optim=job.optim, previews=[]))
+    figures["learned against a CPU's"] = apart(learned(job.run), learned(other)), "<=", 2 * LEARNED
+    trained, drawn = f"runs/{job.run}/adapter", []
+    for where in (device, torch.device("cpu")):
+        memory = Case("nf4", "fused", "lora").memory(where)
+        drawn.append(pictures(f"kind-{kind}-{where.type}-pictures", job.model, NF4, memory, where, trained))
+    figures["pictures against a CPU's, dB"] = nearness(*drawn), ">=", PICTURE
+    return figures
+
+
+def check_scores(path: str, device: torch.device) -> Figures:
+    """A training that draws and scores in its middle, against the same without, and its scores against a CPU's."""
+    scored: dict[str, Any] = {"scores_every": MIDDLE, "unrelated": ["three blue hearts on a cream background"]}
+    memory = Case("nf4", path, "lora").memory(device)
+    job = training(f"scores-{path}", LORA, device, memory=memory, **scored)
+    train(job)
+    train(training(f"scores-{path}-none", LORA, device, memory=memory, previews=[]))
+    figures: Figures = {
+        "learned against no scoring's": (apart(learned(job.run), learned(f"{job.run}-none")), "<=", 0.0)
+    }
+    with on_cpu():
+        train(training(f"{job.run}-cpu", LORA, torch.device("cpu"), **scored))
+    found, expected = scores(job.run), scores(f"{job.run}-cpu")
+    assert found.keys() == expected.keys() == {MIDDLE, STEPS}, f"steps {list(found)} were scored"
+    for name in ("score_change", "score_drift"):
+        off = max(abs(found[step][name] / expected[step][name] - 1) for step in expected)
+        figures[f"{name} against a CPU's"] = off, "<=", 2 * LEARNED
     return figures
 
 

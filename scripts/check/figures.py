@@ -13,6 +13,8 @@ Figures = dict[str, tuple[float, str, float]]
 # the largest relative error, or for decibels the least. bf16 is rounded at other places on each path
 GRADIENT, LOSS, LEARNED, PICTURE = 0.02, 0.02, 0.15, 35.0
 
+ZEROS = ("lora_B", "lokr_w1", "hada_w2_b", "oft_R")  # PEFT's factors that begin as zeros, by their names in files
+
 
 def share(value: float, sign: str, limit: float) -> float:
     """A figure as a part of its limit: up to 1 is within it."""
@@ -42,7 +44,8 @@ def nearness(found: list[Image.Image], expected: list[Image.Image]) -> float:
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """How far two adapters are apart, of what was learned (B began as zeros)."""
+    """How far two adapters of one kind are apart, of what was learned in the factors that began as zeros."""
     assert found.keys() == expected.keys()
-    moved = sum(float(value.square().sum()) for key, value in expected.items() if "lora_B" in key)
+    began = [value for key, value in expected.items() if any(name in key for name in ZEROS)]
+    moved = sum(float(value.square().sum()) for value in began)
     return math.sqrt(sum(float((found[key] - expected[key]).square().sum()) for key in found) / moved)

@@ -14,13 +14,13 @@ from infer.checkpoint.load import load_transformer
 from infer.fast.install import choose_path, hold_of
 from infer.fast.memory import Memory
 from infer.quantize.precision import Precision
-from scripts.check.case import NF4, PATHS, Case
+from scripts.check.case import KLEIN, NF4, PATHS, TRAINED, Case
 from scripts.check.recovery import recovery_of
 from train.loop.batch import Batch
 from train.loop.micro_step import fit_budget, make_learner
 
 CPU = torch.device("cpu")
-TOKENS = {"": 40, "klein": 512}  # that the model's texts have
+TOKENS = {"": 40, KLEIN: 512, TRAINED: 48}  # that the model's texts have
 
 
 def make_batch(config: Any, tokens: int, device: torch.device) -> Batch:

@@ -8,8 +8,16 @@ import torch
 
 from infer.adapter.lora import FROM_ERROR
 from infer.program.paths import ROOT
-from scripts.check.case import CASES, KINDS, KLEIN
-from scripts.check.commands import check_merge, check_optimizer, check_resolutions, gpu_tests, outside
+from scripts.check.case import CASES, DISTILLED, KINDS, KLEIN, TRAINED
+from scripts.check.commands import (
+    check_kind,
+    check_merge,
+    check_optimizer,
+    check_resolutions,
+    check_scores,
+    gpu_tests,
+    outside,
+)
 from scripts.check.figures import Figures
 from scripts.check.matrix import check_case
 from scripts.check.memory import check_budget, check_short, check_spill, check_stays
@@ -23,6 +31,8 @@ RANKS = [sys.executable, str(ROOT / "scripts" / "check_ranks.py"), "--seconds", 
 
 WORK: dict[str, Callable[[torch.device], Figures]] = {name: partial(check_case, case) for name, case in CASES.items()}
 WORK |= {f"optimizer-{name}": partial(check_optimizer, name) for name in NAMES}
+WORK |= {f"kind-{kind}": partial(check_kind, kind) for kind in ("lokr", "loha", "oft")}
+WORK |= {f"scores-{path}": partial(check_scores, path) for path in ("fused", "streamed")}
 WORK |= {
     "recover": check_recovery,
     "merge": partial(check_merge, ""),
@@ -31,7 +41,8 @@ WORK |= {
     f"{KLEIN}-references": partial(check_references, KLEIN),
     f"{KLEIN}-merge": partial(check_merge, KLEIN),
     f"{KLEIN}-resolutions": partial(check_resolutions, KLEIN),
-    f"{KLEIN}-second": check_second,
+    f"{KLEIN}-second": partial(check_second, KLEIN, DISTILLED),
+    f"{TRAINED}-second": partial(check_second, TRAINED, "distilled"),
     "all-stay": check_stays,
     **{f"budget-{name}": partial(check_budget, name) for name in NAMES},
     "short-of-memory": check_short,
@@ -56,13 +67,13 @@ def groups(names: list[str]) -> list[list[str]]:
     for name in names:
         case = CASES.get(name)
         if case is None:
-            own = name.removeprefix(f"{KLEIN}-")
-            key = BESIDE.get(own.split("-")[0], own.split("-")[0])
-            key = key if own == name else f"{KLEIN} {key}"
+            model = next((model for model in (KLEIN, TRAINED) if name.startswith(f"{model}-")), "")
+            own = name.removeprefix(f"{model}-").split("-")[0]
+            key = f"{model} {BESIDE.get(own, own)}".strip()
         elif case.kind in FROM_ERROR:
             key = "from error"
         else:
-            # DoRA is compiled apart
+            # DoRA's rows apart, so that no process has so many that it is left alone at the end
             key = f"{case.model} {case.precision}".strip() + (" dora" if KINDS[case.kind].dora else "")
         found.setdefault(key, []).append(name)
     return list(found.values())

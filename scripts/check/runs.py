@@ -26,6 +26,12 @@ def losses(run: str) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def scores(run: str) -> dict[int, dict[str, float]]:
+    """What was scored while it trained, by step."""
+    lines = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "score_drift" in line}
+
+
 def learned(run: str) -> dict[str, Tensor]:
     return load_file(Path("runs", run, "adapter", "pytorch_lora_weights.safetensors"))
 

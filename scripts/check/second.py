@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from infer.checkpoint.model import Model
 from infer.sample.generate import Sampling
-from scripts.check.case import DISTILLED, KLEIN, LORA, NF4, STEPS, Case, training
+from scripts.check.case import LORA, NF4, STEPS, Case, training
 from scripts.check.figures import PICTURE, Figures, nearness
 from scripts.check.runs import preview
 from train.loop import second
@@ -34,14 +33,14 @@ def tight() -> Iterator[None]:
         setattr(second, "footprint", whole)  # noqa: B010
 
 
-def check_second(device: torch.device) -> Figures:
-    """The sheet with its columns on the distilled klein, each path against the plain one."""
+def check_second(model: str, name: str, device: torch.device) -> Figures:
+    """The sheet with its columns on the distilled klein, each path against the plain one. name: as sampling.model."""
     sheets: dict[str, Image.Image] = {}
     for path in PATHS if device.type == "cuda" else PATHS[:2]:
-        case = Case("nf4", "plain" if path == "plain" else "fused", "lora", KLEIN)
-        sampling = Sampling(steps=2, model=DISTILLED)
-        options: dict[str, Any] = {"validation": 0.0, "model": Model(KLEIN), "sampling": sampling}
-        job = training(f"second-{path}", LORA, device, NF4, case.memory(device), **options)
+        case = Case("nf4", "plain" if path == "plain" else "fused", "lora", model)
+        sampling = Sampling(steps=2, model=name)
+        options: dict[str, Any] = {"validation": 0.0, "model": case.checkpoint, "sampling": sampling}
+        job = training(f"{model}-second-{path}", LORA, device, NF4, case.memory(device), **options)
         with tight() if path == "offloaded" else nullcontext():
             train(job)
         sheets[path] = preview(job.run, STEPS)

@@ -138,9 +138,17 @@ def check_reader(count: int, style: str) -> dict[str, float]:
 
 
 def check_model(
-    path: Path, captions: list[str], steps: int, guidance: float, sheet: Path | None, precision: str = "bf16"
+    path: Path,
+    captions: list[str],
+    steps: int | None,
+    guidance: float | None,
+    sheet: Path | None,
+    precision: str = "bf16",
 ) -> list[dict[str, bool]]:
-    """Draw the captions with the model at `path`, seed 0 upwards, and read the pictures back."""
+    """Draw the captions with the model at `path`, seed 0 upwards, and read the pictures back.
+
+    steps, guidance: None takes the checkpoint's own.
+    """
     from infer.checkpoint.load import load_scheduler, load_transformer, load_vae
     from infer.checkpoint.model import Model
     from infer.device.device import pick_device
@@ -177,8 +185,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--precision", default="bf16", help="bf16, int8, fp4 or nf4")
     parser.add_argument("--json", type=Path, help="write the counts here")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--steps", type=int, help="else the checkpoint's own")
+    parser.add_argument("--guidance", type=float, help="else the checkpoint's own")
     parser.add_argument("--sheet", type=Path, help="write all pictures as one PNG here")
     args: Any = parser.parse_args()
     if args.reader:

@@ -99,11 +99,12 @@ def train(
     rate: float,
     decay: float,
     seconds: float,
+    graphed: bool = True,
     kept: Callable[[Flow], None] = lambda flow: None,
 ) -> Flow:
     """Regress the velocities that `batch` gives; returns the average.
 
-    kept: called with the average about once a minute.
+    graphed: on a GPU, the whole step is one CUDA graph. kept: called with the average about once a minute.
     """
     began = time.monotonic()
     parameters: list[Tensor] = list(flow.parameters())
@@ -127,14 +128,14 @@ def train(
         with torch.no_grad():
             move_average(list(average.parameters()), parameters, move)
 
-    run = captured(step, optimizer)
+    run = captured(step, optimizer) if graphed else step
     pace = Pace(name, steps, seconds - (time.monotonic() - began))
     total.zero_()
     saved = time.monotonic()
     while pace.more():
         move.fill_(1 - pace.keep())
         now.fill_(pace.rate(rate, warmup=300, decay=decay))
-        if not cuda:
+        if not (graphed and cuda):
             optimizer.zero_grad()
         run()
         if pace.report():

@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--few-until", type=float, default=float("inf"))
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
     vae_batch, text_batch = 24, 512
@@ -147,11 +148,13 @@ def main() -> None:
         ids, mask, wanted = (
             torch.from_numpy(np.concatenate([each[i] for _, each in drawn])).to(device) for i in range(3)
         )
-        teach_text(encoder, reader, ids, mask, wanted, args.text_steps, text_batch, args.text_seconds)
+        teach_text(encoder, reader, ids, mask, wanted, args.text_steps, text_batch, args.text_seconds, not args.eager)
         report("text encoder taught")
         vae = klein_parts.vae(AutoencoderKL.from_pretrained(args.vae / "vae").float())
         vae.bn.requires_grad_(False)
-        decibels = make_vae.train(vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds)
+        decibels = make_vae.train(
+            vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds, not args.eager
+        )
         report(f"autoencoder, PSNR on unseen pictures: {decibels}")
     encoder.eval().requires_grad_(False)
     data = encode(vae, encoder, drawn)
@@ -170,7 +173,9 @@ def main() -> None:
         flow.compile_blocks()
     until = args.flow_until - (time.monotonic() - began)
     plain = noised(data.x0, data.texts, empty, args.batch)
-    base = train("flow", flow, plain, args.flow_steps, args.rate, args.decay, until, write(args.base, False))
+    base = train(
+        "flow", flow, plain, args.flow_steps, args.rate, args.decay, until, not args.eager, write(args.base, False)
+    )
     write(args.base, False)(base)
     report("base trained")
     if args.compile:
@@ -184,7 +189,7 @@ def main() -> None:
     if args.compile:
         student.compile_blocks()
     until = args.few_until - (time.monotonic() - began)
-    student = train("few", student, few, args.few_steps, 5e-4, 0.8, until, write(args.out, True))
+    student = train("few", student, few, args.few_steps, 5e-4, 0.8, until, not args.eager, write(args.out, True))
     write(args.out, True)(student)
     report("distilled")
 

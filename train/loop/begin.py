@@ -12,6 +12,8 @@ from infer.checkpoint.files import part_folder, read_config
 from infer.checkpoint.fingerprint import fingerprint
 from infer.checkpoint.headers import check_transformer
 from infer.family.find import of_config
+from infer.fast.kernel_calls import Use
+from infer.fast.ready_kernels import prepare_kernels
 from infer.program.paths import SHIPPED
 from infer.quantize.compute import stored_on
 from infer.rounding.layer_errors import decide
@@ -31,7 +33,8 @@ BUNDLED = SHIPPED / "scripts" / "tiny" / "model"
 
 
 def begin(run: Run) -> Path | Resumption:
-    """Settle the run's config and folder; returns the adapter's folder if the run is finished, or how it goes on.
+    """Settle the run's config and folder, and have its kernels compiled meanwhile; returns the adapter's folder if the
+    run is finished, or how it goes on.
 
     Raises:
         ValueError: the run cannot be, or cannot go on.
@@ -50,7 +53,12 @@ def begin(run: Run) -> Path | Resumption:
     found = read_resumed(run, base) if run.main else None
     path = from_main(run.accelerator, lambda: None if found is None else found[0])
     check_base(run)
-    settle_memory(run, possible.fused and not uses_fsdp(), resumed=path is not None)
+    fast = possible.fused and not uses_fsdp()
+    settle_memory(run, fast, resumed=path is not None)
+    if fast:
+        job = run.job
+        use = Use(job.adapter.rank, learns=True, dora=job.adapter.dora, repeatable=job.deterministic)
+        prepare_kernels(read_config(job.model, "transformer"), job.precision, job.memory, run.device, use)
     if not uses_fsdp():
         if run.main and run.job.precision.kind != "auto":
             write_plan(run.job, run.folder / "plan.json")

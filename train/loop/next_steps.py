@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from infer.adapter.read import FILE
-from infer.adapter.second import shipped_models
 from infer.checkpoint.model import OPTIONS, Model
+from infer.checkpoint.shipped import shipped_name
 from infer.program.literal import quote
 from infer.program.no_effect import changed
 from infer.sample.edit import Edit
@@ -18,8 +18,8 @@ def model_words(model: Model) -> list[str]:
     """How the command line names a model."""
     given = {name: getattr(model, name) for name in ("parts", *OPTIONS.values())}
     files = [f"model.{name}={value}" for name, value in given.items() if value is not None]
-    named = [name for name, path in shipped_models().items() if path == model.path]
-    return [f"model={named[0]}" if named else f"model.path={model.path}", *files]
+    named = shipped_name(model)
+    return [f"model={named}" if named else f"model.path={model.path}", *files]
 
 
 def compare_command(job: Train, folder: Path, prompts: list[str], edits: dict[str, Edit] | None = None) -> str:

@@ -5,8 +5,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from infer.checkpoint.files import read_config
-from infer.fast.ready_kernels import prepare_kernels
 from infer.program.errors import STOPPED
 from infer.resident.turns import training_turn
 from train.data.source import Sample, Skipped
@@ -49,11 +47,9 @@ def train_on_rank(run: Run, samples: list[Sample], skipped: list[Skipped]) -> Pa
     resumption = begin(run)
     if isinstance(resumption, Path):
         return resumption  # the run was finished before
-    job = run.job
-    config = read_config(job.model, "transformer")
-    prepare_kernels(config, job.precision, job.memory, run.device, job.adapter.rank, True, job.adapter.dora)
     data = encode(run, samples, skipped)
     model = load_model(run)
+    job = run.job
     tracker = make_tracker(job.track if run.main else type(job.track)("none"), job.run, run.folder, asdict(job))
     session = Session(run, resumption, data, model, tracker)
     try:

@@ -10,22 +10,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.adapter.switch import switch
-from infer.checkpoint.files import known_config
 from infer.checkpoint.model import Model
-from infer.fast import fold, kept_attention, ready_kernels
+from infer.fast import kept_attention
 from infer.fast.add_product import add_product
+from infer.fast.eight_bit import eight_of
 from infer.fast.few_rows import few_rows_int8
-from infer.fast.fold import folded
 from infer.fast.fused_activation import activated
 from infer.fast.fused_gate import gated
 from infer.fast.fused_heads import Heads, Rows, heads_and_rest, heads_of
-from infer.fast.fused_linear import fused_linear
+from infer.fast.fused_linear import fused_linear, spare_columns
 from infer.fast.fused_norm import normed
 from infer.fast.install import install
 from infer.fast.kept_attention import Kept
 from infer.fast.memory import Memory
 from infer.fast.thin import thin_of
-from infer.fast.weights import Linear, Lora, Stack, dequantize
+from infer.fast.weights import Linear, Lora, Stack, dequantize, dequantize_at_once
 from infer.quantize.precision import Precision
 from tests.infer.fast.families import CPU, make, velocity
 from tests.infer.fast.test_fast import ADAPTERS, error, exact, overall, step
@@ -66,15 +65,6 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: 
     for memory in (*map(Memory, ("nothing", "attention", "everything")), Memory("attention", keep_all=3)):
         install(transformer, memory, CPU, kernels=True)
         assert error(step(transformer, parameters, precision), expected) < 1e-5, memory
-
-
-def test_folded_adapters_learn_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    precision = exact("nf4")
-    transformer, parameters = make(precision, ADAPTERS["rslora"], model)
-    expected = step(transformer, parameters, precision)
-    monkeypatch.setattr(fold, "MOST", 16)
-    install(transformer, Memory(), CPU, kernels=True)
-    assert error(step(transformer, parameters, precision), expected) < 1e-5
 
 
 def test_in_bf16_they_are_no_further_from_fp32_than_the_compilers_blocks(model: Model) -> None:
@@ -279,50 +269,89 @@ def quantized(device: str, kind: str, nested: bool, weights: list[Tensor]) -> St
     return Stack(kind, shape, widths, stored.to(device), scale.to(device), extra, None)
 
 
+STORED = [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)]
+each_stored = pytest.mark.parametrize(("kind", "nested"), STORED)
+
+
 @each_device
-@pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
-def test_folded_weights_are_the_dequantized_ones_and_the_update(
-    device: str, kind: str, nested: bool, normal: Make
+@each_stored
+@pytest.mark.parametrize("spare", [0, 64])
+def test_weights_dequantized_at_once(device: str, kind: str, nested: bool, spare: int, normal: Make) -> None:
+    stack = quantized(device, kind, nested, [normal("cpu", width, 256).detach() for width in (64, 128, 320, 64)])
+    for dtype in (torch.bfloat16, torch.float32):
+        found = dequantize_at_once(stack, dtype, spare)
+        assert found.shape == (576, 256 + spare) and torch.equal(found[:, :256], dequantize(stack, dtype))
+
+
+@each_device
+@each_stored
+@pytest.mark.parametrize("ranks", [((), (4,), (4,), ()), ((16,), (16,), (16,), (16,)), ((), (8, 3), (), (2,))])
+def test_adapters_as_further_columns_of_the_product(
+    device: str, kind: str, nested: bool, ranks: tuple[tuple[int, ...], ...], normal: Make
 ) -> None:
-    widths = 64, 128, 320, 64
+    """Against the weights with the update in them, in fp64."""
+    widths, strength = (64, 128, 320, 64), torch.tensor(0.5, device=device)
     stack = quantized(device, kind, nested, [normal("cpu", width, 256).detach() for width in widths])
-    values = dequantize(stack, torch.float32)
-    assert torch.equal(folded(stack, None, torch.bfloat16), dequantize(stack, torch.bfloat16))
-    for ranks in (((), (4,), (4,), ()), ((16,), (16,), (16,), (16,)), ((), (8, 3), (), (2,))):
-        adapters = tuple(
-            tuple(
-                Lora(normal(device, r, 256), normal(device, w, r), torch.tensor(0.5, device=device), None) for r in own
-            )
-            for own, w in zip(ranks, widths, strict=True)
-        )
-        thin = thin_of(Linear(stack, adapters), torch.float32)
-        assert thin is not None
-        expected = values.double()
-        expected[thin.first : thin.first + thin.up.shape[0]] += thin.up.detach().double() @ thin.down.detach().double()
-        found = folded(stack, thin._replace(down=thin.down.detach(), up=thin.up.detach()), torch.float32)
-        assert float((found - expected).norm() / expected.norm()) < 1e-6
+    bias = normal(device, 576).detach()
+    stack = stack._replace(bias=bias)
+    adapters = tuple(
+        tuple(Lora(normal(device, rank, 256), normal(device, width, rank), strength, None) for rank in own)
+        for own, width in zip(ranks, widths, strict=True)
+    )
+    layers = Linear(stack, adapters)
+    assert spare_columns(layers) == 0  # they learn
+    weights = dequantize(stack, torch.float32).double()
+    for i, own in enumerate(adapters):
+        for lora in own:
+            weights[sum(widths[:i]) : sum(widths[: i + 1])] += 0.5 * (lora.up.double() @ lora.down.double()).detach()
+    shift, scale, x = normal(device, 2, 256), normal(device, 2, 256), normal(device, 2, 30, 256)
+    with torch.no_grad():
+        spare = spare_columns(layers)
+        given, _ = normed(shift, scale, x, spare=spare)
+        assert spare == 64 and given.shape == (2, 30, 320)
+        found = fused_linear(given, layers, again=False)
+        alone, _ = normed(shift, scale, x)
+        assert torch.equal(given[..., :256], alone)
+    expected = alone.double() @ weights.T + bias.double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
-def test_a_small_update_survives_in_folded_weights(normal: Make) -> None:
-    """On average: weights are rounded anywhere. Of an update added to the rounded product, half is lost."""
+def test_where_adapters_are_no_further_columns(normal: Make) -> None:
+    stack = quantized("cpu", "nf4", False, [normal("cpu", 64, 128).detach()])
+    lora = Lora(normal("cpu", 16, 128), normal("cpu", 64, 16), torch.tensor(1.0), None)
+    plain = stack._replace(kind="plain", stored=normal("cpu", 64, 128), scale=None)
+    eight = stack._replace(eight=eight_of(stack, "fp8", CPU))
+    high = lora._replace(down=normal("cpu", 264, 128), up=normal("cpu", 64, 264))
+    with torch.no_grad():
+        assert spare_columns(Linear(stack, ((lora,),))) == 64
+        for frozen, adapters in (
+            (stack, ()),
+            (plain, (lora,)),
+            (eight, (lora,)),
+            (stack, (high,)),
+            (stack, (lora._replace(magnitude=normal("cpu", 64)),)),
+        ):
+            assert spare_columns(Linear(frozen, (adapters,))) == 0
+
+
+def test_a_small_update_survives_as_further_columns(normal: Make) -> None:
+    """On average. Of one that is added to the rounded product, half is lost."""
     stack = quantized("cpu", "nf4", False, [normal("cpu", 256, 256).detach()])
     x = normal("cpu", 512, 256).detach().bfloat16()
     down, up = normal("cpu", 8, 256).detach(), normal("cpu", 256, 8).detach()
     update = x.float() @ (up @ down).T
-    base = x.float() @ dequantize(stack, torch.float32).T
+    base = x.float() @ dequantize(stack, torch.bfloat16).float().T
     up *= 1e-3 * base.norm() / update.norm()
     update = x.float() @ (up @ down).T
-    lora = Lora(down, up, torch.tensor(1.0), None)
-    thin = thin_of(Linear(stack, ((lora,),)), torch.float32)
-    weights = [folded(stack, each, torch.bfloat16).float() for each in (thin, None)]
-    effect = x.float() @ (weights[0] - weights[1]).T
-    plain = (x.float() @ weights[1].T).bfloat16()
-    added = (plain + update.bfloat16()).float() - plain.float()
+    layers = Linear(stack, ((Lora(down, up, torch.tensor(1.0), None),),))
+    added = fused_linear(x, layers, again=False)
+    with torch.no_grad():
+        columns = fused_linear(functional.pad(x, (0, spare_columns(layers))), layers, again=False)
 
-    def kept(found: Tensor) -> float:
-        return float((found * update).sum() / update.square().sum())
+    def kept(y: Tensor) -> float:
+        return float(((y.float() - base) * update).sum() / update.square().sum())
 
-    assert 0.98 < kept(effect) < 1.02 and kept(added) < 0.8
+    assert 0.98 < kept(columns) < 1.02 and kept(added) < 0.8
 
 
 @each_device
@@ -332,18 +361,6 @@ def test_few_rows_with_int8_weights(device: str, normal: Make) -> None:
     assert stack.scale is not None
     found, expected = few_rows_int8(x, stack.stored, stack.scale), x.double() @ dequantize(stack, torch.float64).T
     assert float((found - expected).norm() / expected.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("precision", [Precision("nf4"), Precision("nf4", double_quant=True), Precision("int8")])
-@pytest.mark.parametrize("learns", [False, True])
-def test_the_calls_that_kernels_are_compiled_by(precision: Precision, learns: bool, model: Model) -> None:
-    """Each can be made; on a CPU they compile nothing."""
-    works = ready_kernels._works(known_config(model, "transformer"), precision, 4, learns, True, CPU)
-    for work in works:
-        work()
-    assert len(works) == (11 if learns else 7)
-    ready_kernels.prepare_kernels({}, precision, Memory(), CPU)
-    ready_kernels.wait()
 
 
 @each_device
