@@ -31,6 +31,7 @@ def _server() -> ForkServerContext:
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # Python 3.11's server imports nothing else, and says nothing of it
+        patch.setenv("OMP_NUM_THREADS", "1")  # read once: several ranks with all cores each take minutes
         ensure_running()
     return context
 

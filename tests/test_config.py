@@ -28,8 +28,8 @@ from infer.convert import Convert
 from infer.drawing.settings import Draw
 from infer.fast.install import Memory
 from infer.merging.settings import Merge
-from infer.program.command import check_run_name
 from infer.program.paths import ROOT
+from infer.program.run_names import check_file_names, check_run_name
 from infer.quantize.precision import KINDS, Precision
 from infer.resident.settings import Serve
 from infer.rounding.settings import Recover, Sensitivity
@@ -499,7 +499,13 @@ def test_wrong_values(root: str, override: str, message: str) -> None:
         made(root, *override.split())
 
 
-OUTSIDE = ["", " ", "x ", ".", "..", "../x", "x/../../y", "/tmp/x", "//x", "~/../x", ".a", "a:b", "a\\b", "a\nb", "a*"]
+OUTSIDE = [
+    "", " ", "x ", ".", "..", "../x", "x/../../y", "/tmp/x", "//x", "~/../x", ".a", "a:b", "a\\b", "a\nb", "a*",
+    # what another system, or a case that it does not tell apart, makes of it
+    "CON", "nul.txt", "set/Com1", "mine.", "mine./x", "a /b", "a/ b", "a/.b", "a\tb", "a\x1b[2Jb", "a\u200bb", "\udcff",
+    "x" * 201, "é" * 101, "/".join(["x" * 190] * 4), "Cache", "CACHE/x", "mine/Adapter", "mine/CHECKPOINTS/x",
+    "mine/config.yaml", "mine/Metrics.JSONL/x",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("run", OUTSIDE)
@@ -509,7 +515,16 @@ def test_runs_stay_in_their_folder(run: str) -> None:
     assert repr(run) in str(caught.value)
 
 
-@pytest.mark.parametrize("run", ["demo", "neon-nf4_2", "set/neon", "ñ 日本", "v1.5"])
+@pytest.mark.parametrize("name", ["a/b", ".a", "a.", "NUL", "com1.b", "a" * 201, ""])
+def test_names_of_precisions_can_be_names_of_files(name: str) -> None:
+    with pytest.raises(ValueError, match="becomes a part of a file's"):
+        check_file_names("precisions", ["nf4", name])
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["demo", "neon-nf4_2", "set/neon", "ñ 日本", "v1.5", "console", "set/v1.5", "é" * 100, "a,b=c $x's", "adapter"],
+)
 def test_plain_runs_pass(run: str) -> None:
     assert check_run_name(run) == Path("runs", *run.split("/"))
 

@@ -28,9 +28,10 @@ from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.bounds import MANY, SEED, check_most
-from infer.program.command import check_run_name, run_command
+from infer.program.command import run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
+from infer.program.run_names import check_run_name
 from infer.quantize.precision import Precision
 from infer.quantize.storage import stored_bytes
 from infer.report.cells import text_table

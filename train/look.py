@@ -28,8 +28,9 @@ from infer.checkpoint.headers import check_model
 from infer.checkpoint.model import Model
 from infer.program.atomic import replace_file
 from infer.program.bounds import PIXELS, check_most
-from infer.program.command import check_run_name, run_command
+from infer.program.command import run_command
 from infer.program.quiet import ready
+from infer.program.run_names import check_run_name
 from train.data.dataset import Data, sources_of
 from train.data.samples import check_left, read_samples
 from train.data.split import split

@@ -33,9 +33,10 @@ from infer.device.device import pick_device
 from infer.fast.memory import Memory
 from infer.program.atomic import replace_file
 from infer.program.bounds import SEED, STEPS, check_most
-from infer.program.command import check_file_names, check_run_name, run_command
+from infer.program.command import run_command
 from infer.program.no_effect import refuse_idle
 from infer.program.quiet import ready
+from infer.program.run_names import check_file_names, check_run_name
 from infer.quantize.precision import Precision
 from infer.report.cells import text_table
 from infer.report.markdown import plain_table

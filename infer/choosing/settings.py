@@ -14,9 +14,9 @@ from infer.choosing.run import RunFiles, read_run
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import SEED, check_most
-from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
+from infer.program.run_names import check_run_name
 from infer.sample.generate import Sampling
 from infer.score.judges import UNRELATED, Networks, check_paths, list_pictures
 

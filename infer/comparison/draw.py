@@ -33,7 +33,7 @@ from infer.fast.memory import Memory
 from infer.fast.ready_kernels import prepare_kernels
 from infer.fast.weights import obstacle
 from infer.program.atomic import clear_partials, partial_of
-from infer.program.command import check_run_name
+from infer.program.run_names import check_run_name
 from infer.quantize.compute import NAMES, product_dtype_of, stored_on
 from infer.quantize.storage import stored_bytes
 from infer.report.results import Comparison, Row, Stage

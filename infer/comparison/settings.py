@@ -16,9 +16,9 @@ from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.fast.memory import Memory
 from infer.program.bounds import TOKENS, check_most
-from infer.program.command import check_file_names, check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand, expanded
+from infer.program.run_names import check_file_names, check_run_name
 from infer.quantize.precision import Precision
 from infer.sample.edit import Edit, check_edits, check_once, check_resolution
 from infer.sample.generate import Sampling

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,27 +24,11 @@ from infer.program.literal import literal_arguments, read_text_literally
 from infer.program.paths import CONFIGS, SHIPPED
 from infer.program.peers import PEERS
 from infer.program.prompts import prompt_notes, read_prompt_files
+from infer.program.run_names import check_run_name
 from infer.program.secrets import check_values
 from infer.program.settings import REFUSED, check_settings, explain, settings
 
 T = TypeVar("T")
-FOLDERS = {
-    "adapter",
-    "adapter-ema",
-    "checkpoints",
-    "choose",
-    "chosen",
-    "compare",
-    "drawn",
-    "gap",
-    "images",
-    "previews",
-    "requests",
-    "skipped",
-    "tensorboard",
-    "wandb",
-}
-"""Folders within a run's folder, whose names no run nested in it can have."""
 
 OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
 
@@ -125,31 +108,3 @@ def _folder(options: Any) -> Path | None:
         return check_run_name(options.run) if hasattr(options, "run") else None
     except ValueError:
         return None
-
-
-def check_file_names(what: str, names: Iterable[str]) -> None:
-    """Check that names can be parts of file names.
-
-    Raises:
-        ValueError: one cannot.
-    """
-    for name in names:
-        if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name) or name.startswith("."):
-            raise ValueError(f"{what} has the name {name!r}, which becomes a part of a file's; choose a plain one")
-
-
-def check_run_name(run: str) -> Path:
-    """The run's folder, runs/<run>.
-
-    Raises:
-        ValueError: the name would leave that folder.
-    """
-    if not run or run != run.strip() or run.startswith(".") or any(c in run for c in '\\:*?"<>|\n') or ".." in run:
-        raise ValueError(f"run is {run!r}; choose a plain name such as mine-nf4")
-    if Path(run).is_absolute():
-        raise ValueError(f"run is {run!r}, a path; it is the name of a folder within runs/")
-    first, *others = Path(run).parts
-    if first == "cache" or (taken := sorted(FOLDERS.intersection(others))):
-        what = "the encoded pictures of all runs" if first == "cache" else f"what {taken[0]} of another run holds"
-        raise ValueError(f"run is {run!r}, but that folder is for {what}; choose another name such as {first}-2")
-    return Path("runs") / run

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from infer.program.atomic import replace_file
-from infer.program.command import check_run_name
+from infer.program.run_names import check_run_name
 from infer.quantize.precision import Precision
 from infer.report.cells import text_table
 from infer.report.heat import draw_heat

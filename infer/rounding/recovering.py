@@ -23,7 +23,7 @@ from infer.checkpoint.load import load_transformer
 from infer.checkpoint.originals import Originals, transformer_from_shards
 from infer.device.device import release
 from infer.program.atomic import replace_file
-from infer.program.command import check_run_name
+from infer.program.run_names import check_run_name
 from infer.quantize.compute import compute_dtype, compute_dtype_of
 from infer.quantize.precision import kind_asked
 from infer.quantize.storage import dequantized, stored_bytes

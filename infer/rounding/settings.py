@@ -13,9 +13,9 @@ from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.device.device import check_device_name, pick_device
 from infer.program.bounds import GIB, MANY, SEED, STEPS, check_most
-from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
 from infer.program.paths import expand
+from infer.program.run_names import check_run_name
 from infer.quantize.eight_bit_products import refuse_products
 from infer.quantize.precision import Precision
 from infer.rounding.budget import HEADER

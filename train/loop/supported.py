@@ -72,11 +72,6 @@ def check_supported(job: Train, accelerator: Accelerator) -> Memory:
                 "sampling.model loads a second checkpoint on one rank, and FSDP draws with all of them; set "
                 "sampling.model=null"
             )
-    if job.adapter.kind != "lora" and uses_fsdp():
-        raise ValueError(
-            f"adapter.kind={job.adapter.kind} is trained with whole layers, and FSDP cuts them; use "
-            "configs/accelerate/ddp.yaml, or adapter=lora"
-        )
     if job.scores_every and uses_fsdp():
         raise ValueError("scores_every draws on one rank, and FSDP draws with all of them; set scores_every=0")
     graphs(job, accelerator)

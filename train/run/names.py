@@ -14,8 +14,8 @@ from infer.checkpoint.files import read_config
 from infer.checkpoint.headers import check_model
 from infer.checkpoint.layers import linear_shapes
 from infer.device.device import check_device_name
-from infer.program.command import check_run_name
 from infer.program.no_effect import refuse_idle
+from infer.program.run_names import check_run_name
 from infer.quantize.precision import check_layer_names
 from infer.sample.edit import check_edits
 from infer.score.judges import check_paths

@@ -69,7 +69,7 @@ def preview_config(arguments: Any) -> Any:
 
 def main() -> None:
     """Sweep, then report. Exits with code 2 if a point failed or the sweep cannot start."""
-    from infer.program.command import check_run_name
+    from infer.program.run_names import check_run_name
     from train.sweeps.report import conclude
 
     # without types: the commands of a point check their settings themselves

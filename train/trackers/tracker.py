@@ -99,7 +99,7 @@ def send_comparison(options: SendComparison) -> None:
     Raises:
         ValueError: `track` names no tracker, or the run has no comparison.
     """
-    from infer.program.command import check_run_name
+    from infer.program.run_names import check_run_name
     from infer.report.results import read_results
 
     folder = check_run_name(options.run)

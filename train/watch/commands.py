@@ -17,9 +17,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from infer.program.command import check_run_name
 from infer.program.literal import kind_of, literal_arguments, quote, read_text_literally, required
 from infer.program.paths import CONFIGS
+from infer.program.run_names import check_run_name
 from infer.program.secrets import check_values
 from infer.program.settings import REFUSED, check_settings, explain, settings
 from train.run.config import Train

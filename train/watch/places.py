@@ -6,7 +6,7 @@ separator is refused before the disk is asked; what is left must, links followed
 
 from pathlib import Path
 
-from infer.program.command import FOLDERS, check_run_name
+from infer.program.run_names import FOLDERS, check_run_name
 from infer.sample.picture import SUFFIXES
 
 PRIVATE = ".page"

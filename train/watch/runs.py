@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from infer.adapter.read import FILE
-from infer.program.command import FOLDERS
+from infer.program.run_names import FOLDERS
 from train.state.checkpoint_names import checkpoint_steps
 from train.state.latest import NAME as LATEST
 from train.state.run_lock import NAME as LOCK

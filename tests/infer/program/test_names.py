@@ -19,7 +19,7 @@ from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.compare import compare
 from infer.comparison.settings import Compare
-from infer.program.command import check_run_name
+from infer.program.run_names import check_run_name
 from infer.quantize.precision import Precision
 from infer.sample import generate
 from infer.sample.generate import Sampling

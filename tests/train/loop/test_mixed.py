@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ def bucket(width: int, height: int, side: int) -> tuple[int, int]:
     return max(whole, key=lambda size: min(size[0] * height, size[1] * width) / max(size[0] * height, size[1] * width))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have it (tests/forked.py): several threads add up in another order, and deviations are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> tuple[dict[str, Written], list[list[Any]]]:
     """What was made, and of each rank the batches that it trained."""
@@ -141,7 +151,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> tuple[dict[str
 def references(run: tuple[dict[str, Written], Any], tiny: Model) -> list[tuple[str, bool, Any, Any, Any]]:
     """Every picture in each of its sizes, plain and mirrored: its posterior and its mask, by Pillow and diffusers."""
     vae: Any = AutoencoderKL.from_pretrained(tiny.path, subfolder="vae", torch_dtype=torch.bfloat16)
-    # rounds as the trainer's does: deviations are small
+    # rounds as the trainer's does
     vae.to(compute_dtype(torch.bfloat16, torch.device("cpu")), memory_format=torch.channels_last)
     found = []
     for name, one in run[0].items():

@@ -107,6 +107,13 @@ os.environ |= {{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 job = replace(job, run="shared", memory=Memory())
 train(job)
 Path(f"told-{{rank}}.json").write_text(json.dumps(told))
+RUN.fit = fit
+for kind in ("lokr", "loha", "oft"):
+    for fsdp in ("false", "true"):
+        os.environ["ACCELERATE_USE_FSDP"] = fsdp
+        kept = {{"memory": Memory(), "previews": [], "validation_levels": 1, "steps": 2, "accumulation": 1}}
+        own = Adapter(kind=kind, factor=8 if kind == "lokr" else 16)
+        train(replace(job, run=f"{{kind}}-{{fsdp}}", adapter=own, **kept))
 
 
 def dies(*args):
@@ -190,6 +197,17 @@ def test_shared_weights_learn_the_same_and_are_stored_once(two: tuple[Path, list
         adapter = sum(tensor.nbytes for tensor in apart.values())
         assert stored["shared"] - adapter < 0.52 * (stored["apart"] - adapter)
     assert "the fast path is off: it holds a block's weights in one piece" in logs[0]
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("lokr", "lokr_w1"), ("loha", "hada_w2_b"), ("oft", "oft_R")])
+def test_other_kinds_learn_the_same_beside_shared_weights(
+    kind: str, zero: str, two: tuple[Path, list[str], float]
+) -> None:
+    folder, _, _ = two
+    apart, shared = (load_file(folder / f"runs/{kind}-{fsdp}/adapter" / FILE) for fsdp in ("false", "true"))
+    assert apart.keys() == shared.keys() and all(torch.equal(apart[key], shared[key]) for key in apart)
+    learned = [value for key, value in apart.items() if zero in key]  # these begin as zeros
+    assert learned and all(value.any() for value in learned)
 
 
 def test_the_death_of_a_rank_ends_the_other_with_one_paragraph(two: tuple[Path, list[str], float]) -> None:
@@ -278,7 +296,9 @@ def test_steps_of_replicas_are_captured_like_one_process_s(processes: int) -> No
 def test_no_library_speaks_once_a_rank(two: tuple[Path, list[str], float]) -> None:
     _, logs, _ = two
     assert not [line for log in logs for line in log.splitlines() if "Warning" in line or "context_fn" in line]
-    assert [log.count("the fast path is off") for log in logs] == [1, 1]  # once a machine
+    for log in logs:  # once a run and machine
+        assert log.count("the fast path is off: it holds a block's weights") == 4
+        assert log.count("the fast path is off: it has no adapters of kind oft") == 1
 
 
 def patterns() -> torch.Tensor:
