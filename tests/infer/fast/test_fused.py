@@ -111,9 +111,11 @@ def test_attention_is_computed_once_and_streamed_blocks_are_resident_ones(
         assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), found[0], strict=True))
 
 
-def test_pictures_with_and_without_the_adapter(model: Model) -> None:
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "all layers", "dora"])
+def test_pictures_with_and_without_the_adapter(adapter: str, model: Model) -> None:
+    """It is further columns of a product, or added to it: DoRA's, and where nothing norms the input just before."""
     precision = exact("nf4")
-    transformer, _ = make(precision, ADAPTERS["rslora"], model)
+    transformer, _ = make(precision, ADAPTERS[adapter], model)
 
     def draw() -> list[Tensor]:
         found = []
