@@ -313,7 +313,7 @@ def test_adapters_as_further_columns_of_the_product(
         assert spare == 64 and given.shape == (2, 30, 320)
         found = fused_linear(given, layers, again=False)
         alone, _ = normed(shift, scale, x)
-        assert torch.equal(given[..., :256], alone)
+        assert torch.allclose(given[..., :256], alone, atol=1e-5)  # kernels of two widths may round apart
     expected = alone.double() @ weights.T + bias.double()
     assert float((found - expected).norm() / expected.norm()) < 1e-6
 
