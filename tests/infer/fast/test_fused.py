@@ -111,9 +111,11 @@ def test_attention_is_computed_once_and_streamed_blocks_are_resident_ones(
         assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), found[0], strict=True))
 
 
-def test_pictures_with_and_without_the_adapter(model: Model) -> None:
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "all layers", "dora"])
+def test_pictures_with_and_without_the_adapter(adapter: str, model: Model) -> None:
+    """It is further columns of a product, or added to it: DoRA's, and where nothing norms the input just before."""
     precision = exact("nf4")
-    transformer, _ = make(precision, ADAPTERS["rslora"], model)
+    transformer, _ = make(precision, ADAPTERS[adapter], model)
 
     def draw() -> list[Tensor]:
         found = []
@@ -311,7 +313,7 @@ def test_adapters_as_further_columns_of_the_product(
         assert spare == 64 and given.shape == (2, 30, 320)
         found = fused_linear(given, layers, again=False)
         alone, _ = normed(shift, scale, x)
-        assert torch.equal(given[..., :256], alone)
+        assert torch.allclose(given[..., :256], alone, atol=1e-5)  # kernels of two widths may round apart
     expected = alone.double() @ weights.T + bias.double()
     assert float((found - expected).norm() / expected.norm()) < 1e-6
 

@@ -64,7 +64,7 @@ def test_a_preserving_run_that_drifts_is_not_told_to_preserve() -> None:
     [
         ("lora", "to=comfyui", "merge.py"),
         ("lokr", "to=diffusers out=mine-lora.safetensors", "load_lora_weights"),
-        ("oft", "infer/merge.py model.path=", "ComfyUI"),
+        ("oft", "infer/merge.py model=tiny ", "ComfyUI"),
     ],
 )
 def test_what_comes_next_is_what_the_kind_can_do(kind: str, said: str, absent: str) -> None:
