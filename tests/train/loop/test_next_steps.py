@@ -19,6 +19,7 @@ from train.run.config import Train
         ([1.0, 0.4, 0.5], "lowest at step 1 (0.4000) and rose to 0.5000"),
         ([1.0, 1.2], "lowest at step 0"),
         ([1.0, 0.995], "fell by 0.5 % alone"),
+        ([1.0, 1.0001], "the validation loss did not fall: look at the previews"),
         ([1.0], None),
         ([], None),
     ],
