@@ -71,7 +71,7 @@ def test_entries_run_from_any_folder(site: Path, tmp_path: Path) -> None:
     # what a library says is a defect of ours, though it lies beside our packages there
     (site / "library.py").write_text('def check():\n    raise ValueError("from a library")\n')
     says = (
-        "import library\nfrom infer.program.command import check_run_name\nfrom infer.program.errors import reason\n"
+        "import library\nfrom infer.program.run_names import check_run_name\nfrom infer.program.errors import reason\n"
         "for call in (library.check, lambda: check_run_name('')):\n"
         "    try:\n        call()\n    except ValueError as error:\n        print(reason(error))\n"
     )

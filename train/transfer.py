@@ -121,10 +121,15 @@ class Transfer:
             device=self.device,
         )  # fmt: skip
 
+    def adapter_of(self, name: str, seed: int) -> Path:
+        """The folder of a trained adapter."""
+        return Path("runs") / self.job(name, seed).run / "adapter"
+
 
 def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str, Score]) -> Iterator[TransferRow]:
     """Every adapter at one precision, the precision named `name`."""
     from infer.adapter.attach import remove_adapter
+    from infer.adapter.checks import check_running
     from infer.sample.encode import decode, drawn_texts, text_encoder
     from train.probe.probe import loaded, prepare, probe, switch_on
     from train.probe.transfer_summary import TransferRow
@@ -134,6 +139,8 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
         with text_encoder(options.model, options.precisions[name], device, options.data.text_length) as encoder:
             texts = drawn_texts(options.model, encoder, options.prompts)
     first = options.job(name, options.seeds[0])
+    trained = Trained(str(options.adapter_of(name, first.seed)))  # of one kind, they can all run where this one can
+    first.memory = check_running(options.model, first.precision, trained, None, options.memory, device)
     with loaded(first, device, tqdm.write) as transformer:
         vae, scheduler = load_vae(options.model, device), load_scheduler(options.model)
         size = options.sampling.size(own_size(options.model))
@@ -141,9 +148,8 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
             job = options.job(name, seed)
             job.memory = first.memory
             cache, samples = prepare(job, device, None)
-            for trained in options.precisions:
-                adapter = Path("runs") / options.run / f"{trained}-{seed}" / "adapter"
-                attached = switch_on(transformer, job, Trained(str(adapter)))
+            for there in options.precisions:
+                attached = switch_on(transformer, job, Trained(str(options.adapter_of(there, seed))))
                 found = probe(transformer, job, cache, samples, device, lambda count: None)
                 figures = {"loss": fmean(one.loss for one in found)}
                 pictures = [
@@ -153,7 +159,7 @@ def run_at(options: Transfer, name: str, device: torch.device, scores: dict[str,
                 figures |= {key: fmean(float(score(*pair)) for pair in pictures) for key, score in scores.items()}
                 for adapter_name in attached:
                     remove_adapter(transformer, adapter_name, options.model)
-                yield TransferRow(trained, name, seed, figures)
+                yield TransferRow(there, name, seed, figures)
         del transformer, vae
 
 

@@ -64,7 +64,8 @@ def save_adapter(transformer: nn.Module, folder: Path, notes: dict[str, Any], na
     if kind_attached(transformer, name) != "lora":
         return write_own(factors_of(transformer, name), folder / FILE, notes)
     pairs = adapter_pairs(transformer, name)
-    bad = [layer for layer, pair in pairs.items() if not all(x.isfinite().all() for x in pair[:2])]
+    parts = {layer: [pair.down, pair.up, pair.magnitude] for layer, pair in pairs.items()}
+    bad = [layer for layer, own in parts.items() if not all(x is None or x.isfinite().all() for x in own)]
     if bad:
         raise ValueError(f"the adapter is not finite in {len(bad)} layers ({bad[0]}, ...); nothing was written")
     # diffusers reads `lora_adapter_metadata` only: these notes change nothing for it

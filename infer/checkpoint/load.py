@@ -17,7 +17,7 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.random_weights import random_part, shape_scheduler
 from infer.checkpoint.sources import file_of, rest_of
 from infer.family.find import of_config
-from infer.quantize.multiply import dequantize_to, keep_layout, multiply_plainly
+from infer.quantize.multiply import dequantize_to, keep_layout, keep_scales, multiply_plainly
 from infer.quantize.precision import Precision, check_quantized
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def load_transformer(model: Model, precision: Precision, device: torch.device, h
         compute_in_half(transformer, precision.llm_int8)
     elif not precision.llm_int8:
         multiply_plainly(transformer)
+    if precision.llm_int8:
+        keep_scales(transformer)
     return transformer
 
 

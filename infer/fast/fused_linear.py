@@ -1,6 +1,6 @@
 """Layers that read one input as one product, with the adapters' updates in it: without a compiler.
 
-In training, updates are added in place to the product, and to the gradient of the input. Without gradients, they may be
+In training, updates are added in place to the product, and to the gradient of the input. Where no gradient follows, they are
 further columns of what is summed over: [x, x down^T] times [W, up]^T. That is one product, where adding to it reads and
 writes it once more; and an update is added in fp32, before the sum is rounded, which a small one survives.
 """
@@ -82,11 +82,11 @@ class _Linear(torch.autograd.Function):
 
 
 def spare_columns(layers: Linear) -> int:
-    """How many columns behind the layers' input take their adapters' part of it, where nothing learns; 0 where their
-    updates are added to the product."""
+    """How many columns behind the layers' input take their adapters' part of it, where no gradient follows; 0 where
+    their updates are added to the product."""
     adapted = [i for i, adapters in enumerate(layers.adapters) if adapters]
     quantized = layers.frozen.kind != "plain" and layers.frozen.eight is None
-    if torch.is_grad_enabled() or not adapted or not quantized or has_gain(layers):
+    if not adapted or not quantized or has_gain(layers):
         return 0
     return spare_of(sum(-(-lora.down.shape[0] // 8) * 8 for adapters in layers.adapters for lora in adapters))
 

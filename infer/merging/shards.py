@@ -47,6 +47,16 @@ def write_transformer(
             linear = layer in layers and name.endswith(".weight")
             quantize = linear and kind_asked(precision, layer) is not None
             exact = merged(value.float(), updates) if updates else value
+            if not exact.to(precision.dtype).isfinite().all():
+                what = "with the adapters in it is" if updates else "of the checkpoint is"
+                raise ValueError(
+                    f"{name} {what} not finite in {precision.dtype_name}; "
+                    + (
+                        "lower adapter.weight, or copy the checkpoint again if it is damaged"
+                        if updates
+                        else "copy it again"
+                    )
+                )
             if updates:
                 kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
             if quantize:

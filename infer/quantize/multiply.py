@@ -50,6 +50,23 @@ def multiply_plainly(model: nn.Module) -> None:
             module.forward = partial(_plain_int8, module)
 
 
+def keep_scales(model: nn.Module) -> None:
+    """Have LLM.int8's layers keep their scales beside DoRA on a CPU.
+
+    There PEFT makes a layer's weight anew after each use (0.21.2, dequantize_module_weight), with its codes but without
+    the scales, which the layer took into its state; the next forward pass would put none in their place (bitsandbytes
+    0.50.2, init_8bit_state).
+    """
+    for module in model.modules():
+        if kind_of(module) == "int8":
+            module.register_forward_pre_hook(_take_scales_once)
+
+
+def _take_scales_once(layer: Any, args: object) -> None:
+    if layer.weight.SCB is None and layer.state.SCB is not None:
+        layer.weight.CB = None
+
+
 def _plain_int8(layer: Any, x: Tensor) -> Tensor:
     from torch.nn import functional
 

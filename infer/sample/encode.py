@@ -46,7 +46,8 @@ class TextEncoder:
         with torch.no_grad():
             for prompt in prompts:
                 text = self.encode(prompt)
-                if not text.embeds.isfinite().all():
+                parts = [text.embeds, *([] if text.pooled is None else [text.pooled])]
+                if not all(part.isfinite().all() for part in parts):
                     raise NotFiniteError(
                         f"the text encoder's embeddings of {prompt!r} are not finite; set precision.t5=fp32, or copy "
                         "the checkpoint again if it is damaged"
@@ -100,6 +101,18 @@ def to_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         posterior = vae.encode(pixels.to(vae.device, compute_dtype_of(vae))).latent_dist
     return posterior.mean.to(vae.dtype), posterior.std.to(vae.dtype)
+
+
+def check_latents(latents: Tensor, what: str) -> None:
+    """See that the autoencoder made numbers of a picture.
+
+    Raises:
+        NotFiniteError: they are NaN or infinite.
+    """
+    if not latents.isfinite().all():
+        raise NotFiniteError(
+            f"the autoencoder's latents of {what} are not finite; its checkpoint may be damaged: copy it again"
+        )
 
 
 def decode(vae: Any, packed: Tensor, height: int, width: int) -> Image.Image:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infer.family.family import Text
 from infer.family.find import of_model
-from infer.sample.encode import to_posterior
+from infer.sample.encode import check_latents, to_posterior
 from infer.sample.picture import decode
 
 Latents = dict[str, Tensor]
@@ -19,10 +19,15 @@ Latents = dict[str, Tensor]
 
 def encode_reference(vae: Any, picture: Image.Image, resolution: int | None) -> Tensor:
     """The normalised latents [channels, height / 8, width / 8] of an upright RGB picture, scaled as the family's
-    pipelines in diffusers do: the mode of the autoencoder's posterior."""
+    pipelines in diffusers do: the mode of the autoencoder's posterior.
+
+    Raises:
+        NotFiniteError: the latents are NaN or infinite.
+    """
     family = of_model(vae)
     pixels = family.reference_pixels(picture, resolution)
     mean, _ = to_posterior(vae, pixels)
+    check_latents(mean, "a reference picture")
     with torch.no_grad():
         latents: Tensor = family.latent_map(vae.config, vae.get_buffer).normalise(mean)[0].cpu()
     return latents

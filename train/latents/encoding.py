@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from infer.program.remembered import Remembered
 from infer.quantize.compute import compute_dtype, small_dtype
-from infer.sample.encode import to_posterior
+from infer.sample.encode import check_latents, to_posterior
 from train.data.source import Sample, Skipped
 from train.latents.identities import Picture, known_identities, write_identities
 from train.latents.prepare import Tensors, make_preparer
@@ -44,12 +44,16 @@ def encode_pictures(
     / 8]. A mask's view is written as `mask`, [h / 8, w / 8] in [0, 1]. Under data.on_error=raise it stops at the first
     sample that cannot be used.
 
+    Raises:
+        NotFiniteError: the autoencoder makes NaN or infinity of a picture, which is then not written.
+
     load: gives the autoencoder, and is called when the first view has to be encoded. writers: by kind.
     """
     folder = cache.folder / "index"
     stored = known_identities(folder, cache.indexes["pictures"].warn)
     known: dict[bytes, Picture] = {}  # what was learned here
     unwritten: dict[bytes, Picture] = {}
+    names: dict[str, str] = {}  # of the pictures by their views' keys
     found: dict[int, Picture | Skipped] = {}
     dtype = compute_dtype(small_dtype(device), device)
     prepare = make_preparer(
@@ -79,6 +83,7 @@ def encode_pictures(
                     writers["masks"].add(key, {"mask": mask})
                 if not one.complete:
                     later.append(one.sample)
+                names.update((key, samples[one.sample].name) for key, _ in one.pictures)
                 yield one.pictures
 
     def settle() -> None:
@@ -87,6 +92,8 @@ def encode_pictures(
 
     def store(keys: list[str], fetch: Callable[[], list[Tensor]]) -> None:
         for key, *item in zip(keys, *fetch(), strict=True):
+            for part in item:
+                check_latents(part, names[key])
             deviation = {"deviation": item[1].clone()} if cache.sampled else {}
             writers["pictures"].add(key, {"mean": item[0].clone()} | deviation)
 

@@ -156,7 +156,8 @@ def measure(loop: Loop) -> None:
         release_blocks(session)
     for whose, losses, applied in weights:
         with applied:
-            value = validate(job, session.run.accelerator, session.model.transformer, data.cache, data.samples)
+            parts = session.run.accelerator, session.model.transformer, data.cache, data.samples
+            value = validate(job, *parts, loop.step)
         if value is None:
             continue
         means, by_level = value

@@ -25,9 +25,11 @@ class Validation(NamedTuple):
 
 
 def validate(
-    job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples
+    job: Train, accelerator: Accelerator, transformer: Any, cache: Cache, samples: Samples, step: int
 ) -> Validation | None:
     """The mean squared error over the held-out pictures, with masks but without weights; None if none is held out.
+
+    step: that the adapter has reached.
 
     Raises:
         ValueError: it is not finite.
@@ -60,8 +62,13 @@ def validate(
     means: dict[str, float] = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
     value = means["validation_loss"]
     if not math.isfinite(value):
-        raise ValueError(
-            f"the validation loss is {value}: the adapter's weights are ruined; lower optim.lr or raise optim.warmup "
-            "and start over, or go on from an older checkpoint with resume=step-..."
+        reason = (
+            "the adapter's weights are ruined; lower optim.lr or raise optim.warmup and start over, or go on from an "
+            "older checkpoint with resume=step-..."
         )
+        if not step:
+            reason = (
+                f"nothing is learned yet, so that {job.model.path} or what was begun with is at fault: copy it again"
+            )
+        raise ValueError(f"the validation loss is {value}: {reason}")
     return Validation(means, [round(each, 6) for each in (sums[:, 0] / sums[:, 1]).tolist()])

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from infer.program.bounds import MANY, check_most
-from infer.program.no_effect import changed
 
 SCORED = ("likeness", "copying", "drift")
 
@@ -32,11 +31,6 @@ class EarlyStop:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"stop.{name} is {value}; it must be above 0, or null for never")
-
-    @property
-    def by_scores(self) -> list[str]:
-        """The settings that need scores."""
-        return changed(self, *SCORED)
 
 
 def why_stop(stop: EarlyStop, losses: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]) -> str | None:

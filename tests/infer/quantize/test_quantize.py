@@ -10,6 +10,8 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import nn
 
+from infer.adapter.attach import attach
+from infer.adapter.lora import Adapter
 from infer.checkpoint.load import load_transformer
 from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
@@ -17,6 +19,7 @@ from infer.quantize.precision import KINDS, Precision, check_quantized, kind_of,
 from infer.quantize.quantizer import LayerQuantizer, held, quantizing_on
 from infer.quantize.storage import dequantized, stored_bytes
 from infer.save import Save, save
+from tests.infer.adapter.test_adapters import inputs
 
 CPU = torch.device("cpu")
 TINY = Model("scripts/tiny/model")
@@ -217,3 +220,15 @@ def test_one_quantizer_reads_every_kind_and_is_registered_only_meanwhile(precisi
 def test_wrong_device() -> None:
     with pytest.raises(ValueError, match="need a CUDA device or a CPU, not meta"):
         load_transformer(TINY, Precision("nf4"), torch.device("meta"))
+
+
+def test_llm_int8_keeps_its_scales_beside_dora() -> None:
+    """PEFT reads the weights of such a layer at each step, and on a CPU makes them anew."""
+    transformer = load_transformer(TINY, Precision("int8", llm_int8=True, outlier_threshold=4.0), CPU)
+    given = inputs(transformer.dtype)
+    with torch.no_grad():
+        base = transformer(**given)[0].float()
+        attach(transformer, Adapter(rank=2, dora=True), seed=0)
+        first, second = (transformer(**given)[0].float() for _ in range(2))
+    assert torch.equal(first, second)  # without the scales there was no second one
+    assert (first - base).norm() < 0.02 * base.norm()  # B is 0, and the magnitudes are the weights' own
