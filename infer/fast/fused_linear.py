@@ -1,8 +1,9 @@
 """Layers that read one input as one product, with the adapters' updates in it: without a compiler.
 
-In training, updates are added in place to the product, and to the gradient of the input. Where no gradient follows, they are
-further columns of what is summed over: [x, x down^T] times [W, up]^T. That is one product, where adding to it reads and
-writes it once more; and an update is added in fp32, before the sum is rounded, which a small one survives.
+In training, updates are added in place to the product, and to the gradient of the input. Where no gradient follows,
+those of q, k and v, and of a single block's first product, are further columns of what is summed over: [x, x down^T]
+times [W, up]^T. That is one product, where adding to it reads and writes it once more; and an update is added in fp32,
+before the sum is rounded, which a small one survives.
 """
 
 from typing import Any
