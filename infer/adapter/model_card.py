@@ -6,7 +6,9 @@ from pathlib import Path
 
 from infer.adapter.factors import NAMES
 from infer.adapter.read import FILE
-from infer.family.find import LICENCES, SIZES, of_pipeline
+from infer.checkpoint.family import own_drawing
+from infer.checkpoint.model import Model
+from infer.family.find import LICENCES, of_pipeline
 from infer.program.atomic import replace_file
 from infer.program.paths import is_hub_id
 
@@ -32,7 +34,7 @@ class Card:
     notes: list[str] = field(default_factory=list)
     """What users must know."""
     few: str | None = None
-    """Hub id of the few-step checkpoint that it is drawn on too."""
+    """Hub id or folder of the few-step checkpoint that it is drawn on too."""
     kind: str = "lora"
     """lora, lokr, loha or oft (infer/adapter/factors.py), which diffusers' pipelines load or do not."""
     place: str = "."
@@ -102,13 +104,13 @@ def prompt_of(card: Card) -> str:
 
 
 def _in_few_steps(card: Card, few: str) -> list[str]:
-    sizes = SIZES[few]
-    drawing = of_pipeline(card.pipeline, few).drawing(few, sizes["index"], sizes["transformer"])
+    drawing = own_drawing(Model(few))
     how = f", num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance:g}"
     return [
-        f"Trained on the base model, it is drawn on {few} too, which is distilled to {drawing.steps} steps:",
+        f"Trained on the base model, it is drawn on {Path(few).name if not is_hub_id(few) else few} too, which is "
+        f"distilled to {drawing.steps} steps:",
         "",
-        *_snippet(card, few, how),
+        *_snippet(card, few if is_hub_id(few) else "the distilled model's folder", how),
     ]
 
 

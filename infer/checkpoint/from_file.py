@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from infer.checkpoint.layers import linear_shapes
 from infer.checkpoint.model import Model
 from infer.checkpoint.sources import rest_of
 from infer.family.find import of_config
+from infer.program.note import note
 from infer.quantize.precision import Precision
 from infer.quantize.quantizer import LayerQuantizer, quantization_config, quantizing_on
 from infer.single_file.rounding import rounded_twice
@@ -62,18 +60,11 @@ def transformer_from_file(
 
 def _tell(model: Model, file: Path, weights: Weights, precision: Precision) -> None:
     if model.parts is None:
-        _note(f"what {file.name} lacks is of {rest_of(model).path}; model.parts names another")
+        note(f"what {file.name} lacks is of {rest_of(model).path}; model.parts names another")
     kinds = [weights.kind(name) for name in weights if name.endswith(".weight") and weights.rank(name) == 2]
-    note = rounded_twice(file.name, kinds, precision)
-    if note is not None:
-        _note(note)
-
-
-@cache
-def _note(line: str) -> None:
-    """One line a process, of the first rank alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {line}", file=sys.stderr)
+    lost = rounded_twice(file.name, kinds, precision)
+    if lost is not None:
+        note(lost)
 
 
 def text_from_file(

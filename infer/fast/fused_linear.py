@@ -53,7 +53,8 @@ class _Linear(torch.autograd.Function):
             inner = functional.linear(x, down)
             if value:
                 reached = slice(thin.first, thin.first + thin.up.shape[0])
-                add_product(y[..., reached], inner, thin.up, gain, None if bias is None else bias[reached])
+                least = None if bias is None else bias[reached]
+                add_product(y[..., reached], inner, thin.up, gain, least, list(thin.starts or ()))
         held = y if ctx.needs_input_grad[6] else None
         ctx.save_for_backward(*((x, inner) if learns else (None, None)), gain, held)
         return y

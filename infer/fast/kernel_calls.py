@@ -23,7 +23,7 @@ from infer.fast.thin import thin_of
 from infer.fast.weights import Linear, Lora, Stack, dequantize_at_once
 from infer.quantize.precision import FOUR_BIT, QUANTIZED, Precision
 
-ROWS = 32
+ROWS, OUT = 32, 128  # of inputs, and a layer's outputs
 Call = tuple[Callable[..., object], tuple[Any, ...]]  # a function and its arguments: equal ones compile the same
 
 
@@ -149,21 +149,24 @@ def _attention(own: Place, heads: int, each: int, learns: bool, repeatable: bool
 def _adapter(own: Place, width: int, rank: int, dtype: torch.dtype) -> None:
     """Adapters whose parameters are of `dtype`, of one layer and of three that read one input."""
     theirs = Place(own.device, dtype)
-    lora = Lora(theirs.zeros(rank, width), theirs.zeros(ROWS, rank), torch.ones((), device=own.device), None)
+    lora = Lora(theirs.zeros(rank, width), theirs.zeros(OUT, rank), torch.ones((), device=own.device), None)
     for count in (1, 3):
-        frozen = Stack("plain", (count * ROWS, width), (ROWS,) * count, own.zeros(1), None, None, None)
+        frozen = Stack("plain", (count * OUT, width), (OUT,) * count, own.zeros(1), None, None, None)
         thin = thin_of(Linear(frozen, ((lora,),) * count), own.dtype)
-        assert thin is not None
-        add_product(*(own.zeros(ROWS, size) for size in thin.up.shape), thin.up)
+        assert thin is not None and thin.starts is not None
+        outputs, inner = (own.zeros(ROWS, size) for size in thin.up.shape)
+        add_product(outputs, inner, thin.up, starts=list(thin.starts))
+        add_product(outputs, inner, thin.up)  # as to the gradient of an input
 
 
 def _gains(own: Place, rank: int, learns: bool) -> None:
     """DoRA's, with biases and without, of one layer and of three."""
     for count in (1, 3):
         inner = count * -(-rank // 8) * 8
-        outputs, gain = own.zeros(ROWS, count * ROWS), torch.ones(count * ROWS, device=own.device)
-        for bias in (None, own.zeros(count * ROWS)):
-            add_product(outputs, own.zeros(ROWS, inner), own.zeros(count * ROWS, inner), gain, bias)
+        outputs, gain = own.zeros(ROWS, count * OUT), torch.ones(count * OUT, device=own.device)
+        for bias in (None, own.zeros(count * OUT)):
+            starts = [OUT * i for i in range(1, count)]
+            add_product(outputs, own.zeros(ROWS, inner), own.zeros(count * OUT, inner), gain, bias, starts)
             if learns:
                 gain_backward(outputs, outputs, gain, bias, 0)
 

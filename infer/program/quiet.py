@@ -8,6 +8,7 @@ NOISE = (
     "requires torchvision",  # transformers: image processors that nobody uses here
     "gemm_4bit_forward",  # bitsandbytes: an optional kernel package
     "MatMul8bitLt: inputs will be cast",  # bitsandbytes: LLM.int8 is defined in fp16
+    "is not aligned for fast kernel",  # bitsandbytes: a layer of 32 inputs in the bundled klein's text encoder
     "No LoRA keys associated to",  # diffusers: the text encoders have no adapter
     "truncated because",  # diffusers: CLIP always sees 77 tokens at most; captions that are cut are named by us
     "returned a view tensor",  # FSDP 2: FLUX's blocks return views, and nothing changes them in place

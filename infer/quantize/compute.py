@@ -8,8 +8,6 @@ NVIDIA cards before Ampere (T4, RTX 20) have no bf16 at all. There fp16 takes it
 the transformer multiplies and carries as in infer/fast/half.py.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from infer.program.note import note
 from infer.quantize.multiply import multiply_plainly
 from infer.quantize.precision import Precision
 
@@ -31,14 +30,14 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def compute_dtype(asked: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of matrix products and convolutions on a device where `asked` is what weights are stored in."""
     if device.type == "cuda" and asked == torch.bfloat16 and not _bf16_on_card(device):
-        _note(
+        note(
             f"{torch.cuda.get_device_name(device)} has no bf16: products in fp16 of rows scaled into its range, the "
             "residual stream, norms and adapters in fp32"
         )
         return torch.float16
     if device.type != "cpu" or asked == torch.float32 or _quick_on_cpu(asked):
         return asked
-    _note(f"this CPU has no quick {NAMES[asked]}: computing in fp32 (weights are stored as asked)")
+    note(f"this CPU has no quick {NAMES[asked]}: computing in fp32 (weights are stored as asked)")
     return torch.float32
 
 
@@ -71,13 +70,6 @@ def _quick_on_cpu(dtype: torch.dtype) -> bool:
         return False
     ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return bool(getattr(torch.ops.mkldnn, ask)())
-
-
-@cache
-def _note(line: str) -> None:
-    """One line a process, of the first rank alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {line}", file=sys.stderr)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

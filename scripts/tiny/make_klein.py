@@ -27,10 +27,12 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.tiny import klein_parts, make_vae, world
+from scripts.tiny import klein_parts, make_vae, parts, world
 from scripts.tiny.klein_flow import FINE, GUIDANCE, Flow, along, noised, paths, train
-from scripts.tiny.klein_text import chat, draw_captions, embed, teach_text
+from scripts.tiny.klein_text import chat, draw_captions, embed, stored, teach_text
 from scripts.tiny.make_flow import CHUNK
+
+STORED = ("bf16", "nf4", "bf16", "fp4")  # precisions of the text encoder, in turn
 
 
 @dataclass
@@ -72,25 +74,25 @@ def parts_of(start: Path | None) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM, Flux
     return (
         Qwen2Tokenizer.from_pretrained(start / "tokenizer"),
         Qwen3ForCausalLM.from_pretrained(start / "text_encoder", dtype=torch.float32),
-        Flux2Transformer2DModel.from_pretrained(start / "transformer").float(),
+        parts.loaded(Flux2Transformer2DModel, start / "transformer"),
     )
 
 
 def encode(
     vae: AutoencoderKLFlux2, encoder: Qwen3ForCausalLM, drawn: list[tuple[list[world.Scene], list[np.ndarray]]]
 ) -> Encoded:
-    """Paint and encode what `draw_captions` made."""
+    """Paint and encode what `draw_captions` made; texts by the encoder as it is drawn with, a part of them rounded."""
     device = vae.device
-    # what is drawn with is the encoder in bf16, so that is what is trained with
-    stored = copy.deepcopy(encoder).to(torch.bfloat16)
+    encoders = [stored(encoder, kind) for kind in STORED]
     kept, texts = [], []
     with torch.no_grad():
-        for scenes, (ids, mask, _) in drawn:
+        for k, (scenes, (ids, mask, *_)) in enumerate(drawn):
+            encoder = encoders[k % len(encoders)]
             with torch.autocast(device.type, torch.bfloat16):
                 image = world.paint(world.canvas(scenes, device=device)) * 2 - 1
                 latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in image.split(256)])
             kept.append(pack(vae, latents).bfloat16())
-            texts.append(embed(stored, torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).bfloat16())
+            texts.append(embed(encoder, torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).bfloat16())
     return Encoded(torch.cat(kept), torch.cat(texts))
 
 
@@ -98,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--vae", type=Path, help="the FLUX.1 whose autoencoder is widened")
-    start.add_argument("--start", type=Path, help="go on from this base: autoencoder and text encoder are kept")
+    start.add_argument("--start", type=Path, help="go on from this base; its autoencoder is kept")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the distilled one")
     parser.add_argument("--seed", type=int, default=0)
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=float, default=0.75, help="share of pictures with two different things")
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--vae-seconds", type=float, default=float("inf"), help="take fewer steps if these run out")
-    parser.add_argument("--text-steps", type=int, default=1500)
+    parser.add_argument("--text-steps", type=int, default=1500, help="0: the text encoder is kept")
     parser.add_argument("--text-seconds", type=float, default=float("inf"))
     parser.add_argument("--flow-steps", type=int, default=20_000)
     parser.add_argument("--flow-until", type=float, default=float("inf"), help="seconds after the start of all")
@@ -142,15 +144,17 @@ def main() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads beyond its bounds under autocast (torch 2.11)
     reader, encoder, transformer = parts_of(args.start)
     encoder.to(device)
-    if args.start:
-        vae = AutoencoderKLFlux2.from_pretrained(args.start / "vae").float().to(device)
-    else:
-        ids, mask, wanted = (
-            torch.from_numpy(np.concatenate([each[i] for _, each in drawn])).to(device) for i in range(3)
+    if args.text_steps:
+        ids, mask, wanted, grounds = (
+            torch.from_numpy(np.concatenate([each[i] for _, each in drawn])).to(device) for i in range(4)
         )
-        teach_text(encoder, reader, ids, mask, wanted, args.text_steps, text_batch, args.text_seconds, not args.eager)
+        seconds, graphed = args.text_seconds, not args.eager
+        teach_text(encoder, reader, ids, mask, wanted, grounds, args.text_steps, text_batch, seconds, graphed)
         report("text encoder taught")
-        vae = klein_parts.vae(AutoencoderKL.from_pretrained(args.vae / "vae").float())
+    if args.start:
+        vae = parts.loaded(AutoencoderKLFlux2, args.start / "vae").to(device)
+    else:
+        vae = klein_parts.vae(parts.loaded(AutoencoderKL, args.vae / "vae"))
         vae.bn.requires_grad_(False)
         decibels = make_vae.train(
             vae, args.vae_steps, vae_batch, 1e-3, args.seed, device, args.vae_seconds, not args.eager
@@ -160,7 +164,7 @@ def main() -> None:
     data = encode(vae, encoder, drawn)
     empty_ids, empty_mask = (torch.from_numpy(value).to(device) for value in chat(reader, [""]))
     with torch.no_grad():
-        empty = embed(copy.deepcopy(encoder).to(torch.bfloat16), empty_ids, empty_mask)
+        empty = embed(stored(encoder, "bf16"), empty_ids, empty_mask)
     report(f"encoded, latents' deviation {data.x0.float().std():.3f}, texts' {data.texts[:999].float().std():.3f}")
     shape = tuple(data.x0.shape[1:])
 

@@ -70,7 +70,7 @@ def main() -> None:
     tokenizers = parts.tokenizers(args.start)
     kept = args.start or args.vae
     if kept:
-        vae = AutoencoderKL.from_pretrained(kept / "vae").float().to(device)
+        vae = parts.loaded(AutoencoderKL, kept / "vae").to(device)
     else:
         vae = parts.vae()
         # latents start sharp: at the default a deviation of 1 drowns them for hundreds of steps
@@ -94,7 +94,7 @@ def main() -> None:
     empty = (t5_empty, clip_empty)
     if args.start:
         flow = make_flow.Flow(
-            FluxTransformer2DModel.from_pretrained(args.start / "transformer").float(),
+            parts.loaded(FluxTransformer2DModel, args.start / "transformer"),
             T5EncoderModel.from_pretrained(args.start / "text_encoder_2").float(),
             CLIPTextModel.from_pretrained(args.start / "text_encoder").float(),
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.tiny import world
+from scripts.tiny import parts, world
 from scripts.tiny.pace import Pace, captured, move_average
 
 AT_ONCE = 8  # batches that are painted together: fewer launches
@@ -222,7 +222,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads beyond its bounds under autocast (torch 2.11)
     flux2 = json.loads((args.model / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKLFlux2"
-    vae = (AutoencoderKLFlux2 if flux2 else AutoencoderKL).from_pretrained(args.model / "vae").float().to(device)
+    vae = parts.loaded(AutoencoderKLFlux2 if flux2 else AutoencoderKL, args.model / "vae").to(device)
     vae.encoder.requires_grad_(False)
     print(f"PSNR before, dB: {decibels(vae, args.seed)}", flush=True)
     after = train(vae, args.steps, args.batch, args.rate, args.seed, device, args.seconds)

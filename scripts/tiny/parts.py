@@ -7,9 +7,11 @@ import string
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.configuration_utils import FrozenDict
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -69,6 +71,13 @@ def tokenizers(model: Path | None) -> tuple[T5TokenizerFast, CLIPTokenizer]:
         T5TokenizerFast.from_pretrained(model / "tokenizer_2"),
         CLIPTokenizer.from_pretrained(model / "tokenizer"),
     )
+
+
+def loaded(cls: Any, folder: Path) -> Any:
+    """A part of a checkpoint in fp32, to be trained on. It forgets its folder, which its config would tell everyone."""
+    part = cls.from_pretrained(folder).float()
+    part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
+    return part
 
 
 def t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:

@@ -126,8 +126,8 @@ def test_a_graph_can_hold_kleins_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "captured", silent)
     reader = klein_parts.tokenizer()
     encoder = klein_parts.text_encoder(reader)
-    (_, (ids, masks, wanted)) = klein_text.draw_captions((0, 2, 0, 0.5))
-    given = [torch.from_numpy(each).flatten(0, -3 if each is wanted else -2) for each in (ids, masks, wanted)]
+    (_, drawn) = klein_text.draw_captions((0, 2, 0, 0.5))
+    given = [torch.from_numpy(each) for each in drawn]
     klein_text.teach_text(encoder, reader, *given, steps=1, batch=2)
     flow = klein_flow.Flow(klein_parts.transformer())
     x0 = torch.randn(2, (world.SIZE // 16) ** 2, 128)

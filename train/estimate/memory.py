@@ -13,6 +13,7 @@ from infer.checkpoint.files import known_config
 from infer.checkpoint.layers import linear_shapes, norm_sizes
 from infer.checkpoint.model import Model
 from infer.checkpoint.sources import rest_of
+from infer.family.family import Linear
 from infer.family.find import of_config
 from infer.fast.memory import device_bytes, residents
 from infer.quantize.precision import Precision, kind_asked
@@ -129,7 +130,8 @@ def footprint(job: Train) -> Footprint:
     units = of_config(config).ACTIVATIONS
     sizes = weights_by_module(config, job.precision)
     layers = linear_shapes(config)
-    targets = [layers[name] for name in match_adapter(layers, job.adapter)]
+    names = match_adapter(layers, job.adapter)
+    targets = [layers[name] for name in names]
     tensors = [count for layer in targets for count in tensor_sizes(job.adapter, layer)]
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -166,6 +168,12 @@ def footprint(job: Train) -> Footprint:
         if job.memory.fused and keep in ("attention", "products"):
             work += largest  # the dequantized copy is kept from the recomputation to the gradient
 
+    first = [
+        [layers[name] for name in names if name.startswith(f"{stack}transformer_blocks.0.")]
+        for stack in ("single_", "")
+    ]
+    work += _kind_work(job, first[0] or first[1], tokens)
+
     by_block = [
         sum(size for name, size in sizes.items() if name.startswith(f"{stack}.{i}."))
         for stack, count in (
@@ -193,6 +201,20 @@ def footprint(job: Train) -> Footprint:
     if job.memory.budget_gib is not None:
         _offload(result, by_block, job)
     return result
+
+
+def _kind_work(job: Train, adapted: list[Linear], tokens: int) -> int:
+    """What an adapter that is no LoRA, on these layers, adds to a block's backward pass.
+
+    As measured (docs/benchmarks/kinds.jsonl), and as its forward pass leaves tensors: of LoKr each layer's output
+    twice, of OFT each input twice, of LoHa one whole update in fp32.
+    """
+    kind, itemsize = job.adapter.kind, job.precision.itemsize
+    if kind == "lokr":
+        return 2 * itemsize * tokens * sum(layer.rows for layer in adapted)
+    if kind == "oft":
+        return 2 * itemsize * tokens * sum(layer.columns for layer in adapted)
+    return 4 * max((layer.rows * layer.columns for layer in adapted), default=0) if kind == "loha" else 0
 
 
 def _sums_apart(job: Train) -> bool:

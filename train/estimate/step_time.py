@@ -1,8 +1,8 @@
 """Seconds of a training step on a card, estimated from floating-point operations and bytes.
 
-How much of its datasheet's rates an H100 reaches was measured: the shares and passes below are fitted by least squares
-to 33 rows of scripts/bench_train.py, on an H100 and an H200 and from 1,536 to 12,800 tokens, and differ from them by
-5 % at most (2.6 % root mean square). Other cards are assumed to reach the same shares of theirs.
+How much of its datasheet's rates an H200 reaches was measured: the shares and passes below are fitted by least squares
+to 26 rows of scripts/bench_train.py, of FLUX.1, Kontext and klein, of 1,536 to 12,800 tokens, and differ from them by
+4 % at most (2 % root mean square). Other cards are assumed to reach the same shares of theirs.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Card:
 
 
 CARDS = {
-    "H200": Card(139.8, 989e12, 4.8e12, 56e9),
+    "H200": Card(139.8, 989e12, 4.8e12, 60e9),
     "H100": Card(79.2, 989e12, 3.35e12, 56e9),
     "A100 80GB": Card(79.2, 312e12, 2.04e12),
     "L40S": Card(44.5, 362e12, 0.864e12),
@@ -40,14 +40,14 @@ CARDS = {
     "RTX 4060": Card(7.6, 30e12, 0.272e12, 12e9),
 }
 RATE = 0.8  # share of the datasheet's operations that a large product of random matrices reaches
-PRODUCTS = 0.75  # share of that rate that a step's products reach
-ATTENTION = 0.71  # share of it that attention over many tokens reaches, and
-HALF = 400  # the tokens at which it reaches half of that: short products fill a card less
-HOST = 0.008  # seconds a step in which the device waits for the host
-EIGHT = {"bf16": 1.0, "fp8": 1.78, "int8": 1.86}  # how much faster products in 8 bits are than in bf16
-ROUNDING = {"bf16": 1.0, "fp8": 1.3, "int8": 1.75}  # rounding rows takes passes too
-UNPACKING = {"bf16": 1.0, "fp8": 2.6, "int8": 7.7}  # bytes a second of dequantizing, over those of making 8-bit values
-PASSES = 60  # how often a block's fused kernels read or write an activation, and
+PRODUCTS = 0.72  # share of that rate that a step's products reach
+ATTENTION = 0.75  # share of it that attention over many tokens reaches, and
+HALF = 350  # the tokens at which it reaches half of that: short products fill a card less
+HOST = 0.0085  # seconds a step in which the device waits for the host
+EIGHT = {"bf16": 1.0, "fp8": 1.7, "int8": 1.86}  # how much faster products in 8 bits are than in bf16
+ROUNDING = {"bf16": 1.0, "fp8": 1.3, "int8": 5.9}  # rounding rows takes passes too
+UNPACKING = {"bf16": 1.0, "fp8": 3.3, "int8": 7.7}  # bytes a second of dequantizing, over those of making 8-bit values
+PASSES = 32  # how often a block's fused kernels read or write an activation, and
 PASSES_AGAIN = 14  # how often more where the block is computed again
 COPY = 0.9  # share of the bandwidth that they reach
 

@@ -142,7 +142,8 @@ def _hardly(job: Train, losses: Mapping[str, float], change: float | None) -> st
         return None
     said = []
     if fell is not None and fell < HARDLY:
-        said.append(f"the validation loss fell by {100 * fell:.1f} % alone")
+        little = f"fell by {100 * fell:.1f} % alone" if fell >= 0.0005 else "did not fall"
+        said.append(f"the validation loss {little}")
     if change is not None and change < STILL:
         said.append(f"pictures are moved by {change:.3f} of their latents alone")
     size = {"lora": ", then a higher adapter.rank", "oft": ", then a larger adapter.block"}.get(job.adapter.kind, "")

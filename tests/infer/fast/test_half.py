@@ -22,6 +22,7 @@ from infer.fast import install as fast
 from infer.fast.half import attend, scaled_product
 from infer.fast.install import install
 from infer.fast.memory import KEEP, Memory
+from infer.program.note import note
 from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of, product_dtype_of, small_dtype, stored_on
 from infer.quantize.multiply import dequantize_to, multiply_plainly
@@ -206,7 +207,7 @@ def test_llm_int8_takes_rows_beyond_fp16(tiny: Model, half: None) -> None:
 def test_a_card_without_bf16_stores_and_multiplies_in_fp16(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    compute._note.cache_clear()
+    note.cache_clear()
     monkeypatch.setattr(compute, "_bf16_on_card", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert stored_on(Precision("nf4"), CUDA) == FP16 and stored_on(Precision("bf16"), CUDA).dtype == torch.float16
@@ -216,7 +217,7 @@ def test_a_card_without_bf16_stores_and_multiplies_in_fp16(
     said = capfd.readouterr().err.splitlines()
     (line,) = [line for line in said if "this CPU" not in line]  # once
     assert line.startswith("note: Tesla T4 has no bf16: products in fp16")
-    compute._note.cache_clear()
+    note.cache_clear()
 
 
 def test_a_checkpoint_saved_for_bf16_is_dequantized_to_fp16(tiny: Model) -> None:

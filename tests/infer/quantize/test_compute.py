@@ -21,6 +21,7 @@ from infer.checkpoint.model import Model
 from infer.checkpoint.text import load_text_parts
 from infer.fast.install import install
 from infer.fast.memory import Memory
+from infer.program.note import note
 from infer.program.paths import ROOT
 from infer.quantize import compute
 from infer.quantize.compute import compute_dtype, compute_dtype_of
@@ -37,10 +38,10 @@ SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 @pytest.fixture
 def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    compute._note.cache_clear()
+    note.cache_clear()
     monkeypatch.setattr(compute, "_quick_on_cpu", lambda dtype: False)
     yield
-    compute._note.cache_clear()
+    note.cache_clear()
 
 
 def test_what_a_cpu_computes_in(slow_bf16: None, capfd: pytest.CaptureFixture[str]) -> None:

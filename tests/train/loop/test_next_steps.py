@@ -19,6 +19,7 @@ from train.run.config import Train
         ([1.0, 0.4, 0.5], "lowest at step 1 (0.4000) and rose to 0.5000"),
         ([1.0, 1.2], "lowest at step 0"),
         ([1.0, 0.995], "fell by 0.5 % alone"),
+        ([1.0, 1.0001], "the validation loss did not fall: look at the previews"),
         ([1.0], None),
         ([], None),
     ],
@@ -63,7 +64,7 @@ def test_a_preserving_run_that_drifts_is_not_told_to_preserve() -> None:
     [
         ("lora", "to=comfyui", "merge.py"),
         ("lokr", "to=diffusers out=mine-lora.safetensors", "load_lora_weights"),
-        ("oft", "infer/merge.py model.path=", "ComfyUI"),
+        ("oft", "infer/merge.py model=tiny ", "ComfyUI"),
     ],
 )
 def test_what_comes_next_is_what_the_kind_can_do(kind: str, said: str, absent: str) -> None:

@@ -5,14 +5,14 @@ const SCORES = [["validation", "held-out loss ↓"], ["drift", "drift ↓"], ["c
 const COPIED = .5;  // of the usual distance between training pictures, as infer/choosing/best.py has it
 
 export async function chooseTab(place, name, run) {
-  const result = h("div", {}), resident = residentNote();
+  const result = h("div", {}), resident = residentNote(), again = h("h2", {hidden: true}, "Draw and score again");
   const names = run.checkpoints.map((step) => String(step));
   const form = h("form", {className: "form card", oninput: () => command.soon(), onsubmit: (event) => { event.preventDefault(); launch(); }},
     h("label", {className: "all"}, "Prompts, one a line", h("textarea", {name: "prompts", rows: 2, placeholder: "empty: those of the last previews"})),
     field("Checkpoints", h("input", {name: "checkpoints", placeholder: names.join(" ") || "none are kept yet"}), "Empty: all that the run has kept."),
     field("Strengths", h("input", {name: "weights", placeholder: "1, or 0.7 1"})), field("Seed", h("input", {name: "seed", placeholder: "0"})),
     field("Steps", h("input", {name: "steps", inputMode: "numeric", placeholder: "the model's own"})),
-    field("Weights", select("average", [["", "averaged where the run keeps them"], ["false", "as they are"], ["true", "averaged (ema)"]], "")),
+    field("Weights", select("average", [["", "averaged, if it keeps them"], ["false", "as they are"], ["true", "averaged (ema)"]], "")),
     field("Likeness to the training pictures", select("networks", [["", "not judged"], ["hub", "by networks of the Hub"]], ""), "Copies are found without them."),
     h("div", {className: "line all"}, h("button", {className: "button main"}, "Draw and score, after what waits")));
   const asked = () => ({...formOf(form), what: "choose", run: name});
@@ -50,14 +50,15 @@ export async function chooseTab(place, name, run) {
     if (text === last) return;
     last = text;
     const found = now.choice;
+    again.hidden = !found;
     result.replaceChildren(...busy.map((job) => note(job.state === "waiting" ? "A choice waits for its turn." : "Checkpoints are drawn and scored …")),
       ...(now.chosen ? [note(`Taken: step ${now.chosen.step}${now.chosen.average ? ", averaged weights" : ""}, runs/${name}/chosen/pytorch_lora_weights.safetensors`, "good")] : []),
-      ...(found ? [h("h2", {}, "The last choice"), note(`Best: ${found.best.name}: ${found.best.reason}.`, "good"), grid(found),
+      ...(found ? [h("h2", {className: "flush"}, "The last choice"), note(`Best: ${found.best.name}: ${found.best.reason}.`, "good"), grid(found),
         h("p", {}, found.average ? "Drawn and judged: the averaged weights of each checkpoint. " : "Drawn and judged: the weights of each checkpoint. ", "Held-out loss: of pictures that were not trained on. Drift: how far prompts that have nothing to do with it move from the base’s. Change: the same of these prompts. "
           + "Nearest: distance to the nearest training picture", found.usual ? ` (among themselves ${number(found.usual, 3)}; below half of that it is a copy).` : ".",
-          found.absent.dino ? " Likeness is not measured: choose the networks above, which are downloaded." : "")] : []));
+          found.absent.dino ? " Likeness is not measured: choose the networks in the form, which are downloaded." : "")] : []));
   };
-  place.append(form, command.answer, command.line, resident.box, result);
+  place.append(result, again, form, command.answer, command.line, resident.box);
   if (!run.checkpoints.length) place.prepend(note("No checkpoint is kept yet: they are written while it trains (keep=5 or keep_best=3 keeps more)."));
   await live(run);
   return {live, stop: command.stop};

@@ -34,6 +34,8 @@ export async function runView(place, [name, chosen]) {
   return {live, stop: () => part?.stop?.()};
 }
 
+const gib = (value) => number(value, value < 1 ? 2 : 3);
+
 function steering(name, of, again) {
   const box = h("div", {className: "line"}), facts = h("div", {});
   const ask = (what, said) => () => tried(async () => { await post("steer", {run: name, do: what}); say(said); });
@@ -62,9 +64,9 @@ function steering(name, of, again) {
       ...run.jobs.filter((job) => job.state === "failed" && job.id === run.jobs[0]?.id && run.state !== "training")
         .map((job) => note(`${job.words[0]}: ${job.reason}`, "bad")),
       h("div", {className: "tiles"}, tile("Step", run.steps ? `${run.step} of ${run.steps}` : `${run.step}`),
-        tile("Time left", run.left === null ? "–" : duration(run.left)), tile("Loss", number(run.loss)), tile("Validation", number(run.validation)),
+        run.state === "done" ? "" : tile("Time left", run.left === null ? "–" : duration(run.left)), tile("Loss", number(run.loss)), tile("Validation", number(run.validation)),
         tile("Seconds a step", number(run.pace, 3)),
-        tile(plan ? "Memory, of the plan" : "Memory, peak", `${number(run.memory_gib, 3)}${plan ? ` of ${number(plan / 2 ** 30, 3)}` : ""} GiB`,
+        tile(plan ? "Memory, of the plan" : "Memory, peak", `${gib(run.memory_gib)}${plan ? ` of ${gib(plan / 2 ** 30)}` : ""} GiB`,
           "peak of the training, as measured and as planned")),
       run.steps ? h("progress", {max: run.steps, value: run.step, ariaLabel: "progress"}) : "");
   };

@@ -30,7 +30,8 @@ export async function runsView(place) {
     const waiting = found.jobs.filter((job) => job.state === "waiting" && job.words[0] === "train/train.py" && !found.runs.some((run) => run.name === job.run))
       .map((job) => ({name: job.run, state: "waiting", reason: "in the queue", step: 0, steps: null, loss: null, validation: null, changed: job.made, preview: null}));
     const runs = [...waiting, ...found.runs].filter((run) => `${run.name} ${run.state}`.toLowerCase().includes(wanted));
-    count.textContent = found.runs.length + waiting.length ? `${runs.length} of ${found.runs.length + waiting.length} runs` : "";
+    const all = found.runs.length + waiting.length;
+    count.textContent = all ? `${wanted ? `${runs.length} of ` : ""}${all} ${all === 1 ? "run" : "runs"}` : "";
     notes.replaceChildren(...found.notes.map((text) => note(text, "bad")));
     list.replaceChildren(...runs.slice(0, seen).map(card));
     if (!found.runs.length && !waiting.length)

@@ -6,7 +6,7 @@ export async function startView(place) {
   const first = known.folders[0] ?? "";
   const form = h("form", {className: "form card", onsubmit: (event) => { event.preventDefault(); launch("queue"); }, oninput: () => command.soon()},
     field("Name of the run", h("input", {name: "run", required: true, autocomplete: "off", placeholder: "mine"}), "Its folder is runs/<name>."),
-    field("Model", select("model", [["", "of the preset, or the bundled tiny one"], ...known.models.map((name) => [name, name])], "")),
+    field("Model", select("model", [["", "of the preset, or tiny"], ...known.models.map((name) => [name, name])], "")),
     field("Card's preset", select("preset", [["", "none"], ...known.presets.map((name) => [name, name])], ""), "Settings that fit a card of so many GB."),
     field("Folder of pictures", select("data", [["", "of the preset"], ...known.folders.map((name) => [name, name])], first), "Folders in runs/, and those that page.py was started with."),
     field("What is taught", select("kind", [["", "no matter"], ...Object.entries(known.kinds)], "")),

@@ -29,6 +29,8 @@ async function show(focus) {
   if (mine !== turn) { made?.stop?.(); return; }
   shown = made ?? null;
   main.replaceChildren(place);
+  const tab = place.querySelector(".tabs [aria-current]");  // a narrow window shows some of the tabs
+  if (tab) tab.parentElement.scrollLeft = tab.offsetLeft - tab.parentElement.offsetLeft - 40;
   document.title = `${place.querySelector("h1")?.textContent ?? "Runs"} · flux-lora`;
   if (focus) { main.focus({preventScroll: true}); scrollTo(0, 0); }
 }
