@@ -17,8 +17,10 @@ KEEPS = ("nothing", "attention", "everything")
 def fused(keep: str, function: object, block: Block, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
     """In the place of infer/fast/recompute.py's `again`: the streams of a block by fused operators, whatever function
     computes them elsewhere. tensors: streams, modulations, cos and sin."""
-    if keep == "everything" or not torch.is_grad_enabled():
-        out = fused_blocks.compute(block, tensors, again=False, alone=not torch.is_grad_enabled())
+    if not torch.is_grad_enabled():
+        out = fused_blocks.compute(block, tensors, again=False, once=True)
+    elif keep == "everything":
+        out = fused_blocks.compute(block, tensors, again=False)
     else:
         leaves, spec = tree_flatten((block, tensors))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -36,8 +38,7 @@ class _Again(torch.autograd.Function):
         ctx.save_for_backward(*learned)
         block, tensors = tree_unflatten(leaves, spec)
         with nullcontext() if ctx.kept is None else ctx.kept.active(again=False):
-            # not alone: attention, which is kept, and what is computed again are of the same products, to the bit
-            return fused_blocks.compute(block, tensors, again=False, alone=False)
+            return fused_blocks.compute(block, tensors, again=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -47,6 +48,6 @@ class _Again(torch.autograd.Function):
             leaves[place] = x
         block, tensors = tree_unflatten(leaves, ctx.spec)
         with torch.enable_grad(), nullcontext() if ctx.kept is None else ctx.kept.active(again=True):
-            out = fused_blocks.compute(block, tensors, again=True, alone=False)
+            out = fused_blocks.compute(block, tensors, again=True)
             found = torch.autograd.grad(out, learned, gradients, allow_unused=True)
         return None, None, None, None, *found
