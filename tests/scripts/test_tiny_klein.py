@@ -35,12 +35,16 @@ def job_of(*words: str) -> Train:
     return job
 
 
-@pytest.mark.parametrize(("model", "precision", "count"), [(BASE, "bf16", 6), (FEW, "nf4", 12)])
-def test_it_draws_captions_it_never_saw(model: Model, precision: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "precision", "steps", "guidance"), [(BASE, "bf16", 16, 2.5), (FEW, "nf4", None, None)]
+)
+def test_it_draws_captions_it_never_saw(
+    model: Model, precision: str, steps: int | None, guidance: float | None
+) -> None:
     """A quick part of `python scripts/tables.py klein`; docs/bundled-model.md holds the whole figures."""
-    captions = check.held_out_captions(count, seed=7)
-    shares = check.tally(check.check_model(Path(model.path), captions, None, None, None, precision))
-    assert shares["right"] >= 0.8 and shares["background"] >= 0.8 and shares["inked"] == 0
+    captions = check.held_out_captions(8, seed=7)
+    shares = check.tally(check.check_model(Path(model.path), captions, steps, None, None, precision))
+    assert shares["right"] >= 0.75 and shares["background"] == 1 and shares["inked"] == 0
 
 
 def test_the_two_differ_by_their_transformers_alone() -> None:
