@@ -4,7 +4,9 @@
     python scripts/tables.py captions gap       # some
 
 Each table stands in its page between `<!-- NAME -->` and `<!-- /NAME -->` and is replaced there, with the date, the
-device and the versions that it was measured with. The programs are the toolkit's own, their files in runs/tables.
+device and the versions that it was measured with. The programs are the toolkit's own, their files in runs/tables. Those
+of docs/methods.md are over a hundred trainings: runs that are in runs/tables/methods.jsonl, which a GPU does sooner
+(`python scripts/tiny/methods.py runs/tables/methods.jsonl --workers 8`), are not done again.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -31,12 +35,16 @@ from infer.program.atomic import replace_file
 from infer.program.errors import explained
 from infer.program.paths import ROOT
 from infer.report.markdown import plain_table
+from scripts.bench_rows import read_lines
 from scripts.tiny import world
 from scripts.tiny.make_edits import make_edits
 from scripts.tiny.make_style import make_style
+from scripts.tiny.method_table import table
 
 PRECISIONS = ("bf16", "int8", "fp4", "nf4")
 LAYERS = 6  # of the sensitivity's table: those that suffer most
+METHODS = ("preservation", "adapters")  # sets of scripts/tiny/methods.py
+VERSIONS = ("torch", "diffusers", "transformers", "bitsandbytes")
 PROMPTS = 20  # of the table of the demo's style, two seeds each
 
 
@@ -156,7 +164,17 @@ def edit() -> str:
         for name in ("kept_psnr", "target_psnr"):
             cells.append(", ".join(f"{fmean(r['scores'][name] for r in own):.1f}" for own in of.values()))
         lines.append([precision, *cells])
-    return plain_table([["precision", "right: base", "adapter", "kept_psnr, dB", "target_psnr, dB"], *lines])
+    return plain_table(
+        [
+            [
+                "precision",
+                "right: base",
+                "adapter",
+                *(f"{name}, dB: base, adapter" for name in ("kept_psnr", "target_psnr")),
+            ],
+            *lines,
+        ]
+    )
 
 
 def demo() -> str:
@@ -202,6 +220,16 @@ def style_of_many() -> str:
     return plain_table([["precision", "adapter", "pictures", "things right", "in the style"], *lines])
 
 
+def methods(name: str) -> str:
+    """A set of scripts/tiny/methods.py, with what its runs were on."""
+    file = ROOT / "runs" / "tables" / "methods.jsonl"
+    program("scripts/tiny/methods.py", str(file), "--sets", name)
+    rows = read_lines(file)
+    own = [row for row in rows if row["set"] == name]
+    places = dict.fromkeys(said(row["date"], row["card"], row["versions"]) for row in own)
+    return f"{table(rows, name)}\n({'; '.join(places)}; {len(own)} runs)"
+
+
 def style() -> None:
     make_style(ROOT / "runs" / "demo-pictures", 40, 0)
 
@@ -216,16 +244,19 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "gap": ("docs/measurement.md", gap),
     "edit": ("docs/edit-training.md", edit),
     "transfer": ("docs/measurement.md", transfer),
+    **{name: ("docs/methods.md", partial(methods, name)) for name in METHODS},
 }
 
 
 def machine(seconds: float) -> str:
     """When, on what and with which versions a table was measured."""
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "bitsandbytes"))
-    return f"({date.today()}, {device}, {packages}, {seconds:.0f} s)"
+    versions = {name: version(name) for name in VERSIONS}
+    return f"({said(str(date.today()), device, versions)}, {seconds:.0f} s)"
+
+
+def said(day: str, device: str, versions: dict[str, str]) -> str:
+    return ", ".join([day, device, *(f"{name} {versions[name]}" for name in VERSIONS)])
 
 
 def placed(page: str, name: str, text: str) -> str:
@@ -254,7 +285,9 @@ def main() -> None:
         page, measure = TABLES[name]
         placed((ROOT / page).read_text(), name, "")  # before an hour is spent
         began = time.monotonic()
-        text = f"{measure().strip()}\n\n{machine(time.monotonic() - began)}"
+        text = measure().strip()
+        if name not in METHODS:  # which say for each of their runs where it was
+            text += f"\n\n{machine(time.monotonic() - began)}"
         content = placed((ROOT / page).read_text(), name, text)
         replace_file(ROOT / page, partial(_write, content))
         print(f"{name}: {page}", flush=True)

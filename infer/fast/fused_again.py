@@ -17,7 +17,9 @@ KEEPS = ("nothing", "attention", "everything")
 def fused(keep: str, function: object, block: Block, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
     """In the place of infer/fast/recompute.py's `again`: the streams of a block by fused operators, whatever function
     computes them elsewhere. tensors: streams, modulations, cos and sin."""
-    if keep == "everything" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        out = fused_blocks.compute(block, tensors, again=False, once=True)
+    elif keep == "everything":
         out = fused_blocks.compute(block, tensors, again=False)
     else:
         leaves, spec = tree_flatten((block, tensors))

@@ -21,21 +21,29 @@ from infer.fast.weights import Linear, rows_of
 Block = Double | Single1 | Single2
 
 
-def compute(block: Block, tensors: tuple[Tensor, ...], again: bool) -> tuple[Tensor, ...]:
+def compute(block: Block, tensors: tuple[Tensor, ...], again: bool, once: bool = False) -> tuple[Tensor, ...]:
     """A block's streams; tensors: streams, modulations, cos and sin. again: for their gradients alone, as their values
-    are known."""
+    are known; once: no gradient is asked for."""
     if isinstance(block, Double):
-        return _double(block, again, *tensors)
-    return _single(block, again, tensors[:-3], *tensors[-3:])
+        return _double(block, again, once, *tensors)
+    return _single(block, again, once, tensors[:-3], *tensors[-3:])
 
 
 def _double(
-    block: Double, again: bool, txt: Tensor, img: Tensor, txt_mod: Tensor, img_mod: Tensor, cos: Tensor, sin: Tensor
+    block: Double,
+    again: bool,
+    once: bool,
+    txt: Tensor,
+    img: Tensor,
+    txt_mod: Tensor,
+    img_mod: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, ...]:
     mods = [mod.chunk(6, dim=-1) for mod in (txt_mod, img_mod)]
     streams, products = [txt, img], []
     for i, mod in enumerate(mods):
-        x, streams[i] = normed(mod[0], mod[1], streams[i], spare=spare_columns(block.qkv[i]))
+        x, streams[i] = normed(mod[0], mod[1], streams[i], spare=spare_columns(block.qkv[i]) if once else 0)
         products.append(fused_linear(x, block.qkv[i], again))
     how = Heads(block.heads, block.norms, cos, sin)
     attended = kept_attention(*heads_of(how, *products), block.repeatable)
@@ -51,12 +59,18 @@ def _double(
 
 
 def _single(
-    block: Single1 | Single2, again: bool, streams: tuple[Tensor, ...], mod: Tensor, cos: Tensor, sin: Tensor
+    block: Single1 | Single2,
+    again: bool,
+    once: bool,
+    streams: tuple[Tensor, ...],
+    mod: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, ...]:
     shift, scale, gate = mod.chunk(3, dim=-1)
     reads, width = block.reads if isinstance(block, Single1) else _reads(block), streams[0].shape[-1]
     # of two products that read it, each would need columns of its own
-    x, *beside = normed(shift, scale, *streams, spare=spare_columns(reads[0]) if len(reads) == 1 else 0)
+    x, *beside = normed(shift, scale, *streams, spare=spare_columns(reads[0]) if once and len(reads) == 1 else 0)
     how, rows = Heads(block.heads, block.norms, cos, sin), None
     if len(reads) > 1:  # the MLP's part is a product of its own
         product, hidden = (fused_linear(x, each, again) for each in reads)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from infer.fast.kept_attention import noted
 from infer.fast.thin import Thin
-from infer.fast.weights import Linear, dequantize
+from infer.fast.weights import Linear, dequantize_at_once
 
 DEEP, TALL, WIDE = 512, 16, 256  # rows of a program; rows and columns of its tile
 
@@ -42,7 +42,7 @@ def gain_of(layers: Linear, thin: Thin, weights: Tensor | None, dtype: torch.dty
 @torch.no_grad()
 def _norms(layers: Linear, thin: Thin, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Of the rows of W + up down, without forming it, in fp32."""
-    whole = dequantize(layers.frozen, dtype) if weights is None else weights
+    whole = dequantize_at_once(layers.frozen, dtype) if weights is None else weights
     own = whole[thin.first : thin.first + thin.up.shape[0]]
     up, down = thin.up.float(), thin.down.float()
     # rounding the second term to the products' dtype is seen little: it is a small part of the first

@@ -1,8 +1,9 @@
 """Layers that read one input as one product, with the adapters' updates in it: without a compiler.
 
-In training, updates are added in place to the product, and to the gradient of the input. Without gradients, they may be
-further columns of what is summed over: [x, x down^T] times [W, up]^T. That is one product, where adding to it reads and
-writes it once more; and an update is added in fp32, before the sum is rounded, which a small one survives.
+In training, updates are added in place to the product, and to the gradient of the input. Where no gradient is asked
+for, those of layers that read a norm may be further columns of what is summed over: [x, x down^T] times [W, up]^T.
+That is one product, where adding to it reads and writes it once more; and an update is added in fp32, before the sum
+is rounded, which a small one survives.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional
 from infer.fast.add_product import add_product
 from infer.fast.eight_bit import product
 from infer.fast.fused_gain import gain_backward, gain_of, has_gain
-from infer.fast.thin import Thin, thin_of
+from infer.fast.thin import Thin, padded_rank, thin_of
 from infer.fast.weights import Linear, Stack, dequantize_at_once
 
 COLUMNS = 64  # further columns are a multiple of it, for the kernels of products
@@ -40,7 +41,7 @@ class _Linear(torch.autograd.Function):
         the outputs that it reaches, None for 1."""
         ctx.frozen, ctx.thin, ctx.weights = frozen, thin, weights
         learns = down is not None and any(ctx.needs_input_grad[4:6])
-        value = value or ctx.needs_input_grad[6]  # the gains' gradient is read from it
+        value = value or gain is not None  # the gains' gradient is read from it
         bias = None if frozen.bias is None else frozen.bias.to(x.dtype)
         if not value:
             y = x.new_empty(*x.shape[:-1], frozen.shape[0])
@@ -55,8 +56,7 @@ class _Linear(torch.autograd.Function):
                 reached = slice(thin.first, thin.first + thin.up.shape[0])
                 least = None if bias is None else bias[reached]
                 add_product(y[..., reached], inner, thin.up, gain, least, list(thin.starts or ()))
-        held = y if ctx.needs_input_grad[6] else None
-        ctx.save_for_backward(*((x, inner) if learns else (None, None)), gain, held)
+        ctx.save_for_backward(*((x, inner) if learns else (None, None)), gain, None if gain is None else y)
         return y
 
     @staticmethod
@@ -82,18 +82,18 @@ class _Linear(torch.autograd.Function):
 
 
 def spare_columns(layers: Linear) -> int:
-    """How many columns behind the layers' input take their adapters' part of it, where nothing learns; 0 where their
-    updates are added to the product."""
+    """How many columns behind the layers' input take their adapters' part of it, where no gradient is asked for; 0
+    where their updates are added to the product."""
     adapted = [i for i, adapters in enumerate(layers.adapters) if adapters]
     quantized = layers.frozen.kind != "plain" and layers.frozen.eight is None
-    if torch.is_grad_enabled() or not adapted or not quantized or has_gain(layers):
+    if not adapted or not quantized or has_gain(layers):
         return 0
-    return spare_of(sum(-(-lora.down.shape[0] // 8) * 8 for adapters in layers.adapters for lora in adapters))
+    return spare_of([lora.down.shape[0] for adapters in layers.adapters for lora in adapters])
 
 
-def spare_of(rank: int) -> int:
-    """The columns for adapters of a rank, that of all layers that read the input; 0 where it is too high."""
-    spare = -(-rank // COLUMNS) * COLUMNS
+def spare_of(ranks: list[int]) -> int:
+    """The columns for adapters of such ranks; 0 where they are too high."""
+    spare = -(-sum(padded_rank(rank) for rank in ranks) // COLUMNS) * COLUMNS
     return spare if spare <= MOST else 0
 
 

@@ -19,7 +19,7 @@ from infer.fast.fused_heads import Heads
 from infer.fast.fused_linear import spare_of
 from infer.fast.int8_kernels import multiply_int8
 from infer.fast.kept_attention import kept_attention
-from infer.fast.thin import thin_of
+from infer.fast.thin import padded_rank, thin_of
 from infer.fast.weights import Linear, Lora, Stack, dequantize_at_once
 from infer.quantize.precision import FOUR_BIT, QUANTIZED, Precision
 
@@ -52,30 +52,34 @@ class Place(NamedTuple):
 
 def kernel_calls(config: Mapping[str, Any], precision: Precision, use: Use, device: torch.device) -> Iterator[Call]:
     """config: the transformer's."""
-    heads, each = config["num_attention_heads"], config["attention_head_dim"]
-    own, width = Place(device, precision.dtype), heads * each
+    heads, head = config["num_attention_heads"], config["attention_head_dim"]
+    own, width = Place(device, precision.dtype), heads * head
     flux1 = "pooled_projection_dim" in config
     activation, hidden = ("gelu", 4) if flux1 else ("swiglu", 6)
     kinds = {kind if kind in QUANTIZED else "plain" for kind in (precision.kind, *precision.layers.values())}
-    stored = [(each, each in FOUR_BIT and precision.double_quant) for each in sorted(kinds)]
+    stored = [(kind, kind in FOUR_BIT and precision.double_quant) for kind in sorted(kinds)]
+    together = (1, 3, 4) if flux1 else (1, 3)  # layers that read one input
     yield _norm, (own, width)
     yield _gate, (own, width)
-    yield _heads, (own, heads, each, 1)
-    yield _heads, (own, heads, each, 2)
+    yield _heads, (own, heads, head, 1)
+    yield _heads, (own, heads, head, 2)
     yield _activation, (own, width, activation, hidden)
-    yield _attention, (own, heads, each, use.learns, use.repeatable)
-    yield _adapter, (own, width, use.rank, torch.float32 if use.learns else precision.dtype)
-    if use.dora:
-        yield _gains, (own, use.rank, use.learns)
+    yield _attention, (own, heads, head, use.learns, use.repeatable)
+    for count in together:
+        yield _adapter, (own, width, count, use.rank, torch.float32 if use.learns else precision.dtype)
+        if use.dora:
+            yield _gains, (own, count, use.rank, use.learns)
+    columns = {spare_of([use.rank] * count) for count in together}
+    spares = {0} if use.dora or precision.products != "bf16" else {0, *columns}
     for kind, nested in stored:
-        for spare in sorted({0, *(spare_of(count * use.rank) for count in (1, 3))}):
+        for spare in sorted(spares) if kind != "plain" else ():
             yield _weights, (own, width, kind, nested, spare)
         if flux1 and kind == "int8":
             yield _modulation, (own, width)
     if use.learns:
         yield _norm_gradient, (own, width)
         yield _gate_gradient, (own, width)
-        yield _heads_gradient, (own, heads, each)
+        yield _heads_gradient, (own, heads, head)
         yield _activation_gradient, (own, width, activation, hidden)
     if precision.products != "bf16":
         mlp = hidden if flux1 else hidden // 2  # of the activation's output
@@ -146,29 +150,26 @@ def _attention(own: Place, heads: int, each: int, learns: bool, repeatable: bool
             out.sum().backward()
 
 
-def _adapter(own: Place, width: int, rank: int, dtype: torch.dtype) -> None:
-    """Adapters whose parameters are of `dtype`, of one layer and of three that read one input."""
+def _adapter(own: Place, width: int, count: int, rank: int, dtype: torch.dtype) -> None:
+    """Adapters whose parameters are of `dtype`, of so many layers that read one input."""
     theirs = Place(own.device, dtype)
     lora = Lora(theirs.zeros(rank, width), theirs.zeros(OUT, rank), torch.ones((), device=own.device), None)
-    for count in (1, 3):
-        frozen = Stack("plain", (count * OUT, width), (OUT,) * count, own.zeros(1), None, None, None)
-        thin = thin_of(Linear(frozen, ((lora,),) * count), own.dtype)
-        assert thin is not None and thin.starts is not None
-        outputs, inner = (own.zeros(ROWS, size) for size in thin.up.shape)
-        add_product(outputs, inner, thin.up, starts=list(thin.starts))
-        add_product(outputs, inner, thin.up)  # as to the gradient of an input
+    frozen = Stack("plain", (count * OUT, width), (OUT,) * count, own.zeros(1), None, None, None)
+    thin = thin_of(Linear(frozen, ((lora,),) * count), own.dtype)
+    assert thin is not None and thin.starts is not None
+    outputs, inner = (own.zeros(ROWS, size) for size in thin.up.shape)
+    add_product(outputs, inner, thin.up, starts=list(thin.starts))
+    add_product(outputs, inner, thin.up)  # as to the gradient of an input
 
 
-def _gains(own: Place, rank: int, learns: bool) -> None:
-    """DoRA's, with biases and without, of one layer and of three."""
-    for count in (1, 3):
-        inner = count * -(-rank // 8) * 8
-        outputs, gain = own.zeros(ROWS, count * OUT), torch.ones(count * OUT, device=own.device)
-        for bias in (None, own.zeros(count * OUT)):
-            starts = [OUT * i for i in range(1, count)]
-            add_product(outputs, own.zeros(ROWS, inner), own.zeros(count * OUT, inner), gain, bias, starts)
-            if learns:
-                gain_backward(outputs, outputs, gain, bias, 0)
+def _gains(own: Place, count: int, rank: int, learns: bool) -> None:
+    """DoRA's, with biases and without."""
+    inner, starts = count * padded_rank(rank), [OUT * i for i in range(1, count)]
+    outputs, gain = own.zeros(ROWS, count * OUT), torch.ones(count * OUT, device=own.device)
+    for bias in (None, own.zeros(count * OUT)):
+        add_product(outputs, own.zeros(ROWS, inner), own.zeros(count * OUT, inner), gain, bias, starts)
+        if learns:
+            gain_backward(outputs, outputs, gain, bias, 0)
 
 
 def _stack(own: Place, rows: int, columns: int, kind: str, nested: bool) -> Stack:
@@ -189,8 +190,7 @@ def _stack(own: Place, rows: int, columns: int, kind: str, nested: bool) -> Stac
 
 
 def _weights(own: Place, width: int, kind: str, nested: bool, spare: int) -> None:
-    if kind != "plain":
-        dequantize_at_once(_stack(own, 3 * ROWS, width, kind, nested), own.dtype, spare)
+    dequantize_at_once(_stack(own, 3 * ROWS, width, kind, nested), own.dtype, spare)
 
 
 def _modulation(own: Place, width: int) -> None:

@@ -17,7 +17,8 @@ from infer.fast.memory import Memory
 from infer.quantize.precision import Precision
 
 BESIDE = 6  # kernels that are compiled beside each other: most of that is not Python
-_begun: dict[Call, Future[object]] = {}
+_begun: set[Call] = set()
+_running: list[Future[object]] = []
 
 
 def prepare_kernels(
@@ -39,14 +40,15 @@ def prepare_kernels(
     if own and device.type == "cuda":
         for call in kernel_calls(config, precision, use, device):
             if call not in _begun:
-                _begun[call] = _pool().submit(_apart, device, call)
+                _begun.add(call)
+                _running.append(_pool().submit(_apart, device, call))
 
 
 def wait() -> None:
     """Until what was begun is done: two threads would compile a kernel twice."""
-    for future in _begun.values():
+    while _running:
         # one that failed, as for want of memory, has cost time alone: the first call compiles, or says what is wrong
-        future.exception()
+        _running.pop().exception()
 
 
 @cache

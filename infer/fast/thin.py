@@ -58,8 +58,13 @@ def _several(
     return torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
 
 
+def padded_rank(rank: int) -> int:
+    """Rows of `down`, or columns of `up`, of an adapter of a rank."""
+    return -(-rank // 8) * 8
+
+
 def _filled(thin: Tensor, dimension: int) -> Tensor:
-    missing = -thin.shape[dimension] % 8
+    missing = padded_rank(thin.shape[dimension]) - thin.shape[dimension]
     return torch.nn.functional.pad(thin, (0, missing) if dimension else (0, 0, 0, missing))
 
 
@@ -81,7 +86,7 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_down: Tensor, of_up: Tensor) -> tuple[Tensor | None, ...]:
         rank, found, row = ctx.rank, list[Tensor | None](), 0
-        padded = -(-rank // 8) * 8
+        padded = padded_rank(rank)
         of_down = of_down.to(ctx.dtype)
         for i, (width, strength) in enumerate(zip(ctx.widths, ctx.strengths, strict=True)):
             found.append(of_down[i * padded : i * padded + rank])
@@ -139,7 +144,7 @@ def _pack_on_cuda(
     ups: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
     count, (rank, inputs) = len(downs), downs[0].shape
-    padded = -(-rank // 8) * 8
+    padded = padded_rank(rank)
     every, outputs = count * padded, sum(widths)
     down, up = downs[0].new_empty(every, inputs, dtype=dtype), downs[0].new_empty(outputs, every, dtype=dtype)
     ends = [*[sum(widths[: i + 1]) for i in range(count)][:-1], *[outputs] * MOST][: MOST - 1]

@@ -60,14 +60,16 @@ TOGETHER = (
     ("an end by no held-out picture", ["stop.loss=2", "data.validation=0"], "data.validation=0 holds no pictures out"),
     ("references of nothing", ["data.references=[gone]"], "gone"),
     ("a share without references", ["data.reference_dropout=0.5"], "no sample has references"),
-    ("references where none are taught", ["data.references=[set]"], "teach_references"),
+    ("references that are the pictures", ["data.references=[set]"], "is that folder itself; name the one of the bef"),
+    ("references where none are taught", ["data.references=[befores]"], "teach_references"),
     ("edits without references", ["edits=[{prompt: blue, references: []}]"], "references"),
     ("an edit of a picture that is not there", ["edits=[{prompt: blue, references: [gone.png]}]"], "gone.png"),
 )
 RUNS = ("", " ", ".", "..", "../out", "a/../../b", "/tmp/x", "//x", "~/../x", ".hidden", "a:b", "a*", "a?", "<a>",
-        "a|b", "x" * 300, "cache", "cache/mine", "mine/adapter", "mine/checkpoints")  # fmt: skip
+        "a|b", "x" * 300, "cache", "cache/mine", "mine/adapter", "mine/checkpoints", "CON", "set/nul.txt", "mine.",
+        "a /b", "a\tb", "a\x1b[2Jb", "a\u200bb", "é" * 101, "Cache", "mine/Adapter", "mine/config.yaml")  # fmt: skip
 WRITTEN = (
-    ("no =", ["steps"], "cannot be read"),
+    ("no =", ["steps"], "'steps' has no name; write name=value"),
     ("an open bracket", ["previews=[a"], "cannot be read"),
     ("two values", ["data.path=a=b"], "'a=b' does not exist"),
     ("a brace", ["data.path={"], "'{' does not exist"),
@@ -79,7 +81,7 @@ WRITTEN = (
     ("letters beyond ASCII in a source", ["data.sources=[{path:läufe}]"], "both given"),
     ("letters beyond ASCII as a model", ["model=läufe"], "no model=läufe; "),
     ("letters beyond ASCII as a number", ["steps=viele ä"], "steps is 'viele ä' .*whole number"),
-    ("no group", ["adapter=null"], "no adapter=null; .*dora, lora, rslora"),
+    ("no group", ["adapter=null"], "no adapter=null; .*dora, loha, lokr, lora, oft, rslora"),
     ("a number as a group", ["precision=4"], "no precision=4; "),
     ("a truth as a group", ["optim=true"], "no optim=true; "),
     ("a group taken away", ["~data"], "data is taken away"),
@@ -88,7 +90,7 @@ WRITTEN = (
     ("a part of a name", ["data.batch=4"], r"did you mean data.batch_size\?"),
     ("the end of a name", ["adapter.size=4"], "no setting 'adapter.size'; choose one of"),
     ("a number of many digits", [f"steps={'9' * 5000}"], "steps has a number of more than a thousand digits"),
-    ("nothing", [""], "cannot be read"),
+    ("nothing", [""], "'' has no name; write name=value"),
     ("no name", ["=3"], "has no name"),
     ("a flag", ["--steps", "5"], "steps"),
     ("a flag with its value", ["--steps=5"], "'--steps=5' is no flag; .*steps=5"),
@@ -141,6 +143,8 @@ def told(name: str, arguments: list[str], said: str) -> Case:
 
 def _beside(arguments: list[str], folder: Path) -> list[str]:
     good(folder / "set")
+    if any("befores" in argument for argument in arguments):
+        good(folder / "befores")
     return arguments
 
 

@@ -115,8 +115,8 @@ def variants() -> dict[str, dict[str, dict[str, Any]]]:
             ("lora", ADAPTER, (1e-3, 3e-3)),
             ("rslora", replace(ADAPTER, rslora=True), (3e-4, 1e-3)),
             ("dora", replace(ADAPTER, dora=True), (1e-3, 3e-3)),
-            ("lokr", replace(ADAPTER, kind="lokr", factor=8), (3e-3, 1e-2)),
-            ("lokr, rank 64", replace(ADAPTER, kind="lokr", factor=8, rank=64), (3e-3, 1e-2)),
+            ("lokr", replace(ADAPTER, kind="lokr", factor=8), (1e-3, 3e-3, 1e-2)),
+            ("lokr, rank 64", replace(ADAPTER, kind="lokr", factor=8, rank=64), (1e-3, 3e-3, 1e-2)),
             ("loha", replace(ADAPTER, kind="loha"), (1e-3, 3e-3, 1e-2)),
             ("oft", replace(ADAPTER, kind="oft"), (3e-4, 1e-3, 3e-3)),
         )

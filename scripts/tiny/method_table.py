@@ -29,12 +29,13 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     if name == "objectives":
         own = [row | {"apart": 0.0} for row in rows if row["variant"] == "nothing"] + own
     columns, lines = COLUMNS[name], []
-    for variant in dict.fromkeys(row["variant"] for row in own):
-        found = [row for row in own if row["variant"] == variant]
+    for variant, steps, trigger in dict.fromkeys((row["variant"], row["steps"], row["trigger"]) for row in own):
+        found = [row for row in own if (row["variant"], row["steps"], row["trigger"]) == (variant, steps, trigger)]
+        same = [row for row in own if row["variant"] == variant]
+        apart = f", {steps} steps, {trigger}" if len(found) < len(same) else ""
         seeds = [(row["seed"], 0) for row in found]
-        lines.append(
-            [variant, str(len(found)), *(cell([row[column] for row in found], seeds, column) for column in columns)]
-        )
+        cells = [cell([row[column] for row in found], seeds, column) for column in columns]
+        lines.append([f"{variant}{apart}", str(len(found)), *cells])
     return plain_table([["", "seeds", *columns.values()], *lines])
 
 

@@ -43,12 +43,13 @@ from infer.quantize.compute import compute_dtype_of
 from infer.sample.encode import decode, text_encoder
 from scripts import bench_rows
 from scripts.tiny.check import inked, right
-from scripts.tiny.method_sets import MODEL, PRECISION, job_of, make_pictures, prompts, task_of, variants
+from scripts.tiny.method_sets import MODEL, PRECISION, Task, job_of, make_pictures, prompts, task_of, variants
 from scripts.tiny.method_table import table
 from scripts.tiny.world import SIZE
 from train.train import train
 
-STEPS, GUIDANCE = 16, 2.0  # of the pictures
+STEPS = 100
+DRAWN, GUIDANCE = 16, 2.0  # steps of the pictures
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,22 @@ class Run:
     until: float
     """When no run is begun any more, in seconds since 1970."""
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        return variants()[self.set][self.variant]
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.changes, self.trigger)
+
+    @property
+    def key(self) -> tuple[str, str, int, int, str]:
+        """What is not run again; a variant may have steps, and a task a trigger, of its own."""
+        return self.set, self.variant, self.seed, self.changes.get("steps", self.steps), self.task.trigger
+
     def name_of(self, variant: str) -> str:
-        return f"{self.out.stem}-{variant.replace(' ', '_').replace(',', '')}-{self.seed}"
+        steps = "" if self.steps == STEPS else f"-{self.steps}"
+        return f"{self.out.stem}-{self.trigger}-{variant.replace(' ', '_').replace(',', '')}-{self.seed}{steps}"
 
 
 @cache
@@ -86,8 +101,8 @@ def draw(transformer: Any, texts: list[Text], device: torch.device) -> torch.Ten
     pooled = torch.stack([text.pooled for text in texts if text.pooled is not None]).to(device, dtype)
     family, scheduler = of_model(transformer), load_scheduler(MODEL)
     given = family.inputs(transformer.config, latents, SIZE // 8, SIZE // 8, embeds, pooled, GUIDANCE, dtype)
-    mu = family.mu(scheduler.config, latents.shape[1], STEPS)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS), device=device, mu=mu)
+    mu = family.mu(scheduler.config, latents.shape[1], DRAWN)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / DRAWN, DRAWN), device=device, mu=mu)
     with torch.no_grad():
         for t in scheduler.timesteps:
             time_step = (t.expand(count) / 1000).to(dtype)
@@ -106,11 +121,11 @@ def judge(adapter: Path, run: Run, device: torch.device) -> dict[str, float]:
     """Of each kind of prompt: the share that is inked, the share that is right, and how far the adapter moves it."""
     transformer, vae = load_transformer(MODEL, PRECISION, device).eval(), load_vae(MODEL, device)
     load_adapter(transformer, str(adapter), "mine", MODEL)
-    task, found = task_of(variants()[run.set][run.variant], run.trigger), {}
-    for kind, wanted in prompts(task).items():
+    found = {}
+    for kind, wanted in prompts(run.task).items():
         latents, base = draw(transformer, encoded(tuple(wanted), device), device), base_latents(tuple(wanted), device)
         moved = (latents - base).float().flatten(1).norm(dim=1) / base.float().flatten(1).norm(dim=1)
-        plain = [task.without(prompt) for prompt in wanted]
+        plain = [run.task.without(prompt) for prompt in wanted]
         pictures = [decode(vae, one[None], SIZE, SIZE) for one in latents]
         found[f"{kind}_inked"] = fmean(map(inked, pictures, plain))
         found[f"{kind}_right"] = fmean(map(right, pictures, plain))
@@ -146,12 +161,12 @@ def train_and_judge(run: Run) -> dict[str, Any] | None:
     """A row; nothing once it is too late to begin."""
     if time.time() > run.until:
         return None
-    device, changes = torch.device(run.device), variants()[run.set][run.variant]
-    pictures = run.out.parent / f"{run.out.stem}-{changes.get('task', 'object')}"
-    job = job_of(changes, run.seed, run.steps, pictures, run.trigger, device.type, run.name_of(run.variant))
+    device, pictures = torch.device(run.device), run.out.parent / f"{run.out.stem}-{run.task.name}"
+    job = job_of(run.changes, run.seed, run.steps, pictures, run.task.trigger, device.type, run.name_of(run.variant))
     began = time.monotonic()
     adapter = train(job)
-    row = {"set": run.set, "variant": run.variant, "seed": run.seed, "steps": job.steps, **figures(adapter.parent)}
+    row: dict[str, Any] = dict(zip(("set", "variant", "seed", "steps", "trigger"), run.key, strict=True))
+    row |= figures(adapter.parent)
     row |= judge(adapter, run, device)
     if run.set == "objectives":
         row["apart"] = apart(adapter, adapter.parents[1] / run.name_of("nothing") / adapter.name)
@@ -178,9 +193,9 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(variants()), choices=list(variants()))
     parser.add_argument("--only", nargs="+", help="these variants alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--trigger", default="dotted")
+    parser.add_argument("--trigger", default="dotted", help="of the object and the concept; a style's is zelk style")
     parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--table", action="store_true", help="show what is there, and run nothing")
@@ -190,10 +205,15 @@ def main() -> None:
         for name in args.sets:
             print(table(rows, name))
         return
+    names = [variant for name in args.sets for variant in variants()[name]]
+    if unknown := set(args.only or ()) - set(names):
+        raise ValueError(
+            f"--only: there is no variant {sorted(unknown)} in {', '.join(args.sets)}; choose from {names}"
+        )
     until, device = time.time() + args.seconds, str(pick_device(args.device))
     for task in {task_of(changes, args.trigger) for name in args.sets for changes in variants()[name].values()}:
         make_pictures(args.out.parent / f"{args.out.stem}-{task.name}", task)
-    done = {(row["set"], row["variant"], row["seed"]) for row in rows}
+    done = {(row["set"], row["variant"], row["seed"], row["steps"], row["trigger"]) for row in rows}
     runs = [
         Run(name, variant, seed, args.steps, args.trigger, device, args.out, until)
         for name in args.sets
@@ -201,7 +221,7 @@ def main() -> None:
         for variant in variants()[name]
         if args.only is None or variant in args.only
     ]
-    for row in rows_of([run for run in runs if (run.set, run.variant, run.seed) not in done], args.workers):
+    for row in rows_of([run for run in runs if run.key not in done], args.workers):
         bench_rows.append(args.out, row)
         print(row, flush=True)
 

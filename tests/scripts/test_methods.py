@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from scripts.tiny import world
 from scripts.tiny.check import parse
 from scripts.tiny.method_sets import LEARNED, SHAPE, Task, make_pictures, prompts, variants
 from scripts.tiny.method_table import table
+from scripts.tiny.methods import Run, main
 
 KINDS = ("person", "object", "style", "concept")
 
@@ -52,6 +54,7 @@ def test_prompts_ask_for_what_no_picture_shows(task: Task, tmp_path: Path) -> No
 def row(variant: str, seed: int, inked: float, **more: float) -> dict[str, object]:
     names = ("subject_right", "class_moved", "unrelated_inked", "unrelated_moved", "validation_loss")
     own = {"set": "objectives", "variant": variant, "seed": seed, "subject_inked": 1.0, "class_inked": inked}
+    own |= {"steps": 100, "trigger": "dotted"}
     return own | dict.fromkeys(names, 0.25) | more
 
 
@@ -67,3 +70,28 @@ def test_tables_show_means_with_limits_and_the_default_beside_objectives() -> No
     assert cells[2][inked] == "0.50"  # no limits where all are alike
     assert cells[3][inked].startswith("0.50 (0.") and cells[3][inked].endswith(")")
     assert cells[3][titles.index("validation loss")] == "0.250"
+    other = [*rows, row("huber", 0, 0.0, apart=0.1) | {"trigger": "zelk"}]
+    names = [line.split("|")[1].strip() for line in table(other, "objectives").splitlines()[3:]]
+    assert names == ["huber, 100 steps, dotted", "huber, 100 steps, zelk"]
+
+
+def test_what_a_run_depends_on_tells_it_from_others() -> None:
+    common: dict[str, Any] = {
+        "set": "preservation",
+        "variant": "nothing",
+        "seed": 0,
+        "device": "cpu",
+        "out": Path("m"),
+        "until": 0.0,
+    }
+    runs = [Run(**common, steps=steps, trigger=word) for steps in (100, 8) for word in ("dotted", "zelk")]
+    assert len({run.key for run in runs}) == len({run.name_of("nothing") for run in runs}) == 4
+    style = Run(**(common | {"set": "experiments", "variant": "style"}), steps=100, trigger="zelk")
+    assert style.key[3:] == (200, "zelk style")  # its own
+
+
+def test_a_variant_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["methods.py", str(tmp_path / "rows"), "--only", "nothing", "clas"])
+    with pytest.raises(ValueError, match=r"no variant \['clas'\] in preservation, "):
+        main()
+    assert not list(tmp_path.iterdir())

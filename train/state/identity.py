@@ -17,9 +17,10 @@ from infer.adapter.read import FILE, find_adapter, read_notes
 from infer.checkpoint.family import own_drawing
 from infer.program.atomic import replace_file
 from train.run.config import Train
+from train.state.foreign import CONFIG, check_foreign
 from train.state.steps import list_checkpoints, newest_whole, step_of
 
-CONFIG, WRITTEN = "config.yaml", "adapter.sha256"
+WRITTEN = "adapter.sha256"
 CARD = "adapter/README.md"
 ADAPTERS = ("adapter", "adapter-ema")
 PATHS = re.compile(r"(model|data|data\.prior|data\.sources\.\d+)\.path|data(\.sources\.\d+)?\.(masks|references\.\d+)")
@@ -65,19 +66,13 @@ def check_recorded(job: Train, folder: Path) -> int | None:
     Raises:
         ValueError: as of `record_config`.
     """
+    check_foreign(folder)
     file, there = folder / CONFIG, list_checkpoints(folder / "checkpoints")
     check_adapters(folder)
     if not (there or (folder / "adapter").is_dir()) or not file.is_file():
         return None
-    try:
-        recorded = yaml.safe_load(file.read_bytes())
-        began_with = int(recorded["processes"])
-        recorded.keys()
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not what this run wrote ({type(error).__name__}: {error}); put it back, or delete {folder} "
-            "to start over"
-        ) from error
+    recorded = yaml.safe_load(file.read_bytes())
+    began_with = int(recorded["processes"])
     # the batches stay as they were, whoever computes them
     config = fixed_settings(job) | {"processes": began_with}
     _bring_up_to_date(recorded, job)

@@ -29,7 +29,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         def submit(self, apart: Callable[..., object], device: torch.device, call: Call) -> None:
             counted[call[0].__name__.lstrip("_")] += 1
 
-    monkeypatch.setattr(ready_kernels, "_begun", {})
+    monkeypatch.setattr(ready_kernels, "_running", [])
+    monkeypatch.setattr(ready_kernels, "_begun", set())
     monkeypatch.setattr(ready_kernels, "_pool", Pool)
     monkeypatch.setattr(ready_kernels, "prepare_compiler", lambda device, pool: None)
     yield counted
@@ -42,12 +43,13 @@ def prepare(model: str, precision: Precision, memory: Memory | None = None, use:
 def test_what_precisions_have_in_common_is_compiled_once(asked: Counter[str]) -> None:
     prepare(DEV, NF4)
     first = Counter(asked)
-    assert set(first.values()) == {1, 2} and first["heads"] == 2  # of one stream and of two
+    assert first["heads"] == 2 and first["adapter"] == 3  # of one stream and of two; of one layer, three and four
+    assert set(first.values()) == {1, 2, 3}
     for precision, more in (
         (Precision("fp4"), {"weights"}),
         (INT8, {"weights", "modulation"}),
         (NESTED, {"weights"}),
-        (Precision("bf16"), {"weights"}),
+        (Precision("bf16"), set()),
         (NF4, set()),
     ):
         before = Counter(asked)
@@ -85,7 +87,7 @@ def test_dora_has_kernels_of_its_own(asked: Counter[str]) -> None:
     prepare(DEV, NF4)
     before = Counter(asked)
     prepare(DEV, NF4, use=TRAINED._replace(dora=True))
-    assert asked - before == {"gains": 1}
+    assert asked - before == {"gains": 3}
 
 
 def test_repeatable_attention_has_kernels_of_its_own(asked: Counter[str]) -> None:
@@ -112,7 +114,7 @@ PRECISIONS = [
     *(Precision(kind, products=products) for kind in ("nf4", "int8") for products in ("bf16", "fp8", "int8")),
     NESTED,
     Precision("bf16"),
-    Precision("nf4", layers={r".*ff\\..*": "int8", r".*proj_out": "bf16"}),
+    Precision("nf4", layers={r".*ff\..*": "int8", r".*proj_out": "bf16"}),
 ]
 
 
@@ -128,9 +130,10 @@ def test_a_call_that_fails_costs_time_alone(monkeypatch: pytest.MonkeyPatch) -> 
     def short(device: torch.device, call: Call) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(ready_kernels, "_begun", {})
+    monkeypatch.setattr(ready_kernels, "_begun", set())
     monkeypatch.setattr(ready_kernels, "_apart", short)
     monkeypatch.setattr(ready_kernels, "prepare_compiler", lambda device, pool: None)
     prepare(DEV, NF4)
-    assert ready_kernels._begun
+    assert ready_kernels._running
     ready_kernels.wait()
+    assert not ready_kernels._running

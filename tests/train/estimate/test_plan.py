@@ -79,7 +79,7 @@ def test_steps_are_planned_as_they_were_measured(row: dict[str, Any]) -> None:
     taken = footprint(job)
     assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.055)
     held = (taken.allocated + taken.allocator) / GIB  # too much where much is kept: holes were wider in compiled blocks
-    assert 0.95 < held / seen["reserved_gib"] < 1.08
+    assert 0.94 < held / seen["reserved_gib"] < 1.08
     assert seconds(job, taken, card) == pytest.approx(row["measured"], rel=0.05)
 
 
