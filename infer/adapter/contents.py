@@ -60,6 +60,8 @@ def read_contents(file: Path, drop_text_encoder: bool = False) -> Contents:
             state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no LoRA file that can be read: {other_kind(file) or error}") from error
+    if not state:
+        raise ValueError(f"{file} holds no tensor: it was saved empty; save it again with the program that trained it")
     text = [key for key in state if _TEXT.match(key)]
     if text and not drop_text_encoder:
         words = all(key.startswith(("bundle_emb.", "emb_params", "string_to_")) for key in text)
@@ -84,6 +86,11 @@ def read_contents(file: Path, drop_text_encoder: bool = False) -> Contents:
             continue
         if match["scale"]:
             _check_scale(file, key, state[key])
+        if match["alpha"] and state[key].numel() != 1:
+            raise ValueError(
+                f"{file} has an alpha of the shape {list(state[key].shape)} in {key}, where one number says how strong "
+                "a layer is; convert the file with the program that made it"
+            )
         part = match["lycoris"] or next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
         if part in ("down", "up"):
             adapters.add(match[f"{part}_of"] or "")
@@ -116,6 +123,8 @@ def other_kind(file: Path) -> str | None:
         "gguf": "it is a GGUF file, which holds a whole model; give a LoRA file",
         "pickle": "it is a pickle, which could run programs; ask for the .safetensors of it",
         "archive": "it is an archive; unpack it",
+        "page": "it is a web page, as a download saves that needed a login; download it again",
+        "empty": "it is empty, as a download that broke off; download it again",
         "pointer": POINTER,
     }.get(kind_of_file(file))
 

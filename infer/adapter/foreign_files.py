@@ -16,7 +16,8 @@ KINDS = (
     (r"oft_blocks|oft_diag",
      "it is LyCORIS' or kohya's OFT of outputs, and OFT of inputs alone (PEFT's and OneTrainer's oft_R) is read; merge "
      "it into the weights with the program that made it, and give those as model.path"),
-    (r"oft_|boft_", f"OFT {NOT_LORA}"),
+    (r"boft_", f"BOFT {NOT_LORA}"),
+    (r"oft_", f"OFT of another form than PEFT's oft_R is not read: such {NOT_LORA}"),
     (r"vera_lambda", f"VeRA {NOT_LORA}"),
     (r"ia3_|\.on_input$", f"IA3 {NOT_LORA}"),
     (r"\.[ab][12]\.weight$", f"GLoRA {NOT_LORA}"),
@@ -27,7 +28,10 @@ KINDS = (
     (r"lora_B(\.\w+)?\.bias",
      "it has biases of its own, as FLUX.1's Canny and Depth adapters do, which are for another model"),
     (r"lora_embedding_", "it adapts embeddings, which a transformer has not"),
-    (r"\.(diff(_b)?|[wb]_norm)$", "it replaces biases or norms too"),
+    (r"\.(diff_b|[wb]_norm)$", "it replaces biases or norms too"),
+    (r"\.diff$",
+     "it holds whole differences of weights (LyCORIS' full); merge it into the weights with the program that made it, "
+     "and give those as model.path"),
     (r"[ab]_to_qkv|to_qkv_mlp(?!_proj)|[ab]_to_out|norm1_[ab]",
      "they are DiffSynth-Studio's own names for FLUX.1; export it there with --align_to_opensource_format"),
 )  # fmt: skip

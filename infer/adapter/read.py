@@ -179,7 +179,7 @@ def _pairs_in(contents: Contents, model: Container[str] | None) -> Pairs:
             if layer in pairs:
                 raise ValueError(f"{file} says twice what {layer} gets; it mixes two formats, keep one of them")
             pairs[layer] = pair
-    if not any(bool(pair.up.any()) and bool(pair.down.any()) for pair in pairs.values()):
+    if not any(pair.strength and bool(pair.up.any()) and bool(pair.down.any()) for pair in pairs.values()):
         raise ValueError(f"{file} is zero in every layer: it would draw the base model; train it again")
     if len({pair.magnitude is None for pair in pairs.values()}) > 1:
         raise ValueError(f"{file} is DoRA in some layers and LoRA in others, which cannot be loaded; train it again")

@@ -54,7 +54,7 @@ def factors_in(contents: Contents, model: Container[str] | None) -> Factors:
         for layer in named:
             layers[layer] = own
             strengths[layer] = 1.0 if kind == "oft" else _strength(file, name, found[name], settings)
-    if not any(_does_something(kind, own) for own in layers.values()):
+    if not any(strengths[layer] and _does_something(kind, own) for layer, own in layers.items()):
         raise ValueError(f"{file} is zero in every layer: it would draw the base model; train it again")
     return Factors(kind, layers, strengths)
 

@@ -74,15 +74,19 @@ def nowhere(option: str, path: str) -> str:
 
 def kind_of_file(file: Path) -> str:
     """What a file is, by its first bytes: gguf, adapter, flux (a transformer's weights), safetensors, pickle, archive,
-    pointer (of Git LFS, in the place of the file itself) or other."""
+    pointer (of Git LFS, in the place of the file itself), page (HTML), empty or other."""
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
+            if not head:
+                return "empty"
+            if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+                return "page"
             if head.startswith(b"GGUF"):
                 return "gguf"
             if head == b"version " and stream.read(24) == b"https://git-lfs.github.c":
                 return "pointer"
-            if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
+            if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
                 return "pickle" if file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin") else "archive"
             if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
                 return "pickle"

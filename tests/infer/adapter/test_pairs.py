@@ -77,6 +77,7 @@ PRECISIONS = {
     "nested": Precision("bf16", double_quant=True, layers={r"single.*": "nf4"}),
 }
 MEMORY = {
+    "auto": Memory("auto"),
     "lean": Memory("nothing"),
     "balanced": Memory("attention"),
     "products": Memory("products"),
@@ -97,18 +98,22 @@ FACTORS = {
     "beside": ["nothing", "dropout", "average", "recovery", "class", "empty"],
     "flow": ["uniform", "logit_normal", "mode", "shifted"],
     "loss": ["mse", "huber", "smooth_l1", "mae", "sigma_sqrt", "cosmap", "bell", "min_snr"],
+    "repeats": ["whenever", "always"],
     "command": ["train", "resume", "compare", "gap", "transfer", "merge", "save", "convert", "recover"],
 }
-MAIN = FACTORS | {
-    "adapter": ["lora", "dora", "lokr", "oft"],
-    "origin": ["default", "residual", "loftq", "start_loftq"],
-    "precision": ["bf16", "int8", "nf4", "mixture"],
-    "base": ["folder", "file"],
-    "memory": ["balanced", "fast", "plain"],
-    "optimizer": ["adamw", "adamw8bit", *OPTIMIZERS[3:]],
-    "flow": ["logit_normal", "shifted"],
-    "loss": ["mse", "huber", "min_snr"],
-}
+MAIN = (
+    FACTORS
+    | {
+        "adapter": ["lora", "dora", "lokr", "oft"],
+        "origin": ["default", "residual", "loftq", "start_loftq"],
+        "precision": ["bf16", "int8", "nf4", "mixture"],
+        "base": ["folder", "file"],
+        "memory": ["auto", "fast", "plain"],  # on a CPU auto is balanced
+        "optimizer": ["adamw", "adamw8bit", *OPTIMIZERS[3:]],
+        "flow": ["logit_normal", "shifted"],
+        "loss": ["mse", "huber", "min_snr"],
+    }
+)
 ERRORS = ("residual", "loftq")
 OTHERS = ("lokr", "loha", "oft")  # adapters that are not LoRA
 
@@ -192,7 +197,7 @@ class Place:
             memory=MEMORY[row["memory"]],
             # Prodigy's own rate begins at 1e-6, which in two steps moves nothing that bf16 sees
             optim=Optim(row["optimizer"], lr=1e3 if row["optimizer"] == "prodigy" else 1e-3),
-            ema=0.5 if beside == "average" else None,
+            ema=0.5 if beside == "average" else None, deterministic=row["repeats"] == "always",
             steps=2, save_every=1, keep=2, validate_every=0, validation_levels=2, previews=[], device="cpu",
             run=run,
         )  # fmt: skip
@@ -286,7 +291,7 @@ def compare_row(place: Place, row: Row, folder: Path) -> None:
             recovery,
             ["a grey ring"],
             sampling=Sampling(2, height=64, width=64),
-            memory=MEMORY[row["memory"]],
+            memory=MEMORY[row["memory"]].without_auto(),
             run=folder.name,
             device="cpu",
         )
@@ -310,7 +315,7 @@ def gap_row(place: Place, row: Row, folder: Path) -> None:
             None,
             chosen,
             place.data,
-            memory=MEMORY[row["memory"]],
+            memory=MEMORY[row["memory"]].without_auto(),
             levels=2,
             device="cpu",
             run=folder.name,
@@ -332,7 +337,7 @@ def transfer_row(place: Place, row: Row, folder: Path) -> None:
             job.adapter,
             place.data,
             flow=job.flow,
-            memory=job.memory,
+            memory=job.memory.without_auto(),
             optim=job.optim,
             seeds=[0, 1],
             steps=1,
@@ -594,7 +599,7 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 WORKS = {
     "adapter": "lora", "base": "folder", "data": "plain", "origin": "default",
     "precision": "nf4", "memory": "balanced", "optimizer": "adamw",
-    "beside": "nothing", "flow": "logit_normal", "loss": "mse",
+    "beside": "nothing", "flow": "logit_normal", "loss": "mse", "repeats": "whenever",
     "command": "train",
 }  # fmt: skip
 

@@ -159,7 +159,9 @@ B = "double_blocks.0.img_attn.proj"
 REASONS = {
     f"lycoris_{flat('', Q)}.hada_t1": "three factors", f"lycoris_{flat('', Q)}.lokr_w1": "has no lokr_w2_a",
     f"lycoris_{flat('', Q)}.hada_w1_a": "has no hada_w1_b",
-    f"{flat('lora_unet_', B)}.oft_blocks": "OFT", f"transformer.{Q}.vera_lambda_b": "VeRA",
+    f"{flat('lora_unet_', B)}.oft_blocks": "OFT", f"transformer.{Q}.boft_R": "BOFT adapters are not LoRA",
+    f"transformer.{Q}.oft_r": "OFT of another form", f"diffusion_model.{B}.diff": "whole differences of weights",
+    f"transformer.{Q}.vera_lambda_b": "VeRA",
     f"{flat('lora_unet_', B)}.on_input": "IA3", f"{flat('lora_unet_', B)}.a1.weight": "GLoRA",
     f"{flat('lora_unet_', B)}.lora_mid.weight": "three factors",
     f"{flat('lora_unet_', B)}.dora_scale": "is not one of rows",
@@ -225,6 +227,8 @@ def test_where_no_adapter_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (b"GGUF\3\0\0\0", "it is a GGUF file"),
         (b"\x80\x04\x95abcdef", "it is a pickle"),
         (b"PK\3\4" + b"a" * 9, "it is an archive"),
+        (b"\n<!DOCTYPE html><html>", "it is a web page"),
+        (b"", "it is empty"),
     ):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError, match=f"is no LoRA file that can be read: {said}"):
@@ -234,3 +238,20 @@ def test_where_no_adapter_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.save({"a": torch.ones(2)}, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match="a pickle, which could run programs"):
         read_pairs("lora.pt")
+
+
+def test_files_that_say_nothing(tmp_path: Path) -> None:
+    """Nothing at all, two strengths of one layer, or a strength of zero in every layer."""
+    good = drawn({Q: f"transformer.{Q}"}, "lora_B.weight", "lora_A.weight")
+    alpha = f"transformer.{Q}.alpha"
+    for state, said in (
+        ({}, "holds no tensor: it was saved empty"),
+        (good | {alpha: torch.ones(2)}, r"has an alpha of the shape \[2\] in .*one number says"),
+        (good | {alpha: torch.zeros(())}, "is zero in every layer: it would draw the base model"),
+    ):
+        save_file(state, tmp_path / "file.safetensors")
+        with pytest.raises(ValueError, match=said):
+            read_pairs(str(tmp_path / "file.safetensors"))
+    save_file(good | {alpha: torch.full((1, 1), 2.0)}, tmp_path / "file.safetensors")
+    (pair,) = read_pairs(str(tmp_path / "file.safetensors")).values()
+    assert pair.strength == 2 / pair.down.shape[0]
