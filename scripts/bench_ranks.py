@@ -162,12 +162,12 @@ def worker(names: list[str], out: Path) -> None:
     accelerator.end_training()
 
 
-def rows_of(lines: list[Row], ranks: int) -> list[Row]:
-    rows = []
+def rows_of(lines: list[Row], ranks: int, cpu: bool) -> list[Row]:
+    rows, where = [], f"{ranks} {'CPU processes, the bundled model' if cpu else 'GPUs'}"
     alone = {line["variant"].split()[0]: line["alone"] for line in lines if "alone" in line}
     for line in lines:
-        name = f"train {line['variant']} on {ranks} GPUs"
-        line["command"] = f"python scripts/bench_ranks.py --ranks {ranks}"
+        name = f"train {line['variant']} on {where}"
+        line["command"] = f"python scripts/bench_ranks.py --ranks {ranks}{' --cpu' * cpu}"
         if "error" in line:
             rows.append(make_row(name, "s/step", None, None, line, error=line["error"]))
             continue
@@ -215,7 +215,7 @@ def main() -> None:
     for name in options.only:
         if name not in done:
             print(json.dumps({"way": name, "error": f"not measured: the ranks ended with code {code}"}))
-    write_rows(rows_of(lines, options.ranks), options.rows)
+    write_rows(rows_of(lines, options.ranks, options.cpu), options.rows)
     sys.exit(1 if code or any("error" in line for line in lines) else 0)
 
 

@@ -3,6 +3,7 @@
 python scripts/settings_page.py    # after a setting was added or said otherwise; a test compares
 """
 
+import argparse
 import importlib
 import re
 import sys
@@ -118,5 +119,6 @@ def link(name: str, group: str = "") -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     replace_file(PAGE, lambda path: path.write_text(page()))
     print(f"written: {PAGE.relative_to(ROOT)}")

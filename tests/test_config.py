@@ -523,7 +523,23 @@ def test_names_of_precisions_can_be_names_of_files(name: str) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    ["demo", "neon-nf4_2", "set/neon", "ñ 日本", "v1.5", "console", "set/v1.5", "é" * 100, "a,b=c $x's", "adapter"],
+    [
+        "demo",
+        "neon-nf4_2",
+        "set/neon",
+        "ñ 日本",
+        "v1.5",
+        "console",
+        "set/v1.5",
+        "é" * 100,
+        "a,b=c $x's",
+        "adapter",
+        "set/start-a.safetensors",
+        "set/model-flux1-dev.yaml",
+        "می\u200cخواهم",
+        "👩\u200d🎨",
+        "a\u00a0b",
+    ],
 )
 def test_plain_runs_pass(run: str) -> None:
     assert check_run_name(run) == Path("runs", *run.split("/"))

@@ -47,23 +47,16 @@ def write_transformer(
             linear = layer in layers and name.endswith(".weight")
             quantize = linear and kind_asked(precision, layer) is not None
             exact = merged(value.float(), updates) if updates else value
-            if not exact.to(precision.dtype).isfinite().all():
-                what = "with the adapters in it is" if updates else "of the checkpoint is"
-                raise ValueError(
-                    f"{name} {what} not finite in {precision.dtype_name}; "
-                    + (
-                        "lower adapter.weight, or copy the checkpoint again if it is damaged"
-                        if updates
-                        else "copy it again"
-                    )
-                )
+            stored = exact.to(precision.dtype)
+            if not stored.isfinite().all():
+                raise ValueError(_not_finite(name, precision, bool(updates)))
             if updates:
                 kept.append(kept_of(layer, value.float(), exact, precision if quantize else None, precision, device))
             if quantize:
                 state = quantized_layer(exact, precision, device).state_dict(prefix=f"{layer}.")
                 shard |= {key: tensor.cpu().contiguous() for key, tensor in state.items()}
             else:
-                shard[name] = exact.to(precision.dtype)
+                shard[name] = stored
             bar.update()
         save_file(shard, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
@@ -77,3 +70,10 @@ def write_transformer(
         body = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
     return kept
+
+
+def _not_finite(name: str, precision: Precision, adapted: bool) -> str:
+    if adapted:
+        mend = "lower adapter.weight, or copy the checkpoint again if it is damaged"
+        return f"{name} with the adapters in it is not finite in {precision.dtype_name}; {mend}"
+    return f"{name} of the checkpoint is not finite in {precision.dtype_name}; copy it again"

@@ -4,6 +4,7 @@ What is refused on one system is refused on all, since folders of runs are copie
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +25,13 @@ FOLDERS = {
     "wandb",
 }
 """Folders within a run's folder, whose names no run nested in it can have."""
-FILES = (".html", ".json", ".jsonl", ".lock", ".log", ".md", ".png", ".safetensors", ".txt", ".yaml")
-"""Endings of the files within a run's folder."""
+FILES = (
+    "config.yaml", "metrics.jsonl", "events.jsonl", "latest.json", "loss.png", "memory.yaml", "pictures.json",
+    "plan.json", "point.json", "scores.json", "scores.png", "adapter.sha256", ".lock",
+)  # fmt: skip
+"""Files within a run's folder, likewise."""
+JOINERS = "\u200c\u200d"
+"""Letters without a shape that words of some languages and emoji have."""
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 """What Windows takes for a device, whatever the ending."""
 LONGEST, DEEPEST = 200, 600  # bytes of a folder's name, and of the whole: names of files come behind them
@@ -39,7 +45,10 @@ def check_file_names(what: str, names: Iterable[str]) -> None:
     """
     for name in names:
         if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name) or unfit(name):
-            raise ValueError(f"{what} has the name {name!r}, which becomes a part of a file's; choose a plain one")
+            reason = unfit(name) or "with other letters than a file's name can have everywhere"
+            raise ValueError(
+                f"{what} has the name {name!r}, which becomes a part of a file's, {reason}; choose a plain one"
+            )
 
 
 def check_run_name(run: str) -> Path:
@@ -66,7 +75,7 @@ def check_run_name(run: str) -> Path:
     if first == "cache" or taken:
         what = "the encoded pictures of all runs" if first == "cache" else f"what {taken[0]} of another run holds"
         raise ValueError(f"run is {run!r}, but that folder is for {what}; choose another name such as {first}-2")
-    file = next((part for part in others if part.endswith(FILES)), None)
+    file = next((part for part in others if part in FILES), None)
     if file is not None:
         raise ValueError(f"run is {run!r}, but {file} is the name of a file in a run's folder; choose another name")
     return Path("runs") / run
@@ -78,7 +87,7 @@ def unfit(part: str) -> str | None:
         return f"where {part!r} would be hidden"
     if part != part.strip(" ") or part.endswith("."):
         return f"where {part!r} begins or ends with a space, or ends with a dot, which Windows drops"
-    odd = next((letter for letter in part if letter in '\\:*?"<>|' or not letter.isprintable()), None)
+    odd = next((letter for letter in part if letter in '\\:*?"<>|' or not _plain(letter)), None)
     if odd is not None:
         return f"with {odd!r}, which not every system has in names"
     if DEVICES.fullmatch(part):
@@ -86,3 +95,8 @@ def unfit(part: str) -> str | None:
     if len(part.encode()) > LONGEST:
         return f"where one folder's name has {len(part.encode())} bytes, and {LONGEST} is the most"
     return None
+
+
+def _plain(letter: str) -> bool:
+    """Whether it is seen, joins what is seen, or is a space; controls, invisible marks and halves of pairs are not."""
+    return letter.isprintable() or letter in JOINERS or unicodedata.category(letter) == "Zs"

@@ -17,10 +17,8 @@ from train.objective.optim import Optim
 from train.run.config import Train
 
 BUNDLED = Model(str(ROOT / "scripts" / "tiny" / "model"))
-KLEIN, DISTILLED = (
-    "klein",
-    "klein-distilled",
-)  # tests/tiny_klein.py's, in the check's folder: random weights, long texts
+# tests/tiny_klein.py's, in the check's folder: random weights, long texts
+KLEIN, DISTILLED = "klein", "klein-distilled"
 TRAINED = "tiny-klein"  # the bundled one
 CHECKPOINTS = {"": BUNDLED, KLEIN: Model(KLEIN), TRAINED: Model(str(ROOT / "scripts" / "tiny" / "klein"))}
 PROMPTS = ["a large red star in the middle on a sky background"]

@@ -28,7 +28,7 @@ from train.train import train
 
 
 def bundled(row: Callable[..., None], device: torch.device, steps: int, curves: Path) -> None:
-    """Losses by step, bf16 and fp16, of real runs, each added to the file `curves`; and the pictures of both."""
+    """Losses by step of real runs in each precision, each added to the file `curves`; and the pictures of both."""
     folder = Path("runs/check-half-pictures")
     if not (folder / "metadata.jsonl").is_file():
         make_style(folder, 36, 0)

@@ -5,13 +5,9 @@ from typing import Any
 
 import yaml
 
-from infer.program.run_names import FOLDERS
+from infer.program.run_names import FILES, FOLDERS
 
 CONFIG, JOURNAL = "config.yaml", "metrics.jsonl"
-FILES = (
-    CONFIG, JOURNAL, "events.jsonl", "latest.json", "loss.png", "pictures.json", "plan.json", "scores.json",
-    "scores.png", "adapter.sha256", ".lock",
-)  # fmt: skip
 
 
 def check_foreign(folder: Path) -> None:
