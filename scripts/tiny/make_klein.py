@@ -3,10 +3,10 @@
     python scripts/tiny/make_klein.py --vae scripts/tiny/model --base FOLDER --out FOLDER --compile
     python scripts/tiny/make_klein.py --start FOLDER --base FOLDER --out FOLDER --compile    # goes on from a base
 
-The text encoder is taught by make_text's labels, backgrounds among them, under noise on its weights, and then kept; of its
-texts a quarter each are of weights rounded to NF4 and to FP4. The base learns flow matching with one caption in
-ten left empty, so that it is drawn with two calls a step. The distilled one learns where the base's guided path of
-so many small steps stands after each of 4 large ones (progressive distillation, Salimans & Ho 2022).
+The text encoder is taught by make_text's labels, backgrounds among them, under noise on its weights, and then kept; of
+its texts a quarter each are of weights rounded to NF4 and to FP4. The base learns flow matching with one caption in ten
+left empty, so that it is drawn with two calls a step. The distilled one learns where the base's guided path of so many
+small steps stands after each of 4 large ones (progressive distillation, Salimans & Ho 2022).
 """
 
 import argparse
