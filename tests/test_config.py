@@ -504,7 +504,7 @@ OUTSIDE = [
     # what another system, or a case that it does not tell apart, makes of it
     "CON", "nul.txt", "set/Com1", "mine.", "mine./x", "a /b", "a/ b", "a/.b", "a\tb", "a\x1b[2Jb", "a\u200bb", "\udcff",
     "x" * 201, "é" * 101, "/".join(["x" * 190] * 4), "Cache", "CACHE/x", "mine/Adapter", "mine/CHECKPOINTS/x",
-    "mine/config.yaml", "mine/Metrics.JSONL/x",
+    "mine/config.yaml", "mine/Metrics.JSONL/x", "set/report.html", "\u200d", "demo\u200d", "a\u200d b", "a\u00a0/b",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from train.data.samples import check_left, read_samples
 from train.objective.preservation import check_preserved
 from train.run.config import Train
 from train.run.names import check_names, check_resumed
+from train.state.foreign import check_foreign
 from train.state.identity import check_recorded
 from train.state.mirror import mirrored
 from train.state.signals import StopSignals
@@ -36,8 +37,10 @@ def train(job: Train) -> Path:
     """The whole run; returns the adapter's folder. If a signal stops it, it leaves by SystemExit with code 3."""
     with StopSignals() as stop:
         folder = check_names(job)
-        if job.mirror is None:  # which brings the run back first
+        if job.mirror is None:
             check_recorded(job, folder)
+        else:  # which brings the run back first, and copies the folder in the end
+            check_foreign(folder, whole=False)
         samples, skipped = read_samples(job.data)
         check_left(job.data, samples, skipped)
         check_taught(job.model, job.data, samples)

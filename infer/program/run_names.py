@@ -16,6 +16,7 @@ FOLDERS = {
     "chosen",
     "compare",
     "drawn",
+    "experiment",
     "gap",
     "images",
     "previews",
@@ -27,9 +28,10 @@ FOLDERS = {
 """Folders within a run's folder, whose names no run nested in it can have."""
 FILES = (
     "config.yaml", "metrics.jsonl", "events.jsonl", "latest.json", "loss.png", "memory.yaml", "pictures.json",
-    "plan.json", "point.json", "scores.json", "scores.png", "adapter.sha256", ".lock",
+    "plan.json", "point.json", "scores.json", "scores.png", "adapter.sha256", "data.html", "data.json", "report.html",
+    "results.json", ".lock",
 )  # fmt: skip
-"""Files within a run's folder, likewise."""
+"""Files within a run's folder or a sweep's, likewise."""
 JOINERS = "\u200c\u200d"
 """Letters without a shape that words of some languages and emoji have."""
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
@@ -85,9 +87,9 @@ def unfit(part: str) -> str | None:
     """Why a name cannot be a folder's on every system; None if it can."""
     if part.startswith("."):
         return f"where {part!r} would be hidden"
-    if part != part.strip(" ") or part.endswith("."):
+    if part != part.strip() or part.endswith("."):
         return f"where {part!r} begins or ends with a space, or ends with a dot, which Windows drops"
-    odd = next((letter for letter in part if letter in '\\:*?"<>|' or not _plain(letter)), None)
+    odd = next((part[i] for i in range(len(part)) if part[i] in '\\:*?"<>|' or not _plain(part, i)), None)
     if odd is not None:
         return f"with {odd!r}, which not every system has in names"
     if DEVICES.fullmatch(part):
@@ -97,6 +99,10 @@ def unfit(part: str) -> str | None:
     return None
 
 
-def _plain(letter: str) -> bool:
-    """Whether it is seen, joins what is seen, or is a space; controls, invisible marks and halves of pairs are not."""
-    return letter.isprintable() or letter in JOINERS or unicodedata.category(letter) == "Zs"
+def _plain(part: str, i: int) -> bool:
+    """Whether its letter i is seen, is a space, or joins two that are seen; controls and other marks that nobody sees
+    are not, nor halves of pairs."""
+    if part[i] in JOINERS:
+        beside = part[max(i - 1, 0) : i], part[i + 1 : i + 2]
+        return all(each and each.isprintable() and each != " " for each in beside)
+    return part[i].isprintable() or unicodedata.category(part[i]) == "Zs"

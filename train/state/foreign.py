@@ -10,8 +10,9 @@ from infer.program.run_names import FILES, FOLDERS
 CONFIG, JOURNAL = "config.yaml", "metrics.jsonl"
 
 
-def check_foreign(folder: Path) -> None:
-    """See that a run can have its folder, before anything is loaded.
+def check_foreign(folder: Path, whole: bool = True) -> None:
+    """See that a run can have its folder, before anything is loaded. whole: it is all there, and not what a download
+    that broke off has left, whose config would have come last.
 
     Raises:
         ValueError: a file is where a folder belongs or the other way round, or a file that a run would write over was
@@ -31,7 +32,7 @@ def check_foreign(folder: Path) -> None:
             raise ValueError(f"{folder / name} is a folder, where a run has a file of that name; {mend}")
     if (folder / CONFIG).is_file() and not _is_ours(folder / CONFIG):
         raise ValueError(f"{folder / CONFIG} is none that a run wrote; put back the one that was there, or {mend}")
-    if (folder / JOURNAL).is_file() and not (folder / CONFIG).is_file():
+    if whole and (folder / JOURNAL).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder / JOURNAL} is there without the {CONFIG} of a run; {mend}")
 
 

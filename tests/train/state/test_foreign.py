@@ -65,6 +65,20 @@ def test_what_stands_in_the_way_is_said_first(
     assert before == sorted((path, path.read_bytes() if path.is_file() else b"") for path in tmp_path.rglob("*"))
 
 
+def test_what_is_refused_is_not_copied_to_the_mirror(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / f"pictures/{i}.png")
+        (tmp_path / f"pictures/{i}.txt").write_text("grey")
+    file("runs/mine/config.yaml", b"model: flux")(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.yaml is none that a run wrote"):
+        train(Train(model=tiny, data=Data("pictures"), run="mine", device="cpu", mirror=f"file://{tmp_path}/copy"))
+    assert not (tmp_path / "copy").exists()
+
+
 def test_what_a_run_does_not_write_may_lie_beside_it(
     tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
