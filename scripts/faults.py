@@ -102,7 +102,14 @@ class Matrix:
     def write_again(self, thing: Thing, folder: Path, states: dict[int, Any], what: str) -> None:
         """With the fault gone, the newer state is written and read."""
         try:
-            thing.write(folder, 2)
+            try:
+                thing.write(folder, 2)
+            except ValueError as error:
+                if thing.mend is None or thing.mend not in str(error):
+                    raise
+                for file in thing.files(folder):
+                    file.unlink()
+                thing.write(folder, 2)
             found = thing.read(folder)
         except Exception as error:
             found = f"{type(error).__name__}: {error}"

@@ -145,7 +145,7 @@ def no_index(folder: Path) -> str:
     inner = [each.parent.name for each in sorted(folder.glob("*/model_index.json"))]
     if inner:
         return (
-            f"{folder} holds no model_index.json, but {', '.join(inner[:3])} in it does; set model.path to that folder"
+            f"{folder} holds no model_index.json, but folders in it do: {', '.join(inner[:3])}; set model.path to one"
         )
     if files and kind_of_file(files[0]) == "adapter":
         return f"{folder} holds a LoRA file; give {files[0]} as adapter.path, and its base model as model.path"

@@ -43,6 +43,8 @@ class Thing:
     """Damage to its bytes is noticed when it is read."""
     older: bool = False
     """State 1 stays beside state 2 and is taken where that is damaged."""
+    mend: str | None = None
+    """What it says where it does not write over what is damaged: that it be taken away, after which it is written."""
 
 
 def _tensor(state: int) -> torch.Tensor:
@@ -173,7 +175,9 @@ def things() -> list[Thing]:
         Thing("cache shard", _write_item, _read_items, _shard, older=True),
         Thing("index shard", _write_rows, _read_rows, _rows_file, older=True),
         Thing("results", _write_report, _read_report, partial(_in, "compare/results.json"), checked=False),
-        Thing("config", _write_config, _read_config, partial(_in, "config.yaml"), checked=False),
+        Thing(
+            "config", _write_config, _read_config, partial(_in, "config.yaml"), checked=False, mend="or take it away"
+        ),
     ]
 
 

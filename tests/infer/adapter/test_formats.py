@@ -254,7 +254,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "other half": ({f"{KEY}.lora_B.weight": torch.ones(WIDTH, 2)}, "has B but no A for"),
     "ranks": (GOOD | {f"{KEY}.lora_A.weight": torch.ones(3, WIDTH)}, r"A \(3, 256\) and B \(256, 2\) .*no pair of one"),
     "unknown": (GOOD | {f"{KEY}x.lora_A.weight": torch.ones(2, 2)}, r"1 of 3 keys are unknown \(transformer.*to_qx"),
-    "empty": ({}, "0 of 0 keys are unknown; choose a LoRA file"),
+    "empty": ({}, "holds no tensor: it was saved empty"),
     "lokr": ({"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(2, 2)}, "has no lokr_w2_a for double_blocks"),
     "loha": (
         {f"lora_unet_double_blocks_0_img_mlp_0.hada_w{i}_{j}": torch.ones(2 + (j == "b" and i == 2), 2)
@@ -264,7 +264,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
         {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": torch.ones(2, 2),
          "lora_unet_double_blocks_0_img_mlp_0.lokr_w2_a": torch.ones(64, 2),
          "lora_unet_double_blocks_0_img_mlp_0.lokr_w2_b": torch.ones(2, 16),
-         "lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(3)}, "how strong .* is .alpha has 3 values"),
+         "lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(3)}, r"alpha of the shape \[3\] in lora_unet_do"),
     "lokr of full rank": (
         {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(120, 40),
          "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": torch.ones(30, 30)},

@@ -144,7 +144,7 @@ BAD_FILES = {
     "a layer that is not there": ({"start": _lora("transformer_blocks.9.attn.to_q", 2, 256, 256)}, "unknown to it"),
     "a layer that is no target": ({"start": _lora("transformer_blocks.0.ff.net.2", 2, 1024, 256)}, "choose targets"),
     "a higher rank": ({"start": _lora(QUERY, 5, 256, 256)}, "has rank 5; set adapter.rank=5"),
-    "nothing": ({"start": {}}, "keys are unknown"),
+    "nothing": ({"start": {}}, "holds no tensor"),
     "no recovery": ({"recovery": _lora(QUERY, 2, 256, 256)}, "is no recovery adapter"),
 }
 
