@@ -16,7 +16,7 @@ from infer.fast.offload import Offload
 from infer.quantize.compute import compute_dtype_of
 from train.loop.batch import Batch, batch_of, tensors_of
 from train.objective.flow_matching import Flow, distances, losses, noised, predict
-from train.objective.optim import state_bytes
+from train.objective.optim import SCRATCH, state_sizes
 from train.run.config import Train
 
 WARM = 3  # the call of a shape that compiles and captures nothing any more
@@ -173,13 +173,17 @@ def fit_budget(
     largest: Batch,
 ) -> int:
     """Keep as many blocks on the device as the budget allows beside a step on the largest batch; returns how many."""
-    # the first update allocates the states; a resumed run has them already. Two for each parameter, as optimizers do:
-    # small tensors and large ones have memory of their own in torch's allocator
-    absent = [] if optimizer.state else [state_bytes(job.optim.name, [each.numel()]) // 2 for each in parameters]
+    # the first update allocates the states; a resumed run has them already. Each tensor for itself, as optimizers do:
+    # small ones and large ones have memory of their own in torch's allocator
+    name, device = job.optim.name, largest.x0.device
+    absent = [] if optimizer.state else [size for each in parameters for size in state_sizes(name, each.numel())]
 
     def work() -> None:
-        states = [torch.empty(size, dtype=torch.uint8, device=largest.x0.device) for size in absent for _ in range(2)]
+        states = [torch.empty(size, dtype=torch.uint8, device=device) for size in absent]
         learn(largest)
+        for parameter in parameters:
+            scratch = [torch.empty_like(parameter) for _ in range(SCRATCH.get(name, 0))]
+            del scratch
         for parameter in parameters:
             parameter.grad = None
         del states

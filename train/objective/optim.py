@@ -15,8 +15,10 @@ from infer.program.bounds import MANY, STEPS, check_most
 
 NAMES = ("adamw", "adamw8bit", "paged_adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
-# bytes of optimizer state per parameter: two states of Adam; Prodigy has two more
-STATES = {"adamw": 8.0, "adamw8bit": 2.0, "paged_adamw8bit": 2.0, "prodigy": 16.0}
+# bytes of each tensor of states per parameter: two of Adam's; Prodigy has two more
+STATES = {"adamw": (4, 4), "adamw8bit": (1, 1), "paged_adamw8bit": (1, 1), "prodigy": (4, 4, 4, 4)}
+# tensors of a parameter's size that an update makes and drops, one parameter after another
+SCRATCH = {"prodigy": 2}
 SMALL = 4096  # the 8-bit optimizers keep tensors with fewer parameters in fp32
 
 
@@ -90,10 +92,16 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
     return kinds[optim.name](parameters, **common)  # type: ignore[no-any-return]
 
 
+def state_sizes(name: str, size: int) -> list[int]:
+    """Bytes of each tensor of an optimizer's states for a tensor of so many parameters, at most. Prodigy needs less for
+    one that begins as zeros, since it does not keep its start."""
+    each = STATES["adamw"] if "8bit" in name and size < SMALL else STATES[name]
+    return [width * size for width in each]
+
+
 def state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """Bytes of an optimizer's states, at most. sizes: the number of parameters of each tensor. Prodigy needs less for
-    tensors that begin as zeros, since it does not keep their start."""
-    return int(sum((8.0 if "8bit" in name and size < SMALL else STATES[name]) * size for size in sizes))
+    """Bytes of an optimizer's states, at most. sizes: the number of parameters of each tensor."""
+    return sum(sum(state_sizes(name, size)) for size in sizes)
 
 
 def step_if(optimizer: torch.optim.AdamW, finite: Tensor, norm: Tensor, clip: float) -> None:

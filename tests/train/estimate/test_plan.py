@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,9 +184,12 @@ def test_a_budget_leaves_room_for_the_states_that_are_not_there_yet(name: str, t
         optimizer.step()
     first, second = held
     assert sum(first) == state_bytes(name, (parameter.numel() for parameter in parameters)) and not second
-    if name == "adamw":  # one by one, as the allocator has memory of their own for small tensors and for large ones
-        states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
-        assert sorted(first) == sorted(value.numel() * value.element_size() for value in states)
+    if "8bit" not in name:  # one by one, as the allocator has memory of their own for small tensors and for large ones
+        tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        states = Counter(x.numel() * x.element_size() for x in tensors if x.numel() > 1)
+        unused = Counter(first) - states  # Prodigy's of B, where it began, is one number
+        zeros = [4 * each.numel() for each in parameters[1::2]] if name == "prodigy" else []
+        assert states <= Counter(first) and unused == Counter(zeros)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
