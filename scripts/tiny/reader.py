@@ -22,6 +22,9 @@ LEAST_HOLE = 0.0025  # of the picture: smaller holes of a thing are none
 INK_WIDTH = 0.018  # of the side: how far inside a thing's edge its ink is looked for
 BORDER = 4  # pixels on the left and on the right that show the ground
 SHADES = (0.42, 1.25)  # darkest and brightest light on the ground, as a shadow and the falloff make it
+PATTERNED = 0.088  # change of brightness' logarithm a pixel of 192: stripes and dots have more
+GRAINED = 0.01  # how much that changes from one pixel to the one on the right: wood has more
+GLOSS = 0.004  # of a thing: its least part that a shiny one has nearly white
 STRONG, LEAST_STRONG = 0.15, 0.1  # distances from the ground: of what is surely a thing, and of what may be one's edge
 
 
@@ -30,7 +33,7 @@ class Seen:
     """A thing read from a picture.
 
     `fit` is its overlap (IoU) with the shape named, `inked` says that its rim is black; x and y are fractions of the
-    side.
+    side. `texture` is not read of inked things: "".
     """
 
     shape: str
@@ -39,6 +42,7 @@ class Seen:
     x: float
     y: float
     fit: float
+    texture: str
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,38 @@ def _components(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
     unlike = _unlike(pixels, ground)
     strong = unlike[unlike > STRONG]
     threshold = max(LEAST_STRONG, 0.42 * float(np.median(strong))) if strong.size else 1.0
-    there = unlike > threshold
-    # a gloss may look like the ground: holes are filled but for those as large as a ring's
-    holes, count = ndimage.label(~there)
-    areas = ndimage.sum_labels(~there, holes, np.arange(1, count + 1))
-    there |= np.isin(holes, 1 + np.flatnonzero(areas < LEAST_HOLE * there.size))
-    numbers: np.ndarray = ndimage.label(there, structure=np.ones((3, 3)))[0]
+    numbers: np.ndarray = ndimage.label(unlike > threshold, structure=np.ones((3, 3)))[0]
+    for number, box in enumerate(ndimage.find_objects(numbers), start=1):
+        inside = numbers[box]
+        # a gloss may look like the ground: a thing's holes are filled, but for the one in its middle, a ring's
+        holes = ndimage.label(ndimage.binary_fill_holes(inside == number) & (inside != number))[0]
+        middle = holes[holes.shape[0] // 2, holes.shape[1] // 2]
+        if middle and (holes == middle).sum() < LEAST_HOLE * numbers.size:
+            middle = 0
+        inside[(holes > 0) & (holes != middle)] = number
     return numbers
+
+
+def _texture(values: np.ndarray, component: np.ndarray, depth: np.ndarray, scale: float) -> str:
+    """What a thing is made of, by how its brightness changes from pixel to pixel, `scale` pixels of 1/192 of the side:
+    values [h, w, 3], component and depth [h, w]."""
+    inner = depth > 3 / scale
+    if not inner.any():
+        return "plain"
+    logarithm, weight = np.log(values.max(2) + 0.05), component.astype(float)
+    smooth = [ndimage.gaussian_filter(part, 0.8 / scale) for part in (logarithm * weight, weight)]
+    slopes = np.gradient(smooth[0] / smooth[1].clip(1e-3))
+    down, right = (slope[inner] / scale for slope in slopes)
+    # the direction of most change, and how much more change it has than the one across
+    twice, less = 2 * (right * down).mean(), (right**2).mean() - (down**2).mean()
+    change = (right**2).mean() + (down**2).mean()
+    if change**0.5 > PATTERNED:
+        return "striped" if np.hypot(less, twice) > 0.45 * change else "dotted"
+    pale = values.min(2)[inner]
+    if (pale - np.median(pale) > 0.3).mean() > GLOSS:
+        return "shiny"
+    bent = np.abs(np.gradient(slopes[1], axis=1)[inner]) / scale**2  # light changes evenly, grain up and down
+    return "wooden" if np.median(bent) > GRAINED else "plain"
 
 
 def read(picture: Image.Image) -> Reading:
@@ -146,6 +175,7 @@ def read(picture: Image.Image) -> Reading:
                 (box[1].start + box[1].stop) / 2 / side,
                 (box[0].start + box[0].stop) / 2 / side,
                 float(overlap[best]),
+                "" if is_inked else _texture(pixels[box], component, depth, 192 / side),
             )
         )
     # the floor's colour, where no shadow lies: the brighter ones of the lower half
