@@ -184,7 +184,7 @@ class Canvas:
 
 def canvas(scenes: Sequence[Scene], style: str = "plain", device: torch.device | str = "cpu") -> Canvas:
     """Scenes -> tensors for `paint`."""
-    count, most = len(scenes), max(len(scene.things) for scene in scenes)
+    count, most = len(scenes), max(1, *(len(scene.things) for scene in scenes))
     colours, textures = list(COLOURS), list(TEXTURES)
     rows_shape, rows_colour, rows_texture, rows_xyr = [], [], [], []
     for scene in scenes:
