@@ -101,7 +101,7 @@ def _ground(pixels: np.ndarray) -> np.ndarray:
 
 def _unlike(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """How far each pixel is from the nearest shade of the ground, [side, side]."""
-    light = ((pixels * ground).sum(-1) / (ground * ground).sum(-1)).clip(*SHADES)
+    light = ((pixels * ground).sum(-1) / (ground * ground).sum(-1).clip(1e-9)).clip(*SHADES)
     apart: np.ndarray = np.linalg.norm(pixels - light[..., None] * ground, axis=-1)
     return apart
 

@@ -53,7 +53,7 @@ PLACES = {
     "at the bottom": (0.5, 0.7),
     "at the bottom right": (0.7, 0.7),
 }
-SIZES = {"small": 0.16, "large": 0.245}
+SIZES = {"small": 0.16, "large": 0.235}
 LAYOUTS = {
     2: ((0.25, 0.5), (0.75, 0.5)),
     3: ((0.5, 0.27), (0.27, 0.72), (0.73, 0.72)),
