@@ -215,12 +215,14 @@ def paint(batch: Canvas, size: int = SIZE) -> Tensor:
     device = batch.xyr.device
     axis = (torch.arange(size, device=device) + 0.5) / size
     neon, inked = (batch.style == STYLES.index(name) for name in ("neon", "inked"))
+    some_neon, some_inked = torch.stack([neon.any(), inked.any()]).tolist()
     picture = light.room(batch.ground, size)
     present = [(batch.shape[:, k] >= 0).nonzero()[:, 0] for k in range(batch.shape.shape[1])]
     for k, rows in enumerate(present):
         if len(rows):
             picture[rows] *= light.shadow(batch.shape[rows, k], batch.xyr[rows, k], size)
-    picture = torch.where(neon[:, None, None, None], picture * 0.16, picture)
+    if some_neon:
+        picture = torch.where(neon[:, None, None, None], picture * 0.16, picture)
     for k, rows in enumerate(present):
         if not len(rows):
             continue
@@ -240,14 +242,16 @@ def paint(batch: Canvas, size: int = SIZE) -> Tensor:
         behind, drawn = picture[rows], pixels.abs()
         height = solids.feet().to(device)[shape, 0, None, None, None] - local[..., 1][:, None]
         solid = light.lit(fill, normal, texture == TEXTURES.index("shiny"), batch.ground[rows], height)
-        kind = inked[rows][:, None, None, None]
-        solid = torch.where(kind, light.flat(fill, normal), solid)
         alpha = (0.5 - pixels).clamp(0, 1)
         filled = behind + (solid - behind) * alpha
         line = (LINE * size + 0.5 - drawn).clamp(0, 1)
-        filled = torch.where(kind, filled + (torch.tensor(INK, device=device)[:, None, None] - filled) * line, filled)
-        bright = colour * 0.85 + 0.15
-        glow = behind + bright * (0.35 * torch.exp(-drawn / (0.05 * size)))
-        outlined = glow + (bright - glow) * line
-        picture[rows] = torch.where(neon[rows][:, None, None, None], outlined, filled)
+        if some_inked:
+            traced = behind + (light.flat(fill, normal) - behind) * alpha
+            traced = traced + (torch.tensor(INK, device=device)[:, None, None] - traced) * line
+            filled = torch.where(inked[rows][:, None, None, None], traced, filled)
+        if some_neon:
+            bright = colour * 0.85 + 0.15
+            glow = behind + bright * (0.35 * torch.exp(-drawn / (0.05 * size)))
+            filled = torch.where(neon[rows][:, None, None, None], glow + (bright - glow) * line, filled)
+        picture[rows] = filled
     return picture.clamp(0, 1)
