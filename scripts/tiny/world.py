@@ -20,7 +20,7 @@ from scripts.tiny.solids import REACH, SHAPES, TABLE, distance_tables, signed_di
 
 __all__ = ["REACH", "SHAPES", "TABLE", "distance_tables", "signed_distance"]
 
-SIZE = 128  # pixels, the side the bundled model was trained at
+SIZE = 192  # pixels, the side the bundled model was trained at
 
 COLOURS = {
     "red": (222, 38, 38),
