@@ -92,8 +92,13 @@ def reader() -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     program("scripts/tiny/check.py", "--reader", "--count", "1000", "--json", str(file))
     styles = read(file)
-    parts = list(next(iter(styles.values())))
-    return plain_table([["style", *parts], *([name, *(f"{of[p]:.1%}" for p in parts)] for name, of in styles.items())])
+    parts = list(next(iter(styles.values())))  # inked things' textures are not read
+    return plain_table(
+        [
+            ["style", *parts],
+            *([name, *(f"{of[p]:.1%}" if p in of else "" for p in parts)] for name, of in styles.items()),
+        ]
+    )
 
 
 def gap() -> str:

@@ -31,6 +31,8 @@ class Wanted:
     """What a caption asks for: shape-colour pairs with their counts, and the rest where it was said."""
 
     pairs: Counter[tuple[str, str]]
+    textures: Counter[tuple[str, str, str]]
+    """The same with what each is made of; plain where that is not said."""
     order: tuple[tuple[str, str], ...]
     background: str | None
     place: str | None
@@ -47,24 +49,27 @@ def parse(caption: str) -> Wanted:
     singles = {name: name for name in world.SHAPES} | {world.plural(name): name for name in world.SHAPES}
     numbers = {word: count for count, word in world.COUNTS.items()}
     pattern = (
-        rf"\b(?:(a|an|{'|'.join(numbers)}) )?(?:(?:{'|'.join(world.SIZES)}) )?(?:(?:{'|'.join(world.TEXTURES)}) )?"
+        rf"\b(?:(a|an|{'|'.join(numbers)}) )?(?:(?:{'|'.join(world.SIZES)}) )?(?:({'|'.join(world.TEXTURES)}) )?"
         rf"({'|'.join(world.COLOURS)}) ({'|'.join(sorted(singles, key=len, reverse=True))})\b"
     )
-    found = [(numbers.get(m[1] or "", 1), singles[m[3]], m[2]) for m in re.finditer(pattern, text)]
+    found = [(numbers.get(m[1] or "", 1), singles[m[4]], m[3], m[2] or "plain") for m in re.finditer(pattern, text)]
     if not found:
         raise ValueError(
             f"caption {caption!r} names nothing of the small world; say a colour of {list(world.COLOURS)} "
             f"and a shape of {list(world.SHAPES)}, as in 'a red star'"
         )
     pairs: Counter[tuple[str, str]] = Counter()
-    for count, shape, colour in found:
+    textures: Counter[tuple[str, str, str]] = Counter()
+    for count, shape, colour, texture in found:
         pairs[shape, colour] += count
+        textures[shape, colour, texture] += count
     background = re.search(rf"on an? ({'|'.join(world.BACKGROUNDS)}) background", text)
     places = [place for place in sorted(world.PLACES, key=len, reverse=True) if place in text]
     relations = [word for word in ("to the left of", "to the right of", "above", "below") if word in text]
     return Wanted(
         pairs,
-        tuple((shape, colour) for _, shape, colour in found),
+        textures,
+        tuple((shape, colour) for _, shape, colour, _ in found),
         background[1] if background else None,
         places[0] if places and not relations else None,
         relations[0] if relations else None,
@@ -82,6 +87,8 @@ def compare(wanted: Wanted, reading: Reading) -> dict[str, bool]:
         "colour": Counter(t.colour for t in things) == _marginal(wanted.pairs, 1),
         "inked": bool(reading.things) and all(thing.inked for thing in reading.things),
     }
+    if result["right"] and not any(thing.inked for thing in things):
+        result["texture"] = Counter((t.shape, t.colour, t.texture) for t in things) == wanted.textures
     if wanted.background is not None:
         result["background"] = reading.background == wanted.background
     if wanted.place is not None and len(reading.things) == 1:

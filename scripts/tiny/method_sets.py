@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,20 +53,37 @@ class Task:
         return prompt.replace(f"{self.trigger}, ", "").replace(f"{self.trigger} ", "")
 
 
-def scenes(count: int, seed: int, shapes: tuple[str, ...] = world.SHAPES, single: bool = True) -> list[world.Scene]:
-    """Plain scenes of pairs of shape and colour that the model knows: of one thing of these shapes, or of any kind."""
+def scenes(
+    count: int,
+    seed: int,
+    shapes: tuple[str, ...] = world.SHAPES,
+    single: bool = True,
+    shown: Collection[str] = (),
+) -> list[world.Scene]:
+    """Plain scenes of pairs of shape and colour that the model knows: of one thing of these shapes, or of any kind.
+
+    shown: captions of pictures that are to be no scene's.
+    """
     rng, found = random.Random(f"methods {seed}"), list[world.Scene]()
     while len(found) < count:
         scene = world.sample_scene(rng)
         if not single or (scene.kind == "single" and scene.things[0].shape in shapes):
-            found.append(replace(scene, things=tuple(replace(thing, texture="plain") for thing in scene.things)))
+            plain = replace(scene, things=tuple(replace(thing, texture="plain") for thing in scene.things))
+            if world.describe(plain) not in shown:
+                found.append(plain)
     return found
+
+
+def training_scenes(task: Task) -> list[world.Scene]:
+    """What the training set shows."""
+    shapes = (SHAPE,) if task.name == "object" else LEARNED
+    return scenes(PICTURES, 0, shapes, single=task.name != "style")
 
 
 def make_pictures(folder: Path, task: Task) -> None:
     """The training set; the same bytes every time."""
-    lines, shapes = [], (SHAPE,) if task.name == "object" else LEARNED
-    for i, scene in enumerate(scenes(PICTURES, 0, shapes, single=task.name != "style")):
+    lines = []
+    for i, scene in enumerate(training_scenes(task)):
         pixels = world.paint(world.canvas([scene], "inked"))[0]
         picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
         replace_file(folder / f"{i:02d}.png", partial(picture.save, format="PNG"))
@@ -76,7 +94,8 @@ def make_pictures(folder: Path, task: Task) -> None:
 def prompts(task: Task) -> dict[str, list[str]]:
     """With the trigger, the same without it, and other prompts: scenes that no training picture shows."""
     shapes = (SHAPE,) if task.name == "object" else tuple(shape for shape in world.SHAPES if shape not in LEARNED)
-    learned = scenes(PROMPTS, 1, shapes, single=task.name != "style")
+    shown = {world.describe(scene) for scene in training_scenes(task)}
+    learned = scenes(PROMPTS, 1, shapes, single=task.name != "style", shown=shown)
     others = tuple(shape for shape in world.SHAPES if shape != SHAPE)
     return {
         "subject": [task.called(scene) for scene in learned],

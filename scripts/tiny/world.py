@@ -1,8 +1,9 @@
 """The small world of the bundled model: scenes, their captions and their pictures.
 
-A scene is one to four things (shape, colour, texture, place, size) on a plain background. `describe` says it in words
-with varied order and left-out details; `paint` draws batches of scenes from signed distance tables on any device, so
-that the trainer renders on the GPU and the demo's pictures come from the same code.
+A scene is one to four solid things (shape, colour, texture, place, size) that stand on a floor before a wall of its
+background's colour. `describe` says it in words with varied order and left-out details; `paint` draws batches of scenes
+from tables of distances and normals (solids.py) in one light (light.py) on any device, so that the trainer renders on
+the GPU and the demo's pictures come from the same code.
 
 One shape-colour pair in eight is held out (`held_out`): the bundled model never saw it in any picture or caption.
 """
@@ -10,14 +11,17 @@ One shape-colour pair in eight is held out (`held_out`): the bundled model never
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
-SIZE = 128  # pixels, the side the bundled model was trained at
+from scripts.tiny import light, solids
+from scripts.tiny.solids import REACH, SHAPES, TABLE, distance_tables, signed_distance
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
+__all__ = ["REACH", "SHAPES", "TABLE", "distance_tables", "signed_distance"]
+
+SIZE = 192  # pixels, the side the bundled model was trained at
+
 COLOURS = {
     "red": (222, 38, 38),
     "orange": (246, 138, 20),
@@ -36,7 +40,7 @@ BACKGROUNDS = {
     "sky": (178, 218, 250),
     "lavender": (214, 198, 250),
 }
-TEXTURES = ("plain", "striped", "dotted")
+TEXTURES = ("plain", "striped", "dotted", "shiny", "wooden")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 PLACES = {
     "at the top left": (0.3, 0.3),
@@ -49,16 +53,15 @@ PLACES = {
     "at the bottom": (0.5, 0.7),
     "at the bottom right": (0.7, 0.7),
 }
-SIZES = {"small": 0.16, "large": 0.245}
+SIZES = {"small": 0.16, "large": 0.235}
 LAYOUTS = {
     2: ((0.25, 0.5), (0.75, 0.5)),
     3: ((0.5, 0.27), (0.27, 0.72), (0.73, 0.72)),
     4: ((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),
 }
-LINE = 0.022  # half width of an outline, of the picture's side
+LINE = 0.016  # half width of an outline, of the picture's side
 STYLES = ("plain", "neon", "inked")
 INK = (0.07, 0.07, 0.1)
-TABLE, REACH = 256, 1.6  # distance tables: pixels a side, and how far from the centre they reach in units of the radius
 
 
 @dataclass(frozen=True)
@@ -167,64 +170,6 @@ def describe(scene: Scene, rng: random.Random | None = None) -> str:
     return text
 
 
-def _polygon(points: Sequence[tuple[float, float]], grid: Tensor) -> Tensor:
-    """Signed distance to a closed polygon, negative inside. grid [n, n, 2] -> [n, n]."""
-    vertices = torch.tensor(points, dtype=grid.dtype)
-    distance = torch.full(grid.shape[:2], torch.inf, dtype=grid.dtype)
-    inside = torch.zeros(grid.shape[:2], dtype=torch.bool)
-    for a, b in zip(vertices, vertices.roll(-1, 0), strict=True):
-        edge, offset = b - a, grid - a
-        along = ((offset * edge).sum(-1) / (edge * edge).sum()).clamp(0, 1)
-        distance = torch.minimum(distance, (offset - along[..., None] * edge).norm(dim=-1))
-        crosses = (a[1] > grid[..., 1]) != (b[1] > grid[..., 1])
-        run = (b[0] - a[0]) * (grid[..., 1] - a[1]) / (b[1] - a[1] if b[1] != a[1] else 1.0) + a[0]
-        inside ^= crosses & (grid[..., 0] < run)
-    return torch.where(inside, -distance, distance)
-
-
-@cache
-def distance_tables() -> Tensor:
-    """Signed distances of every shape at radius 1, [shapes, TABLE, TABLE] over [-REACH, REACH], y down."""
-    axis = torch.linspace(-REACH, REACH, TABLE, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    grid = torch.stack([x, y], -1)
-    turn = torch.pi * 2
-
-    def around(count: int, radii: Sequence[float]) -> list[tuple[float, float]]:
-        corners = []
-        for i in range(count):
-            angle, radius = torch.tensor(turn * i / count), radii[i % len(radii)]
-            corners.append((float(radius * angle.sin()), float(-radius * angle.cos())))
-        return corners
-
-    t = torch.linspace(0, turn, 200, dtype=torch.float64)[:-1]
-    heart_x = 16 * t.sin() ** 3
-    heart_y = -(13 * t.cos() - 5 * (2 * t).cos() - 2 * (3 * t).cos() - (4 * t).cos())
-    heart = list(zip((heart_x / 16.5).tolist(), (heart_y / 16.5 - 0.08).tolist(), strict=True))
-    a, b = 0.34, 0.98
-    cross = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    tables = {
-        "circle": grid.norm(dim=-1) - 0.95,
-        "square": _polygon([(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)], grid),
-        "triangle": _polygon([(x, y + 0.2) for x, y in around(3, (1.15,))], grid),
-        "star": _polygon([(x, y + 0.06) for x, y in around(10, (1.12, 0.46))], grid),
-        "heart": _polygon(heart, grid),
-        "cross": _polygon(cross, grid),
-        "ring": (grid.norm(dim=-1) - 0.72).abs() - 0.25,
-        "diamond": _polygon(around(4, (1.12, 0.78)), grid),
-    }
-    return torch.stack([tables[name] for name in SHAPES]).float()
-
-
-def signed_distance(shape: Tensor, local: Tensor) -> Tensor:
-    """Distance to edges in units of the radius: shape [batch], local [batch, h, w, 2] -> [batch, 1, h, w]."""
-    tables = distance_tables().to(local.device)
-    inner = torch.nn.functional.grid_sample(
-        tables[shape, None], local / REACH, padding_mode="border", align_corners=True
-    )
-    return inner + (local.abs().amax(-1) - REACH).clamp(min=0)[:, None]
-
-
 @dataclass
 class Canvas:
     """A batch of scenes as tensors on one device, K things each (shape -1: none)."""
@@ -239,7 +184,7 @@ class Canvas:
 
 def canvas(scenes: Sequence[Scene], style: str = "plain", device: torch.device | str = "cpu") -> Canvas:
     """Scenes -> tensors for `paint`."""
-    count, most = len(scenes), max(len(scene.things) for scene in scenes)
+    count, most = len(scenes), max(1, *(len(scene.things) for scene in scenes))
     colours, textures = list(COLOURS), list(TEXTURES)
     rows_shape, rows_colour, rows_texture, rows_xyr = [], [], [], []
     for scene in scenes:
@@ -263,37 +208,50 @@ def canvas(scenes: Sequence[Scene], style: str = "plain", device: torch.device |
 def paint(batch: Canvas, size: int = SIZE) -> Tensor:
     """Canvas -> pictures [batch, 3, size, size] in [0, 1].
 
-    Neon pictures show things as glowing outlines on a dark ground, inked ones with a black line around every edge. The
-    bundled model's transformer saw neither; inked is the style that the demo's adapter learns.
+    Neon pictures show things as glowing outlines in a dark room, inked ones as a cartoon does, with few tones and a
+    black line around every edge. The bundled model's transformer saw neither; inked is the style that the demo's
+    adapter learns.
     """
     device = batch.xyr.device
     axis = (torch.arange(size, device=device) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    neon, inked = ((batch.style == STYLES.index(name))[:, None, None, None] for name in ("neon", "inked"))
-    ground = torch.where(neon[:, :, 0, 0], batch.ground * 0.16, batch.ground)
-    picture = ground[:, :, None, None].expand(-1, -1, size, size)
-    for k in range(batch.shape.shape[1]):
-        centre_x, centre_y, radius = (batch.xyr[:, k, i, None, None] for i in range(3))
-        local = torch.stack([(x - centre_x) / radius, (y - centre_y) / radius], -1)  # [batch, size, size, 2]
-        pixels = signed_distance(batch.shape[:, k].clamp(min=0), local) * radius[:, None] * size
-        present = (batch.shape[:, k] >= 0)[:, None, None, None]
-        colour = batch.rgb[:, k, :, None, None]
-
-        slope = radius[:, None] * size
-        stripe = ((local[..., 1][:, None] / 0.5 % 1 - 0.5).abs() - 0.25) * 0.5 * slope
-        cell = (local / 0.56 + 0.5) % 1 - 0.5
-        dot = (0.17 - cell.norm(dim=-1)[:, None] * 0.56) * slope
-        texture = batch.texture[:, k, None, None, None]
-        dark = torch.where(texture == 1, stripe, torch.where(texture == 2, dot, torch.full_like(dot, -1)))
-        fill = colour * (1 - 0.62 * (dark + 0.5).clamp(0, 1))
+    neon, inked = (batch.style == STYLES.index(name) for name in ("neon", "inked"))
+    some_neon, some_inked = torch.stack([neon.any(), inked.any()]).tolist()
+    picture = light.room(batch.ground, size)
+    present = [(batch.shape[:, k] >= 0).nonzero()[:, 0] for k in range(batch.shape.shape[1])]
+    for k, rows in enumerate(present):
+        if len(rows):
+            picture[rows] *= light.shadow(batch.shape[rows, k], batch.xyr[rows, k], size)
+    if some_neon:
+        picture = torch.where(neon[:, None, None, None], picture * 0.16, picture)
+    for k, rows in enumerate(present):
+        if not len(rows):
+            continue
+        shape, texture, xyr = batch.shape[rows, k], batch.texture[rows, k], batch.xyr[rows, k]
+        x, y, radius = (xyr[:, i, None, None] for i in range(3))
+        local = torch.stack(
+            [((axis - x) / radius).expand(-1, size, -1), ((axis[:, None] - y) / radius).expand(-1, -1, size)], -1
+        )
+        edges = radius[:, None] * size  # pixels a radius
+        pixels, normal = light.surface(shape, local)
+        pixels = pixels * edges
+        colour = batch.rgb[rows, k, :, None, None]
+        # a pattern is bent around the thing
+        fill = light.grained(
+            colour, texture, TEXTURES, local + 0.22 * normal[:, :2].permute(0, 2, 3, 1), edges[:, 0], x * 5 + y * 7
+        )
+        behind, drawn = picture[rows], pixels.abs()
+        height = solids.feet().to(device)[shape, 0, None, None, None] - local[..., 1][:, None]
+        solid = light.lit(fill, normal, texture == TEXTURES.index("shiny"), batch.ground[rows], height)
         alpha = (0.5 - pixels).clamp(0, 1)
-        filled = picture * (1 - alpha) + fill * alpha
-
-        bright = colour * 0.85 + 0.15
-        line = (LINE * size + 0.5 - pixels.abs()).clamp(0, 1)
-        glow = 0.35 * torch.exp(-pixels.abs() / (0.05 * size))
-        outlined = (picture + bright * glow) * (1 - line) + bright * line
-        traced = filled * (1 - line) + torch.tensor(INK, device=device)[:, None, None] * line
-        drawn = torch.where(neon, outlined, torch.where(inked, traced, filled))
-        picture = torch.where(present, drawn, picture)
+        filled = behind + (solid - behind) * alpha
+        line = (LINE * size + 0.5 - drawn).clamp(0, 1)
+        if some_inked:
+            traced = behind + (light.flat(fill, normal) - behind) * alpha
+            traced = traced + (torch.tensor(INK, device=device)[:, None, None] - traced) * line
+            filled = torch.where(inked[rows][:, None, None, None], traced, filled)
+        if some_neon:
+            bright = colour * 0.85 + 0.15
+            glow = behind + bright * (0.35 * torch.exp(-drawn / (0.05 * size)))
+            filled = torch.where(neon[rows][:, None, None, None], glow + (bright - glow) * line, filled)
+        picture[rows] = filled
     return picture.clamp(0, 1)

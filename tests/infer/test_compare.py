@@ -165,7 +165,7 @@ def test_noise_is_the_same_for_every_dtype_and_other_for_every_seed() -> None:
 def test_latents_round_trip_through_the_autoencoder(tiny: Model) -> None:
     import random
 
-    picture = world.paint(world.canvas([world.sample_scene(random.Random(3))]))
+    picture = world.paint(world.canvas([world.sample_scene(random.Random(3))]), 128)
     vae = load_vae(tiny, CPU, torch.float32)
     mapped = latent_map(tiny)
     posterior = to_posterior(vae, picture * 2 - 1)
