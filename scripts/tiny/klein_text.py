@@ -4,7 +4,6 @@ Its 27 layers one behind another add up their rounding errors: with NF4's texts,
 captions. So it is taught with noise on its weights, and the transformer is given texts of rounded copies too.
 """
 
-import random
 import re
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from scripts.tiny import klein_parts, make_text, rounded, world
-from scripts.tiny.make_flow import CAPTIONS, Drawn, Span, as_arrays, captions, sampled
+from scripts.tiny.make_flow import CAPTIONS, Drawn, Span, as_arrays, described
 from scripts.tiny.pace import Pace, captured
 
 NOISE = 0.1  # of a weight's root mean square, about what NF4 rounds off
@@ -35,15 +34,10 @@ def chat(reader: Qwen2Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarr
 def draw_captions(span: Span) -> Drawn:
     """Scenes, token ids, masks, what the captions name and on which background; a worker's part of `make_flow.spans`.
     Each of them [scenes, CAPTIONS, ...]."""
-    first, last, seed, pairs, hard = span
-    scenes, texts = [], []
-    for index in range(first, last):
-        rng = random.Random(seed * 1_000_003 + index)
-        scenes.append(sampled(rng, pairs, hard))
-        texts += captions(scenes[-1], rng)
-    wanted = np.array([make_text.labels(text) for text in texts], dtype=np.int16)
-    arrays = [*chat(klein_parts.tokenizer(), texts), wanted, np.array([ground(text) for text in texts], dtype=np.int16)]
-    return Drawn(as_arrays(scenes), [each.reshape(last - first, CAPTIONS, *each.shape[1:]) for each in arrays])
+    scenes, texts, wanted = described(span)
+    arrays = [*chat(klein_parts.tokenizer(), texts), np.array(wanted), np.array([ground(text) for text in texts])]
+    shape = (len(scenes), CAPTIONS)
+    return Drawn(as_arrays(scenes), [each.astype(np.int16).reshape(*shape, *each.shape[1:]) for each in arrays])
 
 
 def ground(caption: str) -> int:

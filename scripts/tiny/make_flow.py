@@ -7,12 +7,14 @@ classifier-free guidance of stage 1's average would give (Meng et al. 2023), whi
 import copy
 import multiprocessing
 import random
+import re
 import string
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing.pool import Pool
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from scripts.tiny.pace import Pace, captured, move_average, turn
 CAPTIONS = 3  # for each picture
 CHUNK = 512  # pictures painted and encoded at once
 LESSON = 0.1  # weight of what the text encoders are taught
-HARD = ("heart", "star", "diamond")  # the shapes that are drawn wrong most often
+HARD = ("heart", "ring", "diamond")  # the shapes that klein drew wrong most often, of pairs that it had never seen
 ROUNDED = 0.25  # share of the steps whose weights are those of NF4
 
 
@@ -82,7 +84,7 @@ def captions(scene: world.Scene, rng: random.Random) -> list[str]:
     for _ in range(CAPTIONS):
         text = world.describe(scene, rng)
         if rng.random() < 0.05:  # words that mean nothing must change nothing
-            word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
+            word = nonsense(rng)
             text = rng.choice((f"{word} {text}", f"{text}, {word}", f"{text}, {word} style"))
         texts.append(text)
     return texts
@@ -97,7 +99,16 @@ def sampled(rng: random.Random, pairs: float, hard: float) -> world.Scene:
     return scene
 
 
-Span = tuple[int, int, int, float, float]  # first and last picture, seed, share of pairs and of hard shapes
+@dataclass(frozen=True)
+class Mix:
+    """What the scenes and captions are."""
+
+    pairs: float = 4 / 11  # share of scenes with two different things
+    hard: float = 0.0  # share of the single things that are of a hard shape
+    uncoloured: float = 0.0  # share of captions whose colours are left out or unknown words
+
+
+Span = tuple[int, int, int, Mix]  # first and last picture, seed
 
 
 @dataclass
@@ -118,9 +129,41 @@ def as_arrays(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
     return {field.name: getattr(canvas, field.name).numpy() for field in fields(canvas)}
 
 
-def spans(samples: int, seed: int, pairs: float, hard: float, chunk: int = CHUNK) -> list[Span]:
+def spans(samples: int, seed: int, mix: Mix, chunk: int = CHUNK) -> list[Span]:
     """What each call of a worker is to draw."""
-    return [(first, min(first + chunk, samples), seed, pairs, hard) for first in range(0, samples, chunk)]
+    return [(first, min(first + chunk, samples), seed, mix) for first in range(0, samples, chunk)]
+
+
+def described(span: Span) -> tuple[list[world.Scene], list[str], list[list[list[int]]]]:
+    """Scenes, CAPTIONS for each, and what each caption names, as make_text labels it."""
+    first, last, seed, mix = span
+    scenes, texts, wanted = [], [], []
+    for index in range(first, last):
+        rng = random.Random(seed * 1_000_003 + index)
+        scenes.append(sampled(rng, mix.pairs, mix.hard))
+        for text in captions(scenes[-1], rng):
+            rows = make_text.labels(text)
+            if rng.random() < mix.uncoloured:
+                text, rows = uncoloured(text, rng), make_text.without_colours(rows)
+            texts.append(text)
+            wanted.append(rows)
+    return scenes, texts, wanted
+
+
+def uncoloured(text: str, rng: random.Random) -> str:
+    """The caption without its things' colours, or with words in their place that mean nothing. What a shape is must not
+    hang on its colour, or a pair that was never seen is drawn as another shape."""
+    many = rng.random() < 0.5
+
+    def word(_: re.Match[str]) -> str:
+        return nonsense(rng) + " " if many else ""
+
+    shapes = "|".join(name for shape in world.SHAPES for name in (world.plural(shape), shape))
+    return re.sub(rf"\b(?:{'|'.join(world.COLOURS)}) (?=(?:{shapes})\b)", word, text)
+
+
+def nonsense(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
 
 
 def workers(count: int) -> Pool:
@@ -130,18 +173,14 @@ def workers(count: int) -> Pool:
 
 def draw(span: Span) -> Drawn:
     """Scenes, token ids and what they name; a worker's part of `spans`."""
-    first, last, seed, pairs, hard = span
-    scenes, texts = [], []
-    for index in range(first, last):
-        rng = random.Random(seed * 1_000_003 + index)
-        scenes.append(sampled(rng, pairs, hard))
-        texts += captions(scenes[-1], rng)
+    scenes, texts, wanted = described(span)
+    count = len(scenes)
     arrays = [
         np.array(tokenizer(texts, padding="max_length", max_length=parts.TEXT_TOKENS, truncation=True).input_ids)
         for tokenizer in parts.tokenizers()
     ]
-    arrays.append(np.array([make_text.labels(text) for text in texts]))
-    shape = (last - first, CAPTIONS)
+    arrays.append(np.array(wanted))
+    shape = (count, CAPTIONS)
     return Drawn(as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays])
 
 
@@ -278,7 +317,7 @@ class Trainer:
         self.totals += torch.stack([error, bound.float()]).detach()
 
 
-def compile_blocks(transformer: nn.Module) -> None:
+def compile_blocks(transformer: Any) -> None:
     """One compiled kernel sequence for each kind of block and size of pictures."""
     torch._dynamo.config.recompile_limit = 64  # one code object holds all kinds, sizes and stages
     torch._dynamo.config.suppress_errors = True  # slow steps are better than none

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from scripts.tiny import check, count, klein_parts, make_flow, make_vae, parts, rounded, world
-from scripts.tiny.klein_flow import FEW, FINE, GUIDANCE, Flow, along, noised, paths, train
+from scripts.tiny.klein_flow import FEW, FINE, GUIDANCE, Batch, Flow, along, noised, paths, train
 from scripts.tiny.klein_text import chat, draw_captions, embed, stored, teach_text
 from scripts.tiny.make_flow import Drawn
 from scripts.tiny.pace import Clock, turn
@@ -141,10 +142,10 @@ def pictures(
         )
 
         def velocity(x: Tensor, sigma: Tensor, chosen: slice) -> Tensor:
-            with_text = drawing(x, texts[chosen], sigma)
+            with_text: Tensor = drawing(x, texts[chosen], sigma)
             if few:
                 return with_text
-            without = drawing(x, empty.expand(len(x), -1, -1), sigma)
+            without: Tensor = drawing(x, empty.expand(len(x), -1, -1), sigma)
             return without + DRAWN_AT * (with_text - without)
 
         mu = compute_empirical_mu((side // 16) ** 2, steps)
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=160_000)
     parser.add_argument("--pairs", type=float, default=0.75, help="share of pictures with two different things")
+    parser.add_argument("--uncoloured", type=float, default=0.0, help="share of captions that say no colour")
     parser.add_argument("--hard", type=float, default=0.0, help="share of the single things that are of a hard shape")
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[world.SIZE], help="pixels; three steps of four are for the first"
@@ -207,7 +209,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     pool = make_flow.workers(workers)
-    spans = make_flow.spans(args.samples, args.seed, args.pairs, args.hard, chunk)
+    mix = make_flow.Mix(args.pairs, args.hard, args.uncoloured)
+    spans = make_flow.spans(args.samples, args.seed, mix, chunk)
     drawing = pool.imap(draw_captions, spans)  # goes on while the autoencoder learns
     clock.report("start", f"{workers} processes draw {args.samples} scenes and captions")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -232,12 +235,11 @@ def main() -> None:
     drawn = list(islice(drawing, len(spans)))
     if args.text_steps:
         ids, mask, wanted, grounds = (
-            torch.from_numpy(np.concatenate([each.arrays[i].reshape(-1, *each.arrays[i].shape[2:]) for each in drawn]))
+            torch.from_numpy(np.concatenate([each.arrays[i] for each in drawn])).flatten(0, 1).to(device)
             for i in range(4)
         )
-        given = [each.to(device) for each in (ids, mask, wanted, grounds)]
         seconds = min(args.text_seconds, clock.left("text"))
-        teach_text(encoder, reader, *given, args.text_steps, text_batch, seconds, not args.eager)
+        teach_text(encoder, reader, ids, mask, wanted, grounds, args.text_steps, text_batch, seconds, not args.eager)
         clock.report("text", "text encoder taught")
     encoder.eval().requires_grad_(False)
     data = encode(vae, encoder, drawn, sides, clock.left("encode"))
@@ -265,7 +267,8 @@ def main() -> None:
     clock.report("flow", "base trained")
     if args.compile:
         base.compile_blocks()
-    half, few = args.batch // 2, []  # with and without the text make a batch
+    half = args.batch // 2  # with and without the text make a batch
+    few: list[Callable[[], Batch]] = []
     seconds = clock.left("paths")
     for way, each in enumerate(data):
         share = 1.0 if len(data) == 1 else 0.75 if way == 0 else 0.25 / (len(data) - 1)
@@ -283,7 +286,7 @@ def main() -> None:
     student = train("few", student, few, args.few_steps, 5e-4, 0.8, left, not args.eager, keep, args.rounded)
     keep(student)
     clock.report("few", "distilled")
-    figures, right = args.figures or args.out.with_name(f"{args.out.name}-figures"), {}
+    figures, right = args.figures or args.out.with_name(f"{args.out.name}-figures"), dict[str, Any]()
     for kind, side in [("bf16", sides[0]), ("nf4", sides[0]), *(("bf16", side) for side in sides[1:])]:
         captions = check.held_out_captions(args.count)
         for name, model in (("base", base), ("distilled", student)) if captions else ():

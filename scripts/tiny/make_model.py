@@ -13,6 +13,7 @@ import copy
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[world.SIZE], help="pixels; three steps of four are for the first"
     )
+    parser.add_argument("--uncoloured", type=float, default=0.0, help="share of captions that say no colour")
     parser.add_argument("--start", type=Path, help="go on from this model")
     parser.add_argument("--vae", type=Path, help="keep the autoencoder of this model")
     parser.add_argument("--vae-steps", type=int, help="20000, and none with --start or --vae: its autoencoder is kept")
@@ -78,7 +80,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     pool = make_flow.workers(workers)
-    spans = make_flow.spans(args.samples, args.seed, args.pairs, args.hard, 16 if args.smoke else make_flow.CHUNK)
+    mix = make_flow.Mix(args.pairs, args.hard, args.uncoloured)
+    spans = make_flow.spans(args.samples, args.seed, mix, 16 if args.smoke else make_flow.CHUNK)
     drawn = pool.imap(make_flow.draw, spans)  # goes on while the autoencoder learns
     clock.report("start", f"{workers} processes draw {args.samples} scenes and captions")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +89,7 @@ def main() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads beyond its bounds under autocast (torch 2.11)
     tokenizers = parts.tokenizers()
     if kept:
-        vae = parts.loaded(AutoencoderKL, kept / "vae").to(device)
+        vae = parts.loaded(AutoencoderKL, (args.vae or args.start) / "vae").to(device)
     else:
         vae = parts.vae()
         # latents start sharp: at the default a deviation of 1 drowns them for hundreds of steps
@@ -143,10 +146,9 @@ def main() -> None:
         )  # fmt: skip
         clock.report("guidance", "guidance distilled")
         save(final, vae, tokenizers, args.out)
-    figures, captions = args.figures or args.out.with_name(f"{args.out.name}-figures"), []
-    if args.count:
-        captions = check.held_out_captions(args.count)
-    right = {}
+    figures = args.figures or args.out.with_name(f"{args.out.name}-figures")
+    captions = check.held_out_captions(args.count)
+    right: dict[str, Any] = {}
     for kind, side in [("bf16", sides[0]), ("nf4", sides[0]), *(("bf16", side) for side in sides[1:])]:
         if not captions:
             break

@@ -16,7 +16,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,7 @@ def train(
     vae.to(device).train()
     trainer = Trainer(vae, batch, rate, device, sides)
     graphed = graphed and trainer.cuda
-    runs = [partial(trainer.step, side) for side in sides]
+    runs: list[Callable[[], None]] = [partial(trainer.step, side) for side in sides]
     if graphed:
         runs = [captured(run, trainer.optimizer) for run in runs]
     pools: dict[int, list[Tensor]] = {side: [] for side in sides}
@@ -188,7 +188,7 @@ def _in_bf16(vae: AutoencoderKL | AutoencoderKLFlux2) -> Iterator[None]:
         for module, own in modules:
             cast = {name: value if value is None else value.bfloat16() for name, value in own.items()}
             # not as a parameter, which would lose where it came from
-            module._parameters = cast  # type: ignore[assignment]
+            module._parameters = cast
         yield
     finally:
         for module, own in modules:

@@ -32,6 +32,7 @@ from scripts.tiny import (
 from scripts.tiny.pace import Clock, Pace, turn
 
 SIDES = (64, 32)  # pixels; the sizes are options
+MIX = make_flow.Mix(pairs=0.5, hard=0.5, uncoloured=0.2)
 
 
 class Silent(TorchDispatchMode):
@@ -50,7 +51,7 @@ def test_a_graph_can_hold_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         torch._foreach_lerp_([torch.zeros(1)], [torch.ones(1)], torch.zeros(()))
     with pytest.raises(AssertionError, match="the host's numbers"), Silent():
         torch.tensor([1.0])
-    drawn = [make_flow.draw((0, 6, 0, 0.5, 0.5)), make_flow.draw((6, 10, 0, 0.5, 0.0))]
+    drawn = [make_flow.draw((0, 6, 0, MIX)), make_flow.draw((6, 10, 0, MIX))]
     data = make_flow.encode(parts.vae(), drawn, torch.device("cpu"), SIDES)
     assert [each.mean.shape[2] * 8 for each in data] == list(SIDES)
     assert [len(each.mean) for each in data] == [6, 4] == [len(each.wanted) for each in data]
@@ -128,6 +129,23 @@ def test_hard_shapes_come_oftener_and_no_held_out_pair_ever() -> None:
     single = [scene.things[0].shape for scene in scenes if scene.kind == "single"]
     assert sum(shape in make_flow.HARD for shape in single) > 0.55 * len(single)
     assert not any(world.held_out(thing.shape, thing.colour) for scene in scenes for thing in scene.things)
+
+
+def test_a_caption_without_colours_names_the_rest() -> None:
+    rng = random.Random(1)
+    text = "a striped orange star to the left of a teal cross on a mint background"
+    bare = {make_flow.uncoloured(text, rng) for _ in range(20)}
+    assert "a striped star to the left of a cross on a mint background" in bare and len(bare) > 5
+    assert not any(colour in each.split() for each in bare for colour in world.COLOURS)
+    said, silent = (make_text.labels(text), make_text.without_colours(make_text.labels(text)))
+    at = make_text.PARTS.index(tuple(world.COLOURS))
+    assert [row[at] for row in said] == [2, 5] and [row[at] for row in silent] == [0, 0]
+    assert [row[:at] + row[at + 1 :] for row in said] == [row[:at] + row[at + 1 :] for row in silent]
+    one = make_text.without_colours(make_text.labels("two red stars"))
+    assert one[1] == [-100] * len(make_text.PARTS)
+    scenes, texts, wanted = make_flow.described((0, 40, 0, make_flow.Mix(uncoloured=0.5)))
+    assert len(texts) == len(wanted) == make_flow.CAPTIONS * len(scenes)
+    assert 0.3 < sum(rows[0][at] == 0 for rows in wanted) / len(wanted) < 0.7
 
 
 def test_three_steps_of_four_are_for_the_first_size() -> None:
@@ -231,7 +249,7 @@ def test_a_graph_can_hold_kleins_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "captured", silent)
     reader = klein_parts.tokenizer()
     encoder = klein_parts.text_encoder(reader)
-    drawn = klein_text.draw_captions((0, 2, 0, 0.5, 0.0))
+    drawn = klein_text.draw_captions((0, 2, 0, MIX))
     given = [torch.from_numpy(each).flatten(0, 1) for each in drawn.arrays]
     klein_text.teach_text(encoder, reader, *given, steps=1, batch=2)
     flow = klein_flow.Flow(klein_parts.transformer(), SIDES)
