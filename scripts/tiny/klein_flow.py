@@ -1,8 +1,10 @@
 """The bundled FLUX.2's transformer in training: velocities by regression, and the base's guided paths."""
 
 import copy
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,9 +13,9 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from scripts.tiny import klein_parts, world
+from scripts.tiny import klein_parts, make_flow, rounded, world
 from scripts.tiny.make_flow import CAPTIONS
-from scripts.tiny.pace import Pace, captured, move_average
+from scripts.tiny.pace import Pace, captured, move_average, turn
 
 FINE = (4, 4, 4, 8)  # small steps within each large one of the distilled model
 FEW = len(FINE)
@@ -21,13 +23,15 @@ GUIDANCE = 3.0  # of the paths that the distilled model learns
 
 
 class Flow(nn.Module):
-    """The transformer with the places of its tokens: packed latents and text states in, velocity out."""
+    """The transformer with the places of its tokens in pictures of so many pixels a side: packed latents and text
+    states in, velocity out."""
 
-    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
+    def __init__(self, transformer: Flux2Transformer2DModel, sides: Sequence[int] = (world.SIZE,)) -> None:
         super().__init__()
         self.transformer = transformer
-        side = world.SIZE // 16
-        self.register_buffer("img_ids", Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 1, side, side))[0])
+        for side in (side // 16 for side in sides):
+            places = Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 1, side, side))[0]
+            self.register_buffer(f"places_{side * side}", places)  # by tokens
         text = torch.zeros(1, klein_parts.TEXT_TOKENS, 1)
         self.register_buffer("txt_ids", Flux2KleinPipeline._prepare_text_ids(text)[0])
 
@@ -38,15 +42,14 @@ class Flow(nn.Module):
             encoder_hidden_states=texts,
             timestep=sigma,
             guidance=None,
-            img_ids=self.img_ids,
+            img_ids=self.get_buffer(f"places_{x.shape[1]}"),
             txt_ids=self.txt_ids,
             return_dict=False,
         )[0]
         return velocity
 
     def compile_blocks(self) -> None:
-        for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
-            block.compile()
+        make_flow.compile_blocks(self.transformer)
 
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x, texts, sigma and the velocity that is wanted
@@ -77,7 +80,7 @@ def noised(x0: Tensor, texts: Tensor, empty: Tensor, batch: int) -> Callable[[],
 def along(stands: Tensor, texts: Tensor, chosen: Tensor, batch: int) -> Callable[[], Batch]:
     """Distillation: the velocity that leads from one stand of a path to the next.
 
-    stands: [paths, FEW + 1, tokens, 128], as `paths` gives them; chosen: [paths], the index of each one's text.
+    stands: [paths, FEW + 1, tokens, 128], as `paths` gives them; chosen: [paths or more], the index of each one's text.
     """
     levels = torch.tensor(sigmas(stands.shape[2], FEW), device=stands.device)
 
@@ -94,18 +97,22 @@ def along(stands: Tensor, texts: Tensor, chosen: Tensor, batch: int) -> Callable
 def train(
     name: str,
     flow: Flow,
-    batch: Callable[[], Batch],
+    batches: Sequence[Callable[[], Batch]],
     steps: int,
     rate: float,
     decay: float,
     seconds: float,
     graphed: bool = True,
     kept: Callable[[Flow], None] = lambda flow: None,
+    rough: float = make_flow.ROUNDED,
 ) -> Flow:
-    """Regress the velocities that `batch` gives; returns the average.
+    """Regress the velocities that `batches` give, of one size of pictures each, three steps of four of the first one's;
+    returns the average.
 
     graphed: on a GPU, the whole step is one CUDA graph. kept: called with the average about once a minute.
+    rough: share of the steps whose weights are rounded to NF4.
     """
+    rng = random.Random(name)
     began = time.monotonic()
     parameters: list[Tensor] = list(flow.parameters())
     device = parameters[0].device
@@ -115,29 +122,35 @@ def train(
         parameters, lr=now if cuda else rate, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda, capturable=cuda
     )
     average = copy.deepcopy(flow).eval().requires_grad_(False)
+    rounding = rounded.Rounding(rounded.linear(flow.transformer))
 
-    def step() -> None:
+    def step(batch: Callable[[], Batch]) -> None:
         x, texts, sigma, target = batch()
+        rounding.begin()
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             velocity = flow(x, texts, sigma)
         loss = (velocity.float() - target).square().mean()
         loss.backward()
+        rounding.end()
         total.add_(loss.detach())
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
             move_average(list(average.parameters()), parameters, move)
 
-    run = captured(step, optimizer) if graphed else step
+    runs: list[Callable[[], None]] = [partial(step, batch) for batch in batches]
+    if graphed:
+        runs = [captured(run, optimizer) for run in runs]
     pace = Pace(name, steps, seconds - (time.monotonic() - began))
     total.zero_()
     saved = time.monotonic()
     while pace.more():
         move.fill_(1 - pace.keep())
         now.fill_(pace.rate(rate, warmup=300, decay=decay))
+        rounding.on.fill_(float(rng.random() < rough))
         if not (graphed and cuda):
             optimizer.zero_grad()
-        run()
+        runs[turn(pace.done, len(runs))]()
         if pace.report():
             pace.say(f"loss {total.item() / pace.since():.4f}")
             total.zero_()
@@ -154,12 +167,19 @@ def sigmas(tokens: int, steps: int) -> list[float]:
     return [float(value) for value in scheduler.sigmas]
 
 
-def paths(flow: Flow, texts: Tensor, empty: Tensor, batch: int, shape: tuple[int, int]) -> Tensor:
-    """Where the guided path of each text stands before and after each large step: [texts, FEW + 1, *shape] bf16."""
-    levels = sigmas(shape[0], FEW)
-    kept = []
+def paths(
+    flow: Flow, texts: Tensor, empty: Tensor, batch: int, shape: tuple[int, int], seconds: float = float("inf")
+) -> Tensor:
+    """Where the guided path of each text stands before and after each large step: [texts, FEW + 1, *shape] bf16.
+
+    seconds: of the first texts alone, as many as they suffice for.
+    """
+    levels, began = sigmas(shape[0], FEW), time.monotonic()
+    kept: list[Tensor] = []
     with torch.no_grad(), torch.autocast(texts.device.type, torch.bfloat16):
         for part in texts.split(batch):
+            if kept and time.monotonic() - began > seconds:
+                break
             x = torch.randn(len(part), *shape, device=texts.device)
             stands = [x.bfloat16()]
             both = torch.cat([part, empty.expand(len(part), -1, -1)])
@@ -171,4 +191,6 @@ def paths(flow: Flow, texts: Tensor, empty: Tensor, batch: int, shape: tuple[int
                     x = x + (b - a) * (without + GUIDANCE * (with_text - without))
                 stands.append(x.bfloat16())
             kept.append(torch.stack(stands, 1))
+            if x.is_cuda:
+                torch.cuda.synchronize()  # the clock is the device's
     return torch.cat(kept)

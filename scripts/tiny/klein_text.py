@@ -4,8 +4,6 @@ Its 27 layers one behind another add up their rounding errors: with NF4's texts,
 captions. So it is taught with noise on its weights, and the transformer is given texts of rounded copies too.
 """
 
-import copy
-import random
 import re
 
 import numpy as np
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
-from scripts.tiny import klein_parts, make_text, world
-from scripts.tiny.make_flow import captions
+from scripts.tiny import klein_parts, make_text, rounded, world
+from scripts.tiny.make_flow import CAPTIONS, Drawn, Span, as_arrays, described
 from scripts.tiny.pace import Pace, captured
 
 NOISE = 0.1  # of a weight's root mean square, about what NF4 rounds off
@@ -33,16 +31,13 @@ def chat(reader: Qwen2Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarr
     return np.array(found.input_ids, dtype=np.int16), np.array(found.attention_mask, dtype=np.int16)
 
 
-def draw_captions(span: tuple[int, int, int, float]) -> tuple[list[world.Scene], list[np.ndarray]]:
-    first, last, seed, pairs = span
-    scenes, texts = [], []
-    for index in range(first, last):
-        rng = random.Random(seed * 1_000_003 + index)
-        scenes.append(world.sample_scene(rng, pairs=pairs))
-        texts += captions(scenes[-1], rng)
-    ids, masks = chat(klein_parts.tokenizer(), texts)
-    wanted = np.array([make_text.labels(text) for text in texts], dtype=np.int16)
-    return scenes, [ids, masks, wanted, np.array([ground(text) for text in texts], dtype=np.int16)]
+def draw_captions(span: Span) -> Drawn:
+    """Scenes, token ids, masks, what the captions name and on which background; a worker's part of `make_flow.spans`.
+    Each of them [scenes, CAPTIONS, ...]."""
+    scenes, texts, wanted = described(span)
+    arrays = [*chat(klein_parts.tokenizer(), texts), np.array(wanted), np.array([ground(text) for text in texts])]
+    shape = (len(scenes), CAPTIONS)
+    return Drawn(as_arrays(scenes), [each.astype(np.int16).reshape(*shape, *each.shape[1:]) for each in arrays])
 
 
 def ground(caption: str) -> int:
@@ -64,20 +59,9 @@ def embed(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([states[k] for k in klein_parts.LAYERS], -1)
 
 
-def layers_of(encoder: Qwen3ForCausalLM) -> list[nn.Linear]:
-    """What a precision rounds."""
-    return [module for module in encoder.model.modules() if isinstance(module, nn.Linear)]
-
-
 def stored(encoder: Qwen3ForCausalLM, kind: str) -> Qwen3ForCausalLM:
     """A copy in bf16; of kind nf4 or fp4, with its layers rounded so."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    found = copy.deepcopy(encoder).to(torch.bfloat16)
-    if kind != "bf16":
-        for layer in layers_of(found):
-            layer.weight.data = dequantize_4bit(*quantize_4bit(layer.weight.data, blocksize=64, quant_type=kind))
-    return found
+    return rounded.stored(encoder, kind, but=("lm_head",))
 
 
 def teach_text(
@@ -94,7 +78,8 @@ def teach_text(
 ) -> None:
     """make_text's lesson at the words of the shapes, and of everything at the end of the text.
 
-    ids, mask: [captions, TEXT_TOKENS]; wanted, grounds: what the captions name, as `draw_captions` gives it.
+    ids, mask: [captions, TEXT_TOKENS]; wanted, grounds: what the captions name, as `draw_captions` gives it but for
+    the dimension of scenes.
     seconds: fewer steps are taken if so many would take longer. graphed: on a GPU, the whole step is one CUDA graph.
     """
     device = ids.device
@@ -105,7 +90,7 @@ def teach_text(
     last = make_text.Heads(width, make_text.THINGS).to(device)
     behind = nn.Linear(width, len(world.BACKGROUNDS) + 1).to(device)
     parameters = [*encoder.model.parameters(), *(p for head in (heads, last, behind) for p in head.parameters())]
-    weights = [layer.weight for layer in layers_of(encoder)]
+    weights = [layer.weight for layer in rounded.linear(encoder.model)]
     sizes = [weight.numel() for weight in weights]
     share = torch.tensor([NOISE / size**0.5 for size in sizes], device=device)
     cuda = device.type == "cuda"

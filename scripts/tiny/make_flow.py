@@ -7,11 +7,14 @@ classifier-free guidance of stage 1's average would give (Meng et al. 2023), whi
 import copy
 import multiprocessing
 import random
+import re
 import string
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from multiprocessing.pool import Pool
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +22,21 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from scripts.tiny import make_text, parts, world
-from scripts.tiny.pace import Pace, captured, move_average
+from scripts.tiny import make_text, parts, rounded, world
+from scripts.tiny.pace import Pace, captured, move_average, turn
 
 CAPTIONS = 3  # for each picture
 CHUNK = 512  # pictures painted and encoded at once
 LESSON = 0.1  # weight of what the text encoders are taught
+HARD = ("heart", "ring", "diamond")  # the shapes that klein drew wrong most often, of pairs that it had never seen
+ROUNDED = 0.25  # share of the steps whose weights are those of NF4
 
 
 @dataclass
 class Encoded:
-    """The training set in memory; latents as the VAE's mean and deviation, normalised like the pipeline's."""
+    """The pictures of one size in memory; latents as the VAE's mean and deviation, normalised like the pipeline's."""
 
-    mean: Tensor  # [samples, 16, SIZE / 8, SIZE / 8] bf16
+    mean: Tensor  # [samples, 16, side / 8, side / 8] bf16
     deviation: Tensor  # the same
     t5: Tensor  # [samples, CAPTIONS, tokens] ids
     clip: Tensor  # the same
@@ -39,13 +44,20 @@ class Encoded:
 
 
 class Flow(nn.Module):
-    """The trained parts as one module: token ids in, velocity out."""
+    """The trained parts as one module, for pictures of so many pixels a side: token ids in, velocity out."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, t5: T5EncoderModel, clip: CLIPTextModel) -> None:
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        t5: T5EncoderModel,
+        clip: CLIPTextModel,
+        sides: Sequence[int] = (world.SIZE,),
+    ) -> None:
         super().__init__()
         self.transformer, self.t5, self.clip = transformer, t5, clip
-        side = world.SIZE // 16
-        self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32))
+        for side in (side // 16 for side in sides):
+            places = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+            self.register_buffer(f"places_{side * side}", places)  # by tokens
         self.register_buffer("txt_ids", torch.zeros(parts.TEXT_TOKENS, 3))
 
     def encode(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +72,7 @@ class Flow(nn.Module):
             pooled_projections=text[1],
             timestep=sigma,
             guidance=guidance,
-            img_ids=self.img_ids,
+            img_ids=self.get_buffer(f"places_{x.shape[1]}"),
             txt_ids=self.txt_ids,
             return_dict=False,
         )[0]
@@ -72,53 +84,140 @@ def captions(scene: world.Scene, rng: random.Random) -> list[str]:
     for _ in range(CAPTIONS):
         text = world.describe(scene, rng)
         if rng.random() < 0.05:  # words that mean nothing must change nothing
-            word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
+            word = nonsense(rng)
             text = rng.choice((f"{word} {text}", f"{text}, {word}", f"{text}, {word} style"))
         texts.append(text)
     return texts
 
 
-def _draw(span: tuple[int, int, int, float, Path | None]) -> tuple[list[world.Scene], list[np.ndarray]]:
-    first, last, seed, pairs, model = span
-    scenes, texts = [], []
+def sampled(rng: random.Random, pairs: float, hard: float) -> world.Scene:
+    """A scene as `sample_scene` gives it, but that so large a share `hard` of the single things is of a hard shape."""
+    scene = world.sample_scene(rng, pairs=pairs)
+    if scene.kind == "single" and rng.random() < hard:
+        while scene.kind != "single" or scene.things[0].shape not in HARD:
+            scene = world.sample_scene(rng, pairs=0)
+    return scene
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the scenes and captions are."""
+
+    pairs: float = 4 / 11  # share of scenes with two different things
+    hard: float = 0.0  # share of the single things that are of a hard shape
+    uncoloured: float = 0.0  # share of captions whose colours are left out or unknown words
+
+
+Span = tuple[int, int, int, Mix]  # first and last picture, seed
+
+
+@dataclass
+class Drawn:
+    """Some scenes with their captions, as arrays, which a process hands over faster than objects."""
+
+    canvas: dict[str, np.ndarray]  # the fields of world.Canvas
+    arrays: list[np.ndarray]  # of CAPTIONS each: token ids and what they name
+
+    def paint(self, side: int, device: torch.device) -> Tensor:
+        """-> pictures [scenes, 3, side, side] in [-1, 1]."""
+        canvas = world.Canvas(**{name: torch.from_numpy(value).to(device) for name, value in self.canvas.items()})
+        return world.paint(canvas, side) * 2 - 1
+
+
+def as_arrays(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
+    canvas = world.canvas(scenes)
+    return {field.name: getattr(canvas, field.name).numpy() for field in fields(canvas)}
+
+
+def spans(samples: int, seed: int, mix: Mix, chunk: int = CHUNK) -> list[Span]:
+    """What each call of a worker is to draw."""
+    return [(first, min(first + chunk, samples), seed, mix) for first in range(0, samples, chunk)]
+
+
+def described(span: Span) -> tuple[list[world.Scene], list[str], list[list[list[int]]]]:
+    """Scenes, CAPTIONS for each, and what each caption names, as make_text labels it."""
+    first, last, seed, mix = span
+    scenes, texts, wanted = [], [], []
     for index in range(first, last):
         rng = random.Random(seed * 1_000_003 + index)
-        scenes.append(world.sample_scene(rng, pairs=pairs))
-        texts += captions(scenes[-1], rng)
-    ids = [
+        scenes.append(sampled(rng, mix.pairs, mix.hard))
+        for text in captions(scenes[-1], rng):
+            rows = make_text.labels(text)
+            if rng.random() < mix.uncoloured:
+                text, rows = uncoloured(text, rng), make_text.without_colours(rows)
+            texts.append(text)
+            wanted.append(rows)
+    return scenes, texts, wanted
+
+
+def uncoloured(text: str, rng: random.Random) -> str:
+    """The caption without its things' colours, or with words in their place that mean nothing. What a shape is must not
+    hang on its colour, or a pair that was never seen is drawn as another shape."""
+    many = rng.random() < 0.5
+
+    def word(_: re.Match[str]) -> str:
+        return nonsense(rng) + " " if many else ""
+
+    shapes = "|".join(name for shape in world.SHAPES for name in (world.plural(shape), shape))
+    return re.sub(rf"\b(?:{'|'.join(world.COLOURS)}) (?=(?:{shapes})\b)", word, text)
+
+
+def nonsense(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
+
+
+def workers(count: int) -> Pool:
+    """Processes that draw captions, and read pictures at the end. Call before the GPU is touched: it forks."""
+    return multiprocessing.get_context("fork").Pool(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def draw(span: Span) -> Drawn:
+    """Scenes, token ids and what they name; a worker's part of `spans`."""
+    scenes, texts, wanted = described(span)
+    count = len(scenes)
+    arrays = [
         np.array(tokenizer(texts, padding="max_length", max_length=parts.TEXT_TOKENS, truncation=True).input_ids)
-        for tokenizer in parts.tokenizers(model)
+        for tokenizer in parts.tokenizers()
     ]
-    ids.append(np.array([make_text.labels(text) for text in texts]))
-    return scenes, [array.astype(np.int16).reshape(last - first, CAPTIONS, *array.shape[1:]) for array in ids]
+    arrays.append(np.array(wanted))
+    shape = (count, CAPTIONS)
+    return Drawn(as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays])
 
 
-Drawn = list[tuple[list[world.Scene], list[np.ndarray]]]
+def encode(
+    vae: AutoencoderKL,
+    drawn: Iterable[Drawn],
+    device: torch.device,
+    sides: Sequence[int] = (world.SIZE,),
+    seconds: float = float("inf"),
+) -> list[Encoded]:
+    """Paint and encode what `draw` made, each chunk at the size whose turn it is: for each size, its pictures.
 
-
-def draw(samples: int, seed: int, workers: int, pairs: float, model: Path | None) -> Drawn:
-    """Scenes, token ids and what they name, in chunks, by several processes. Call before the GPU is touched: it forks.
-
-    pairs: share of scenes with two different things. model: whose tokenizers; None makes new ones.
+    seconds: so many chunks as they suffice for, but one of each size.
     """
-    spans = [(first, min(first + CHUNK, samples), seed, pairs, model) for first in range(0, samples, CHUNK)]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        return pool.map(_draw, spans)
-
-
-def encode(vae: AutoencoderKL, drawn: Drawn, device: torch.device) -> Encoded:
-    """Paint and encode what `draw` made."""
-    means, deviations = [], []
+    began = time.monotonic()
+    moments: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sides]
+    arrays: list[list[list[np.ndarray]]] = [[] for _ in sides]
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        for scenes, _ in drawn:
-            image = world.paint(world.canvas(scenes, device=device)) * 2 - 1
-            for part in image.split(256):
-                latents = vae.encode(part).latent_dist
-                means.append(((latents.mean.float() - shift) * scale).bfloat16())
-                deviations.append((latents.std.float() * scale).bfloat16())
-    t5, clip, wanted = (torch.from_numpy(np.concatenate([ids[i] for _, ids in drawn])).to(device) for i in range(3))
-    return Encoded(torch.cat(means), torch.cat(deviations), t5, clip, wanted)
+    stored = copy.deepcopy(vae).to(device, torch.bfloat16).eval()
+    with torch.no_grad():
+        for k, each in enumerate(drawn):
+            way = turn(k, len(sides)) if k >= len(sides) else k
+            for part in each.paint(sides[way], device).bfloat16().split(256):
+                latents = stored.encode(part).latent_dist
+                mean = (latents.mean.float() - shift) * scale
+                moments[way].append((mean.bfloat16(), (latents.std.float() * scale).bfloat16()))
+            arrays[way].append(each.arrays)
+            if time.monotonic() - began > seconds and all(moments):
+                break
+            if k % 8 == 7 and device.type == "cuda":
+                torch.cuda.synchronize()  # the clock is the device's
+    found = []
+    for pairs, lists in zip(moments, arrays, strict=True):
+        ids = (torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*lists, strict=True))
+        means, deviations = zip(*pairs, strict=True)
+        found.append(Encoded(torch.cat(means), torch.cat(deviations), *ids))
+    return found
 
 
 def guided(
@@ -135,7 +234,7 @@ def guided(
 
 
 class Trainer:
-    """One stage's step: all on the device, so that a CUDA graph can hold it.
+    """One stage's step: all on the device, so that a CUDA graph can hold it, one for each size of pictures.
 
     A model this small is bound by launches: 51 ms a step of 256 in eager mode on an H200, whatever the batch.
     """
@@ -143,14 +242,14 @@ class Trainer:
     def __init__(
         self,
         flow: Flow,
-        data: Encoded,
+        data: list[Encoded],
         empty: tuple[Tensor, Tensor],
         batch: int,
         rate: float,
         teacher: Flow | None,
         lesson: make_text.Lesson | None,
     ) -> None:
-        device = data.mean.device
+        device = data[0].mean.device
         self.flow, self.data, self.batch, self.teacher, self.lesson = flow.train(), data, batch, teacher, lesson
         self.empty = (empty[0].expand(batch, -1), empty[1].expand(batch, -1))
         self.rate = torch.zeros((), device=device)
@@ -167,18 +266,21 @@ class Trainer:
             capturable=self.cuda,
         )
         self.average = copy.deepcopy(flow).eval().requires_grad_(False)
+        self.rounding = rounded.Rounding([*rounded.linear(flow.transformer), *rounded.linear(flow.t5)])
 
-    def step(self) -> None:
-        """Draw a batch, apply its gradients, move the average."""
-        self.backward()
+    def step(self, way: int = 0) -> None:
+        """Draw a batch of that size of pictures, apply its gradients, move the average."""
+        self.rounding.begin()
+        self.backward(self.data[way])
+        self.rounding.end()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
             move_average(list(self.average.parameters()), list(self.flow.parameters()), self.move)
 
-    def backward(self) -> None:
+    def backward(self, data: Encoded) -> None:
         """Draw a batch and set its gradients."""
-        data, batch, device = self.data, self.batch, self.data.mean.device
+        batch, device = self.batch, data.mean.device
 
         def chance(share: float) -> Tensor:
             return torch.rand(batch, device=device) < share
@@ -215,15 +317,17 @@ class Trainer:
         self.totals += torch.stack([error, bound.float()]).detach()
 
 
-def compile_blocks(flow: Flow) -> None:
-    """One compiled kernel sequence for each kind of block."""
-    for block in [*flow.transformer.transformer_blocks, *flow.transformer.single_transformer_blocks]:
-        block.compile()
+def compile_blocks(transformer: Any) -> None:
+    """One compiled kernel sequence for each kind of block and size of pictures."""
+    torch._dynamo.config.recompile_limit = 64  # one code object holds all kinds, sizes and stages
+    torch._dynamo.config.suppress_errors = True  # slow steps are better than none
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        block.compile(dynamic=False)
 
 
 def train(
     flow: Flow,
-    data: Encoded,
+    data: list[Encoded],
     empty: tuple[Tensor, Tensor],
     steps: int,
     batch: int,
@@ -235,26 +339,33 @@ def train(
     seconds: float = float("inf"),
     graphed: bool = True,
     kept: Callable[[Flow], None] = lambda flow: None,
+    rough: float = ROUNDED,
 ) -> Flow:
     """One stage; returns the averaged model. With a `teacher`, its guided velocity is the target.
 
+    data: of each size of pictures; three steps of four are for the first.
     empty: the ids of the empty caption for both encoders, [1, tokens] each.
     lesson: taught beside, to the text encoders.
     decay: over which last share of the steps the rate falls to 0.
     seconds: fewer steps are taken if so many would take longer; their number is printed.
     graphed: on a GPU, the whole step is one CUDA graph.
     kept: called with the average about once a minute.
+    rough: share of the steps whose weights are rounded to NF4.
     """
     torch.manual_seed(seed)
+    rng = random.Random(seed)
     began = time.monotonic()
     trainer = Trainer(flow, data, empty, batch, rate, teacher, lesson)
     graphed = graphed and trainer.cuda
-    run = captured(trainer.step, trainer.optimizer) if graphed else trainer.step
+    runs: list[Callable[[], None]] = [partial(trainer.step, way) for way in range(len(data))]
+    if graphed:
+        runs = [captured(run, trainer.optimizer) for run in runs]
     pace = Pace("flow" if teacher is None else "guidance", steps, seconds - (time.monotonic() - began))
     trainer.totals.zero_()
     saved = time.monotonic()
     while pace.more():
         trainer.move.fill_(1 - pace.keep())
+        trainer.rounding.on.fill_(float(rng.random() < rough))
         now = pace.rate(rate, warmup=400, decay=decay)
         if not graphed:
             trainer.optimizer.zero_grad()
@@ -262,7 +373,7 @@ def train(
             trainer.rate.fill_(now)
         else:
             trainer.optimizer.param_groups[0]["lr"] = now
-        run()
+        runs[turn(pace.done, len(data))]()
         if pace.report():
             error, bound = (trainer.totals / pace.since()).tolist()
             pace.say(f"loss {error:.4f}" + (f", of the lesson {bound:.4f}" if lesson else ""))

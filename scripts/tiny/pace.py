@@ -1,12 +1,58 @@
-"""How many steps a stage takes, at which rate, and what it says on the way; a step as a CUDA graph."""
+"""How long each stage may last, how many steps it takes, at which rate, and what it says; a step as a CUDA graph."""
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 MEASURED = 60  # steps from whose time the number of steps is found
+
+
+class Clock:
+    """Seconds since this process began, Python's own start among them, and when each stage must end.
+
+    seconds: of everything. shares: by stage, the share of them after which it ends.
+    """
+
+    def __init__(self, seconds: float = float("inf"), shares: dict[str, float] | None = None) -> None:
+        self.seconds, self.shares = seconds, shares or {}
+        self.began = time.monotonic() - _age()
+        self.ended: dict[str, float] = {}  # by stage, when it was done
+
+    def now(self) -> float:
+        return time.monotonic() - self.began
+
+    def left(self, stage: str, until: float = float("inf")) -> float:
+        """Seconds until the stage's end, which `until` may set earlier."""
+        return min(self.seconds * self.shares.get(stage, 1.0), until) - self.now()
+
+    def report(self, stage: str, text: str) -> None:
+        """Say that a stage is done."""
+        self.ended[stage] = round(self.now(), 1)
+        print(f"[{self.now():.0f} s] {text}", flush=True)
+
+    def stages(self) -> dict[str, float]:
+        """Seconds that each stage took."""
+        ends = [0.0, *self.ended.values()]
+        return {name: round(end - start, 1) for name, start, end in zip(self.ended, ends[:-1], ends[1:], strict=True)}
+
+
+def _age() -> float:
+    """Seconds that this process has lived already, as far as the system says."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return age if 0 <= age < 600 else 0.0
+
+
+def turn(done: int, ways: int) -> int:
+    """Which of the sizes a step is for: the first in three steps of four, the others share the fourth."""
+    return 0 if ways == 1 or done % 4 else 1 + done // 4 % (ways - 1)
 
 
 class Pace:
@@ -44,7 +90,14 @@ class Pace:
         return min(most, self.done / (self.done + 9))
 
     def report(self) -> bool:
-        return self.done % 500 == 0 or self.done == self.steps
+        """Whether to say something now; steps that grew slower are made fewer."""
+        due = self.done % 500 == 0 or self.done == self.steps
+        if due and 2 * MEASURED < self.done < self.steps and self.seconds < float("inf"):
+            self._wait()
+            each = (time.monotonic() - self.timed) / (self.done - MEASURED)
+            left = self.seconds - (time.monotonic() - self.start)
+            self.steps = min(self.steps, self.done + max(1, int(left / each)))
+        return due
 
     def since(self) -> int:
         """Steps since the last call."""
@@ -62,6 +115,7 @@ def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Call
     """
     if not torch.cuda.is_available():
         return step
+    optimizer.zero_grad(set_to_none=True)  # another graph's gradients are none of this one's
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -63,20 +63,36 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
 
 
-def tokenizers(model: Path | None) -> tuple[T5TokenizerFast, CLIPTokenizer]:
-    """A checkpoint's own, or new ones."""
-    if model is None:
-        return t5_tokenizer(), clip_tokenizer()
-    return (
-        T5TokenizerFast.from_pretrained(model / "tokenizer_2"),
-        CLIPTokenizer.from_pretrained(model / "tokenizer"),
-    )
+def tokenizers() -> tuple[T5TokenizerFast, CLIPTokenizer]:
+    return t5_tokenizer(), clip_tokenizer()
+
+
+def regrown(fresh: Any, old: Any, pieces: dict[str, int], known: dict[str, int]) -> Any:
+    """The text encoder `fresh` with what `old` has learned: all of its layers, and the pieces that both know.
+
+    pieces, known: their tokenizers' pieces with their ids. What the world has got new words for begins untrained.
+    """
+    shared = [piece for piece in pieces if piece in known]
+    here, there = ([ids[piece] for piece in shared] for ids in (pieces, known))
+    state, learned = fresh.state_dict(), old.state_dict()
+    for name, value in state.items():
+        if name.endswith(("shared.weight", "embed_tokens.weight", "token_embedding.weight", "lm_head.weight")):
+            value[here] = learned[name][there].to(value.dtype)
+        else:
+            value.copy_(learned[name])
+    fresh.load_state_dict(state)
+    return fresh
 
 
 def loaded(cls: Any, folder: Path) -> Any:
-    """A part of a checkpoint in fp32, to be trained on. It forgets its folder, which its config would tell everyone."""
+    """A part of a checkpoint in fp32, to be trained on, an autoencoder for the world's present size.
+
+    It forgets its folder, which its config would tell everyone.
+    """
     part = cls.from_pretrained(folder).float()
     part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
+    if "sample_size" in part.config and "latent_channels" in part.config:
+        part.register_to_config(sample_size=world.SIZE)
     return part
 
 
