@@ -65,18 +65,22 @@ class Variant:
     steps: int = 50
     """That are drawn; seconds are for those of a picture."""
     model: str = DEV
+    stepwise: bool = False
+    """Modulations step by step, and not all before the first: for what that saves."""
 
 
 VARIANTS = {
     "guide-nf4": Variant(Precision("nf4", compute_dtype="fp16"), guide=True),
     "guide-int8": Variant(Precision("int8", compute_dtype="fp16", llm_int8=True), guide=True, steps=10),
     "nf4": Variant(Precision("nf4")),
+    "nf4-stepwise": Variant(Precision("nf4"), stepwise=True),
     "nf4-adapter": Variant(Precision("nf4"), adapted=True),
     "nf4-fp8": Variant(Precision("nf4", products="fp8")),
     "nf4-fp8-adapter": Variant(Precision("nf4", products="fp8"), adapted=True),
     "int8": Variant(Precision("int8")),
     "int8-adapter": Variant(Precision("int8"), adapted=True),
     "bf16": Variant(Precision("bf16")),
+    "bf16-stepwise": Variant(Precision("bf16"), stepwise=True),
     "nf4-8gib": Variant(Precision("nf4"), budget_gib=8.0),
     "nf4-6gib": Variant(Precision("nf4"), budget_gib=6.0),
     **{
@@ -91,7 +95,12 @@ VARIANTS = {
     },
 }
 SECONDS = {"klein4b-nf4": "<= 0.35"}
-FASTER = [("nf4", "guide-nf4", ">= 1.4"), ("int8", "guide-int8", ">= 2.8")]
+FASTER = [
+    ("nf4", "guide-nf4", ">= 1.4"),
+    ("int8", "guide-int8", ">= 2.8"),
+    ("nf4", "nf4-stepwise", ">= 1.01"),
+    ("bf16", "bf16-stepwise", ">= 1.01"),
+]
 SLOWER = [
     ("nf4-fp8", "nf4", "<= 0.77"),
     ("nf4-fp8-adapter", "nf4-fp8", "<= 1.03"),
@@ -146,6 +155,8 @@ def measure_ours(variant: Variant, device: torch.device, gang: Path | None) -> R
             parameter.requires_grad_(False).add_(0.001)
     vae, scheduler = load_vae(own, device), load_scheduler(own)
     memory, stream = choose_path(transformer, memory, variant.precision, device, print)
+    if variant.stepwise:
+        transformer.precomputed = None
 
     def picture(steps: int) -> Any:
         latents = draw(transformer, scheduler, text, 0, Sampling(steps, GUIDANCE[variant.model]), SIZE, device)

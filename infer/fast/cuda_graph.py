@@ -125,7 +125,10 @@ class Sampler:
         transformer.forward = self
 
     def _velocity(self, **inputs: Tensor | None) -> Tensor:
-        velocity: Tensor = self.plain(self.transformer, **inputs, return_dict=False)[0]
+        if "modulations" in inputs:
+            velocity: Tensor = self.transformer.precomputed.velocity(self.transformer, **inputs)
+        else:
+            velocity = self.plain(self.transformer, **inputs, return_dict=False)[0]
         return velocity
 
     def refresh(self) -> None:
@@ -142,7 +145,8 @@ class Sampler:
         return_dict: bool = False,
         **inputs: Tensor | None,
     ) -> tuple[Tensor]:
-        """inputs: of the transformer's own forward, whatever its family; the pipelines give them by name."""
+        """inputs: of the transformer's own forward, whatever its family, or of one with precomputed modulations; the
+        pipelines give them by name."""
         assert not return_dict and not joint_attention_kwargs, "the pipeline asks for tuples and scales nothing"
         if torch.is_grad_enabled():
             raise RuntimeError("a captured transformer draws pictures; gradients need the plain one")

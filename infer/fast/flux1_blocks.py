@@ -1,6 +1,6 @@
 """FLUX.1's blocks for the fast path: each has modulations of its own, and a GELU in its MLP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from infer.fast.blocks import attention, linear, modulated, modulation, rms_norm, rotate
 from infer.fast.double_block import Double, double_block, norms_of
-from infer.fast.form import Form
+from infer.fast.form import Form, Outside, last_norm
 from infer.fast.group import Group
 from infer.fast.weights import Linear
 
@@ -85,17 +85,46 @@ def _arguments(
     return (encoder_hidden_states, hidden_states), (temb, *image_rotary_emb)
 
 
-def _double(again: Any, block: Double, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
+def _double(again: Any, block: Double, txt: Tensor, img: Tensor, temb: Any, cos: Tensor, sin: Tensor) -> Any:
+    return again(partial(double_block, gelu), block, txt, img, *_modulations(temb, *block.mod), cos, sin)
+
+
+def _single(again: Any, block: Single, txt: Tensor, img: Tensor, temb: Any, cos: Tensor, sin: Tensor) -> Any:
+    return again(single_block, block, txt, img, *_modulations(temb, block.mod), cos, sin)
+
+
+def _modulations(temb: Tensor | tuple[Tensor, ...], *layers: Linear) -> tuple[Tensor, ...]:
+    """Each layer's output [batch, out] for the conditioning vectors [batch, width]; a tuple holds the outputs."""
+    if isinstance(temb, tuple):
+        return temb
     condition = functional.silu(temb)
-    mods = [modulation(condition, layer) for layer in block.mod]
-    return again(partial(double_block, gelu), block, txt, img, *mods, cos, sin)
+    return tuple(modulation(condition, layer) for layer in layers)
 
 
-def _single(again: Any, block: Single, txt: Tensor, img: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    return again(single_block, block, txt, img, modulation(functional.silu(temb), block.mod), cos, sin)
+def _embed(transformer: Any, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
+    assert pooled is not None
+    times = [timesteps * 1000]
+    if guidance is not None:
+        times.append((guidance.to(timesteps.dtype) * 1000).expand(len(timesteps)))
+    temb: Tensor = transformer.time_text_embed(*times, pooled.expand(len(timesteps), -1))
+    return temb
+
+
+def _velocity(
+    transformer: Any, img: Tensor, txt: Tensor, modulations: Sequence[Tensor], rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    img, *left = transformer.x_embedder(img), *modulations
+    for block in transformer.transformer_blocks:
+        own, left = left[:2], left[2:]
+        txt, img = block(hidden_states=img, encoder_hidden_states=txt, temb=tuple(own), image_rotary_emb=rotary)
+    for block in transformer.single_transformer_blocks:
+        own, left = left[:1], left[1:]
+        txt, img = block(hidden_states=img, encoder_hidden_states=txt, temb=tuple(own), image_rotary_emb=rotary)
+    return last_norm(transformer, img, *left)
 
 
 FORMS = (
     Form("transformer_blocks", _read_double, _arguments, _double),
     Form("single_transformer_blocks", _read_single, _arguments, _single),
 )
+OUTSIDE = Outside(_embed, ("norm_out.linear",), _velocity)

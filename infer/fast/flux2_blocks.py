@@ -3,7 +3,7 @@
 A single block reads its input by one layer, for q, k, v and both halves of the MLP, and writes by another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from infer.fast.blocks import attention, linear, modulated, rms_norm, rotate
 from infer.fast.double_block import Double, double_block, norms_of
-from infer.fast.form import Form
+from infer.fast.form import Form, Outside, last_norm
 from infer.fast.group import Group
 from infer.fast.weights import Linear, can_cut, rows_of
 
@@ -112,7 +112,35 @@ def _single(again: Any, block: Single, *tensors: Tensor) -> Any:
     return (again(single_block, block, *tensors),)
 
 
+def _embed(transformer: Any, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
+    if guidance is not None:
+        guidance = (guidance.to(timesteps.dtype) * 1000).expand(len(timesteps))
+    temb: Tensor = transformer.time_guidance_embed(timesteps * 1000, guidance)
+    return temb
+
+
+def _velocity(
+    transformer: Any, img: Tensor, txt: Tensor, modulations: Sequence[Tensor], rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    img_mod, txt_mod, mod, last = modulations
+    img, words = transformer.x_embedder(img), txt.shape[1]
+    for block in transformer.transformer_blocks:
+        txt, img = block(
+            hidden_states=img,
+            encoder_hidden_states=txt,
+            temb_mod_img=img_mod,
+            temb_mod_txt=txt_mod,
+            image_rotary_emb=rotary,
+        )
+    x = torch.cat([txt, img], dim=1)
+    for block in transformer.single_transformer_blocks:
+        x = block(hidden_states=x, encoder_hidden_states=None, temb_mod=mod, image_rotary_emb=rotary)
+    return last_norm(transformer, x[:, words:], last)
+
+
 FORMS = (
     Form("transformer_blocks", _read_double, _double_arguments, _double),
     Form("single_transformer_blocks", _read_single, _single_arguments, _single),
 )
+_SHARED = "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"
+OUTSIDE = Outside(_embed, tuple(f"{name}.linear" for name in _SHARED), _velocity)

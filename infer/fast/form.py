@@ -21,3 +21,24 @@ class Form(NamedTuple):
     compute: Callable[..., tuple[Tensor, ...]]
     """(again, parts, *streams, *rest) -> the streams; what `again(function, *arguments)` computes is computed again in
     the backward pass."""
+
+
+class Outside(NamedTuple):
+    """What a family's transformer does outside of its blocks, in sampling with precomputed modulations
+    (infer/fast/precomputed.py)."""
+
+    embed: Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
+    """(transformer, timesteps [steps] from 0 to 1, guidance [1], pooled text [1, width]) -> the conditioning vectors
+    [steps, width]."""
+    layers: tuple[str, ...]
+    """The linear layers outside of the blocks that read their SiLU, the last norm's at the end."""
+    velocity: Callable[..., Tensor]
+    """(transformer, latents, embedded text, modulations, (cos, sin)) -> velocity; modulations: the outputs [1, out] of
+    the blocks' own layers in the blocks' order, and then of `layers`."""
+
+
+def last_norm(transformer: Any, x: Tensor, modulation: Tensor) -> Tensor:
+    """x [1, tokens, width] -> velocity [1, tokens, channels]; modulation: norm_out.linear's [1, 2 * width]."""
+    scale, shift = modulation.chunk(2, dim=-1)
+    velocity: Tensor = transformer.proj_out(transformer.norm_out.norm(x) * (1 + scale)[:, None] + shift[:, None])
+    return velocity

@@ -29,6 +29,10 @@ class Group:
         self.frozen = frozen
         use_views(self._layers(), frozen)
 
+    def modulates(self) -> bool:
+        """Whether they are a modulation: products of one vector, and not of tokens."""
+        return self.names[0].startswith("norm")
+
     def learns(self) -> bool:
         """Whether an adapter of theirs is in training."""
         return any(map(trained, self._modules()))

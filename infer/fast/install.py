@@ -15,20 +15,21 @@ from infer.fast import flux1_blocks, flux2_blocks
 from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
 from infer.fast.compiled import call_compiled, run_of
 from infer.fast.eight_bit import eight_of
-from infer.fast.form import Form
+from infer.fast.form import Form, Outside
 from infer.fast.fused_again import KEEPS, fused
 from infer.fast.group import Group
 from infer.fast.memory import Memory, refuse_plain
 from infer.fast.offload import Offload
+from infer.fast.precomputed import Precomputed
 from infer.fast.ready_kernels import wait
 from infer.fast.weights import obstacle, unpacked
 from infer.quantize.compute import compute_dtype_of, in_half
 from infer.quantize.precision import Precision, kind_of
 
 BACKEND = "inductor"
-FAMILIES: dict[type[nn.Module], tuple[Form, ...]] = {
-    FluxTransformer2DModel: flux1_blocks.FORMS,
-    Flux2Transformer2DModel: flux2_blocks.FORMS,
+FAMILIES: dict[type[nn.Module], tuple[tuple[Form, ...], Outside]] = {
+    FluxTransformer2DModel: (flux1_blocks.FORMS, flux1_blocks.OUTSIDE),
+    Flux2Transformer2DModel: (flux2_blocks.FORMS, flux2_blocks.OUTSIDE),
 }
 
 
@@ -68,7 +69,7 @@ def install(
     half = in_half(transformer)
     kernels = (memory.kernels(device) if kernels is None else kernels) and not half
     for kept, group in ((kept, group) for kept, (groups, _) in zip(keeps, built, strict=True) for group in groups):
-        if memory.unpacked and not group.names[0].startswith("norm"):  # modulations read theirs packed
+        if memory.unpacked and not group.modulates():  # which read theirs packed
             group.frozen = unpacked(group.frozen, torch.float16 if half else compute_dtype_of(transformer))
         eight = None if products == "bf16" else eight_of(group.frozen, products, device)
         # where nothing is recomputed, a copy that is shared would be one of all weights, kept from forward to backward
@@ -109,18 +110,22 @@ def install(
 
     for i, (_, module) in enumerate(modules):
         module.forward = forward_of(i)
+    # compiled blocks are one function with their modulations, for training and for pictures
+    own = not compiles or (kernels and all(kept in KEEPS for kept in keeps))
+    outside, groups = _family(transformer)[1], [groups for groups, _ in built]
+    transformer.precomputed = Precomputed(outside, groups, offload) if own else None
     return offload
 
 
-def _forms(transformer: nn.Module) -> tuple[Form, ...]:
-    found = [forms for family, forms in FAMILIES.items() if isinstance(transformer, family)]
+def _family(transformer: nn.Module) -> tuple[tuple[Form, ...], Outside]:
+    found = [own for family, own in FAMILIES.items() if isinstance(transformer, family)]
     assert found, f"no blocks are written for a {type(transformer).__name__}"
     return found[0]
 
 
 def _blocks(transformer: nn.Module) -> Iterator[tuple[Form, Any]]:
     """Every block, in the order in which they are called."""
-    for form in _forms(transformer):
+    for form in _family(transformer)[0]:
         for block in getattr(transformer, form.blocks):
             yield form, block
 
@@ -183,5 +188,6 @@ def choose_path(
 
 def uninstall(transformer: Any) -> None:
     """diffusers' own blocks again."""
+    transformer.precomputed = None
     for _, block in _blocks(transformer):
         block.__dict__.pop("forward", None)

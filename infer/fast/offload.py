@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infer.device import allocator
-from infer.fast.buffer import buffer_bytes, copy_into, use_buffer
+from infer.fast.buffer import buffer_bytes, copy_into, use_buffer, views_of
 from infer.fast.memory import SLOTS, device_bytes, offloaded_blocks, residents
 from infer.fast.weights import Stack
 
@@ -117,6 +117,19 @@ class Offload:
         with torch.cuda.stream(self.copy_stream):
             target[: buffer.numel()].copy_(buffer, non_blocking=True)
             self.arriving[slot] = self.copy_stream.record_event()
+
+    def at_device(self, block: int, group: Any) -> Stack:
+        """The weights of one of a block's groups on the device; those of an offloaded block as a copy, in no slot."""
+        if block not in self.number:
+            return group.frozen  # type: ignore[no-any-return]
+        groups = self.blocks[block]
+        held = views_of(self.host[block], [each.frozen for each in groups])[groups.index(group)]
+        scale, nested = held.scale, held.nested
+        if scale is not None:
+            scale = scale.to(self.device, non_blocking=True)
+        if nested is not None:
+            nested = nested[0].to(self.device, non_blocking=True), *nested[1:]
+        return held._replace(stored=held.stored.to(self.device, non_blocking=True), scale=scale, nested=nested)
 
     def need(self, block: int) -> None:
         """Wait until a block's weights are on the device."""

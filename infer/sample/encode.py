@@ -16,7 +16,7 @@ from infer.checkpoint.text import load_text_parts
 from infer.device.device import release
 from infer.family.family import Text
 from infer.family.find import of_model
-from infer.family.packing import FACTOR, unpack
+from infer.family.packing import unpack
 from infer.quantize.compute import compute_dtype_of
 from infer.quantize.precision import Precision
 from infer.quantize.storage import stored_bytes
@@ -131,5 +131,11 @@ def decode(vae: Any, packed: Tensor, height: int, width: int) -> Image.Image:
         raise NotFiniteError(
             f"the autoencoder's output is not finite (in {compute_dtype_of(vae)}); its checkpoint may be damaged"
         )
-    picture: Image.Image = VaeImageProcessor(vae_scale_factor=FACTOR).postprocess(pixels.float())[0]
-    return picture
+    return to_picture(pixels[0])
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """pixels [3, height, width] from -1 to 1 -> the picture of diffusers' VaeImageProcessor, to the bit. That
+    rounds on the host, and this where the pixels are."""
+    values = VaeImageProcessor.denormalize(pixels.float())
+    return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())

@@ -119,6 +119,7 @@ def denoise(
 
     from infer.family.find import of_model
     from infer.family.packing import FACTOR
+    from infer.fast.precomputed import steps_of, velocity_of
 
     steps, guidance = sampling.steps, sampling.guidance
     assert steps is not None and guidance is not None, "the settings are not settled"
@@ -144,10 +145,10 @@ def denoise(
     scheduler.set_timesteps(**levels, device=latents.device, mu=family.mu(scheduler.config, tokens, steps))
     scheduler.set_begin_index(0)  # without it the scheduler waits for the device at every step
     behind = calls[0]["hidden_states"][:, tokens:]
-    for t in scheduler.timesteps:
-        timestep = t.expand(len(latents)).to(dtype) / 1000
-        seen = {"hidden_states": torch.cat([latents, behind], dim=1) if references else latents}
-        found = [transformer(**(call | seen), timestep=timestep, return_dict=False)[0][:, :tokens] for call in calls]
+    of_call = [steps_of(transformer, call, scheduler.timesteps.to(dtype) / 1000) for call in calls]
+    for t, *given in zip(scheduler.timesteps, *of_call, strict=True):
+        seen = torch.cat([latents, behind], dim=1) if references else latents
+        found = [velocity_of(transformer, one | {"hidden_states": seen})[:, :tokens] for one in given]
         velocity = found[0] if len(found) == 1 else found[1] + guidance * (found[0] - found[1])
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return latents
