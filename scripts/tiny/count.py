@@ -4,7 +4,6 @@
 layers that bitsandbytes has rounded, but all captions at once.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,8 +11,10 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -108,11 +109,13 @@ def lay_out(pictures: np.ndarray, file: Path) -> None:
 
 def tell(file: Path, clock: Clock, **figures: Any) -> None:
     """Write the figures, with each stage's seconds, the card and the versions."""
-    packages = ("torch", "diffusers", "transformers", "bitsandbytes")
+    import bitsandbytes  # late, for processes that only read pictures
+
+    packages = (torch, diffusers, transformers, bitsandbytes)
     around = {
         "seconds": clock.stages(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {package.__name__: package.__version__ for package in packages},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures | around, indent=1) + "\n")

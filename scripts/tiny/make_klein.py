@@ -41,7 +41,7 @@ from scripts.tiny.pace import Clock, turn
 
 STORED = ("bf16", "nf4", "bf16", "fp4")  # precisions of the text encoder, in turn
 # of --seconds, after which share each stage ends
-SHARES = {"vae": 0.26, "text": 0.33, "encode": 0.40, "flow": 0.74, "paths": 0.83, "few": 0.92}
+SHARES = {"vae": 0.28, "text": 0.35, "encode": 0.42, "flow": 0.74, "paths": 0.83, "few": 0.92}
 STEPS, DRAWN_AT = 28, 4.0  # steps and guidance of the base's pictures that are counted
 
 
@@ -242,7 +242,7 @@ def main() -> None:
         teach_text(encoder, reader, ids, mask, wanted, grounds, args.text_steps, text_batch, seconds, not args.eager)
         clock.report("text", "text encoder taught")
     encoder.eval().requires_grad_(False)
-    data = encode(vae, encoder, drawn, sides, clock.left("encode"))
+    data = encode(vae, encoder, drawn, sides, clock.left("encode", least=0.05))
     empty_ids, empty_mask = (torch.from_numpy(value).to(device) for value in chat(reader, [""]))
     with torch.no_grad():
         empty = embed(stored(encoder, "bf16"), empty_ids, empty_mask)

@@ -29,7 +29,7 @@ from scripts.tiny import check, count, make_flow, make_text, make_vae, parts, ro
 from scripts.tiny.pace import Clock
 
 # of --seconds, after which share each stage ends
-SHARES = {"vae": 0.28, "encode": 0.34, "flow": 0.80, "guidance": 0.92}
+SHARES = {"vae": 0.32, "encode": 0.38, "flow": 0.81, "guidance": 0.92}
 STEPS, GUIDANCE = 20, 3.5  # of the pictures that are counted
 
 
@@ -104,7 +104,7 @@ def main() -> None:
         copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(args.out / "vae")
         if decibels["plain"] < 30 and not args.smoke:
             raise SystemExit("the autoencoder is below 30 dB on the small world: nothing good can be built on it")
-    data = make_flow.encode(vae, drawn, device, sides, clock.left("encode"))
+    data = make_flow.encode(vae, drawn, device, sides, clock.left("encode", least=0.04))
     clock.report(
         "encode",
         f"{[len(each.mean) for each in data]} samples of {sides} pixels encoded, latents' standard deviation "

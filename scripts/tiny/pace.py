@@ -25,9 +25,13 @@ class Clock:
     def now(self) -> float:
         return time.monotonic() - self.began
 
-    def left(self, stage: str, until: float = float("inf")) -> float:
-        """Seconds until the stage's end, which `until` may set earlier."""
-        return min(self.seconds * self.shares.get(stage, 1.0), until) - self.now()
+    def left(self, stage: str, until: float = float("inf"), least: float = 0.0) -> float:
+        """Seconds until the stage's end, which `until` may set earlier.
+
+        least: of all, the share that the stage gets even where those before it were late: others stand on it.
+        """
+        left = min(self.seconds * self.shares.get(stage, 1.0), until) - self.now()
+        return max(left, self.seconds * least) if least else left
 
     def report(self, stage: str, text: str) -> None:
         """Say that a stage is done."""

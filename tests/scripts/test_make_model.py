@@ -160,6 +160,7 @@ def test_stages_share_the_seconds() -> None:
     clock.began += clock.now() - 20  # so that 20 s are over
     assert clock.left("vae") == pytest.approx(5, abs=0.1) and clock.left("flow") == pytest.approx(70, abs=0.1)
     assert clock.left("flow", until=30.0) == pytest.approx(10, abs=0.1)
+    assert clock.left("vae", least=0.1) == 10.0  # a stage that the others stand on
     clock.report("vae", "done")
     clock.report("flow", "done")
     assert clock.stages() == {"vae": pytest.approx(20, abs=0.2), "flow": pytest.approx(0, abs=0.2)}
