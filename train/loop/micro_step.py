@@ -173,19 +173,27 @@ def fit_budget(
     largest: Batch,
 ) -> int:
     """Keep as many blocks on the device as the budget allows beside a step on the largest batch; returns how many."""
-    # the first update allocates the states; a resumed run has them already. Each tensor for itself, as optimizers do:
-    # small ones and large ones have memory of their own in torch's allocator
+    # the first update allocates the states, between what the first step has left free; a resumed run has them already.
+    # Each tensor for itself, as optimizers do: small ones and large ones have memory of their own in torch's allocator
     name, device = job.optim.name, largest.x0.device
     absent = [] if optimizer.state else [size for each in parameters for size in state_sizes(name, each.numel())]
 
-    def work() -> None:
-        states = [torch.empty(size, dtype=torch.uint8, device=device) for size in absent]
+    def step() -> list[Tensor]:
         learn(largest)
+        states = [torch.empty(size, dtype=torch.uint8, device=device) for size in absent]
         for parameter in parameters:
             scratch = [torch.empty_like(parameter) for _ in range(SCRATCH.get(name, 0))]
             del scratch
         for parameter in parameters:
             parameter.grad = None
+        return states
+
+    def work() -> None:
+        states = step()
+        if states:
+            learn(largest)
+            for parameter in parameters:
+                parameter.grad = None
         del states
 
     assert job.memory.budget_gib is not None
