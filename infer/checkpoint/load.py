@@ -137,7 +137,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
     if model.random:
         vae = random_part(model.path, "vae", Precision(NAMES[dtype]), device)
         compute_in(vae, compute_dtype(dtype, device))
-        return _tiled(vae, device).eval().requires_grad_(False)
+        return _for_device(vae, device).eval().requires_grad_(False)
     file = file_of(model, "vae")
     if file is not None:
         from infer.checkpoint.from_file import autoencoder_from_file
@@ -145,7 +145,7 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
         with loading(str(file), True, "vae"):
             vae = autoencoder_from_file(model, file, dtype)
         compute_in(vae, compute_dtype(dtype, device))
-        return _tiled(vae, device).to(device).eval().requires_grad_(False)
+        return _for_device(vae, device).to(device).eval().requires_grad_(False)
     with loading(rest_of(model).path, rest_of(model).local is not None, "vae"):
         vae, found = getattr(diffusers, of_config(read_config(model, "vae")).AUTOENCODER).from_pretrained(
             str(part_folder(model, "vae")),
@@ -155,16 +155,20 @@ def load_vae(model: Model, device: torch.device, dtype: torch.dtype | None = Non
         )
     check_whole(model.path, "vae", found)
     compute_in(vae, compute_dtype(dtype, device))
-    return _tiled(vae, device).to(device).eval().requires_grad_(False)
+    return _for_device(vae, device).to(device).eval().requires_grad_(False)
 
 
-def _tiled(vae: Any, device: torch.device) -> Any:
-    """Where it computes in fp32 on a card without bf16, decode larger pictures in tiles: at 1024 it would take 8.7 GiB
-    beside the transformer, of the 15 that such cards have; in tiles of 512, 2.5."""
+def _for_device(vae: Any, device: torch.device) -> Any:
+    """On a GPU, have its norms use all of it. Where it computes in fp32 on a card without bf16, decode larger pictures
+    in tiles: at 1024 it would take 8.7 GiB beside the transformer, of the 15 that such cards have; in tiles of 512,
+    2.5."""
     import torch
 
+    from infer.checkpoint.group_norm import spread_norms
     from infer.quantize.compute import small_dtype
 
+    if device.type == "cuda":
+        spread_norms(vae)
     if device.type == "cuda" and small_dtype(device) == torch.float32:
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
         vae.decode_in_tiles = True
