@@ -106,6 +106,7 @@ class Mix:
     pairs: float = 4 / 11  # share of scenes with two different things
     hard: float = 0.0  # share of the single things that are of a hard shape
     uncoloured: float = 0.0  # share of captions whose colours are left out or unknown words
+    strayed: float = 0.0  # share of the things whose colour lies anywhere that is still read as its own
 
 
 Span = tuple[int, int, int, Mix]  # first and last picture, seed
@@ -124,9 +125,27 @@ class Drawn:
         return world.paint(canvas, side) * 2 - 1
 
 
-def as_arrays(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
+def as_arrays(scenes: list[world.Scene], span: Span) -> dict[str, np.ndarray]:
+    """Scenes as the fields of a Canvas; by the span's mix some colours stray."""
     canvas = world.canvas(scenes)
+    noise = torch.Generator().manual_seed(span[2] * 1_000_003 + span[0])
+    canvas.rgb = strayed(canvas.rgb, span[3].strayed, noise)
     return {field.name: getattr(canvas, field.name).numpy() for field in fields(canvas)}
+
+
+def strayed(rgb: Tensor, share: float, noise: torch.Generator) -> Tensor:
+    """Colours [scenes, things, 3], a share of them moved towards random ones, but not so far as to be nearest to
+    another name.
+
+    A transformer that sees each shape in seven colours alone takes it that there is no eighth: the pair that it never
+    saw is drawn in another colour, whatever the text says. So every shape is seen between the names too.
+    """
+    palette = torch.tensor(list(world.COLOURS.values())) / 255
+    way = 0.6 * torch.rand(rgb.shape[:2], generator=noise)[..., None]
+    moved = torch.lerp(rgb, torch.rand(rgb.shape, generator=noise), way)
+    own, found = (torch.cdist(each.flatten(0, 1), palette).argmin(-1).view(rgb.shape[:2]) for each in (rgb, moved))
+    chosen = (torch.rand(rgb.shape[:2], generator=noise) < share) & (own == found)
+    return torch.where(chosen[..., None], moved, rgb)
 
 
 def spans(samples: int, seed: int, mix: Mix, chunk: int = CHUNK) -> list[Span]:
@@ -181,7 +200,9 @@ def draw(span: Span) -> Drawn:
     ]
     arrays.append(np.array(wanted))
     shape = (count, CAPTIONS)
-    return Drawn(as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays])
+    return Drawn(
+        as_arrays(scenes, span), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays]
+    )
 
 
 def encode(

@@ -1,6 +1,7 @@
 """What makes the bundled model, as far as a CPU can tell: what captions name, whether a CUDA graph can hold a step."""
 
 import json
+import math
 import random
 import sys
 from itertools import pairwise
@@ -146,6 +147,19 @@ def test_a_caption_without_colours_names_the_rest() -> None:
     scenes, texts, wanted = make_flow.described((0, 40, 0, make_flow.Mix(uncoloured=0.5)))
     assert len(texts) == len(wanted) == make_flow.CAPTIONS * len(scenes)
     assert 0.3 < sum(rows[0][at] == 0 for rows in wanted) / len(wanted) < 0.7
+
+
+def test_colours_stray_as_far_as_they_are_read_as_their_own() -> None:
+    scenes = [world.sample_scene(random.Random(i)) for i in range(200)]
+    plain = world.canvas(scenes).rgb
+    moved = make_flow.strayed(plain, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(make_flow.strayed(plain, 0.0, torch.Generator().manual_seed(0)), plain)
+    for scene, colours in zip(scenes, moved.tolist(), strict=True):
+        for thing, colour in zip(scene.things, colours, strict=False):
+            far = {name: math.dist([255 * value for value in colour], rgb) for name, rgb in world.COLOURS.items()}
+            assert min(far, key=far.__getitem__) == thing.colour
+    distance = (moved - plain).norm(dim=-1)
+    assert (distance > 0).float().mean() > 0.5 and distance.max() > 0.2
 
 
 def test_three_steps_of_four_are_for_the_first_size() -> None:
