@@ -43,7 +43,7 @@ def options(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Com
         precisions={kind: Precision(kind) for kind in ("bf16", "int8", "nf4")},
         prompts=[PROMPT, "two blue circles on a cream background"],
         seeds=[3],
-        sampling=Sampling(steps=3),
+        sampling=Sampling(steps=3, height=128, width=128),  # it was trained at 128 too
         scores={"right": "scripts.tiny.check.right"},
         run="test",
         device="cpu",

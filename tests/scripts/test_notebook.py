@@ -69,8 +69,8 @@ def test_the_notebook_goes_from_installation_to_picture(tmp_path: Path, monkeypa
     shown = []
     for source in sources():
         # fewer steps than a reader takes, of a smaller picture: the commands are the same
-        source = source.replace("STEPS, PROMPT = 100", "STEPS, PROMPT = 2").replace("SIDE = 128", "SIDE = 64")
-        source = source.replace("resolution=128", "resolution=64")
+        source = source.replace("STEPS, PROMPT = 100", "STEPS, PROMPT = 2").replace("SIDE = 192", "SIDE = 64")
+        source = source.replace("resolution=192", "resolution=64")
         source = source.replace("sampling.steps=16", "sampling.steps=2")
         value = run_cell(source, names, environment)
         if isinstance(value, Image.Image):
