@@ -1,12 +1,10 @@
 """What several tests share, and what keeps them quick."""
 
-import copy
 import gc
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -15,6 +13,7 @@ from infer.checkpoint.model import Model
 from infer.family import find
 from infer.family import flux1_sizes as shapes
 from infer.program.paths import ROOT
+from tests.quantized_once import remember_quantized
 
 if TYPE_CHECKING:
     from tests.browser import Browser
@@ -52,7 +51,6 @@ DEAREST = (
 )
 """Files and folders whose tests take longest. They come first: what is begun last is short, and no process waits long
 for another one."""
-REMEMBERED = 2000  # weights, some 80 MB; those of the bundled model are met first
 _modules = 0
 
 
@@ -70,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     pytest_runtest_logfinish()
     if "bitsandbytes" in sys.modules:
-        _remember_quantized()
+        remember_quantized()
     os.fsync = lambda file: None  # no test takes the machine's power away; those of failing disks put in their own
 
 
@@ -82,31 +80,6 @@ def pytest_runtest_logfinish() -> None:
         gc.collect()
         gc.freeze()
         _modules = len(sys.modules)
-
-
-def _remember_quantized() -> None:
-    """Have bitsandbytes quantize each weight to 4 bits once: on a CPU that is most of loading the bundled model, which
-    hundreds of tests do."""
-    import torch
-    from bitsandbytes import functional
-
-    found: dict[Any, Any] = {}
-    quantize = functional.quantize_4bit
-
-    def remembered(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
-            return quantize(weight, *args, **kwargs)
-        content = weight.detach().contiguous().view(torch.uint8).numpy()
-        key = hashlib.blake2b(content, digest_size=16).digest(), weight.shape, weight.dtype, *sorted(kwargs.items())
-        made = found.get(key)
-        if made is None:
-            made = quantize(weight, **kwargs)
-            if len(found) >= REMEMBERED:
-                return made
-            found[key] = made
-        return copy.deepcopy(made)
-
-    functional.quantize_4bit = remembered
 
 
 @pytest.fixture(scope="session")
@@ -142,9 +115,15 @@ def random_model(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 @pytest.fixture
-def no_loss_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings do not draw loss.png, which takes as long as several of their steps."""
-    monkeypatch.setattr("train.loop.fit.draw_loss", lambda run: None)
+def loss_picture() -> None:
+    """Trainings draw loss.png, which takes as long as several of their steps; see `no_loss_picture`."""
+
+
+@pytest.fixture(autouse=True)
+def no_loss_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings do not draw loss.png, but where a test that looks at it takes `loss_picture`."""
+    if "loss_picture" not in request.fixturenames and "train.loop.fit" in sys.modules:
+        monkeypatch.setattr("train.loop.fit.draw_loss", lambda run: None)
 
 
 @pytest.fixture(scope="session")

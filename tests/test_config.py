@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,30 +140,43 @@ def read(group: str, name: str) -> dict[str, Any]:
     }
 
 
-COMPOSED = [
-    (root, *file) for root in ROOTS for file in FILES if {file[0], f"{file[0]}@precisions.nf4"} & groups_of(root)
-]
+def rows_of(root: str) -> Iterator[dict[str, str]]:
+    """The files of all groups that a root has, one of each group a row: composing costs most, and they do not meet."""
+    named = groups_of(root)
+    columns: dict[str, list[str]] = {}
+    for group, name in FILES:
+        if {group, f"{group}@precisions.nf4"} & named:
+            columns.setdefault(group, []).append(name)
+    for i in range(max(map(len, columns.values()), default=0)):
+        yield {group: names[i] for group, names in columns.items() if i < len(names)}
+
+
+COMPOSED = [(root, row) for root in ROOTS for row in rows_of(root)]
 
 
 def test_every_shipped_file_is_tested() -> None:
     tested = {Path(f"{root}.yaml") for root in ROOTS}
-    tested |= {Path(group, f"{name}.yaml") for _, group, name in COMPOSED}
+    tested |= {Path(group, f"{name}.yaml") for _, row in COMPOSED for group, name in row.items()}
     tested |= {Path("experiment", f"{name}.yaml") for name in EXPERIMENTS}
     tested |= {file.relative_to(CONFIGS) for file in (*ACCELERATE, *PLUGINS)}
     tested.add(Path("wandb/sweep.yaml"))  # tests/train/trackers/test_track.py: W&B's own agent starts it
     assert {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*") if path.is_file()} == tested
 
 
-@pytest.mark.parametrize("root, group, name", COMPOSED)
-def test_every_file_becomes_its_dataclass(root: str, group: str, name: str) -> None:
-    if root in SEVERAL and group == "precision":
-        options = made(root, f"+precision@precisions.own={name}")
-        chosen = options.precisions["own"]
-        assert {**options.precisions, "own": None} == {**made(root).precisions, "own": None}
-    else:
-        chosen = getattr(made(root, f"{group}={name}"), group)
-    assert type(chosen) is GROUPS[group]
-    assert asdict(chosen) == asdict(GROUPS[group]()) | read(group, name)
+@pytest.mark.parametrize("root, row", COMPOSED, ids=lambda one: one if isinstance(one, str) else "-".join(one.values()))
+def test_every_file_becomes_its_dataclass(root: str, row: dict[str, str]) -> None:
+    own = {"precision": "+precision@precisions.own"} if root in SEVERAL else {}
+    options, plain = made(root, *(f"{own.get(group, group)}={name}" for group, name in row.items())), made(root)
+    for group, name in row.items():
+        if group in own:
+            chosen = options.precisions["own"]
+            assert {**options.precisions, "own": None} == {**plain.precisions, "own": None}
+            replace(plain, precisions=options.precisions)  # alone, beside the defaults, nothing refuses it either
+        else:
+            chosen = getattr(options, group)
+            replace(plain, **{group: chosen})
+        assert type(chosen) is GROUPS[group]
+        assert asdict(chosen) == asdict(GROUPS[group]()) | read(group, name), (group, name)
 
 
 @pytest.mark.parametrize("group, name", FILES)

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint loaded from single files, tensor by tensor: one of them in host memory at a time."""
+"""Parts of a checkpoint loaded from single files, tensor by tensor: two of them in host memory at most."""
 
 from __future__ import annotations
 
@@ -47,10 +47,8 @@ def transformer_from_file(
         quantizer = LayerQuantizer(wanted, device, hold, pre_quantized=False)
         made.register_to_config(quantization_config=wanted)  # as from_pretrained does: it is saved with the weights
         quantizer.preprocess_model(model=made, device_map={"": hold}, keep_in_fp32_modules=[])
-    for name in weights:
-        load_model_dict_into_meta(
-            made, {name: weights[name]}, dtype=precision.dtype, hf_quantizer=quantizer, device_map={"": hold}
-        )
+    # in one call, which asks for the state of the whole model once; each tensor is read as it comes to it
+    load_model_dict_into_meta(made, weights, dtype=precision.dtype, hf_quantizer=quantizer, device_map={"": hold})
     if quantizer is not None:
         quantizer.postprocess_model(made)
         made.hf_quantizer = quantizer

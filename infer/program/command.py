@@ -31,6 +31,8 @@ from infer.program.settings import REFUSED, check_settings, explain, settings
 T = TypeVar("T")
 
 OmegaConf.register_new_resolver("root", lambda: str(SHIPPED), replace=True)
+# Hydra copies the store of schemas whenever it composes, though what is loaded from it is a copy already
+ConfigStore.__deepcopy__ = lambda store, copied: store
 
 
 def run_command(name: str, schema: type[T], work: Callable[[T], Any]) -> None:

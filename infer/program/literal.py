@@ -8,7 +8,9 @@ quotation marks already is left alone. Text in a YAML file is read as it stands 
 
 import re
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from copy import deepcopy
+from dataclasses import is_dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -53,11 +55,14 @@ def required(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # which reads each annotation anew
+
+
 def _within(kind: Any, name: str) -> Any:
     """The type of what a group, dictionary or list holds by a name; None if there is none."""
     kind, _ = required(kind)
     if is_dataclass(kind):
-        return get_type_hints(kind).get(name)
+        return _hints(kind).get(name)
     if get_origin(kind) is dict:
         return get_args(kind)[1]
     return get_args(kind)[0] if get_origin(kind) is list and name.isdecimal() else None
@@ -196,17 +201,26 @@ class TextFiles(FileConfigSource):
     schema: Callable[[], Any]
 
     def load_config(self, config_path: str) -> ConfigResult:
-        found = super().load_config(config_path)
-        schema, group = type(self).schema(), config_path.rpartition("/")[0]
-        package = found.header.get("package") or group.replace("/", ".")
-        kind = schema if package in ("_global_", "") else kind_of(schema, package)
-        with Path(self.path, self._normalize_file_name(config_path)).open(encoding="utf-8") as stream:
-            tree = yaml.compose(stream, Loader=get_yaml_loader())
-        if kind is not None and isinstance(tree, yaml.MappingNode):
-            _restore(found.config, tree, kind)
-            if kind is schema:
-                _restore_sweep(found.config, schema)
-        return found
+        file = Path(self.path, self._normalize_file_name(config_path))
+        if not file.is_file():
+            return super().load_config(config_path)  # which says so
+        found = _read(type(self).schema(), self.provider, self.path, config_path, file.read_text(encoding="utf-8"))
+        return replace(found, config=deepcopy(found.config), header=dict(found.header))  # Hydra changes both
+
+
+@lru_cache(maxsize=500)
+def _read(schema: Any, provider: str, path: str, config_path: str, text: str) -> ConfigResult:
+    """One file, parsed once a process: Hydra composes twice, first to see whether one run is meant or several."""
+    found = FileConfigSource(provider, path).load_config(config_path)
+    group = config_path.rpartition("/")[0]
+    package = found.header.get("package") or group.replace("/", ".")
+    kind = schema if package in ("_global_", "") else kind_of(schema, package)
+    tree = yaml.compose(text, Loader=get_yaml_loader())
+    if kind is not None and isinstance(tree, yaml.MappingNode):
+        _restore(found.config, tree, kind)
+        if kind is schema:
+            _restore_sweep(found.config, schema)
+    return found
 
 
 def _restore(config: Any, node: yaml.Node, kind: Any) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from infer.report.results import Scores
 from infer.score.drawn import Drawn
@@ -29,6 +28,9 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 def distance(picture: Image.Image, reference: Image.Image) -> Scores:
     """PSNR in dB (None for equal pictures, where it is infinite) and SSIM in [-1, 1] of two pictures of one size."""
+    # with scipy it takes a second to import, which every training would pay
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     a, b = to_pixels(picture), to_pixels(reference)
     ssim = structural_similarity_index_measure(a, b, data_range=1.0)
     assert isinstance(ssim, Tensor)

@@ -339,6 +339,7 @@ def transfer_row(place: Place, row: Row, folder: Path) -> None:
             flow=job.flow,
             memory=job.memory.without_auto(),
             optim=job.optim,
+            sampling=Sampling(1, height=64, width=64),  # of the runs' previews
             seeds=[0, 1],
             steps=1,
             levels=2,
@@ -505,7 +506,7 @@ def test_every_main_pair_is_in_a_row() -> None:
 
 
 @pytest.mark.parametrize("row", FEW, ids=name_of)
-def test_main_pairs_work(row: Row, place: Place, no_loss_picture: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_pairs_work(row: Row, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     run_row(place, row, "main")
 

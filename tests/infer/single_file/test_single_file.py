@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from infer.checkpoint.family import latent_map, takes_references
@@ -23,6 +25,7 @@ from infer.checkpoint.text import load_text_parts
 from infer.family import find, flux1_sizes
 from infer.quantize.precision import Precision
 from infer.single_file.contents import published
+from infer.single_file.weights import Weights
 from tests.infer.single_file import files
 
 CPU = torch.device("cpu")
@@ -62,6 +65,30 @@ def test_a_file_and_a_folder_have_the_same_weights(model: Model, made: Path, kin
         dict(loaded.config)["axes_dims_rope"]
         == json.loads(Path(model.path, "transformer", "config.json").read_text())["axes_dims_rope"]
     )
+
+
+def test_tensors_are_read_once_and_let_go(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the model is asked for its state a few times, not for each tensor."""
+    file = files.saved(tmp_path / "mine.safetensors", files.original(files.part(tiny.path, "transformer")))
+    given: dict[str, weakref.ref[Tensor]] = {}
+    alive, asked = [], [0]
+    read, state = Weights.__getitem__, FluxTransformer2DModel.state_dict
+
+    def noted(self: Weights, name: str) -> Tensor:
+        assert name not in given
+        value = read(self, name).clone()
+        given[name] = weakref.ref(value)
+        alive.append(sum(one() is not None and one().dim() == 2 for one in given.values()))  # type: ignore[union-attr]
+        return value
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked[0] += 1
+        return state(self, *args, **kwargs)
+
+    monkeypatch.setattr(Weights, "__getitem__", noted)
+    monkeypatch.setattr(FluxTransformer2DModel, "state_dict", counted)
+    load_transformer(Model(str(file), parts=tiny.path), Precision("nf4"), CPU)
+    assert len(given) > 100 and max(alive) <= 2 and 0 < asked[0] < 5
 
 
 def test_names_are_read_as_diffusers_own_converter_reads_them(model: Model, made: Path) -> None:

@@ -59,7 +59,9 @@ def lines_of(run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path("runs", run, "metrics.jsonl").read_text().splitlines()]
 
 
-def test_drift_is_that_of_the_checkpoint_drawn_again(job: Train, capfd: pytest.CaptureFixture[str]) -> None:
+def test_drift_is_that_of_the_checkpoint_drawn_again(
+    job: Train, loss_picture: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """By the checkpoint's adapter in a transformer of its own."""
     train(job)
     scored = {line["step"]: line for line in lines_of("scored") if "score_drift" in line}

@@ -106,21 +106,22 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = replace(job, optim=replace(job.optim, name=optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3))
+    job = replace(job, steps=4, optim=replace(job.optim, name=optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3))
     if all_at_once:
         sources = [Source(str(mixed), str(mixed / "masks"), repeats=0.5), Source(job.data.path, weight=0.3)]
         data = replace(job.data, path="", sources=sources, resolution=[64, 48], flip=True, caption_dropout=0.3)
         job = replace(job, data=data)
     whole = adapter(train(replace(job, run="whole")))
 
-    original, calls = train_batch_counter(monkeypatch, stop_at=2 * 5 + 1)  # in the middle of the sixth update
+    # in the middle of the fourth update, behind the validation at step 3
+    original, calls = train_batch_counter(monkeypatch, stop_at=2 * 3 + 1)
     with pytest.raises(KeyboardInterrupt):
         train(replace(job, run="killed"))
     monkeypatch.setattr(STEP, "training_batch", original)
-    assert calls[0] == 11
+    assert calls[0] == 7 and any("validation_loss" in event and event["step"] == 3 for event in metrics("killed"))
     assert not Path("runs/killed/adapter").exists()
     resumed = adapter(train(replace(job, run="killed")))
-    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    assert "resuming at step 2 of 4" in capsys.readouterr().out
     assert same(whole, resumed)
 
     def events(run: str) -> list[dict[str, float]]:
@@ -271,7 +272,7 @@ def test_memory_that_needs_a_gpu_is_refused_without_one(job: Train, memory: Memo
         train(replace(job, memory=memory, adapter=Adapter(rank=4)))
 
 
-def test_validation_is_held_out_fixed_and_falls(job: Train) -> None:
+def test_validation_is_held_out_fixed_and_falls(job: Train, loss_picture: None) -> None:
     job = replace(
         job,
         run="falls",

@@ -22,6 +22,7 @@ from infer.fast.install import Memory
 from infer.quantize.compute import compute_dtype
 from infer.quantize.precision import Precision
 from infer.report.results import Estimate
+from infer.sample.generate import Sampling
 from infer.sample.picture import pixel_hash
 from train.data.dataset import Data
 from train.data.seeds import generator
@@ -156,11 +157,11 @@ def test_students_limits() -> None:
     assert found[1:3] == pytest.approx([theirs.low, theirs.high]) and found.mean == pytest.approx(0.34)
 
 
-def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model, no_loss_picture: None) -> None:
+def test_transfer_trains_and_runs_every_pair(data: Data, tiny: Model) -> None:
     options = Transfer(
         tiny, {"bf16": Precision("bf16"), "fp4": Precision("fp4")}, Adapter(rank=2), replace(data, batch_size=1),
-        optim=Optim(lr=0.05), memory=Memory(keep="everything"), seeds=[0, 1], steps=2, levels=2, run="test",
-        device="cpu",
+        optim=Optim(lr=0.05), memory=Memory(keep="everything"), sampling=Sampling(1, height=64, width=64),
+        seeds=[0, 1], steps=2, levels=2, run="test", device="cpu",
     )  # fmt: skip
     folder = transfer(options)
     result = json.loads((folder / "transfer.json").read_text())

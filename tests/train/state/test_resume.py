@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(place: Path, no_loss_picture: None, monkeypatch: pytest.MonkeyPatch) -> Train:
+def job(place: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     monkeypatch.chdir(place)
     return Train(
         model=Model(str(ROOT / "scripts/tiny/model")),
