@@ -116,9 +116,11 @@ class PeerWatch:
 
 
 def exit_process(rank: int, ranks: int) -> None:
-    """Say which rank has died, and end this process, whatever it waits for."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(OTHERS_WAIT)
+    """End this process, whatever it waits for; one of each machine says which rank has died."""
+    local, own = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK"))
+    if local != speaker(rank, own - local):
+        time.sleep(OTHERS_WAIT)  # where the launcher sees that one has ended, it ends the others
+        os._exit(1)
     print(
         f"\nerror: rank {rank} of {ranks} has ended before the work was done, so the others end too. What it said "
         "itself stands above; if it said nothing, it was killed: look for out-of-memory in the system's log, or at its "
@@ -127,6 +129,14 @@ def exit_process(rank: int, ranks: int) -> None:
         flush=True,
     )
     os._exit(1)
+
+
+def speaker(died: int, first: int) -> int:
+    """The local rank that says on its machine that a rank has died: the first, or the second if it was the first.
+
+    first: the rank of the machine's first process.
+    """
+    return 1 if died == first else 0
 
 
 @contextmanager

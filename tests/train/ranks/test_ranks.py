@@ -25,6 +25,7 @@ from infer.quantize.precision import Precision
 from scripts.tiny.make_style import make_style
 from train.loop.micro_step import graphs
 from train.objective.optim import Optim
+from train.ranks import peers
 from train.ranks.launch import CODES, check_launch
 from train.run.config import Train
 
@@ -219,6 +220,29 @@ def test_the_death_of_a_rank_ends_the_other_with_one_paragraph(two: tuple[Path, 
     assert ended - float((folder / "died").read_text()) < 10
     assert len(re.findall("error: rank 1 of 2 has ended before the work was done", logs[0])) == 1
     assert "Traceback" not in logs[0].split("has ended before")[0]
+
+
+@pytest.mark.parametrize(("died", "says"), [(1, [0, 4]), (0, [1, 4]), (4, [0, 5])])
+def test_one_rank_of_each_machine_says_which_has_died(
+    died: int, says: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two machines of four ranks."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(peers, "OTHERS_WAIT", 0.0)
+    monkeypatch.setattr(os, "_exit", leave)
+    heard = []
+    for rank in (each for each in range(8) if each != died):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 4))
+        with pytest.raises(SystemExit) as ended:
+            peers.exit_process(died, 8)
+        assert ended.value.code == 1
+        if f"rank {died} of 8 has ended" in capsys.readouterr().err:
+            heard.append(rank)
+    assert heard == says
 
 
 def launched(**environment: str) -> dict[str, str]:
