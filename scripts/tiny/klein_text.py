@@ -37,7 +37,7 @@ def draw_captions(span: Span) -> Drawn:
     scenes, texts, wanted = described(span)
     arrays = [*chat(klein_parts.tokenizer(), texts), np.array(wanted), np.array([ground(text) for text in texts])]
     shape = (len(scenes), CAPTIONS)
-    return Drawn(as_arrays(scenes, span), [each.astype(np.int16).reshape(*shape, *each.shape[1:]) for each in arrays])
+    return Drawn(as_arrays(scenes), [each.astype(np.int16).reshape(*shape, *each.shape[1:]) for each in arrays])
 
 
 def ground(caption: str) -> int:

@@ -7,7 +7,6 @@ classifier-free guidance of stage 1's average would give (Meng et al. 2023), whi
 import copy
 import multiprocessing
 import random
-import re
 import string
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -105,8 +104,6 @@ class Mix:
 
     pairs: float = 4 / 11  # share of scenes with two different things
     hard: float = 0.0  # share of the single things that are of a hard shape
-    uncoloured: float = 0.0  # share of captions whose colours are left out or unknown words
-    strayed: float = 0.0  # share of the things whose colour lies anywhere that is still read as its own
 
 
 Span = tuple[int, int, int, Mix]  # first and last picture, seed
@@ -125,27 +122,9 @@ class Drawn:
         return world.paint(canvas, side) * 2 - 1
 
 
-def as_arrays(scenes: list[world.Scene], span: Span) -> dict[str, np.ndarray]:
-    """Scenes as the fields of a Canvas; by the span's mix some colours stray."""
+def as_arrays(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
     canvas = world.canvas(scenes)
-    noise = torch.Generator().manual_seed(span[2] * 1_000_003 + span[0])
-    canvas.rgb = strayed(canvas.rgb, span[3].strayed, noise)
     return {field.name: getattr(canvas, field.name).numpy() for field in fields(canvas)}
-
-
-def strayed(rgb: Tensor, share: float, noise: torch.Generator) -> Tensor:
-    """Colours [scenes, things, 3], a share of them moved towards random ones, but not so far as to be nearest to
-    another name.
-
-    A transformer that sees each shape in seven colours alone takes it that there is no eighth: the pair that it never
-    saw is drawn in another colour, whatever the text says. So every shape is seen between the names too.
-    """
-    palette = torch.tensor(list(world.COLOURS.values())) / 255
-    way = 0.6 * torch.rand(rgb.shape[:2], generator=noise)[..., None]
-    moved = torch.lerp(rgb, torch.rand(rgb.shape, generator=noise), way)
-    own, found = (torch.cdist(each.flatten(0, 1), palette).argmin(-1).view(rgb.shape[:2]) for each in (rgb, moved))
-    chosen = (torch.rand(rgb.shape[:2], generator=noise) < share) & (own == found)
-    return torch.where(chosen[..., None], moved, rgb)
 
 
 def spans(samples: int, seed: int, mix: Mix, chunk: int = CHUNK) -> list[Span]:
@@ -161,24 +140,9 @@ def described(span: Span) -> tuple[list[world.Scene], list[str], list[list[list[
         rng = random.Random(seed * 1_000_003 + index)
         scenes.append(sampled(rng, mix.pairs, mix.hard))
         for text in captions(scenes[-1], rng):
-            rows = make_text.labels(text)
-            if rng.random() < mix.uncoloured:
-                text, rows = uncoloured(text, rng), make_text.without_colours(rows)
             texts.append(text)
-            wanted.append(rows)
+            wanted.append(make_text.labels(text))
     return scenes, texts, wanted
-
-
-def uncoloured(text: str, rng: random.Random) -> str:
-    """The caption without its things' colours, or with words in their place that mean nothing. What a shape is must not
-    hang on its colour, or a pair that was never seen is drawn as another shape."""
-    many = rng.random() < 0.5
-
-    def word(_: re.Match[str]) -> str:
-        return nonsense(rng) + " " if many else ""
-
-    shapes = "|".join(name for shape in world.SHAPES for name in (world.plural(shape), shape))
-    return re.sub(rf"\b(?:{'|'.join(world.COLOURS)}) (?=(?:{shapes})\b)", word, text)
 
 
 def nonsense(rng: random.Random) -> str:
@@ -201,7 +165,7 @@ def draw(span: Span) -> Drawn:
     arrays.append(np.array(wanted))
     shape = (count, CAPTIONS)
     return Drawn(
-        as_arrays(scenes, span), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays]
+        as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays]
     )
 
 

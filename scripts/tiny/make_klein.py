@@ -165,10 +165,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=160_000)
     parser.add_argument("--pairs", type=float, default=0.75, help="share of pictures with two different things")
-    parser.add_argument("--uncoloured", type=float, default=0.0, help="share of captions that say no colour")
-    parser.add_argument(
-        "--strayed", type=float, default=0.0, help="share of the things whose colour lies about its name's"
-    )
     parser.add_argument("--hard", type=float, default=0.0, help="share of the single things that are of a hard shape")
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[world.SIZE], help="pixels; three steps of four are for the first"
@@ -212,7 +208,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     pool = make_flow.workers(workers)
-    mix = make_flow.Mix(args.pairs, args.hard, args.uncoloured, args.strayed)
+    mix = make_flow.Mix(args.pairs, args.hard)
     spans = make_flow.spans(args.samples, args.seed, mix, chunk)
     drawing = pool.imap(draw_captions, spans)  # goes on while the autoencoder learns
     clock.report("start", f"{workers} processes draw {args.samples} scenes and captions")

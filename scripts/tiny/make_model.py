@@ -43,10 +43,6 @@ def main() -> None:
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[world.SIZE], help="pixels; three steps of four are for the first"
     )
-    parser.add_argument("--uncoloured", type=float, default=0.0, help="share of captions that say no colour")
-    parser.add_argument(
-        "--strayed", type=float, default=0.0, help="share of the things whose colour lies about its name's"
-    )
     parser.add_argument("--start", type=Path, help="go on from this model")
     parser.add_argument("--vae", type=Path, help="keep the autoencoder of this model")
     parser.add_argument("--vae-steps", type=int, help="20000, and none with --start or --vae: its autoencoder is kept")
@@ -83,7 +79,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     pool = make_flow.workers(workers)
-    mix = make_flow.Mix(args.pairs, args.hard, args.uncoloured, args.strayed)
+    mix = make_flow.Mix(args.pairs, args.hard)
     spans = make_flow.spans(args.samples, args.seed, mix, 16 if args.smoke else make_flow.CHUNK)
     drawn = pool.imap(make_flow.draw, spans)  # goes on while the autoencoder learns
     clock.report("start", f"{workers} processes draw {args.samples} scenes and captions")

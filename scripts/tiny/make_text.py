@@ -39,12 +39,6 @@ def labels(caption: str) -> list[list[int]]:
     return rows + [[-100] * len(PARTS)] * (THINGS - len(rows))
 
 
-def without_colours(rows: list[list[int]]) -> list[list[int]]:
-    """Labels of a caption whose colours are not said."""
-    at = PARTS.index(tuple(world.COLOURS))
-    return [[0 if i == at and value >= 0 else value for i, value in enumerate(row)] for row in rows]
-
-
 class Heads(nn.Module):
     """Linear layers from a vector to the parts of so many things."""
 

@@ -1,7 +1,6 @@
 """What makes the bundled model, as far as a CPU can tell: what captions name, whether a CUDA graph can hold a step."""
 
 import json
-import math
 import random
 import sys
 from itertools import pairwise
@@ -33,7 +32,7 @@ from scripts.tiny import (
 from scripts.tiny.pace import Clock, Pace, turn
 
 SIDES = (64, 32)  # pixels; the sizes are options
-MIX = make_flow.Mix(pairs=0.5, hard=0.5, uncoloured=0.2)
+MIX = make_flow.Mix(pairs=0.5, hard=0.5)
 
 
 class Silent(TorchDispatchMode):
@@ -130,36 +129,6 @@ def test_hard_shapes_come_oftener_and_no_held_out_pair_ever() -> None:
     single = [scene.things[0].shape for scene in scenes if scene.kind == "single"]
     assert sum(shape in make_flow.HARD for shape in single) > 0.55 * len(single)
     assert not any(world.held_out(thing.shape, thing.colour) for scene in scenes for thing in scene.things)
-
-
-def test_a_caption_without_colours_names_the_rest() -> None:
-    rng = random.Random(1)
-    text = "a striped orange star to the left of a teal cross on a mint background"
-    bare = {make_flow.uncoloured(text, rng) for _ in range(20)}
-    assert "a striped star to the left of a cross on a mint background" in bare and len(bare) > 5
-    assert not any(colour in each.split() for each in bare for colour in world.COLOURS)
-    said, silent = (make_text.labels(text), make_text.without_colours(make_text.labels(text)))
-    at = make_text.PARTS.index(tuple(world.COLOURS))
-    assert [row[at] for row in said] == [2, 5] and [row[at] for row in silent] == [0, 0]
-    assert [row[:at] + row[at + 1 :] for row in said] == [row[:at] + row[at + 1 :] for row in silent]
-    one = make_text.without_colours(make_text.labels("two red stars"))
-    assert one[1] == [-100] * len(make_text.PARTS)
-    scenes, texts, wanted = make_flow.described((0, 40, 0, make_flow.Mix(uncoloured=0.5)))
-    assert len(texts) == len(wanted) == make_flow.CAPTIONS * len(scenes)
-    assert 0.3 < sum(rows[0][at] == 0 for rows in wanted) / len(wanted) < 0.7
-
-
-def test_colours_stray_as_far_as_they_are_read_as_their_own() -> None:
-    scenes = [world.sample_scene(random.Random(i)) for i in range(200)]
-    plain = world.canvas(scenes).rgb
-    moved = make_flow.strayed(plain, 1.0, torch.Generator().manual_seed(0))
-    assert torch.equal(make_flow.strayed(plain, 0.0, torch.Generator().manual_seed(0)), plain)
-    for scene, colours in zip(scenes, moved.tolist(), strict=True):
-        for thing, colour in zip(scene.things, colours, strict=False):
-            far = {name: math.dist([255 * value for value in colour], rgb) for name, rgb in world.COLOURS.items()}
-            assert min(far, key=far.__getitem__) == thing.colour
-    distance = (moved - plain).norm(dim=-1)
-    assert (distance > 0).float().mean() > 0.5 and distance.max() > 0.2
 
 
 def test_three_steps_of_four_are_for_the_first_size() -> None:
