@@ -28,6 +28,7 @@ def train(run: Path, rank: int) -> None:
     if rank == 13:
         os.kill(os.getpid(), 9)
     if rank == 99:
+        print("asleep", flush=True)
         time.sleep(60)
     (run / "adapter").mkdir(parents=True, exist_ok=True)
     events = [{"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.0, "seconds": rank, "memory_gib": 2.0}]

@@ -63,7 +63,7 @@ def job(place: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         save_every=2,
         keep=9,
         validate_every=2,
-        validation_levels=2,
+        validation_levels=1,
         ema=0.7,
         previews=[],
         device="cpu",
@@ -78,7 +78,7 @@ def as_options(job: Train) -> list[str]:
         "data.trigger=zelk style", "data.validation=0.2",
         "data.caption_dropout=0.2", "data.cache=cache", "optim.lr=1e-3", "optim.schedule=cosine", "optim.warmup=2",
         f"steps={job.steps}", f"accumulation={job.accumulation}", f"save_every={job.save_every}", "keep=9",
-        "validate_every=2", "validation_levels=2", "ema=0.7", "previews=[]", "device=cpu",
+        "validate_every=2", "validation_levels=1", "ema=0.7", "previews=[]", "device=cpu",
         f"run={job.run}",
     ]  # fmt: skip
 

@@ -167,7 +167,7 @@ def test_an_interrupt_reaches_the_point_and_the_next_call_goes_on(tmp_path: Path
     )
     log = tmp_path / "runs/s/rank-99/train.log"
     for _ in range(600):
-        if log.is_file():
+        if log.is_file() and "asleep" in log.read_text():  # its Python has begun, and hears the signal
             break
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)  # the sweep alone: it hands it on
