@@ -74,7 +74,9 @@ def check_kind(kind: str, device: torch.device) -> Figures:
     other = f"kind-{kind}-cpu"
     with on_cpu():
         train(training(other, adapter, torch.device("cpu"), optim=job.optim, previews=[]))
-    figures["learned against a CPU's"] = apart(learned(job.run), learned(other)), "<=", 2 * LEARNED
+    # at LoKr's rate the first steps, whose size is Adam's whatever the gradient's, are most of what so few learn
+    limit = (3 if kind == "lokr" else 2) * LEARNED
+    figures["learned against a CPU's"] = apart(learned(job.run), learned(other)), "<=", limit
     trained, drawn = f"runs/{job.run}/adapter", []
     for where in (device, torch.device("cpu")):
         memory = Case("nf4", "fused", "lora").memory(where)

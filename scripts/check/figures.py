@@ -10,8 +10,9 @@ from torch import cat as join
 Figures = dict[str, tuple[float, str, float]]
 """By what is compared: the value, <= or >=, and the limit."""
 
-# the largest relative error, or for decibels the least. bf16 is rounded at other places on each path
-GRADIENT, LOSS, LEARNED, PICTURE = 0.02, 0.02, 0.15, 35.0
+# the largest relative error, or for decibels the least. bf16 is rounded at other places on each path; the gradients of
+# diffusers' and PEFT's own layers are 1.7 to 2.6 % from exact ones with the bundled model
+GRADIENT, LOSS, LEARNED, PICTURE = 0.03, 0.02, 0.15, 35.0
 
 ZEROS = ("lora_B", "lokr_w1", "hada_w2_b", "oft_R")  # PEFT's factors that begin as zeros, by their names in files
 

@@ -164,9 +164,7 @@ def draw(span: Span) -> Drawn:
     ]
     arrays.append(np.array(wanted))
     shape = (count, CAPTIONS)
-    return Drawn(
-        as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays]
-    )
+    return Drawn(as_arrays(scenes), [array.astype(np.int16).reshape(*shape, *array.shape[1:]) for array in arrays])
 
 
 def encode(
