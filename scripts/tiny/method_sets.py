@@ -160,7 +160,8 @@ def _experiments() -> dict[str, dict[str, Any]]:
     concept = common | {"task": "concept", "adapter": wide, "caption_dropout": 0.05, "preserve": keep_empty}
     return {
         "person": person,
-        "object": person | {"adapter": attention},
+        "object": person,  # which has fewer steps of its own
+        "object, attention": person | {"adapter": attention},
         "person, no ema": person | {"ema": None},
         "person, preserve none": person | {"preserve": Preserve()},
         "style": style,

@@ -7,7 +7,9 @@ to 26 rows of scripts/bench_train.py, of FLUX.1, Kontext and klein, of 1,536 to 
 
 from dataclasses import dataclass
 
+from infer.adapter.sizes import match_adapter
 from infer.checkpoint.files import known_config
+from infer.checkpoint.layers import linear_shapes
 from train.estimate.flop import RECOMPUTED, attention_flop, linear_flop, token_weights, tokens_of, width_of
 from train.estimate.memory import Footprint, largest_pixels, text_tokens
 from train.run.config import Train
@@ -50,6 +52,7 @@ UNPACKING = {"bf16": 1.0, "fp8": 3.3, "int8": 7.7}  # bytes a second of dequanti
 PASSES = 32  # how often a block's fused kernels read or write an activation, and
 PASSES_AGAIN = 14  # how often more where the block is computed again
 COPY = 0.9  # share of the bandwidth that they reach
+DORA = 21.5  # bytes that DoRA's norms and magnitudes pass for each weight that it adapts, and each output: of two rows
 
 
 def seconds(job: Train, taken: Footprint, card: Card) -> float:
@@ -76,6 +79,11 @@ def seconds(job: Train, taken: Footprint, card: Card) -> float:
         if products != "bf16":  # forward, again where it is computed again, and the gradient's layout
             times, made = 2 + again, 1
         time += times * weights * (stored + made) * UNPACKING[products] / (COPY * card.bandwidth)
+    if job.adapter.dora:
+        layers = linear_shapes(config)
+        adapted = [layers[name] for name in match_adapter(layers, job.adapter)]
+        numbers = sum(layer.rows * (layer.columns + batch * tokens) for layer in adapted)
+        time += DORA * numbers / (COPY * card.bandwidth)
     copies = 2.0  # of the weights from the host
     if job.preserve.kind != "none":  # a forward pass of the base's and a training pass more
         time *= 2 + 1 / (2 + again)

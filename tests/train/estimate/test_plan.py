@@ -263,12 +263,16 @@ def test_references_that_metadata_names_are_counted(tmp_path: Path) -> None:
 
 
 def test_kinds_of_adapters_are_planned_as_they_were_measured() -> None:
-    """Memory within 2 %, at full size on the plain path."""
+    """Memory within 2 %, at full size on the plain path; on the fast one within 3 %, and seconds within 5."""
     lines = (ROOT / "docs" / "benchmarks" / "kinds.jsonl").read_text().splitlines()
     found = {row["name"].removeprefix("train "): row["seen"] for row in map(json.loads, lines) if "seen" in row}
-    assert {"kinds-lora-plain", "kinds-lokr-plain", "kinds-loha-plain", "kinds-oft-plain"} <= found.keys()
+    assert {f"kinds-{kind}-plain" for kind in ("lora", "dora", "lokr", "loha", "oft")} <= found.keys()
     for name, seen in found.items():
-        assert footprint(VARIANTS[name].job).allocated / GIB == pytest.approx(seen["allocated_gib"], rel=0.02)
+        job, near = VARIANTS[name].job, 0.02 if name.endswith("-plain") else 0.03
+        taken = footprint(job)
+        assert taken.allocated / GIB == pytest.approx(seen["allocated_gib"], rel=near)
+        if job.memory.fused:
+            assert seconds(job, taken, CARDS["H200"]) == pytest.approx(seen["seconds"], rel=0.05)
 
 
 def test_less_is_kept_in_less_memory_and_more_time() -> None:
