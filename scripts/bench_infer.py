@@ -120,6 +120,8 @@ def measure_guide(variant: Variant, device: torch.device, gang: Path | None) -> 
     own = model(variant)
     transformer = random_part(own.path, "transformer", variant.precision, device).eval().requires_grad_(False)
     vae = nn.Module.to(load_vae(own, device), torch.float16)
+    for module in vae.modules():
+        vars(module).pop("forward", None)  # diffusers' and torch's own
     parts = load_text_parts(own, variant.precision, device)
     pipeline = FluxPipeline(scheduler=load_scheduler(own), transformer=transformer, vae=vae, **parts)
     pipeline.set_progress_bar_config(disable=True)

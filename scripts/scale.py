@@ -180,7 +180,7 @@ def sweeps() -> None:
     print(f"\na sweep of runs of 1,000 steps and 12 pictures of 50 steps, one GPU a run, {card}\n")
     print("| pictures | minutes a run | points a night (10 h) on 1 | on 8 | on 64 GPUs |")
     print("|---|---|---|---|---|")
-    drawing = 12 * 6.69  # docs/benchmarks/infer.jsonl, NF4, 1024
+    drawing = 12 * 6.67  # docs/benchmarks/infer.jsonl, NF4, 1024
     for side in PIXELS:
         # reading weights, quantizing, compiling: 60 s taken
         minutes = (60 + 1000 * own[side] + drawing * (side / 1024) ** 2) / 60

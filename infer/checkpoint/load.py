@@ -167,7 +167,7 @@ def _for_device(vae: Any, device: torch.device) -> Any:
     from infer.checkpoint.group_norm import spread_norms
     from infer.quantize.compute import small_dtype
 
-    if device.type == "cuda":
+    if device.type == "cuda":  # where it computes in the dtype that it is stored in: no forward of ours is replaced
         spread_norms(vae)
     if device.type == "cuda" and small_dtype(device) == torch.float32:
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64

@@ -38,7 +38,7 @@ class Precomputed:
         """
         text = transformer.context_embedder(call["encoder_hidden_states"])
         cos, sin = transformer.pos_embed(torch.cat([call["txt_ids"], call["img_ids"]]))
-        # within a budget as much whatever the steps: one was drawn to see what a drawing takes
+        # within a budget a table of one size whatever the steps: one was drawn to see what a drawing takes
         rows = AT_ONCE if self.offload is not None else min(AT_ONCE, len(timesteps))
         table = text.new_empty(rows, sum(self._widths(transformer)))
         for some in timesteps.split(AT_ONCE):

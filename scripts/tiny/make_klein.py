@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +230,7 @@ def main() -> None:
         copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(args.base / "vae")
     encoder, transformer = parts_of(args.start, reader)
     encoder.to(device)
-    drawn = list(islice(drawing, len(spans)))
+    drawn = list(drawing)
     if args.text_steps:
         ids, mask, wanted, grounds = (
             torch.from_numpy(np.concatenate([each.arrays[i] for each in drawn])).flatten(0, 1).to(device)

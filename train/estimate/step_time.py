@@ -52,7 +52,8 @@ UNPACKING = {"bf16": 1.0, "fp8": 3.3, "int8": 7.7}  # bytes a second of dequanti
 PASSES = 32  # how often a block's fused kernels read or write an activation, and
 PASSES_AGAIN = 14  # how often more where the block is computed again
 COPY = 0.9  # share of the bandwidth that they reach
-DORA = 21.5  # bytes that DoRA's norms and magnitudes pass for each weight that it adapts, and each output: of two rows
+# bytes read or written by DoRA's norms and magnitudes for each adapted weight and each number of an output; of two rows
+DORA = 21.5
 
 
 def seconds(job: Train, taken: Footprint, card: Card) -> float:

@@ -2,7 +2,8 @@
 
 A collective operation waits for all ranks, if need be for hours: rank 0 may encode a large data set. So each rank also
 keeps a connection to rank 0. The system closes it at once when a process dies in any way, and within half a minute when
-a machine does. A rank that loses its connection says so in one paragraph and ends. A launcher sees one machine only.
+a machine does. A rank that loses its connection ends, and one of each machine says so in a paragraph. A launcher sees
+one machine only.
 
 torch's TCPStore does not replace the connections: its server tells nobody that a client has died, so every rank would
 have to write a heartbeat, and a thread of Python is late by as long as a library holds the interpreter (23 s while
@@ -22,8 +23,8 @@ from typing import Any
 from accelerate.utils import gather_object
 
 FINISHED, DIED = b"bye", b"gone "  # lines that are sent: this rank has finished; the rank with this number has died
-# Seconds that a rank waits unless it is the first of its machine: the first has spoken by then, and its launcher has
-# ended the others
+# Seconds that a rank waits before it ends unless it is the one of its machine that speaks: that one has spoken by then.
+# If it has died too, nobody speaks
 OTHERS_WAIT = 1.5
 
 

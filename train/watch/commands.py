@@ -26,8 +26,8 @@ from train.run.config import Train
 from train.watch.places import RefusedError, data_folder
 
 KINDS = {
-    "thing": ("a thing", []),
-    "person": ("a person or an animal", ["adapter.rank=32", "adapter.alpha=32"]),
+    "thing": ("a thing", ["adapter.targets=attention+mlp"]),
+    "person": ("a person or an animal", ["adapter.rank=32", "adapter.alpha=32", "adapter.targets=attention+mlp"]),
     "style": ("a style", ["adapter.targets=attention+mlp"]),
 }
 """What is taught: its name, and the settings that differ from the defaults for it (docs/quick-start.md)."""

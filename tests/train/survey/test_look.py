@@ -297,6 +297,7 @@ def test_page_in_a_browser(messy: Path, tiny: Model, capsys: Any, browser: "Brow
     rows = "return [...document.querySelectorAll('#all tbody tr')].filter((r) => r.checkVisibility()).map((r) => "
     first = f"{rows}r.cells[arguments[0]].dataset.value)"
     browser.find("#all th:nth-child(3) button").click()
+    browser.wait("document.querySelector('#all th:nth-child(3)').ariaSort === 'ascending'")
     sizes = [float(value) for value in browser.js(first, 2)]
     assert sizes == sorted(sizes) and len(sizes) == 5
     browser.find("#search").send_keys("plain caption")
