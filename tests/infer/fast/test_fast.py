@@ -81,7 +81,7 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kind: str, adapter: 
     expected = step(transformer, parameters, precision)
     for memory in (*map(Memory, KEEP), Memory("attention", keep_all=3), Memory("nothing", unpacked=True)):
         install(transformer, memory, CPU)
-        assert error(step(transformer, parameters, precision), expected) < 1e-5, memory
+        assert error(step(transformer, parameters, precision), expected) < 2e-5, memory
     uninstall(transformer)
     assert all(torch.equal(a, b) for a, b in zip(step(transformer, parameters, precision), expected, strict=True))
 
