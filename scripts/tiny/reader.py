@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from scripts.tiny import world
+from scripts.tiny import solids, world
 
 LEAST_AREA = 0.004  # of the picture: smaller components are specks
 LEAST_FIT = 0.6  # overlap with the best shape below which nothing is recognised
@@ -68,8 +68,8 @@ def _nearest_hue(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> s
 @cache
 def _extents() -> list[tuple[float, float, float, float]]:
     """Of every shape at radius 1: top, bottom, left, right."""
-    axis = np.linspace(-world.REACH, world.REACH, world.TABLE)
-    inside = (world.distance_tables() < 0).numpy()
+    axis = np.linspace(-solids.REACH, solids.REACH, solids.TABLE)
+    inside = (solids.distance_tables() < 0).numpy()
     spans = [(axis[table.any(1)], axis[table.any(0)]) for table in inside]
     return [(ys[0], ys[-1], xs[0], xs[-1]) for ys, xs in spans]
 
@@ -86,7 +86,7 @@ def _templates(box: tuple[slice, slice], edge: float) -> np.ndarray:
         x = (grid_x - width / 2) / radii[-1] + (left + right) / 2
         y = (grid_y - height / 2) / radii[-1] + (top + bottom) / 2
         local.append(torch.stack([x, y], -1))
-    distance = world.signed_distance(torch.arange(len(radii)), torch.stack(local).float())[:, 0]
+    distance = solids.signed_distance(torch.arange(len(radii)), torch.stack(local).float())[:, 0]
     return (distance * torch.tensor(radii)[:, None, None] < edge).numpy()
 
 

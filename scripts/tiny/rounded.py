@@ -7,13 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from infer.fast.dequantize import four_bit_values
+
 BLOCK = 64  # weights that share a scale
-# bitsandbytes' NF4: the quantiles of a normal distribution (Dettmers et al. 2023)
-LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -42,7 +38,7 @@ class Rounding:
             if weight.numel() % BLOCK:
                 raise ValueError(f"a weight of shape {tuple(weight.shape)} does not fill blocks of {BLOCK}")
         device = self.weights[0].device
-        self.levels = torch.tensor(LEVELS, device=device)
+        self.levels = four_bit_values("nf4", device)
         self.between = (self.levels[1:] + self.levels[:-1]) / 2
         self.kept = [weight.detach().clone() for weight in self.weights]
         self.on = torch.zeros((), device=device)

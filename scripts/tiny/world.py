@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from scripts.tiny import light, solids
-from scripts.tiny.solids import REACH, SHAPES, TABLE, distance_tables, signed_distance
-
-__all__ = ["REACH", "SHAPES", "TABLE", "distance_tables", "signed_distance"]
+from scripts.tiny.solids import SHAPES as SHAPES  # a world is asked for its shapes
 
 SIZE = 192  # pixels, the side the bundled model was trained at
 

@@ -128,8 +128,8 @@ def test_held_out_pairs_are_never_trained_on() -> None:
 
 
 def test_distance_tables_against_analytic_distances() -> None:
-    tables = world.distance_tables()
-    axis = torch.linspace(-world.REACH, world.REACH, world.TABLE)
+    tables = solids.distance_tables()
+    axis = torch.linspace(-solids.REACH, solids.REACH, solids.TABLE)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     across, down = x.abs() - 0.84 + solids.ROUND, y.abs() - 0.84 + solids.ROUND  # from the corner's centre
     rounded = torch.hypot(across.clamp(min=0), down.clamp(min=0)) + torch.maximum(across, down).clamp(max=0)
@@ -139,9 +139,9 @@ def test_distance_tables_against_analytic_distances() -> None:
 
 
 def test_a_circle_is_a_ball_and_every_surface_is_smooth() -> None:
-    normals, tables = solids.normal_tables(), world.distance_tables()
+    normals, tables = solids.normal_tables(), solids.distance_tables()
     torch.testing.assert_close(normals.norm(dim=1), torch.ones_like(tables))
-    axis = torch.linspace(-world.REACH, world.REACH, world.TABLE)
+    axis = torch.linspace(-solids.REACH, solids.REACH, solids.TABLE)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     ball = torch.stack([x, y, (0.95**2 - x**2 - y**2).clamp(min=0).sqrt()]) / 0.95
     inner = torch.hypot(x, y) < 0.85
